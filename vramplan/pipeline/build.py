@@ -1,0 +1,56 @@
+"""Build a component without its weights: the real class, from its configuration, on the meta device."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vramplan.errors import VramplanError
+
+if TYPE_CHECKING:
+    import torch
+
+# Libraries whose classes a model_index.json may name. Anything else would be somebody's own code.
+LIBRARIES = ("diffusers", "transformers")
+
+
+def component_class(library: str, class_name: str) -> Any:
+    """The class a `model_index.json` entry names.
+
+    `library` is `diffusers`, `transformers`, or the name of one of diffusers' own pipeline modules
+    (`stable_diffusion`, for its safety checker).
+
+    Raises:
+        VramplanError: a class of another library; it would have to be imported from somewhere unknown.
+    """
+    for module_name in (library, f"diffusers.pipelines.{library}"):
+        if module_name.split(".")[0] not in LIBRARIES:
+            continue
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            continue
+        found = getattr(module, class_name, None)
+        if found is not None:
+            return found
+    raise VramplanError(f"{library}.{class_name} is not a class of diffusers or transformers installed here")
+
+
+def build_weightless(library: str, class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    """The component with every parameter and buffer on the meta device, in evaluation mode.
+
+    `config` is what `config.json` holds, or any part of it: what it leaves out takes the class defaults.
+    Weights that the class ties are one tensor, as they are after `from_pretrained`.
+    """
+    import torch
+
+    cls = component_class(library, class_name)
+    with torch.device("meta"):
+        if hasattr(cls, "config_class") and cls.config_class is not None:
+            module = cls(cls.config_class.from_dict(dict(config)))
+            module.tie_weights()
+        else:
+            module = cls.from_config(dict(config))
+    module.eval()
+    return module  # type: ignore[no-any-return]

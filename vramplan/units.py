@@ -1,0 +1,73 @@
+"""Parse and format byte counts. The only module that knows 1024."""
+
+from __future__ import annotations
+
+import re
+
+from vramplan.errors import UsageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+# A bare K, M, G or T is decimal (SI), as KB, MB, GB and TB are; only the i makes it binary.
+_FACTORS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _FACTORS |= {_letter: 1000**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1 << (10 * _power)}
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+
+
+def format_bytes(count: int) -> str:
+    """The count in GiB, MiB or KiB, as people read it: `1.50 GiB`, `640 MiB`, `12 KiB`, `-0.25 GiB`."""
+    size = abs(count)
+    if size >= GIB // 10:
+        return f"{count / GIB:.2f} GiB"
+    if size >= MIB:
+        return f"{count / MIB:.0f} MiB"
+    return f"{count / KIB:.0f} KiB" if size >= KIB else f"{count} B"
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that `12GiB`, `12GB`, `12000M` or `512` stand for; a number without a unit is bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    factor = _FACTORS.get(match["unit"].lower()) if match else None
+    if match is None or factor is None:
+        raise UsageError(f"{text!r} is not a size: write it like 12GiB, 12GB or 12000M")
+    return int(float(match["number"]) * factor)
+
+
+def parse_amount(text: str, *, free_bytes: int | None, total_bytes: int | None, name: str = "size") -> int:
+    """The bytes that an amount of a memory stands for.
+
+    `12GiB` is itself, `-1GiB` is what is free less one GiB, `85%` is that share of the total.
+
+    Raises:
+        UsageError: not an amount, or nothing is left of it, or the memory it refers to is not known.
+    """
+    stripped = text.strip()
+    if stripped.startswith("-"):
+        count = _known(free_bytes, stripped, name) - parse_bytes(stripped[1:])
+    elif stripped.endswith("%"):
+        count = int(_known(total_bytes, stripped, name) * _percentage(stripped) / 100)
+    else:
+        count = parse_bytes(stripped)
+    if count <= 0:
+        raise UsageError(f"{name} {text}: nothing is left to use ({format_bytes(count)}); give more than 0")
+    return count
+
+
+def _percentage(text: str) -> float:
+    try:
+        share = float(text[:-1])
+    except ValueError:
+        raise UsageError(f"{text!r} is not a percentage") from None
+    if not 0 <= share <= 100:
+        raise UsageError(f"{text!r} is not between 0% and 100%")
+    return share
+
+
+def _known(count: int | None, text: str, name: str) -> int:
+    if count is None:
+        raise UsageError(f"{name} {text}: this machine has no such memory to take it from; give an absolute size")
+    return count
