@@ -1,0 +1,65 @@
+"""vramplan: plan, apply and check the memory settings of a diffusers pipeline.
+
+Everything is imported on first use: importing vramplan imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vramplan._version import __version__
+
+if TYPE_CHECKING:
+    from vramplan.apply import Applied, apply_plan, auto_configure
+    from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
+    from vramplan.hardware import Hardware, detect
+    from vramplan.planfile import Plan, dump_plan, load_plan
+    from vramplan.planning import plan
+    from vramplan.workload import Workload
+
+_HOMES = {
+    "Applied": "vramplan.apply",
+    "apply_plan": "vramplan.apply",
+    "auto_configure": "vramplan.apply",
+    "MismatchError": "vramplan.errors",
+    "NothingFitsError": "vramplan.errors",
+    "UsageError": "vramplan.errors",
+    "VramplanError": "vramplan.errors",
+    "Hardware": "vramplan.hardware",
+    "detect": "vramplan.hardware",
+    "Plan": "vramplan.planfile",
+    "dump_plan": "vramplan.planfile",
+    "load_plan": "vramplan.planfile",
+    "plan": "vramplan.planning",
+    "Workload": "vramplan.workload",
+}
+
+__all__ = [
+    "Applied",
+    "Hardware",
+    "MismatchError",
+    "NothingFitsError",
+    "Plan",
+    "UsageError",
+    "VramplanError",
+    "Workload",
+    "__version__",
+    "apply_plan",
+    "auto_configure",
+    "detect",
+    "dump_plan",
+    "load_plan",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'vramplan' has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,7 +22,11 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
-    """One compute device. `free_bytes` is what its driver calls free now; None where it does not say."""
+    """One compute device.
+
+    `free_bytes` is what its driver calls free now; None where it does not say. `link_bytes_per_s` is what its
+    link to the host carries one way at best, before protocol overhead; None where it was not read.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -34,6 +38,7 @@ class Accelerator:
     free_bytes: int | None
     unified: bool = False
     driver: str | None = None
+    link_bytes_per_s: float | None = None
     rates: Rates | None = None
 
     @property

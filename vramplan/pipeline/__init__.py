@@ -1,0 +1,1 @@
+"""What a pipeline is made of, from a live object, a folder or a bundled profile."""

@@ -1,0 +1,59 @@
+"""Real pipelines with random weights, made once per session and loaded afresh by every test that asks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Before any library reads them. The variable and not torch.set_num_threads alone: the processes that tests
+# start inherit it, and tests that need no torch need not import it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+@pytest.fixture(scope="session")
+def _quiet_libraries() -> None:
+    import diffusers
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory, _quiet_libraries: None) -> Callable[[str], Path]:
+    """`small_folder("sd15-small")`: the folder of that pipeline. Shared by the session: to be read only."""
+    import make_pipeline
+
+    @cache
+    def folder(kind: str) -> Path:
+        return make_pipeline.save(kind, tmp_path_factory.mktemp("pipelines") / kind)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(small_folder: Callable[[str], Path]) -> Callable[..., DiffusionPipeline]:
+    """`small_pipeline("sd15-small", **from_pretrained_options)`: a new instance of it at every call."""
+    from diffusers import DiffusionPipeline
+
+    def load(kind: str, **options: Any) -> DiffusionPipeline:
+        pipeline = DiffusionPipeline.from_pretrained(small_folder(kind), local_files_only=True, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load

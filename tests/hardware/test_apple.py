@@ -1,0 +1,65 @@
+import platform
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from vramplan.hardware import Accelerator, Host, apple
+from vramplan.units import GIB
+
+HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+
+    def answer(output: str) -> None:
+        result = subprocess.CompletedProcess([], 0, stdout=output, stderr="")
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
+
+    return answer
+
+
+@pytest.mark.parametrize("machine", [("Linux", "aarch64"), ("Darwin", "x86_64"), ("Windows", "AMD64")])
+def test_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch, machine: tuple[str, str]) -> None:
+    monkeypatch.setattr(platform, "system", lambda: machine[0])
+    monkeypatch.setattr(platform, "machine", lambda: machine[1])
+    assert list(apple.probe(HOST)) == []
+
+
+def test_a_mac_shares_its_memory(mac: Callable[[str], None]) -> None:
+    mac("machdep.cpu.brand_string: Apple M2 Max\niogpu.wired_limit_mb: 0\n")
+    note, card = apple.probe(HOST)
+    assert "assumed" in note
+    assert card == Accelerator(
+        kind="mps",
+        index=0,
+        name="Apple M2 Max",
+        total_bytes=32 * GIB * 2 // 3,
+        free_bytes=20 * GIB,
+        unified=True,
+    )
+
+
+def test_the_owners_wired_limit_is_kept(mac: Callable[[str], None]) -> None:
+    mac("machdep.cpu.brand_string: Apple M2 Max\niogpu.wired_limit_mb: 16384\n")
+    (card,) = apple.probe(HOST)
+    assert isinstance(card, Accelerator)
+    assert (card.total_bytes, card.free_bytes) == (16 * GIB, 16 * GIB)
+
+
+def test_without_sysctl_the_share_is_assumed(mac: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    _, card = apple.probe(HOST)
+    assert isinstance(card, Accelerator)
+    assert card.name == "Apple GPU"
+
+
+@pytest.mark.parametrize(("memory", "usable_mib"), [(16, 10922), (32, 21845), (64, 49152)])
+def test_the_working_set_is_what_was_seen(memory: int, usable_mib: int) -> None:
+    assert apple.working_set(memory * GIB) >> 20 == usable_mib

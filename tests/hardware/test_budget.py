@@ -1,0 +1,203 @@
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vramplan.errors import UsageError
+from vramplan.hardware import Accelerator, Budget, Hardware, Host, make_budget
+from vramplan.units import GIB, MIB
+
+CARD = Accelerator(kind="cuda", index=0, name="Card 24", total_bytes=24 * GIB, free_bytes=20 * GIB)
+HOST = Host(total_bytes=64 * GIB, available_bytes=48 * GIB)
+MACHINE = Hardware(accelerators=(CARD,), host=HOST)
+MAC = Accelerator(kind="mps", index=0, name="M2", total_bytes=21 * GIB, free_bytes=18 * GIB, unified=True)
+
+
+def sizes(budget: Budget, memory: str) -> dict[str, int]:
+    return {item.name: item.size_bytes for item in budget.deductions if item.memory == memory}
+
+
+def with_card(**changes: object) -> Hardware:
+    return replace(MACHINE, accelerators=(replace(CARD, **changes),))
+
+
+def test_every_byte_between_free_and_the_budget_is_named() -> None:
+    budget = make_budget(MACHINE)
+    assert sizes(budget, "vram") == {"driver context": 512 * MIB, "margin": int(24 * GIB * 0.06)}
+    assert sizes(budget, "ram") == {"reserve": int(64 * GIB * 0.05)}
+    assert budget.vram_bytes == 20 * GIB - 512 * MIB - int(24 * GIB * 0.06)
+    assert budget.ram_bytes == 48 * GIB - int(64 * GIB * 0.05)
+    assert all(item.reason for item in budget.deductions)
+    assert "assumed" in budget.deductions[0].reason
+
+
+def test_small_memories_keep_the_least_margin_and_reserve() -> None:
+    small = Hardware(
+        accelerators=(replace(CARD, total_bytes=4 * GIB, free_bytes=4 * GIB),),
+        host=Host(total_bytes=8 * GIB, available_bytes=6 * GIB),
+    )
+    budget = make_budget(small)
+    assert sizes(budget, "vram")["margin"] == 512 * MIB
+    assert sizes(budget, "ram")["reserve"] == GIB
+
+
+def test_the_reserve_is_a_share_of_the_control_group_limit() -> None:
+    limited = replace(MACHINE, host=replace(HOST, limit_bytes=40 * GIB, available_bytes=30 * GIB))
+    assert make_budget(limited).ram_bytes == 30 * GIB - 2 * GIB
+
+
+def test_a_given_margin_replaces_the_default() -> None:
+    assert sizes(make_budget(MACHINE, margin="3GiB"), "vram")["margin"] == 3 * GIB
+    assert sizes(make_budget(MACHINE, margin="25%"), "vram")["margin"] == 6 * GIB
+
+
+@pytest.mark.parametrize("margin", ["0", "0%", " 0 ", "0MiB"])
+def test_a_margin_may_be_nothing(margin: str) -> None:
+    assert make_budget(MACHINE, margin=margin).vram_bytes == 20 * GIB - 512 * MIB
+
+
+@pytest.mark.parametrize("margin", ["-1GiB", "much", "150%", "-5%"])
+def test_a_senseless_margin_is_refused(margin: str) -> None:
+    with pytest.raises(UsageError):
+        make_budget(MACHINE, margin=margin)
+
+
+def test_without_an_accelerator_there_is_no_vram() -> None:
+    budget = make_budget(Hardware(accelerators=(), host=HOST), margin="1GiB")
+    assert budget.vram_bytes is None
+    assert sizes(budget, "vram") == {}
+
+
+def test_vram_without_an_accelerator_is_refused() -> None:
+    with pytest.raises(UsageError, match="no accelerator"):
+        make_budget(Hardware(accelerators=(), host=HOST), vram="8GiB")
+
+
+def test_the_first_accelerator_is_taken_unless_another_is_named() -> None:
+    second = replace(CARD, index=1, total_bytes=8 * GIB, free_bytes=8 * GIB)
+    both = replace(MACHINE, accelerators=(CARD, second))
+    assert make_budget(both) == make_budget(MACHINE)
+    assert make_budget(both, accelerator=second) == make_budget(replace(MACHINE, accelerators=(second,)))
+
+
+@pytest.mark.parametrize(
+    ("vram", "count"), [("12GiB", 12 * GIB), ("-1GiB", 19 * GIB), ("50%", 12 * GIB), ("24GiB", 24 * GIB)]
+)
+def test_given_vram_is_taken_as_it_is(vram: str, count: int) -> None:
+    budget = make_budget(MACHINE, vram=vram, margin="2GiB")
+    assert budget.vram_bytes == count
+    assert sizes(budget, "vram") == {}
+
+
+def test_more_vram_than_the_card_has_is_refused_with_both_numbers() -> None:
+    with pytest.raises(UsageError, match=r"32\.00 GiB.*Card 24 has 24\.00 GiB"):
+        make_budget(MACHINE, vram="32GiB")
+
+
+@pytest.mark.parametrize(
+    ("ram", "count"), [("16GiB", 16 * GIB), ("-8GiB", 40 * GIB), ("50%", 32 * GIB), ("96GiB", 96 * GIB)]
+)
+def test_given_ram_is_taken_as_it_is(ram: str, count: int) -> None:
+    budget = make_budget(MACHINE, ram=ram)
+    assert budget.ram_bytes == count
+    assert sizes(budget, "ram") == {}
+
+
+def test_unknown_free_memory_is_said() -> None:
+    budget = make_budget(with_card(free_bytes=None))
+    assert sizes(budget, "vram")["in use"] == 0
+    assert budget.vram_bytes == 24 * GIB - 512 * MIB - int(24 * GIB * 0.06)
+
+
+def test_a_shared_pool_is_limited_by_the_host_and_keeps_more_free() -> None:
+    shared = Hardware(accelerators=(MAC,), host=Host(total_bytes=32 * GIB, available_bytes=12 * GIB))
+    budget = make_budget(shared)
+    assert sizes(budget, "vram") == {"in use by the host": 6 * GIB, "margin": int(21 * GIB * 0.20)}
+    assert budget.vram_bytes == 12 * GIB - int(21 * GIB * 0.20)
+    assert make_budget(shared, vram="-1GiB").vram_bytes == 11 * GIB
+
+
+def test_a_shared_pool_that_the_host_does_not_bind_is_not_cut() -> None:
+    budget = make_budget(Hardware(accelerators=(MAC,), host=HOST))
+    assert sizes(budget, "vram") == {"margin": int(21 * GIB * 0.20)}
+
+
+def test_a_full_card_is_refused_with_the_numbers() -> None:
+    with pytest.raises(UsageError, match=r"no vram is left.*0\.50 GiB, less driver context 0\.50 GiB, margin"):
+        make_budget(with_card(free_bytes=512 * MIB))
+
+
+def test_exactly_nothing_left_is_refused_and_one_byte_is_not() -> None:
+    with pytest.raises(UsageError, match="no vram is left"):
+        make_budget(with_card(free_bytes=512 * MIB), margin="0")
+    assert make_budget(with_card(free_bytes=512 * MIB + 1), margin="0").vram_bytes == 1
+
+
+def test_a_full_host_is_refused_with_the_numbers() -> None:
+    with pytest.raises(UsageError, match=r"no ram is left.*1\.00 GiB, less reserve 3\.20 GiB"):
+        make_budget(replace(MACHINE, host=replace(HOST, available_bytes=GIB)))
+
+
+BYTES = st.integers(min_value=0, max_value=1 << 40)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Hardware:
+    total, host_total = draw(st.integers(1 << 20, 1 << 40)), draw(st.integers(1 << 20, 1 << 42))
+    limit = draw(st.none() | st.integers(1, host_total))
+    card = Accelerator(
+        kind=draw(st.sampled_from(["cuda", "rocm", "xpu", "mps"])),
+        index=0,
+        name="any",
+        total_bytes=total,
+        free_bytes=draw(st.none() | st.integers(0, total)),
+        unified=draw(st.booleans()),
+    )
+    available = draw(st.integers(0, limit or host_total))
+    host = Host(total_bytes=host_total, available_bytes=available, limit_bytes=limit)
+    return Hardware(accelerators=(card,), host=host)
+
+
+def budget_or_none(machine: Hardware, **amounts: str | None) -> Budget | None:
+    """The budget; None where nothing is left, which must be said in no other way."""
+    with suppress(UsageError):
+        return make_budget(machine, **amounts)
+    return None
+
+
+@settings(deadline=None)
+@given(machines(), st.none() | st.sampled_from(["0", "1GiB", "10%"]))
+def test_the_deductions_add_up_to_what_is_missing(machine: Hardware, margin: str | None) -> None:
+    budget = budget_or_none(machine, margin=margin)
+    if budget is None:
+        return
+    card = machine.accelerators[0]
+    start = card.total_bytes if card.free_bytes is None else card.free_bytes
+    assert budget.vram_bytes == start - sum(sizes(budget, "vram").values())
+    assert budget.ram_bytes == machine.host.available_bytes - sum(sizes(budget, "ram").values())
+    assert 0 < budget.vram_bytes <= start
+    assert 0 < budget.ram_bytes < machine.host.available_bytes
+    if card.unified:
+        assert budget.vram_bytes <= machine.host.available_bytes
+    assert all(item.size_bytes >= 0 for item in budget.deductions)
+
+
+@settings(deadline=None)
+@given(machines(), BYTES, BYTES)
+def test_a_larger_margin_never_gives_more(machine: Hardware, one: int, other: int) -> None:
+    less, more = (budget_or_none(machine, margin=str(size)) for size in sorted((one, other)))
+    if more is not None:
+        assert less is not None
+        assert less.vram_bytes - more.vram_bytes == abs(one - other)
+
+
+@settings(deadline=None)
+@given(machines(), st.integers(min_value=1, max_value=1 << 41))
+def test_a_given_amount_is_kept_to_the_byte_or_refused(machine: Hardware, count: int) -> None:
+    budget = budget_or_none(machine, vram=str(count), ram=str(count))
+    if count > machine.accelerators[0].total_bytes:
+        assert budget is None
+    else:
+        assert budget == Budget(vram_bytes=count, ram_bytes=count)

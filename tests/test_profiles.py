@@ -1,0 +1,314 @@
+"""The bundled facts are true of the installed libraries, and the loader says where a file is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vramplan import profiles
+from vramplan.errors import UsageError, VramplanError
+from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.profiles import (
+    ComponentProfile,
+    PipelineProfile,
+    device_accelerator,
+    device_names,
+    load_device_profile,
+    load_pipeline_profile,
+    pipeline_names,
+    profile_path,
+    rates_for,
+)
+
+ROOT = Path(__file__).parent.parent
+GIB = 1 << 30
+PIPELINES = pipeline_names()
+DEVICES = device_names()
+PARTS = [(pipeline, name) for pipeline in PIPELINES for name in sorted(load_pipeline_profile(pipeline).components)]
+
+
+@cache
+def counted(library: str, class_name: str, config: str) -> int:
+    module = build_weightless(library, class_name, json.loads(config))
+    assert all(tensor.device.type == "meta" for tensor in (*module.parameters(), *module.buffers()))
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def component(pipeline: str, name: str) -> ComponentProfile:
+    return load_pipeline_profile(pipeline).components[name]
+
+
+def roles(pipeline_class: type) -> tuple[set[str], set[str]]:
+    """The modules a pipeline class takes: those it must have, and those it may do without."""
+    import diffusers
+
+    required, _ = diffusers.DiffusionPipeline._get_signature_keys(pipeline_class)
+    optional = set(pipeline_class._optional_components)
+    return {name for name in required if name != "self"} - optional, optional
+
+
+def test_the_asked_for_profiles_are_there() -> None:
+    assert set(PIPELINES) == {
+        "cogvideox-2b",
+        "cogvideox-5b",
+        "flux.1-dev",
+        "stable-diffusion-1.5",
+        "stable-diffusion-xl",
+    }
+    assert len(DEVICES) >= 12
+    sizes = [load_device_profile(name).memory_bytes for name in DEVICES]
+    assert min(sizes) < 4 * GIB
+    assert max(sizes) > 80 * GIB
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_profile_loads_and_is_named_as_its_file(name: str) -> None:
+    profile = load_pipeline_profile(name)
+    assert profile.name == name
+    assert profile.workload.height > 0
+    assert (profile.workload.num_frames is not None) == name.startswith("cogvideox")
+    for repo in profile.repos:
+        assert load_pipeline_profile(repo.swapcase()) == profile
+
+
+@pytest.mark.parametrize(("pipeline", "name"), PARTS)
+def test_a_component_has_the_parameters_the_profile_says(pipeline: str, name: str) -> None:
+    part = component(pipeline, name)
+    found = component_class(part.library, part.class_name)
+    if part.parameters is None:
+        assert not hasattr(found, "parameters")
+    else:
+        assert counted(part.library, part.class_name, json.dumps(part.config)) == part.parameters
+
+
+@pytest.mark.parametrize(("pipeline", "name"), PARTS)
+def test_every_key_of_a_configuration_is_one_the_class_knows(pipeline: str, name: str) -> None:
+    part = component(pipeline, name)
+    found: Any = component_class(part.library, part.class_name)
+    if part.library == "diffusers":
+        assert part.config.keys() <= inspect.signature(found.__init__).parameters.keys()
+    elif getattr(found, "config_class", None) is not None:
+        assert all(hasattr(found.config_class(), key) for key in part.config)
+
+
+@pytest.mark.parametrize(("pipeline", "name"), PARTS)
+def test_what_is_recalled_is_marked(pipeline: str, name: str) -> None:
+    part = component(pipeline, name)
+    assert part.unconfirmed == ("recalled" in part.source)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_profile_has_the_modules_its_pipeline_class_takes(name: str) -> None:
+    import diffusers
+
+    profile = load_pipeline_profile(name)
+    required, optional = roles(getattr(diffusers, profile.pipeline))
+    parts = set(profile.components)
+    assert required - parts == set()
+    assert parts - required <= optional
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_default_workload_is_the_one_of_the_pipeline(name: str) -> None:
+    import diffusers
+
+    profile = load_pipeline_profile(name)
+    defaults = inspect.signature(getattr(diffusers, profile.pipeline).__call__).parameters
+    assert defaults["num_inference_steps"].default == profile.workload.num_inference_steps
+    assert defaults["guidance_scale"].default == profile.workload.guidance_scale
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_scheduler_can_be_made(name: str) -> None:
+    part = component(name, "scheduler")
+    scheduler = component_class(part.library, part.class_name).from_config(part.config)
+    assert {key: scheduler.config[key] for key in part.config} == part.config
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_profile_loads_and_is_found_by_what_the_driver_calls_it(name: str) -> None:
+    profile = load_device_profile(name.upper())
+    assert profile.name == name
+    assert profile.unconfirmed == ("recalled" in profile.source)
+    assert "float16" in profile.native
+    assert ("bfloat16" in profile.native) == (float(profile.compute_capability) >= 8)
+    for reported in profile.match:
+        rates = rates_for(reported.upper())
+        assert rates is not None
+        assert name in rates.source
+        assert rates == rates_for(reported.removeprefix("NVIDIA "))
+
+
+def test_no_two_devices_claim_one_name() -> None:
+    names = [reported for name in DEVICES for reported in load_device_profile(name).match]
+    assert len(names) == len(set(names))
+
+
+def test_an_unknown_accelerator_has_no_rates() -> None:
+    assert rates_for("Radeon RX 7900 XTX") is None
+    assert rates_for("NVIDIA A1") is None
+    assert rates_for("cuda") is None
+    assert rates_for("") is None
+
+
+def test_a_device_becomes_an_idle_accelerator() -> None:
+    accelerator = device_accelerator(load_device_profile("rtx-4090"))
+    assert accelerator.device == "cuda:0"
+    assert accelerator.name == "NVIDIA GeForce RTX 4090"
+    assert accelerator.free_bytes == accelerator.total_bytes
+    assert 23 * GIB < accelerator.total_bytes < 24 * GIB
+    rates = accelerator.rates
+    assert rates is not None
+    assert rates.memory_bytes_per_s == pytest.approx(1008e9)
+    assert rates.half_flops_per_s == pytest.approx(165.2e12)
+    # PCIe 4.0 x16: 31.5 GB/s each way, of which 80 % are assumed to be reached.
+    assert accelerator.link_bytes_per_s == pytest.approx(31.508e9, rel=1e-3)
+    assert rates.link_bytes_per_s == pytest.approx(25.206e9, rel=1e-3)
+    assert "assumed" in rates.source
+
+
+@pytest.mark.parametrize(
+    ("load", "wrong", "meant"),
+    [
+        (load_pipeline_profile, "cogvideo-5b", "cogvideox-5b"),
+        (load_pipeline_profile, "THUDM/CogVideoX-5", "THUDM/CogVideoX-5b"),
+        (load_device_profile, "RTX4090", "rtx-4090"),
+        (lambda name: profile_path("devices", name), "a100", "a100-40gb"),
+        (load_device_profile, "4090", "rtx-4090"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(load: Callable[[str], Any], wrong: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"{wrong}.*did you mean .*{meant}"):
+        load(wrong)
+
+
+def test_a_name_like_no_other_lists_what_there_is() -> None:
+    with pytest.raises(UsageError, match=r"there are .*rtx-4090"):
+        load_device_profile("zzzzzz")
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
+    """A way to have the SD 1.5 profile as the only one, with one thing changed."""
+    original = yaml.safe_load(profile_path("pipelines", "stable-diffusion-1.5").read_text(encoding="utf-8"))
+    path = tmp_path / "pipelines" / "broken.yaml"
+    path.parent.mkdir()
+    monkeypatch.setattr(profiles, "_directory", lambda: tmp_path)
+
+    def write(change: Callable[[dict[str, Any]], object]) -> Path:
+        change(original)
+        path.write_text(yaml.safe_dump(original), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda it: it.update(colour="red"), "colour: Unexpected keyword argument"),
+        (lambda it: it["components"]["unet"].update(colour="red"), "components.unet.colour: Unexpected"),
+        (
+            lambda it: it["components"]["unet"].update(class_name="X"),
+            "components.unet.class_name: Unexpected",
+        ),
+        (
+            lambda it: it["components"]["unet"].update(parameters="many"),
+            "components.unet.parameters: Input should be",
+        ),
+        (
+            lambda it: it["components"]["unet"].update(parameters="7"),
+            "components.unet.parameters: Input should be",
+        ),
+        (lambda it: it["components"]["unet"].pop("class"), "components.unet.class: Field required"),
+        (lambda it: it["workload"].update(height=512.5), "workload.height: Input should be"),
+        (lambda it: it.update(dtype="float8"), "dtype: Input should be"),
+        (lambda it: it.pop("repos"), "repos: Field required"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(
+    broken: Callable[[Callable[[dict[str, Any]], object]], Path],
+    change: Callable[[dict[str, Any]], object],
+    place: str,
+) -> None:
+    path = broken(change)
+    with pytest.raises(VramplanError) as caught:
+        load_pipeline_profile("broken")
+    assert str(caught.value).startswith(f"{path}: {place}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1", "is not YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("name: 2024-01-01", "more than plain values"),
+        ("- 1", "the whole document"),
+        ("", "the whole document"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    (tmp_path / "devices").mkdir()
+    (tmp_path / "devices" / "odd.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(profiles, "_directory", lambda: tmp_path)
+    with pytest.raises(VramplanError, match=said) as caught:
+        load_device_profile("odd")
+    assert "odd.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_facts_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "vramplan" / "profiles.py"))
+    with pytest.raises(VramplanError, match="install vramplan again"):
+        pipeline_names()
+
+
+def test_profiles_are_values() -> None:
+    profile: PipelineProfile = load_pipeline_profile("flux.1-dev")
+    assert profile == load_pipeline_profile("FLUX.1-dev")
+    with pytest.raises(AttributeError):
+        profile.name = "other"  # type: ignore[misc]
+
+
+def test_importing_the_loader_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, vramplan.profiles; "
+        "print([name for name in ('torch', 'diffusers', 'pydantic', 'yaml') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_wheel_carries_the_facts(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("vramplan-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    assert {f"vramplan/_profiles/pipelines/{name}.yaml" for name in PIPELINES} <= held
+    assert {f"vramplan/_profiles/devices/{name}.yaml" for name in DEVICES} <= held

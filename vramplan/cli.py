@@ -1,0 +1,269 @@
+"""The command line: parse, call, report. Data goes to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from vramplan._version import __version__
+from vramplan.errors import MismatchError, UsageError, VramplanError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FORMATS = ("auto", "human", "json", "yaml")
+
+
+class _Group(click.Group):
+    """Turns every failure into one line and the documented exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            return super().main(*args, **kwargs)
+        except click.ClickException as error:
+            _fail(f"{error.format_message()}", 2, error)
+        except click.Abort as error:
+            _fail("interrupted", 130, error)
+        except VramplanError as error:
+            _fail(str(error), error.exit_code, error)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+        except Exception as error:
+            _fail(f"{type(error).__name__}: {' '.join(str(error).split())}", 1, error)
+
+
+def _fail(message: str, code: int, error: BaseException) -> None:
+    if os.environ.get("VRAMPLAN_DEBUG"):
+        raise error
+    click.echo(f"vramplan: {message}", err=True)
+    sys.exit(code)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_format_options = _options(
+    click.option("--format", "form", type=click.Choice(FORMATS), default="auto", help="How to print."),
+    click.option("--json", "as_json", is_flag=True, help="Short for --format json."),
+)
+_machine_options = _options(
+    click.option("--device", help="cpu, a device of this machine (cuda:1), or a device profile (rtx-4070)."),
+    click.option("--vram", help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
+    click.option("--ram", help="RAM that may be used, likewise."),
+    click.option("--margin", help="VRAM kept free on purpose."),
+)
+_workload_options = _options(
+    click.option("--height", type=int, help="Pixels."),
+    click.option("--width", type=int, help="Pixels."),
+    click.option("--frames", type=int, help="Frames of a video."),
+    click.option("--batch", type=int, help="Pictures per prompt."),
+    click.option("--steps", type=int, help="Denoising steps."),
+)
+_load_options = _options(
+    click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
+    click.option("--allow-pickle", is_flag=True, help="Accept pickled weights. Only from people you trust."),
+)
+
+
+@click.group(cls=_Group, context_settings={"auto_envvar_prefix": "VRAMPLAN", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vramplan")
+@click.option("-v", "--verbose", is_flag=True, help="Show the libraries' own messages.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk on stderr but errors.")
+@click.pass_context
+def main(context: click.Context, verbose: bool, quiet: bool) -> None:
+    """Plan, apply and check the memory settings of a diffusers pipeline.
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 nothing fits, 4 the plan does not match this machine or pipeline.
+    """
+    context.obj = {"quiet": quiet, "verbose": verbose}
+    if not verbose:
+        # Set before diffusers and transformers are imported: their warnings are not about the plan.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+@main.command()
+@_machine_options
+@_format_options
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file.")
+def detect(form: str, as_json: bool, output: str | None, **machine: str | None) -> None:
+    """Say what this machine has and what may be used of it."""
+    from vramplan.hardware import make_budget
+    from vramplan.planning import choose_machine
+    from vramplan.report import hardware_dict, hardware_text, to_yaml
+
+    hardware, accelerator = choose_machine(machine.pop("device"))
+    budget = make_budget(hardware, accelerator=accelerator, **machine)
+    content = hardware_dict(hardware, budget)
+    if output:
+        _write(output, to_yaml(content) + "\n")
+    _print(content, lambda: hardware_text(hardware, budget), form, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@_machine_options
+@_workload_options
+@_load_options
+@click.option(
+    "--allow",
+    type=click.Choice(("lossless", "near_lossless", "lossy")),
+    help=(
+        "The least faithful setting that may be chosen. Left out: lossless, and VAE tiling where nothing lossless fits."
+    ),
+)
+@click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True)
+@click.option("--set", "fixed", multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
+@_format_options
+@click.pass_obj
+def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
+    """Choose the settings for MODEL: a pipeline folder, a bundled profile, or a hub id that one lists."""
+    from vramplan.planfile import dump_plan, plan_to_dict
+    from vramplan.planning import plan as make_plan
+
+    form, as_json = given.pop("form"), given.pop("as_json")
+    made = make_plan(model, settings=_fixed(fixed), **given)
+    if output:
+        _write(output, dump_plan(made))
+        if not obj["quiet"]:
+            click.echo(f"wrote {output}", err=True)
+    _print(plan_to_dict(made), lambda: str(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip())
+
+
+@main.command()
+@click.argument("plan_file", type=click.Path())
+@_format_options
+def explain(plan_file: str, form: str, as_json: bool) -> None:
+    """List every candidate of a plan: it fits, or is short by how much and where."""
+    from vramplan.planfile import load_plan, plan_to_dict
+    from vramplan.report import explain_text
+
+    loaded = load_plan(plan_file)
+    content = plan_to_dict(loaded)
+    shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
+    _print(shown, lambda: explain_text(loaded), form, as_json=as_json)
+
+
+@main.command()
+@click.argument("plan_file", type=click.Path())
+@click.option("--model", type=click.Path(file_okay=False), help="The pipeline's folder, if it is not where it was.")
+@click.option("--prompt", help="Generate from this text once the plan is applied.")
+@click.option("--negative-prompt", help="What the picture should not show.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the picture or video to this file.")
+@click.option("--allow-pickle", is_flag=True, help="Load pickled weights. Only from people you trust.")
+@click.pass_obj
+def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **given: Any) -> None:
+    """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
+    from vramplan.generate import check_output, run_plan
+    from vramplan.planfile import load_plan
+
+    if output and not given["prompt"]:
+        raise UsageError("--output needs --prompt: there is nothing to write without generating")
+    loaded = load_plan(plan_file)
+    if output:
+        check_output(output, loaded)
+    _check_machine(loaded)
+    say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
+    click.echo(run_plan(loaded, output=output, say=say, **given))
+
+
+@main.command()
+@click.argument("plan_file", type=click.Path())
+def check(plan_file: str) -> None:
+    """Say whether a plan would still fit this machine now. Exit code 4 if not."""
+    from vramplan.planfile import load_plan
+
+    click.echo(_check_machine(load_plan(plan_file)))
+
+
+@main.command()
+@click.argument("plan_file", type=click.Path())
+def code(plan_file: str) -> None:
+    """Print the plan as plain diffusers calls, to paste."""
+    from vramplan.generate import plan_code
+    from vramplan.planfile import load_plan
+
+    click.echo(plan_code(load_plan(plan_file)))
+
+
+@main.group()
+def profiles() -> None:
+    """The bundled facts about pipelines and devices."""
+
+
+@profiles.command("list")
+def list_profiles() -> None:
+    """Name every bundled profile."""
+    from vramplan.profiles import device_names, pipeline_names
+
+    click.echo("\n".join(["pipelines", *(f"  {name}" for name in pipeline_names())]))
+    click.echo("\n".join(["devices", *(f"  {name}" for name in device_names())]))
+
+
+@profiles.command("show")
+@click.argument("name")
+def show_profile(name: str) -> None:
+    """Print a bundled profile, sources included."""
+    from vramplan.profiles import ProfileKind, device_names, profile_path
+
+    kind: ProfileKind = "devices" if name.lower() in device_names() else "pipelines"
+    click.echo(profile_path(kind, name).read_text(encoding="utf-8").rstrip())
+
+
+def _check_machine(loaded: Any) -> str:
+    """A sentence on how the plan fits this machine now. Raises MismatchError where it does not."""
+    from vramplan.planning import fits_now
+
+    fits, sentence = fits_now(loaded)
+    if not fits:
+        raise MismatchError(sentence)
+    return sentence
+
+
+def _fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or not value:
+            raise UsageError(f"--set {text}: write AXIS=SETTING, as in --set placement=resident")
+        found.setdefault(key.strip(), []).append(value.strip())
+    return found
+
+
+def _print(
+    content: Any,
+    human: Callable[[], str],
+    form: str,
+    *,
+    as_json: bool = False,
+    yaml: Callable[[], str] | None = None,
+) -> None:
+    from vramplan.report import to_json, to_yaml
+
+    if as_json or form == "json":
+        click.echo(to_json(content))
+    elif form == "yaml":
+        click.echo(yaml() if yaml else to_yaml(content))
+    else:
+        click.echo(human())
+
+
+def _write(path: str, text: str) -> None:
+    from vramplan.planfile import write_text
+
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"--output {path}: its folder does not exist")
+    write_text(path, text)

@@ -1,0 +1,183 @@
+"""What `vramplan apply` does around applying: load, generate, write the result, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vramplan.errors import UsageError, VramplanError
+from vramplan.planfile import Plan
+from vramplan.units import format_bytes
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_VIDEOS = (".mp4", ".gif")
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    model: str | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    output: str | None = None,
+    allow_pickle: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Load, apply, generate when there is a prompt; the report of what was done and what it took.
+
+    Raises:
+        VramplanError: the pipeline cannot be loaded or the result not written.
+        MismatchError: the plan is for another pipeline or device.
+    """
+    from vramplan.apply import apply_plan
+    from vramplan.report import measured_text
+    from vramplan.verify import measured
+
+    folder = model_folder(plan, model)
+    say(f"loading {folder}")
+    pipe = load_pipeline(plan, folder, allow_pickle=allow_pickle)
+    applied = apply_plan(pipe, plan)
+    lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
+    if prompt is None:
+        return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
+    say(f"generating on {applied.device}")
+    with measured(applied.device) as took:
+        result = pipe(**call_arguments(pipe, plan, prompt, negative_prompt, seed))
+    if output:
+        write_result(result, Path(output))
+        lines.append(f"wrote {output}")
+    return "\n".join([*lines, "", measured_text(plan, took)])
+
+
+def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> Any:
+    """The plan's pipeline from a local folder, in the plan's dtypes. Nothing is downloaded, no code is run.
+
+    Raises:
+        VramplanError: the folder is not that pipeline, or is damaged.
+    """
+    import diffusers
+
+    from vramplan.pipeline.dtypes import torch_dtype
+    from vramplan.pipeline.folder import pipeline_class, read_index
+
+    cls = pipeline_class(folder, read_index(folder))
+    dtypes = {record.name: torch_dtype(record.dtype) for record in plan.model.components}
+    try:
+        return cls.from_pretrained(  # type: ignore[attr-defined]
+            folder,
+            dtype=dtypes,
+            local_files_only=True,
+            use_safetensors=None if allow_pickle else True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise VramplanError(f"{folder}: diffusers {diffusers.__version__} cannot load it: {reason}") from error
+
+
+def model_folder(plan: Plan, given: str | None) -> Path:
+    """The folder to load from: the one given, else the one planned for.
+
+    Raises:
+        UsageError: a plan made from a profile or a live pipeline has no folder of its own.
+    """
+    if given is None and (plan.model.source == "live" or plan.model.source.startswith("profile:")):
+        raise UsageError(f"the plan was made from {plan.model.source}: give --model FOLDER, where the weights are")
+    return Path(given or plan.model.source)
+
+
+def call_arguments(
+    pipe: Any, plan: Plan, prompt: str, negative_prompt: str | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """The arguments of a call that is the plan's workload, as far as this pipeline's call takes them."""
+    import inspect
+
+    import torch
+
+    work = plan.workload
+    takes = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+    wanted = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "height": work.height,
+        "width": work.width,
+        "num_frames": work.num_frames if work.num_frames > 1 else None,
+        "num_images_per_prompt": work.num_images_per_prompt,
+        "num_videos_per_prompt": work.num_images_per_prompt,
+        "num_inference_steps": work.num_inference_steps,
+        "guidance_scale": work.guidance_scale,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+    }
+    return {name: value for name, value in wanted.items() if value is not None and name in takes}
+
+
+def check_output(path: str, plan: Plan) -> None:
+    """Raises UsageError where the result could not be written, before anything is loaded."""
+    target = Path(path)
+    allowed = _VIDEOS if plan.workload.num_frames > 1 else _PICTURES
+    if target.suffix.lower() not in allowed:
+        raise UsageError(f"--output {path}: the name must end in {', '.join(allowed)}")
+    if not target.parent.is_dir():
+        raise UsageError(f"--output {path}: its folder does not exist")
+
+
+def write_result(result: Any, path: Path) -> None:
+    """Write the first picture or video, whole or not at all; several pictures get a number each."""
+    frames = getattr(result, "frames", None)
+    if frames is not None:
+        _whole(path, lambda target: _write_video(frames[0], target))
+        return
+    images = result.images
+    for place, image in enumerate(images):
+        target = path if len(images) == 1 else path.with_stem(f"{path.stem}-{place}")
+        _whole(target, image.save)
+
+
+def _write_video(frames: Any, path: Path) -> None:
+    if path.suffix.lower() == ".gif":
+        from diffusers.utils import export_to_gif
+
+        export_to_gif(frames, str(path))
+        return
+    from diffusers.utils import export_to_video
+
+    export_to_video(frames, str(path), fps=8)
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_stem(f".{path.stem}.part")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except ImportError as error:
+        raise VramplanError(f"{path}: writing it needs another package: {error}") from error
+    except OSError as error:
+        raise VramplanError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plan_code(plan: Plan) -> str:
+    """The plan as a script of plain diffusers calls, its loading included."""
+    from vramplan.apply import calls_of, parse_settings
+
+    placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
+    dtypes = {record.dtype for record in plan.model.components}
+    if len(dtypes) == 1:
+        dtype = f"torch.{dtypes.pop()}"
+    else:
+        pairs = ", ".join(f'"{record.name}": torch.{record.dtype}' for record in plan.model.components)
+        dtype = "{" + pairs + "}"
+    source = plan.model.source if plan.model.source != "live" else "PATH"
+    budget = plan.machine.budget
+    limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
+    lines = [
+        f"# {plan.model.class_name}{limit}: {plan.reason}",
+        "import torch",
+        f"from diffusers import {plan.model.class_name}",
+        "",
+        f'pipe = {plan.model.class_name}.from_pretrained("{source.removeprefix("profile:")}", dtype={dtype})',
+        *(line for line in calls_of(placed, decodes, plan.machine.device) if line != "import torch"),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""The device order that CUDA_VISIBLE_DEVICES and its HIP cousins leave. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+def visible_positions(text: str | None, uuids: Sequence[str | None]) -> list[int]:
+    """Positions in `uuids` of the devices that stay visible, in the order the program will see them.
+
+    `text` is the variable's value, None where it is not set. The grammar is the driver's, as torch reads it
+    (`_parse_visible_devices` in torch/cuda/__init__.py, 2.13): a list of numbers, or of `GPU-` identifiers
+    that may be cut short; the first invalid, negative or ambiguous entry ends it; a repeated one empties it.
+    """
+    if text is None:
+        return list(range(len(uuids)))
+    named = text.startswith("GPU-")
+    asked = [_by_uuid(entry, uuids) if named else _by_number(entry) for entry in text.split(",")]
+    listed = asked[: asked.index(None)] if None in asked else asked
+    if len(set(listed)) < len(listed):
+        return []
+    return _until_missing(listed, len(uuids))
+
+
+def _by_number(entry: str) -> int | None:
+    """The number the entry starts with (`1gpu` is 1, as strtoul reads it)."""
+    match = _INTEGER.match(entry.strip())
+    return int(match[0]) if match and int(match[0]) >= 0 else None
+
+
+def _by_uuid(entry: str, uuids: Sequence[str | None]) -> int | None:
+    """The one device whose identifier starts so."""
+    matches = [position for position, uuid in enumerate(uuids) if uuid and uuid.startswith(entry)]
+    return matches[0] if entry.startswith("GPU-") and len(matches) == 1 else None
+
+
+def _until_missing(listed: list[int | None], count: int) -> list[int]:
+    kept: list[int] = []
+    for position in listed:
+        if position is None or position >= count:
+            break
+        kept.append(position)
+    return kept

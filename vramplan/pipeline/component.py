@@ -1,0 +1,150 @@
+"""Describe one module: its weights, its pieces, and what diffusers 0.42 can and cannot do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vramplan.pipeline.geometry import bytes_by_dtype, measure, tensor_bytes, tensors_of
+from vramplan.pipeline.tiles import tiling_of
+from vramplan.pipeline.types import Component, Role
+
+if TYPE_CHECKING:
+    import torch
+
+_VAE_MARKS = ("Autoencoder", "VAE", "VQ", "MoVQ", "Vae")
+_CONTROL_MARKS = ("ControlNet", "T2IAdapter", "MultiAdapter")
+_DENOISER_MARKS = ("Transformer", "UNet", "DiT", "Prior", "Denoiser")
+_VISION_MARKS = ("Vision", "Siglip", "Dinov2", "ImageEncoder", "DPT")
+
+
+def role_of(name: str, library: str, class_name: str) -> Role:
+    """What part a component plays, from its name in the pipeline and its class."""
+    if name.endswith("text_encoder") or "text_encoder" in name or name in ("bert", "language_model"):
+        return "text_encoder"
+    if "image_encoder" in name or (library == "transformers" and _any_in(_VISION_MARKS, class_name)):
+        return "other" if name == "safety_checker" else "image_encoder"
+    if name in ("controlnet", "adapter") or _any_in(_CONTROL_MARKS, class_name):
+        return "control"
+    if name in ("vae", "movq", "vqvae", "vqgan", "audio_vae") or _any_in(_VAE_MARKS, class_name):
+        return "vae"
+    if library == "diffusers" and name != "motion_adapter" and _any_in(_DENOISER_MARKS, class_name):
+        return "denoiser"
+    return "other"
+
+
+def describe_component(
+    name: str,
+    module: torch.nn.Module,
+    *,
+    library: str | None = None,
+    live: bool = False,
+    converted_at_load: bool = False,
+) -> Component:
+    """The component as a value. `module` may be live or weightless; only shapes and dtypes are read."""
+    library = library or type(module).__module__.split(".")[0]
+    role = role_of(name, library, type(module).__name__)
+    sizes = bytes_by_dtype(module)
+    dtype = next((kind for kind in sizes if "float" in kind), next(iter(sizes), "float32"))
+    return Component(
+        name=name,
+        library=library,
+        class_name=type(module).__name__,
+        role=role,
+        weight_bytes=sum(sizes.values()),
+        parameter_count=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        dtype=dtype,
+        dtype_bytes=sizes,
+        geometry=measure(module),
+        config=_plain_config(module),
+        element_bytes=_compute_element_bytes(role, dtype, module),
+        slicing=hasattr(module, "use_slicing"),
+        tiling=tiling_of(module),
+        group_offload_refusal=_group_refusal(module),
+        block_offload_refusal=_block_refusal(role, module),
+        leaf_offload_refusal=_leaf_refusal(module),
+        move_refusal=_move_refusal(module),
+        device=device_of(module) if live else None,
+        hooks=hooks_of(module) if live else (),
+        converted_at_load=converted_at_load,
+    )
+
+
+def device_of(module: torch.nn.Module) -> str | None:
+    """The device of a module's largest tensor, None where it has no tensors."""
+    heaviest = max(tensors_of(module), key=tensor_bytes, default=None)
+    return None if heaviest is None else str(heaviest.device)
+
+
+def hooks_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """The offloading and casting hooks a live module already carries, by diffusers' names."""
+    found = {_accelerate_hook(child) for child in module.modules() if hasattr(child, "_hf_hook")}
+    for child in module.modules():
+        registry = getattr(child, "_diffusers_hook", None)
+        if registry is not None:
+            found |= {hook for hook in ("group_offloading", "layerwise_casting") if registry.get_hook(hook)}
+    return tuple(sorted(found))
+
+
+def _compute_element_bytes(role: Role, dtype: str, module: torch.nn.Module) -> int:
+    """Bytes of one activation: SDXL-family pipelines decode a float16 VAE in float32 (`force_upcast`)."""
+    config = getattr(module, "config", {})
+    if role == "vae" and dtype == "float16" and _config_get(config, "force_upcast"):
+        return 4
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
+
+
+def _group_refusal(module: torch.nn.Module) -> str | None:
+    if getattr(module, "_supports_group_offloading", True) is False:
+        return f"{type(module).__name__} does not support group offloading (_supports_group_offloading is False)"
+    return None
+
+
+def _block_refusal(role: Role, module: torch.nn.Module) -> str | None:
+    """A VAE's encode and decode never reach hooks on its top level, unless its class names its blocks."""
+    if role == "vae" and not getattr(module, "_group_offload_block_modules", None):
+        return (
+            f"block-level groups of {type(module).__name__} would never be loaded: encode() and decode() "
+            "do not run the hooks (diffusers issue 12319); use leaf-level"
+        )
+    return None
+
+
+def _leaf_refusal(module: torch.nn.Module) -> str | None:
+    """nn.MultiheadAttention reads its projections' weights without calling them, so no hook loads them."""
+    import torch
+
+    if any(isinstance(child, torch.nn.MultiheadAttention) for child in module.modules()):
+        return (
+            f"{type(module).__name__} contains torch.nn.MultiheadAttention, whose weights are used without a "
+            "call that would load them"
+        )
+    return None
+
+
+def _move_refusal(module: torch.nn.Module) -> str | None:
+    if getattr(module, "is_loaded_in_8bit", False):
+        return f"{type(module).__name__} is quantized to 8 bit by bitsandbytes, which keeps it on its device"
+    return None
+
+
+def _accelerate_hook(module: torch.nn.Module) -> str:
+    hook = module._hf_hook
+    names = [type(inner).__name__ for inner in getattr(hook, "hooks", (hook,))]
+    return "model_cpu_offload" if "CpuOffload" in names else "sequential_cpu_offload"
+
+
+def _plain_config(module: torch.nn.Module) -> Mapping[str, Any]:
+    config = getattr(module, "config", None)
+    if config is None:
+        return {}
+    items = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {str(key): value for key, value in items.items() if not str(key).startswith("_")}
+
+
+def _config_get(config: Any, key: str) -> Any:
+    return config.get(key) if hasattr(config, "get") else getattr(config, key, None)
+
+
+def _any_in(marks: tuple[str, ...], text: str) -> bool:
+    return any(mark in text for mark in marks)

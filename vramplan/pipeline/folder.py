@@ -1,0 +1,196 @@
+"""Describe a pipeline saved in a local folder, from its configurations and safetensors headers.
+
+No weight is read: a header says the name, dtype and shape of every tensor in the first kilobytes of a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vramplan.errors import VramplanError
+from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES, cast_as_loaded
+from vramplan.pipeline.geometry import tensors_of
+from vramplan.pipeline.live import assemble
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """What the weight files of one component hold: elements and bytes, and the dtype most bytes have."""
+
+    elements: int
+    size_bytes: int
+    dtype: str
+
+
+def spec_from_folder(folder: Path, *, dtype: str | None = None, allow_pickle: bool = False) -> PipelineSpec:
+    """The description of the pipeline in `folder`, as loading it with `dtype` would make it.
+
+    Without `dtype` each component keeps the dtype it is stored in, so that loading changes nothing.
+
+    Raises:
+        VramplanError: not a pipeline folder, a part of it missing or damaged, a class unknown here, or
+            weights that are pickles while `allow_pickle` is off.
+    """
+    index = read_index(folder)
+    cls = pipeline_class(folder, index)
+    parts = tuple(_components(folder, index, dtype=dtype, allow_pickle=allow_pickle))
+    notes = tuple(note for _, note in parts if note)
+    return assemble(cls, tuple(component for component, _ in parts), source=str(folder), notes=notes)
+
+
+def read_index(folder: Path) -> Mapping[str, Any]:
+    """The folder's `model_index.json`. Raises VramplanError where there is none or it is damaged."""
+    if not folder.is_dir():
+        raise VramplanError(f"{folder}: no such folder")
+    if not (folder / INDEX).is_file():
+        raise VramplanError(f"{folder} has no {INDEX}: it is not a saved diffusers pipeline")
+    return _read_json(folder / INDEX)
+
+
+def pipeline_class(folder: Path, index: Mapping[str, Any]) -> type:
+    """The diffusers class the index names. Raises VramplanError for a class that is not diffusers' own."""
+    import diffusers
+
+    name = index.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise VramplanError(
+            f"{folder / INDEX}: _class_name {name!r} is not a pipeline class of diffusers {diffusers.__version__}"
+        )
+    return found
+
+
+def stored_weights(folder: Path) -> StoredWeights | None:
+    """What the component's safetensors files hold, read from their headers; None where there are none.
+
+    Raises:
+        VramplanError: a file that the index names is missing, or a header that cannot be read.
+    """
+    files = _weight_files(folder)
+    if not files:
+        return None
+    elements = 0
+    by_dtype: dict[str, int] = {}
+    for path in files:
+        for dtype, count, size in _header(path):
+            elements += count
+            by_dtype[dtype] = by_dtype.get(dtype, 0) + size
+    floating = {name: size for name, size in by_dtype.items() if "float" in name} or by_dtype
+    return StoredWeights(
+        elements=elements,
+        size_bytes=sum(by_dtype.values()),
+        dtype=max(floating, key=lambda name: floating[name], default="float32"),
+    )
+
+
+def _components(
+    folder: Path, index: Mapping[str, Any], *, dtype: str | None, allow_pickle: bool
+) -> Iterable[tuple[Component, str | None]]:
+    import torch
+
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or None in entry:
+            continue
+        library, class_name = entry
+        cls = component_class(library, class_name)
+        if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+            yield _component(folder / name, name, library, class_name, dtype=dtype, allow_pickle=allow_pickle)
+
+
+def _component(
+    folder: Path, name: str, library: str, class_name: str, *, dtype: str | None, allow_pickle: bool
+) -> tuple[Component, str | None]:
+    config = _read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise VramplanError(
+            f"{folder}: its weights are quantized; load the pipeline and call vramplan.auto_configure(pipe)"
+        )
+    stored = stored_weights(folder)
+    if stored is None and not allow_pickle:
+        raise VramplanError(
+            f"{folder} has no safetensors weights; pass --allow-pickle to load pickled weights you trust"
+        )
+    module = build_weightless(library, class_name, config)
+    stored_dtype = stored.dtype if stored else "float32"
+    cast_as_loaded(module, dtype or stored_dtype)
+    component = describe_component(name, module, library=library, converted_at_load=dtype not in (None, stored_dtype))
+    return component, _disagreement(folder, module, stored)
+
+
+def _disagreement(folder: Path, module: torch.nn.Module, stored: StoredWeights | None) -> str | None:
+    """A note, where the files hold another number of elements than the class has saved tensors."""
+    if stored is None:
+        return f"{folder.name}: sizes are those of the class; its weights are pickles, which were not read"
+    expected = sum(tensor.numel() for tensor in tensors_of(module))
+    unsaved = sum(tensor.numel() for tensor in _unsaved_tensors(module))
+    if expected - unsaved == stored.elements:
+        return None
+    return (
+        f"{folder.name}: its files hold {stored.elements:,} elements ({format_bytes(stored.size_bytes)}), "
+        f"{type(module).__name__} has {expected - unsaved:,}; the plan counts what will be loaded"
+    )
+
+
+def _unsaved_tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
+    """Buffers that a class computes for itself and does not save."""
+    for child in module.modules():
+        for name in child._non_persistent_buffers_set:
+            buffer = child._buffers.get(name)
+            if buffer is not None:
+                yield buffer
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files `from_pretrained` would read: one file, or the shards its index names."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            shards = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+            missing = [path for path in shards if not path.is_file()]
+            if missing:
+                raise VramplanError(f"{index} names {missing[0].name}, which is missing")
+            return shards
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    return []
+
+
+def _header(path: Path) -> Iterable[tuple[str, int, int]]:
+    """For each tensor in the file: its torch dtype name, its elements, its bytes."""
+    from huggingface_hub import parse_local_safetensors_file_metadata
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        tensors = parse_local_safetensors_file_metadata(path).tensors
+    except (SafetensorsParsingError, OSError, ValueError) as error:
+        raise VramplanError(f"{path}: not a readable safetensors file ({error})") from error
+    for tensor in tensors.values():
+        start, end = tensor.data_offsets
+        if end > path.stat().st_size:
+            raise VramplanError(f"{path}: the file ends before its tensors do; download or save it again")
+        yield SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype.lower()), tensor.parameter_count, end - start
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VramplanError(f"{path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise VramplanError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise VramplanError(f"{path}: expected an object, found {type(content).__name__}")
+    return content

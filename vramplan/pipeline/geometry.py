@@ -1,0 +1,104 @@
+"""Measure a module's weights: in all, by dtype, and by the pieces offloading moves.
+
+Everything here reads shapes and dtypes only, so it serves a live module and one on the meta device alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vramplan.pipeline.types import Geometry
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Every parameter and buffer, each tied tensor once."""
+    seen: dict[int, torch.Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        seen.setdefault(id(tensor), tensor)
+    return list(seen.values())
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """The bytes a tensor holds; those of its inner tensors where it is a quantized wrapper (torchao)."""
+    names = getattr(type(tensor), "tensor_data_names", None)
+    if names:
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def module_bytes(module: torch.nn.Module) -> int:
+    """The bytes of a module's parameters and buffers, each tied tensor once."""
+    return sum(map(tensor_bytes, tensors_of(module)))
+
+
+def bytes_by_dtype(module: torch.nn.Module) -> dict[str, int]:
+    """The bytes of a module's tensors by dtype name (`bfloat16`), largest first."""
+    totals: dict[str, int] = {}
+    for tensor in tensors_of(module):
+        name = str(tensor.dtype).removeprefix("torch.")
+        totals[name] = totals.get(name, 0) + tensor_bytes(tensor)
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that holds `count` bytes; 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def block_modules_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """The submodule names that lead to a module's `ModuleList` of blocks; empty when it is a direct child.
+
+    Block-level group offloading looks at direct children only (diffusers 0.42,
+    `_apply_group_offloading_block_level`): the blocks of a T5 encoder stand one level deeper and are
+    found only with `block_modules=["encoder"]`.
+    """
+    if getattr(module, "_group_offload_block_modules", None):
+        return ()  # diffusers reads its own classes' declaration by itself
+    path: list[str] = []
+    current = module
+    while not any(_is_list(child) and len(list(child.parameters())) > 0 for child in current.children()):
+        heaviest = max(current.named_children(), key=lambda item: module_bytes(item[1]), default=None)
+        if heaviest is None or module_bytes(heaviest[1]) * 2 < module_bytes(module):
+            return ()
+        path.append(heaviest[0])
+        current = heaviest[1]
+    return tuple(path)
+
+
+def measure(module: torch.nn.Module) -> Geometry:
+    """How the module can be cut into blocks and leaves, and what pinned copies of it would occupy."""
+    names = block_modules_of(module)
+    looked_into = frozenset(getattr(module, "_group_offload_block_modules", None) or names)
+    lists = [tuple(map(module_bytes, blocks)) for blocks in _block_lists(module, looked_into)]
+    leaves = [size for size in map(module_bytes, _leaves(module)) if size]
+    total = module_bytes(module)
+    return Geometry(
+        block_lists=tuple(lists),
+        block_modules=names if lists else (),
+        rest_bytes=max(0, total - sum(map(sum, lists))),
+        largest_leaf_bytes=max(leaves, default=total),
+        leaf_count=len(leaves),
+        pinned_bytes=sum(power_of_two(tensor_bytes(tensor)) for tensor in tensors_of(module)),
+    )
+
+
+def _block_lists(module: torch.nn.Module, names: frozenset[str]) -> Iterable[list[torch.nn.Module]]:
+    for name, child in module.named_children():
+        if name in names:
+            yield from _block_lists(child, names)
+        elif _is_list(child) and module_bytes(child):
+            yield list(child.children())
+
+
+def _is_list(module: torch.nn.Module) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.ModuleList | torch.nn.Sequential)
+
+
+def _leaves(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    return (child for child in module.modules() if next(child.children(), None) is None)

@@ -1,0 +1,260 @@
+"""The plan: a YAML file that a person can read, diff and edit, loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vramplan.errors import VramplanError
+from vramplan.hardware.types import Accelerator, Budget, Host
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.candidates import Refused
+from vramplan.planner.demand import Demand
+from vramplan.strategies.base import Quality
+from vramplan.units import format_bytes
+from vramplan.workload import Workload
+
+SCHEMA_VERSION = 1
+_BYTES_LINE = re.compile(r"^(\s*(?:- )?\w+_bytes: )(-?\d+)$", re.MULTILINE)
+_HEADER = """\
+# A vramplan plan: how to run this pipeline within this memory. `vramplan apply` makes it so.
+# The settings may be edited; what cannot work is refused with the reason.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentRecord:
+    """A component as it was planned for: its class, weights in bytes and the dtype most of them have."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    class_name: str
+    library: str
+    dtype: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecord:
+    """The pipeline a plan is for. `source` is `live`, a folder, or `profile:NAME`."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    source: str
+    class_name: str
+    fingerprint: str
+    components: tuple[ComponentRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRecord:
+    """The machine a plan is for: the torch device, what it is, and what may be used of it."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    device: str
+    accelerator: Accelerator | None
+    host: Host
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is to be done: one placement per component, and how the VAE decodes (nothing: plainly)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    placement: Mapping[str, str]
+    decode: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projected:
+    """The price of a candidate in short: bytes and seconds, and the basis of the weakest number."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    vram_allocated_bytes: int
+    vram_reserved_bytes: int
+    ram_bytes: int
+    pinned_bytes: int
+    seconds_per_step: float
+    seconds_per_call: float
+    basis: Literal["measured", "simulated", "derived", "assumed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """A candidate and what became of it."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    settings: Settings
+    verdict: Literal["chosen", "fits", "rejected"]
+    reason: str
+    projected: Projected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How one pipeline is to run one workload on one machine, and why so."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    schema_version: int
+    vramplan_version: str
+    model: ModelRecord
+    workload: Workload
+    machine: MachineRecord
+    settings: Settings
+    quality: Quality
+    projected: Demand
+    reason: str
+    notes: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    candidates: tuple[Considered, ...] = ()
+
+    def __str__(self) -> str:
+        from vramplan.report import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def fingerprint(spec: PipelineSpec) -> str:
+    """A short hash of what the plan depends on: classes, weights and dtypes, not the weights' values."""
+    facts = [
+        spec.class_name,
+        *(
+            [c.name, c.class_name, c.weight_bytes, c.parameter_count, c.dtype]
+            for c in sorted(spec.components, key=lambda component: component.name)
+        ),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain mappings, lists, numbers and text."""
+    return asdict(plan)
+
+
+def dump_plan(plan: Plan) -> str:
+    """The plan as YAML: one line for each candidate, and sizes repeated in GiB as comments."""
+    import yaml
+
+    content = _plain(plan_to_dict(plan))
+    candidates = content.pop("candidates")
+    text = yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
+    text = _BYTES_LINE.sub(lambda match: f"{match[0]}  # {format_bytes(int(match[2]))}", text)
+    lines = (
+        yaml.safe_dump(item, sort_keys=False, default_flow_style=True, width=1 << 20, allow_unicode=True)
+        for item in candidates
+    )
+    return _HEADER + text + ("candidates:\n" + "".join(f"- {line}" for line in lines) if candidates else "")
+
+
+def parse_plan(text: str, *, name: str = "plan") -> Plan:
+    """The plan that YAML text holds. No tag can make code run: only plain YAML is read.
+
+    Raises:
+        VramplanError: not YAML, another schema, an unknown key or a wrong type; the message says where.
+    """
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = str(error).split("\n")[0]
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise VramplanError(f"{name}{where}: not readable YAML ({problem})") from error
+    _check_schema(content, name)
+    try:
+        return TypeAdapter(Plan).validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        raise VramplanError(f"{name}: {validation_message(error)}") from error
+
+
+def validation_message(error: Any) -> str:
+    """The first thing a validation found wrong, as `settings.decode: what is wrong`."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    words = {
+        "missing": "is missing",
+        "missing_argument": "is missing",
+        "missing_keyword_only_argument": "is missing",
+        "unexpected_keyword_argument": "is not a key here",
+    }
+    return f"{path} {words[first['type']]}" if first["type"] in words else f"{path}: {first['msg']}"
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan in a file. Raises VramplanError where it cannot be read or is no plan."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise VramplanError(f"{path}: cannot be read ({reason})") from error
+    return parse_plan(text, name=str(path))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write the whole file or nothing: to a temporary name in the same folder, then renamed.
+
+    Raises:
+        VramplanError: the folder is missing, not writable, or full; an older file is left as it was.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise VramplanError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check_schema(content: Any, name: str) -> None:
+    if not isinstance(content, dict):
+        raise VramplanError(f"{name}: not a plan (expected a mapping, found {type(content).__name__})")
+    version = content.get("schema_version")
+    if version is None:
+        raise VramplanError(f"{name}: schema_version is missing: not a plan")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise VramplanError(
+            f"{name}: schema_version {version!r}; this vramplan reads {SCHEMA_VERSION}: make the plan again"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and seconds to four digits: what YAML shows people."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

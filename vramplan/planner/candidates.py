@@ -1,0 +1,210 @@
+"""Enumerate candidates: one setting per axis, nothing that a strategy refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from vramplan.errors import UsageError
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.strategies import DECODES, PLACEMENTS, Decode, Placement
+from vramplan.strategies.resident import Resident
+from vramplan.strategies.settings import PLAIN, format_setting, parse_decode, parse_placement
+from vramplan.workload import Workload
+
+# Companions of the denoiser weigh on the choice one by one only while there are few of them.
+_MOST_COMPANION_CHOICES = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open."""
+
+    everywhere: Placement | None = None
+    placement: Mapping[str, Placement] = field(default_factory=dict)
+    decode: tuple[Decode, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A setting that cannot be, and why."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    setting: str
+    component: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Candidates that differ only in where the denoiser's companions go: one line of an explanation."""
+
+    placements: tuple[Mapping[str, Placement], ...]
+    decode: tuple[Decode, ...]
+
+
+def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec) -> Fixed:
+    """`{"placement.transformer": "group_offload:type=leaf", "decode": ["vae_slicing"]}` as settings.
+
+    Raises:
+        UsageError: an axis or component that does not exist, or a setting that cannot stand there.
+    """
+    everywhere: Placement | None = None
+    placement: dict[str, Placement] = {}
+    decode: list[Decode] | None = None
+    for key, value in settings.items():
+        axis, _, name = key.partition(".")
+        texts = [value] if isinstance(value, str) else list(value)
+        if axis == "decode" and not name:
+            decode = [parse_decode(text) for text in texts if text != PLAIN]
+        elif axis == "placement" and not name:
+            everywhere = parse_placement(texts[-1])
+        elif axis == "placement":
+            placement[name] = _component_placement(name, texts[-1], spec)
+        else:
+            raise UsageError(f"--set {key}: the axes are placement, placement.COMPONENT and decode")
+    if everywhere is not None and everywhere.whole_pipeline and placement:
+        raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
+    return Fixed(everywhere=everywhere, placement=placement, decode=None if decode is None else tuple(decode))
+
+
+def _component_placement(name: str, text: str, spec: PipelineSpec) -> Placement:
+    names = [component.name for component in spec.components]
+    if name not in names:
+        raise UsageError(f"placement.{name}: {spec.class_name} has no {name}, only {', '.join(names)}")
+    setting = parse_placement(text)
+    if setting.whole_pipeline:
+        raise UsageError(
+            f"{setting.name} is for the whole pipeline, never for {name} alone: set placement={setting.name}"
+        )
+    return setting.complete(spec.component(name))
+
+
+def rows(
+    spec: PipelineSpec, workload: Workload, fixed: Fixed, accelerator: Accelerator | None
+) -> tuple[list[Row], list[Refused]]:
+    """The candidates, and the settings that were refused with the reason for each."""
+    refused: dict[tuple[str, str], Refused] = {}
+    groups = _placement_groups(spec, fixed, accelerator, refused)
+    decodes = _decodes(spec, workload, fixed, refused)
+    found = [Row(placements=tuple(group), decode=decode) for group in groups for decode in decodes if group]
+    return found, list(refused.values())
+
+
+def _placement_groups(
+    spec: PipelineSpec,
+    fixed: Fixed,
+    accelerator: Accelerator | None,
+    refused: dict[tuple[str, str], Refused],
+) -> Iterable[list[Mapping[str, Placement]]]:
+    def allowed(component: Component, setting: Placement) -> bool:
+        reason = setting.refusal(component, spec, accelerator)
+        if reason is not None:
+            text = format_setting(setting)
+            refused.setdefault((text, reason), Refused(setting=text, component=component.name, reason=reason))
+        return reason is None
+
+    if accelerator is None:
+        _refuse_offload_on_cpu(fixed)
+        yield [{component.name: Resident() for component in spec.components}]
+        return
+    for cls in PLACEMENTS:
+        setting = fixed.everywhere or cls()
+        if cls.whole_pipeline and isinstance(setting, cls) and not fixed.placement:
+            verdicts = [allowed(component, setting) for component in spec.components]
+            yield [dict.fromkeys((c.name for c in spec.components), setting)] if all(verdicts) else []
+    if fixed.everywhere is None or not fixed.everywhere.whole_pipeline:
+        yield from _mixed(spec, fixed, allowed)
+
+
+def _refuse_offload_on_cpu(fixed: Fixed) -> None:
+    wanted = [*([fixed.everywhere] if fixed.everywhere else []), *fixed.placement.values()]
+    for setting in wanted:
+        if not isinstance(setting, Resident):
+            raise UsageError(f"{setting.name} needs an accelerator, and none was found; plan with --device NAME")
+
+
+def _mixed(
+    spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]
+) -> Iterable[list[Mapping[str, Placement]]]:
+    """Component by component: the denoisers share one setting, their companions take every mix."""
+    heads = [component for component in spec.components if component.role in ("denoiser", "control")]
+    heads = heads or list(spec.components[:1])
+
+    def options(component: Component) -> list[Placement]:
+        chosen = fixed.placement.get(component.name) or fixed.everywhere
+        wanted = [chosen.complete(component)] if chosen else _variants(component)
+        usable = [setting for setting in wanted if allowed(component, setting)]
+        # A setting for all components is for those that can take it: no VAE can be grouped by block.
+        if not usable and component.name not in fixed.placement and component not in heads:
+            usable = [setting for setting in _variants(component) if allowed(component, setting)]
+        return usable
+
+    companions = [component for component in spec.components if component not in heads]
+    by_companion = _thinned([options(component) for component in companions])
+    per_head = {component.name: options(component) for component in heads}
+    for leading in per_head[heads[0].name]:
+        placed = {name: _matching(leading, choices) for name, choices in per_head.items()}
+        if None in placed.values():
+            continue
+        yield [
+            {**placed, **dict(zip((c.name for c in companions), mix, strict=True))}  # type: ignore[dict-item]
+            for mix in product(*by_companion)
+        ]
+
+
+def _variants(component: Component) -> list[Placement]:
+    return [setting for cls in PLACEMENTS if not cls.whole_pipeline for setting in cls.variants(component)]
+
+
+def _matching(leading: Placement, choices: Sequence[Placement]) -> Placement | None:
+    """The same setting for another denoiser, or its only one where it was set by hand or differs in detail."""
+    if leading in choices:
+        return leading
+    return choices[0] if len(choices) == 1 else None
+
+
+def _thinned(choices: list[list[Placement]]) -> list[list[Placement]]:
+    """At most so many mixes: with many companions each keeps only its first and its smallest choice."""
+    total = 1
+    for options in choices:
+        total *= len(options)
+    if total <= _MOST_COMPANION_CHOICES:
+        return choices
+    return [options[:1] + options[-1:] if len(options) > 1 else options for options in choices]
+
+
+def _decodes(
+    spec: PipelineSpec, workload: Workload, fixed: Fixed, refused: dict[tuple[str, str], Refused]
+) -> list[tuple[Decode, ...]]:
+    """Plain first. Videos take slicing and tiling together, pictures each alone and both."""
+    if not spec.vaes:
+        return [()]
+    vae = next((component for component in spec.vaes if component.name == "vae"), spec.vaes[0])
+    if fixed.decode is not None:
+        return [fixed.decode] if not _decode_refusals(fixed.decode, vae, workload, refused) else []
+    must_tile = vae.tiling is not None and vae.tiling.required
+    found: list[tuple[Decode, ...]] = [] if must_tile else [()]
+    options = [list(cls.variants(vae, workload)) for cls in DECODES]
+    usable = [[s for s in settings if not _decode_refusals((s,), vae, workload, refused)] for settings in options]
+    together = [tuple(mix) for mix in product(*filter(None, usable))] if any(usable) else []
+    if spec.video:
+        return found + together
+    alone = [(setting,) for settings in usable for setting in settings]
+    if workload.num_images_per_prompt == 1:  # slicing a single picture changes nothing
+        return found + [mix for mix in alone if mix[0].quality != "lossless"]
+    return found + list(dict.fromkeys([*alone, *together]))
+
+
+def _decode_refusals(
+    settings: Sequence[Decode], vae: Component, workload: Workload, refused: dict[tuple[str, str], Refused]
+) -> bool:
+    reasons = [(setting, setting.refusal(vae, workload)) for setting in settings]
+    for setting, reason in reasons:
+        if reason is not None:
+            text = format_setting(setting)
+            refused.setdefault((text, reason), Refused(setting=text, component=vae.name, reason=reason))
+    return any(reason for _, reason in reasons)

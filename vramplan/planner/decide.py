@@ -1,0 +1,190 @@
+"""Keep the fastest candidate that fits, and a sentence on why each other one was not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vramplan.errors import NothingFitsError, UsageError
+from vramplan.hardware.types import Accelerator, Budget
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.candidates import Fixed, Refused, rows
+from vramplan.planner.demand import Demand, price
+from vramplan.planner.footprint import Footprint
+from vramplan.strategies.base import QUALITIES, Decode, Placement, Quality
+from vramplan.units import format_bytes
+from vramplan.workload import Workload
+
+Verdict = Literal["chosen", "fits", "rejected"]
+Prefer = Literal["speed", "memory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A candidate, its price, and what became of it. `deficit_bytes` is 0 where it fits."""
+
+    placement: Mapping[str, Placement]
+    decode: tuple[Decode, ...]
+    demand: Demand
+    verdict: Verdict
+    reason: str
+    deficit_bytes: int
+
+    @property
+    def quality(self) -> Quality:
+        """That of its least faithful setting."""
+        return worst_quality([*self.placement.values(), *self.decode])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Every decision, the chosen one first, and the settings that could not be candidates at all."""
+
+    decisions: tuple[Decision, ...]
+    refused: tuple[Refused, ...]
+
+    @property
+    def chosen(self) -> Decision:
+        """The decision the plan is made of."""
+        return self.decisions[0]
+
+
+def worst_quality(settings: Sequence[Placement | Decode]) -> Quality:
+    """The least faithful quality among settings."""
+    return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
+
+
+def decide(
+    spec: PipelineSpec,
+    workload: Workload,
+    budget: Budget,
+    *,
+    accelerator: Accelerator | None,
+    footprint: Footprint,
+    fixed: Fixed,
+    allow: Quality | None = None,
+    prefer: Prefer = "speed",
+) -> Outcome:
+    """Price every candidate and choose.
+
+    With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
+    that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
+
+    Raises:
+        NothingFitsError: with the deficit of the nearest candidate.
+        UsageError: a setting fixed by hand that cannot be.
+    """
+    found, refused = rows(spec, workload, fixed, accelerator)
+    if not found:
+        reasons = "; ".join(dict.fromkeys(f"{item.setting}: {item.reason}" for item in refused))
+        raise UsageError(reasons or "no combination of these settings is possible")
+
+    def best(placements: Sequence[Mapping[str, Placement]], decode: tuple[Decode, ...]) -> Decision:
+        def judged(placement: Mapping[str, Placement]) -> Decision:
+            demand = price(spec, workload, placement, decode, footprint=footprint, accelerator=accelerator)
+            return _judge(placement, decode, demand, budget)
+
+        return min(map(judged, placements), key=lambda item: (item.deficit_bytes, *_rank(item, prefer)))
+
+    decisions = [best(row.placements, row.decode) for row in found]
+    limit = _quality_limit(decisions, allow)
+    allowed = [item for item in decisions if not item.deficit_bytes and _index(item) <= QUALITIES.index(limit)]
+    if not allowed:
+        raise NothingFitsError(_nothing_fits(decisions, allow))
+    chosen = min(allowed, key=lambda item: _rank(item, prefer))
+    others = [_told(item, chosen, limit, prefer) for item in decisions if item is not chosen]
+    others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, _rank(item, prefer)))
+    return Outcome(decisions=(_choose(chosen, others), *others), refused=tuple(refused))
+
+
+def _judge(placement: Mapping[str, Placement], decode: tuple[Decode, ...], demand: Demand, budget: Budget) -> Decision:
+    short = _shortage(demand, budget)
+    return Decision(
+        placement=placement,
+        decode=decode,
+        demand=demand,
+        verdict="rejected" if short else "fits",
+        reason=short[1] if short else "",
+        deficit_bytes=short[0] if short else 0,
+    )
+
+
+def _shortage(demand: Demand, budget: Budget) -> tuple[int, str] | None:
+    """By how much the candidate is short in all, and the sentences that say so with both numbers."""
+    found = []
+    if budget.vram_bytes is not None and demand.vram_reserved_bytes > budget.vram_bytes:
+        phase = max(demand.phases, key=lambda item: item.reserved_bytes)
+        where = f"{phase.name} ({phase.component})"
+        found.append(_short(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
+    if demand.ram_bytes > budget.ram_bytes:
+        found.append(_short("the plan", "RAM", demand.ram_bytes, budget.ram_bytes))
+    return (sum(size for size, _ in found), "; ".join(text for _, text in found)) if found else None
+
+
+def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]:
+    deficit = needed - usable
+    return deficit, (
+        f"{where} needs {format_bytes(needed)} of {memory}, {format_bytes(usable)} may be used: "
+        f"short by {format_bytes(deficit)}"
+    )
+
+
+def _rank(decision: Decision, prefer: Prefer) -> tuple[float, float, int, int]:
+    """Lower is better. Times that differ by less than their third digit are equal; then memory decides."""
+    demand = decision.demand
+    time, vram = float(f"{demand.seconds_per_call:.3g}"), demand.vram_reserved_bytes
+    if prefer == "speed":
+        return time, _index(decision), vram, demand.ram_bytes
+    return vram or demand.ram_bytes, time, _index(decision), demand.ram_bytes
+
+
+def _index(decision: Decision) -> int:
+    return QUALITIES.index(decision.quality)
+
+
+def _quality_limit(decisions: Sequence[Decision], allow: Quality | None) -> Quality:
+    if allow is not None:
+        return allow
+    faithful = any(not item.deficit_bytes and item.quality == "lossless" for item in decisions)
+    return "lossless" if faithful else "near_lossless"
+
+
+def _told(item: Decision, chosen: Decision, limit: Quality, prefer: Prefer) -> Decision:
+    """A candidate that was not chosen, with the reason."""
+    if item.deficit_bytes:
+        return item
+    if _index(item) > QUALITIES.index(limit):
+        gain = chosen.demand.seconds_per_call / max(item.demand.seconds_per_call, 1e-9)
+        buys = f", {gain:.1f}x as fast" if gain > 1.05 else ""
+        words = item.quality.replace("_", " ")
+        return _with(item, "rejected", f"fits{buys}, but is only {words}: --allow {item.quality}")
+    if prefer == "memory":
+        more = item.demand.vram_reserved_bytes - chosen.demand.vram_reserved_bytes
+        return _with(item, "fits", f"{format_bytes(max(0, more))} more memory than the chosen one")
+    slower = item.demand.seconds_per_call / max(chosen.demand.seconds_per_call, 1e-9)
+    return _with(item, "fits", f"{slower:.2f}x the time of the chosen one")
+
+
+def _choose(chosen: Decision, others: Sequence[Decision]) -> Decision:
+    """The chosen decision, told: what it is best at, and what the next faster one lacks."""
+    faster = [
+        item
+        for item in others
+        if item.verdict == "rejected" and item.demand.seconds_per_call < chosen.demand.seconds_per_call * 0.95
+    ]
+    if not faster:
+        return _with(chosen, "chosen", "the fastest of all candidates, and it fits")
+    nearest = min(faster, key=lambda item: item.deficit_bytes)
+    return _with(chosen, "chosen", f"the fastest that fits; a faster one: {nearest.reason}")
+
+
+def _with(item: Decision, verdict: Verdict, reason: str) -> Decision:
+    return replace(item, verdict=verdict, reason=reason)
+
+
+def _nothing_fits(decisions: Sequence[Decision], allow: Quality | None) -> str:
+    nearest = min(decisions, key=lambda item: item.deficit_bytes)
+    if nearest.deficit_bytes:
+        return f"nothing fits; the nearest candidate: {nearest.reason}"
+    return f"nothing {(allow or 'lossless').replace('_', ' ')} fits; --allow {nearest.quality} would"

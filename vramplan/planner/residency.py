@@ -1,0 +1,76 @@
+"""Replay a call: which components are on the device together, and what moves when.
+
+Model offload does not hold one component at a time. Its chain sends back only the immediate predecessor,
+and only when the successor runs (accelerate 1.15, `CpuOffload.pre_forward`): a VAE that encoded a picture
+stays beside the denoiser, a text encoder whose successor is left out stays for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vramplan.pipeline.types import PipelineSpec, Use
+from vramplan.strategies.base import Hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """One use of the replayed call: the weights on the device during it, and what it moved, in bytes.
+
+    `on_device` names the components with at least all their weights there. In-loop uses come twice;
+    `repeat` is 1 in the second round, which stands for every later step.
+    """
+
+    use: Use
+    weights_bytes: int
+    on_device: tuple[str, ...]
+    loaded_bytes: int = 0
+    sent_back_bytes: int = 0
+    repeat: int = 0
+
+
+def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool = False) -> list[Moment]:
+    """The moments of one call under these holds, in order."""
+    predecessor = _predecessors(spec.sequence or ())
+    idle = {name: hold.idle_bytes for name, hold in holds.items()}
+    present: dict[str, int] = {}
+    moments = []
+    for use, repeat in _schedule(spec.uses, skip_optional=skip_optional):
+        hold = holds[use.component]
+        loaded = sent_back = 0
+        if hold.lingers:
+            sent_back = present.pop(predecessor.get(use.component, ""), 0)
+            loaded = 0 if use.component in present else hold.running_bytes
+            present[use.component] = hold.running_bytes
+        weights = sum(idle.values()) + sum(present.values())
+        if not hold.lingers:
+            weights += hold.running_bytes - idle[use.component]
+        moments.append(
+            Moment(
+                use=use,
+                weights_bytes=weights,
+                on_device=_on_device(holds, present, use),
+                loaded_bytes=loaded,
+                sent_back_bytes=sent_back,
+                repeat=repeat,
+            )
+        )
+    return moments
+
+
+def _predecessors(sequence: Sequence[str]) -> dict[str, str]:
+    return dict(zip(sequence[1:], sequence[:-1], strict=True))
+
+
+def _schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use, int]]:
+    kept = [use for use in uses if not (skip_optional and use.optional)]
+    loop = [use for use in kept if use.in_loop]
+    first = kept.index(loop[0]) if loop else len(kept)
+    yield from ((use, 0) for use in kept[:first])
+    yield from ((use, repeat) for repeat in (0, 1) for use in loop)
+    yield from ((use, 0) for use in kept[first:] if not use.in_loop)
+
+
+def _on_device(holds: Mapping[str, Hold], present: Mapping[str, int], use: Use) -> tuple[str, ...]:
+    return tuple(name for name, hold in holds.items() if hold.idle_bytes or name in present or name == use.component)

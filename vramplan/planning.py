@@ -1,0 +1,369 @@
+"""From a model and a machine to a plan: the whole flow, nothing applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vramplan._version import __version__
+from vramplan.errors import UsageError, VramplanError
+from vramplan.hardware import detect, make_budget
+from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.planfile import (
+    SCHEMA_VERSION,
+    ComponentRecord,
+    Considered,
+    MachineRecord,
+    ModelRecord,
+    Plan,
+    Projected,
+    Settings,
+    fingerprint,
+)
+from vramplan.planner.candidates import Refused, parse_fixed
+from vramplan.planner.decide import Decision, Prefer, decide
+from vramplan.planner.demand import Demand
+from vramplan.planner.footprint import AssumedFootprint, Footprint, vae_scale
+from vramplan.strategies.base import Quality
+from vramplan.strategies.settings import format_setting
+from vramplan.units import format_bytes, parse_amount
+from vramplan.workload import Workload, call_defaults, make_workload
+
+FootprintMaker = Callable[[PipelineSpec, Workload], Footprint]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A pipeline to plan for, and what it generates when nothing is said."""
+
+    spec: PipelineSpec
+    defaults: Mapping[str, Any]
+
+
+def plan(
+    model: Any,
+    *,
+    device: str | Hardware | None = None,
+    vram: str | None = None,
+    ram: str | None = None,
+    margin: str | None = None,
+    allow: Quality | None = None,
+    prefer: Prefer = "speed",
+    dtype: str | None = None,
+    settings: Mapping[str, str | Sequence[str]] | None = None,
+    allow_pickle: bool = False,
+    footprint: FootprintMaker | None = None,
+    **workload: Any,
+) -> Plan:
+    """The fastest plan that fits `model` on a machine.
+
+    `model` is a live pipeline, a folder, a bundled profile's name or a hub id that one lists. `device` is
+    `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a `Hardware`; the first
+    accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`, `-1GiB`,
+    `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
+    own call: height, width, num_frames, num_images_per_prompt, num_inference_steps, guidance_scale.
+
+    Raises:
+        NothingFitsError: no candidate fits. UsageError: an argument that makes no sense.
+        VramplanError: the model cannot be read.
+    """
+    described = describe(model, dtype=dtype, allow_pickle=allow_pickle)
+    hardware, accelerator = choose_machine(device, vram=vram)
+    work = make_workload(described.defaults, workload)
+    refuse_hooked(described.spec)
+    budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
+    budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
+    outcome = decide(
+        described.spec,
+        work,
+        budget,
+        accelerator=accelerator,
+        footprint=(footprint or _assumed)(described.spec, work),
+        fixed=parse_fixed(settings or {}, described.spec),
+        allow=allow,
+        prefer=prefer,
+    )
+    chosen = outcome.chosen
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        vramplan_version=__version__,
+        model=_model_record(described.spec),
+        workload=work,
+        machine=MachineRecord(
+            device=accelerator.device if accelerator else "cpu",
+            accelerator=accelerator,
+            host=hardware.host,
+            budget=budget,
+        ),
+        settings=_settings(chosen),
+        quality=chosen.quality,
+        projected=chosen.demand,
+        reason=chosen.reason,
+        notes=_notes(described.spec, accelerator, hardware),
+        refused=_once(outcome.refused),
+        candidates=tuple(_considered(decision) for decision in outcome.decisions),
+    )
+
+
+def describe(model: Any, *, dtype: str | None = None, allow_pickle: bool = False) -> Model:
+    """The model as a spec, with the defaults of its workload, from whichever source it comes.
+
+    Raises:
+        VramplanError: a folder that is no pipeline. UsageError: a name that nothing goes by.
+    """
+    from vramplan.pipeline.dtypes import load_dtype
+
+    wanted = load_dtype(dtype) if dtype else None
+    if not isinstance(model, str | Path):
+        return _describe_live(model, wanted)
+    if Path(model).exists() or str(model).startswith((".", "/", "~")):
+        return _describe_folder(Path(model).expanduser(), wanted, allow_pickle=allow_pickle)
+    return _describe_profile(str(model), wanted)
+
+
+def choose_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
+    """The machine to plan for and the accelerator of it that is used, None for the CPU.
+
+    Without a device, on a machine that has none, an absolute `vram` stands for a card of that size.
+
+    Raises:
+        UsageError: a device that this machine does not have and no profile describes.
+    """
+    if isinstance(device, Hardware):
+        return device, next(iter(device.accelerators), None)
+    hardware = detect()
+    if device == "cpu":
+        return replace(hardware, accelerators=()), None
+    if device is None and not hardware.accelerators and vram is not None:
+        card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
+        return replace(hardware, accelerators=(card,)), card
+    if device is None:
+        return hardware, _with_rates(next(iter(hardware.accelerators), None))
+    for accelerator in hardware.accelerators:
+        if device in (accelerator.device, accelerator.kind, accelerator.uuid):
+            return hardware, _with_rates(accelerator)
+    return _elsewhere(device, hardware)
+
+
+def _any_card(size: int) -> Accelerator:
+    name = f"a CUDA device of {format_bytes(size)}"
+    return Accelerator(kind="cuda", index=0, name=name, total_bytes=size, free_bytes=size)
+
+
+def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
+    """A card this machine does not hold, with the host memory of this machine."""
+    from vramplan.profiles import device_accelerator, load_device_profile
+
+    if device.partition(":")[0] in ("cuda", "xpu", "mps", "rocm"):
+        names = ", ".join(item.device for item in hardware.accelerators) or "none, so the plan would be for cpu"
+        raise UsageError(f"device {device}: this machine has {names}")
+    accelerator = device_accelerator(load_device_profile(device))
+    return replace(hardware, accelerators=(accelerator,)), accelerator
+
+
+def _with_rates(accelerator: Accelerator | None) -> Accelerator | None:
+    from vramplan.profiles import rates_for
+
+    if accelerator is None or accelerator.rates is not None:
+        return accelerator
+    return replace(accelerator, rates=rates_for(accelerator.name))
+
+
+def _describe_live(pipe: Any, dtype: str | None) -> Model:
+    from vramplan.pipeline.live import modules_of, spec_from_pipeline
+
+    if dtype is not None:
+        raise UsageError("dtype is for a pipeline that is still to be loaded; a live one keeps its own")
+    if not hasattr(pipe, "components"):
+        raise VramplanError(f"{type(pipe).__name__} is not a diffusers pipeline: it has no components")
+    if not modules_of(pipe):
+        raise VramplanError(f"{type(pipe).__name__} has no modules to place")
+    spec = spec_from_pipeline(pipe)
+    return Model(spec=spec, defaults=_defaults(type(pipe), spec))
+
+
+def _describe_folder(folder: Path, dtype: str | None, *, allow_pickle: bool) -> Model:
+    from vramplan.pipeline.folder import pipeline_class, read_index, spec_from_folder
+
+    spec = spec_from_folder(folder, dtype=dtype, allow_pickle=allow_pickle)
+    if not spec.components:
+        raise VramplanError(f"{folder}: its model_index.json names no module to place")
+    return Model(spec=spec, defaults=_defaults(pipeline_class(folder, read_index(folder)), spec))
+
+
+def _describe_profile(name: str, dtype: str | None) -> Model:
+    from vramplan.pipeline.bundled import profile_class, spec_from_profile
+    from vramplan.profiles import load_pipeline_profile
+
+    try:
+        profile = load_pipeline_profile(name)
+    except UsageError as error:
+        raise UsageError(f"{name}: no such folder, and {error}") from None
+    spec = spec_from_profile(profile, dtype=dtype)
+    told = profile.workload
+    own = {
+        "height": told.height,
+        "width": told.width,
+        "num_inference_steps": told.num_inference_steps,
+        "guidance_scale": told.guidance_scale,
+        "num_images_per_prompt": told.batch,
+    }
+    own |= {"num_frames": told.num_frames} if told.num_frames else {}
+    return Model(spec=spec, defaults=_defaults(profile_class(profile), spec) | own)
+
+
+def _defaults(cls: type, spec: PipelineSpec) -> dict[str, Any]:
+    denoiser = next((component for component in spec.components if component.role == "denoiser"), None)
+    spatial, _ = vae_scale(next(iter(spec.vaes), None))
+    return call_defaults(cls, denoiser.config if denoiser else {}, spatial)
+
+
+def _assumed(spec: PipelineSpec, workload: Workload) -> Footprint:
+    return AssumedFootprint(spec=spec, workload=workload)
+
+
+def refuse_hooked(spec: PipelineSpec) -> None:
+    """A pipeline somebody already offloaded is left alone: hooks on hooks go wrong silently."""
+    for component in spec.components:
+        offloads = [hook for hook in component.hooks if hook != "layerwise_casting"]
+        if offloads:
+            raise VramplanError(
+                f"{component.name} already has {offloads[0].replace('_', ' ')}, set outside vramplan: load the "
+                "pipeline anew, or take it off first (pipe.remove_all_hooks() for model and sequential offload)"
+            )
+
+
+def _give_back_held(budget: Budget, spec: PipelineSpec, *, absolute_vram: bool, absolute_ram: bool) -> Budget:
+    """A live pipeline's own weights count as used now, but they are what is to be placed."""
+    held_vram = _held(spec.components, on_host=False)
+    held_ram = _held(spec.components, on_host=True)
+    given = []
+    if held_vram and budget.vram_bytes is not None and not absolute_vram:
+        given.append(_given_back("vram", held_vram))
+    if held_ram and not absolute_ram:
+        given.append(_given_back("ram", held_ram))
+    vram = sum(-item.size_bytes for item in given if item.memory == "vram")
+    ram = sum(-item.size_bytes for item in given if item.memory == "ram")
+    return Budget(
+        vram_bytes=None if budget.vram_bytes is None else budget.vram_bytes + vram,
+        ram_bytes=budget.ram_bytes + ram,
+        deductions=(*budget.deductions, *given),
+    )
+
+
+def _held(components: Sequence[Component], *, on_host: bool) -> int:
+    return sum(
+        component.weight_bytes
+        for component in components
+        if component.device not in (None, "meta") and (component.device == "cpu") == on_host
+    )
+
+
+def _given_back(memory: Any, size: int) -> Deduction:
+    return Deduction(
+        memory=memory,
+        name="this pipeline",
+        size_bytes=-size,
+        reason="its weights are there already and are what is being placed",
+    )
+
+
+def _model_record(spec: PipelineSpec) -> ModelRecord:
+    return ModelRecord(
+        source=spec.source,
+        class_name=spec.class_name,
+        fingerprint=fingerprint(spec),
+        components=tuple(
+            ComponentRecord(
+                name=component.name,
+                class_name=component.class_name,
+                library=component.library,
+                dtype=component.dtype,
+                weight_bytes=component.weight_bytes,
+            )
+            for component in spec.components
+        ),
+    )
+
+
+def _settings(decision: Decision) -> Settings:
+    return Settings(
+        placement={name: format_setting(setting) for name, setting in decision.placement.items()},
+        decode=tuple(map(format_setting, decision.decode)),
+    )
+
+
+def _considered(decision: Decision) -> Considered:
+    return Considered(
+        settings=_settings(decision),
+        verdict=decision.verdict,
+        reason=decision.reason,
+        projected=projected(decision.demand),
+    )
+
+
+def projected(demand: Demand) -> Projected:
+    """A demand without its phases."""
+    return Projected(
+        vram_allocated_bytes=demand.vram_allocated_bytes,
+        vram_reserved_bytes=demand.vram_reserved_bytes,
+        ram_bytes=demand.ram_bytes,
+        pinned_bytes=demand.pinned_bytes,
+        seconds_per_step=demand.seconds_per_step,
+        seconds_per_call=demand.seconds_per_call,
+        basis=demand.basis,
+    )
+
+
+def _notes(spec: PipelineSpec, accelerator: Accelerator | None, hardware: Hardware) -> tuple[str, ...]:
+    notes = [*spec.notes, *hardware.notes]
+    if accelerator is None:
+        notes.append("no accelerator is used: this plan runs everything on the CPU, which is slow")
+    outside = [c.name for c in spec.components if c.name not in (spec.sequence or ()) and spec.sequence]
+    if outside:
+        notes.append(
+            f"not in the offload sequence of {spec.class_name}: {', '.join(outside)}; model offload keeps "
+            "them on the device, and they are charged so"
+        )
+    return tuple(notes)
+
+
+def _once(refused: Sequence[Refused]) -> tuple[Refused, ...]:
+    """Each reason once: the same refusal for every number of blocks tells nobody anything."""
+    return tuple({item.reason: item for item in reversed(refused)}.values())[::-1]
+
+
+def fits_sentence(demand: Demand, budget: Budget) -> str:
+    """How near the limit the demand is: `needs 9.80 GiB of 11.20 GiB VRAM and 15.00 GiB of 40.00 GiB RAM`."""
+    ram = f"{format_bytes(demand.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"
+    if budget.vram_bytes is None:
+        return f"needs {ram}"
+    return f"needs {format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM and {ram}"
+
+
+def fits_now(plan: Plan) -> tuple[bool, str]:
+    """Whether the plan's projection still fits this machine, and the sentence that says so with the numbers.
+
+    A plan for the CPU is checked against RAM, one for an accelerator against the one of that device here.
+    """
+    hardware = detect()
+    device = plan.machine.device
+    accelerator = next((item for item in hardware.accelerators if item.device == device), None)
+    planned = plan.machine.accelerator
+    if planned is not None and accelerator is None:
+        return False, f"the plan is for {planned.name} ({device}), which this machine does not have"
+    if planned is not None and accelerator is not None and planned.name != accelerator.name:
+        return (
+            False,
+            f"the plan is for {planned.name}, but {device} is {accelerator.name}: make a plan for it",
+        )
+    budget = make_budget(hardware, accelerator=accelerator if planned else None)
+    sentence = fits_sentence(plan.projected, budget)
+    short_vram = (budget.vram_bytes or 0) < plan.projected.vram_reserved_bytes
+    short_ram = budget.ram_bytes < plan.projected.ram_bytes
+    if short_vram or short_ram:
+        return False, f"the plan no longer fits: it {sentence}; make it again"
+    return True, f"the plan fits: it {sentence}"

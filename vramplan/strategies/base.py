@@ -1,0 +1,128 @@
+"""What a strategy is: one way to set one axis, its price in memory, and the diffusers call that makes it so.
+
+A setting is an instance of its strategy's class: the options are its fields. Adding a strategy means
+writing one such class in one file and naming it in the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.workload import Workload
+
+Quality = Literal["lossless", "near_lossless", "lossy"]
+QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
+Axis = Literal["placement", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Where a component's weights are under a placement, and what has to be moved. All in bytes.
+
+    `running_bytes` are on the device while the component runs, `idle_bytes` while another one does. One
+    that `lingers` stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM,
+    `pinned_bytes` page-locked RAM, `host_transient_bytes` what is needed beside them while applying.
+    `moved_in_bytes` and `moved_out_bytes` cross the link on each forward; `pauses` counts the transfers
+    a forward waits for; `rate` is the share of the link's pinned rate those transfers reach.
+    """
+
+    running_bytes: int
+    idle_bytes: int = 0
+    lingers: bool = False
+    host_bytes: int = 0
+    pinned_bytes: int = 0
+    host_transient_bytes: int = 0
+    moved_in_bytes: int = 0
+    moved_out_bytes: int = 0
+    overlapped: bool = False
+    pauses: int = 0
+    rate: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """What a VAE has before it at one time: pixels, frames and batch, and the whole it belongs to."""
+
+    height: int
+    width: int
+    frames: int
+    batch: int
+    whole_pixels: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all frames and pictures worked on together."""
+        return self.height * self.width * self.frames * self.batch
+
+
+@runtime_checkable
+class Placement(Protocol):
+    """How much of a component is on the device, and when."""
+
+    name: ClassVar[str]
+    axis: ClassVar[Axis]
+    quality: ClassVar[Quality]
+    whole_pipeline: ClassVar[bool]
+
+    @classmethod
+    def variants(cls, component: Component) -> Iterable[Self]:
+        """The settings worth trying on this component."""
+
+    def complete(self, component: Component) -> Self:
+        """The setting with what the component alone can tell filled in."""
+
+    def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
+        """Why this setting cannot be, as a sentence; None when it can."""
+
+    def hold(self, component: Component, spec: PipelineSpec) -> Hold:
+        """Where the component's weights are under this setting."""
+
+    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
+        """Make it so on a live pipeline, through diffusers' own call."""
+
+    def remove(self, pipe: Any, names: Sequence[str]) -> None:
+        """Take the hooks off again. Where the weights were before is for the caller to restore."""
+
+    def code(self, names: Sequence[str], device: str) -> list[str]:
+        """The same as lines of Python on an object called `pipe`."""
+
+
+@runtime_checkable
+class Decode(Protocol):
+    """How much of a picture the VAE works on at a time."""
+
+    name: ClassVar[str]
+    axis: ClassVar[Axis]
+    quality: ClassVar[Quality]
+
+    @classmethod
+    def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:
+        """The settings worth trying on this VAE for this workload."""
+
+    def refusal(self, vae: Component, workload: Workload) -> str | None:
+        """Why this setting cannot be or would do nothing, as a sentence; None when it works."""
+
+    def shrink(self, picture: Picture, vae: Component) -> Picture:
+        """What is left before the VAE at one time."""
+
+    def apply(self, pipe: Any, names: Sequence[str]) -> None:
+        """Make it so on the live VAEs of these names."""
+
+    def code(self, names: Sequence[str]) -> list[str]:
+        """The same as lines of Python on an object called `pipe`."""
+
+
+def offload_refusal(component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
+    """Why no CPU offload at all can be put on this component; the same for every kind of it."""
+    if spec.device_map is not None:
+        return (
+            "the pipeline has a device map over several devices, which excludes CPU offload: call "
+            "pipe.reset_device_map() first"
+        )
+    if accelerator is not None and accelerator.unified:
+        return f"{accelerator.name} shares one memory with the CPU: offloading frees nothing"
+    return component.move_refusal

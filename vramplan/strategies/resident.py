@@ -1,0 +1,55 @@
+"""Resident: the whole component stays on the device. The fastest, where it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.strategies.base import Axis, Hold, Quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """`component.to(device)`."""
+
+    name: ClassVar[str] = "resident"
+    axis: ClassVar[Axis] = "placement"
+    quality: ClassVar[Quality] = "lossless"
+    whole_pipeline: ClassVar[bool] = False
+
+    @classmethod
+    def variants(cls, component: Component) -> Iterable[Self]:
+        """One setting, without options."""
+        return (cls(),)
+
+    def complete(self, component: Component) -> Self:
+        """Nothing to fill in."""
+        return self
+
+    def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
+        """Refused only where a device map has already placed the component."""
+        if spec.device_map is not None:
+            return (
+                "the pipeline has a device map over several devices, which does not let a component be "
+                "moved: call pipe.reset_device_map() first"
+            )
+        return None
+
+    def hold(self, component: Component, spec: PipelineSpec) -> Hold:
+        """All of it on the device, always."""
+        return Hold(running_bytes=component.weight_bytes, idle_bytes=component.weight_bytes)
+
+    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
+        """Move each component. The pipeline's own `to` would also touch those that must not move."""
+        for name in names:
+            pipe.components[name].to(device)
+
+    def remove(self, pipe: Any, names: Sequence[str]) -> None:
+        """No hooks were set."""
+
+    def code(self, names: Sequence[str], device: str) -> list[str]:
+        """One line for each component."""
+        return [f'pipe.{name}.to("{device}")' for name in names]

@@ -1,0 +1,76 @@
+"""Settings as text: `group_offload:type=block,blocks=2`. The one grammar of plan files and `--set`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vramplan.errors import UsageError
+from vramplan.strategies import DECODES, PLACEMENTS, Decode, Placement
+
+PLAIN = "plain"
+
+
+def format_setting(setting: Placement | Decode) -> str:
+    """The setting as text, options at their default left out."""
+    options = [
+        f"{field.name}={_format_value(getattr(setting, field.name))}"
+        for field in fields(setting)  # type: ignore[arg-type]
+        if getattr(setting, field.name) != field.default
+    ]
+    return setting.name + (":" + ",".join(options) if options else "")
+
+
+def parse_placement(text: str) -> Placement:
+    """The placement that text stands for. Raises UsageError: unknown strategy, option or value."""
+    found = _parse(text, {cls.name: cls for cls in PLACEMENTS})
+    assert isinstance(found, Placement)
+    return found
+
+
+def parse_decode(text: str) -> Decode:
+    """The decode setting that text stands for. Raises UsageError: unknown strategy, option or value."""
+    found = _parse(text, {cls.name: cls for cls in DECODES})
+    assert isinstance(found, Decode)
+    return found
+
+
+def _parse(text: str, known: dict[str, Any]) -> Any:
+    name, _, rest = text.strip().partition(":")
+    cls = known.get(name)
+    if cls is None:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        raise UsageError(f"{name!r} is not a strategy here: {hint}")
+    hints = get_type_hints(cls)
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals or key not in {field.name for field in fields(cls)}:
+            allowed = ", ".join(field.name for field in fields(cls)) or "none"
+            raise UsageError(f"{name} has no option {key!r}; its options are: {allowed}")
+        options[key] = _parse_value(hints[key], value.strip(), f"{name}:{key}")
+    return cls(**options)
+
+
+def _parse_value(kind: Any, text: str, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        if text in get_args(kind):
+            return text
+        raise UsageError(f"{where}={text}: use one of {', '.join(get_args(kind))}")
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UsageError(f"{where}={text}: use true or false")
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise UsageError(f"{where}={text}: a whole number is needed") from None
+    return text
+
+
+def _format_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,91 @@
+"""VAE tiling: a picture is decoded in overlapping tiles whose seams are blended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from vramplan.pipeline.tiles import scaled_tiles
+from vramplan.pipeline.types import Component
+from vramplan.strategies.base import Axis, Picture, Quality
+from vramplan.workload import Workload
+
+# Smaller tiles than this show: less than 8 latents of context on each side of a seam.
+SMALLEST_TILE = 128
+# The sizes tried, as shares of the class's own tile.
+_SHARES = (1, 1 / 2, 1 / 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeTiling:
+    """`vae.enable_tiling()` after the tile has been set to `tile` pixels on its shorter side.
+
+    Blending changes pixels near the seams a little, and each tile is normalized on its own: near lossless.
+    `tile=0` keeps the tile the VAE's class has.
+    """
+
+    name: ClassVar[str] = "vae_tiling"
+    axis: ClassVar[Axis] = "decode"
+    quality: ClassVar[Quality] = "near_lossless"
+
+    tile: int = 0
+
+    @classmethod
+    def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:
+        """The class's own tile and smaller ones, as far as they act on this picture."""
+        if vae.tiling is None:
+            return
+        for share in _SHARES:
+            wanted = vae.tiling.side * share
+            tile = next((side for side in vae.tiling.sides if side <= wanted), 0)
+            if tile >= min(SMALLEST_TILE, vae.tiling.side) and vae.tiling.acts(workload.height, workload.width, tile):
+                yield cls(tile=tile)
+
+    def refusal(self, vae: Component, workload: Workload) -> str | None:
+        """Only where the class has it, and only with a tile the picture really exceeds."""
+        if vae.tiling is None:
+            return f"{vae.class_name} has no tiling"
+        tile = self.tile or vae.tiling.side
+        if tile not in vae.tiling.sides:
+            near = sorted(vae.tiling.sides, key=lambda side: abs(side - tile))[:3]
+            return (
+                f"tiles of {tile} px do not overlap evenly in {vae.class_name} and would change the picture's "
+                f"size: use {', '.join(map(str, near))}"
+            )
+        if not vae.tiling.acts(workload.height, workload.width, tile):
+            return (
+                f"a tile of {tile} px does not cut a picture of {workload.width} x {workload.height}: "
+                "tiling would do nothing; give a smaller tile"
+            )
+        return None
+
+    def shrink(self, picture: Picture, vae: Component) -> Picture:
+        """One tile of one picture at a time; VAEs of videos keep all frames of a tile together."""
+        assert vae.tiling is not None
+        scale = (self.tile or vae.tiling.side) / vae.tiling.side
+        return replace(
+            picture,
+            height=min(picture.height, int(vae.tiling.height * scale)),
+            width=min(picture.width, int(vae.tiling.width * scale)),
+        )
+
+    def apply(self, pipe: Any, names: Sequence[str]) -> None:
+        """Scale every spatial tile attribute alike, then switch tiling on, on the VAE itself.
+
+        Minimum and stride must shrink together: a stride longer than the tile would leave gaps.
+        """
+        for name in names:
+            vae = pipe.components[name]
+            for attribute, value in scaled_tiles(vae, self.tile).items():
+                setattr(vae, attribute, value)
+            vae.enable_tiling()
+
+    def code(self, names: Sequence[str]) -> list[str]:
+        """The tile attributes differ by class: the library call that sets them, then the switch."""
+        lines = [] if not self.tile else ["from vramplan.pipeline.tiles import scaled_tiles"]
+        for name in names:
+            if self.tile:
+                lines.append(f"vars(pipe.{name}).update(scaled_tiles(pipe.{name}, {self.tile}))")
+            lines.append(f"pipe.{name}.enable_tiling()")
+        return lines

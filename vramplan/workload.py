@@ -1,0 +1,89 @@
+"""What is to be generated: the size of the picture or video, and how."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vramplan.errors import UsageError
+
+# Names the pipelines' own __call__ uses, beside those of Workload itself.
+_ALIASES = {"steps": "num_inference_steps", "frames": "num_frames", "batch": "num_images_per_prompt"}
+_LARGEST = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One call of the pipeline: pixels, frames, pictures per prompt, denoising steps, guidance.
+
+    `num_frames` is 1 for pictures. `guidance_scale` above 1 makes the denoiser run on twice the batch
+    in pipelines that guide without a classifier; None where the pipeline has its own default.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    height: int
+    width: int
+    num_frames: int = 1
+    num_images_per_prompt: int = 1
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+
+
+WORKLOAD_NAMES = frozenset(field.name for field in fields(Workload))
+
+
+def make_workload(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Workload:
+    """The workload: what was given, else the defaults of the pipeline.
+
+    `given` may use the short names steps, frames and batch, and `num_videos_per_prompt`; None means not given.
+
+    Raises:
+        UsageError: a name that is no part of a workload, or a number that makes no sense.
+    """
+    chosen = dict(defaults)
+    for name, value in given.items():
+        target = _ALIASES.get(name, "num_images_per_prompt" if name == "num_videos_per_prompt" else name)
+        if target not in WORKLOAD_NAMES:
+            raise UsageError(f"{name} is not part of a workload: use {', '.join(sorted(WORKLOAD_NAMES))}")
+        if value is not None:
+            chosen[target] = value
+    for name in ("height", "width", "num_frames", "num_images_per_prompt", "num_inference_steps"):
+        _check_count(name, chosen.get(name, 1))
+    return Workload(**chosen)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+        raise UsageError(f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+
+
+def call_defaults(cls: type, config: Mapping[str, Any], scale: int) -> dict[str, Any]:
+    """What a pipeline generates when nothing is said: its call's defaults, else the denoiser's own size.
+
+    `config` is the denoiser's configuration, `scale` the VAE's pixels per latent.
+    """
+    parameters = inspect.signature(inspect.unwrap(cls.__call__)).parameters
+    told = {
+        name: parameters[name].default
+        for name in WORKLOAD_NAMES
+        if name in parameters and _is_number(parameters[name].default)
+    }
+    return _sizes_from_config(config, scale, video="num_frames" in parameters) | told
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sizes_from_config(config: Mapping[str, Any], scale: int, *, video: bool) -> dict[str, Any]:
+    size = config.get("sample_size")
+    side = size[0] if isinstance(size, list | tuple) else size
+    height = config.get("sample_height") or side or 64
+    width = config.get("sample_width") or (size[-1] if isinstance(size, list | tuple) else side) or 64
+    if not isinstance(height, int) or not isinstance(width, int):
+        height = width = 64
+    sizes = {"height": height * scale, "width": width * scale}
+    return sizes | ({"num_frames": config.get("sample_frames") or 49} if video else {})
