@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal
@@ -57,6 +58,9 @@ class SequentialCpuOffload:
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """One call for the whole pipeline, from the CPU: what is on the device already would stay there."""
+        if device.partition(":")[0] == "cpu":
+            # accelerate 1.15 loses nn.Parameter between "cpu" and "cpu:0" (set_module_tensor_to_device).
+            raise UsageError("sequential CPU offload cannot run on the CPU itself: it needs another device")
         forget_device(pipe)
         for name in names:
             pipe.components[name].to("cpu")
