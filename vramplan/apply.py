@@ -8,7 +8,7 @@ from typing import Any
 
 from vramplan.errors import MismatchError, UsageError
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.component import device_of
+from vramplan.pipeline.component import device_of, role_of
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile import Plan, fingerprint
@@ -107,6 +107,7 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, _accelerator(plan, target))
     before = _Snapshot.of(pipe)
+    calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
         _apply(pipe, placed, decodes, spec, target)
     except BaseException:
@@ -116,7 +117,7 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
         pipe=pipe,
         plan=plan,
         device=target,
-        calls=tuple(calls_of(placed, decodes, target)),
+        calls=calls,
         _before=before,
         _placed=placed,
     )
@@ -142,17 +143,23 @@ def parse_settings(
         raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
     if spec is not None:
         placement = _checked(placement, spec, accelerator)
-    names = [c.name for c in spec.vaes] if spec else ["vae"]
+    names = [c.name for c in spec.vaes] if spec else vae_names(plan)
     return _grouped(placement), [(setting, _able(setting, names, spec, plan)) for setting in decode]
+
+
+def vae_names(plan: Plan) -> list[str]:
+    """The components of the plan that are VAEs."""
+    return [r.name for r in plan.model.components if role_of(r.name, r.library, r.class_name) == "vae"]
 
 
 def calls_of(
     placed: Sequence[tuple[Placement, Sequence[str]]],
     decodes: Sequence[tuple[Decode, Sequence[str]]],
     device: str,
+    modules: Mapping[str, Any],
 ) -> Iterable[str]:
     """The settings as lines of Python on an object called `pipe`, each import once."""
-    lines = [line for decode, names in decodes for line in decode.code(names)]
+    lines = [line for decode, names in decodes for line in decode.code(names, modules)]
     lines += [line for setting, names in placed for line in setting.code(names, device)]
     return dict.fromkeys(lines)
 

@@ -100,7 +100,7 @@ def main(context: click.Context, verbose: bool, quiet: bool) -> None:
 def detect(form: str, as_json: bool, output: str | None, **machine: str | None) -> None:
     """Say what this machine has and what may be used of it."""
     from vramplan.hardware import make_budget
-    from vramplan.planning import choose_machine
+    from vramplan.machine import choose_machine
     from vramplan.report import hardware_dict, hardware_text, to_yaml
 
     hardware, accelerator = choose_machine(machine.pop("device"))

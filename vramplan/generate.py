@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ def run_plan(
     """
     from vramplan.apply import apply_plan
     from vramplan.report import measured_text
-    from vramplan.verify import measured
+    from vramplan.verify import current_rss_bytes, measured
 
     folder = model_folder(plan, model)
     say(f"loading {folder}")
+    before = current_rss_bytes()
     pipe = load_pipeline(plan, folder, allow_pickle=allow_pickle)
+    pipe.set_progress_bar_config(disable=not progress_shown())
     applied = apply_plan(pipe, plan)
     lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
     if prompt is None:
@@ -45,6 +48,7 @@ def run_plan(
     say(f"generating on {applied.device}")
     with measured(applied.device) as took:
         result = pipe(**call_arguments(pipe, plan, prompt, negative_prompt, seed))
+    took.ram_bytes -= before
     if output:
         write_result(result, Path(output))
         lines.append(f"wrote {output}")
@@ -58,11 +62,15 @@ def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> An
         VramplanError: the folder is not that pipeline, or is damaged.
     """
     import diffusers
+    import transformers
 
     from vramplan.pipeline.dtypes import torch_dtype
     from vramplan.pipeline.folder import pipeline_class, read_index
 
     cls = pipeline_class(folder, read_index(folder))
+    if not progress_shown():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     dtypes = {record.name: torch_dtype(record.dtype) for record in plan.model.components}
     try:
         return cls.from_pretrained(  # type: ignore[attr-defined]
@@ -74,6 +82,11 @@ def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> An
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise VramplanError(f"{folder}: diffusers {diffusers.__version__} cannot load it: {reason}") from error
+
+
+def progress_shown() -> bool:
+    """Whether somebody is there to see a progress bar: standard error is a terminal."""
+    return sys.stderr.isatty()
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
@@ -169,15 +182,41 @@ def plan_code(plan: Plan) -> str:
     else:
         pairs = ", ".join(f'"{record.name}": torch.{record.dtype}' for record in plan.model.components)
         dtype = "{" + pairs + "}"
-    source = plan.model.source if plan.model.source != "live" else "PATH"
     budget = plan.machine.budget
     limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
+    source, vaes = _origin(plan)
     lines = [
         f"# {plan.model.class_name}{limit}: {plan.reason}",
         "import torch",
         f"from diffusers import {plan.model.class_name}",
         "",
-        f'pipe = {plan.model.class_name}.from_pretrained("{source.removeprefix("profile:")}", dtype={dtype})',
-        *(line for line in calls_of(placed, decodes, plan.machine.device) if line != "import torch"),
+        f'pipe = {plan.model.class_name}.from_pretrained("{source}", dtype={dtype})',
+        *(line for line in calls_of(placed, decodes, plan.machine.device, vaes) if line != "import torch"),
     ]
     return "\n".join(lines)
+
+
+def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
+    """Where to load the pipeline from, and its VAEs without weights, whose tile attributes the code names.
+
+    Raises:
+        UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
+    """
+    from vramplan.apply import vae_names
+    from vramplan.pipeline.build import build_weightless
+    from vramplan.pipeline.folder import INDEX, read_json
+    from vramplan.profiles import load_pipeline_profile
+
+    source = plan.model.source
+    names = vae_names(plan) if plan.settings.decode else []
+    if source == "live":
+        raise UsageError("the plan was made from a live pipeline: its calls are on vramplan.apply_plan(...).calls")
+    if source.startswith("profile:"):
+        profile = load_pipeline_profile(source.removeprefix("profile:"))
+        parts = {name: profile.components[name] for name in names}
+        return profile.repos[0], {
+            name: build_weightless(part.library, part.class_name, part.config) for name, part in parts.items()
+        }
+    index = read_json(Path(source) / INDEX)
+    configs = {name: read_json(Path(source) / name / "config.json") for name in names}
+    return source, {name: build_weightless(*index[name], config) for name, config in configs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from vramplan._version import __version__
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
+from vramplan.machine import choose_machine
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
@@ -29,7 +30,7 @@ from vramplan.planner.demand import Demand
 from vramplan.planner.footprint import AssumedFootprint, Footprint, vae_scale
 from vramplan.strategies.base import Quality
 from vramplan.strategies.settings import format_setting
-from vramplan.units import format_bytes, parse_amount
+from vramplan.units import format_bytes
 from vramplan.workload import Workload, call_defaults, make_workload
 
 FootprintMaker = Callable[[PipelineSpec, Workload], Footprint]
@@ -122,54 +123,6 @@ def describe(model: Any, *, dtype: str | None = None, allow_pickle: bool = False
     if Path(model).exists() or str(model).startswith((".", "/", "~")):
         return _describe_folder(Path(model).expanduser(), wanted, allow_pickle=allow_pickle)
     return _describe_profile(str(model), wanted)
-
-
-def choose_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
-    """The machine to plan for and the accelerator of it that is used, None for the CPU.
-
-    Without a device, on a machine that has none, an absolute `vram` stands for a card of that size.
-
-    Raises:
-        UsageError: a device that this machine does not have and no profile describes.
-    """
-    if isinstance(device, Hardware):
-        return device, next(iter(device.accelerators), None)
-    hardware = detect()
-    if device == "cpu":
-        return replace(hardware, accelerators=()), None
-    if device is None and not hardware.accelerators and vram is not None:
-        card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
-        return replace(hardware, accelerators=(card,)), card
-    if device is None:
-        return hardware, _with_rates(next(iter(hardware.accelerators), None))
-    for accelerator in hardware.accelerators:
-        if device in (accelerator.device, accelerator.kind, accelerator.uuid):
-            return hardware, _with_rates(accelerator)
-    return _elsewhere(device, hardware)
-
-
-def _any_card(size: int) -> Accelerator:
-    name = f"a CUDA device of {format_bytes(size)}"
-    return Accelerator(kind="cuda", index=0, name=name, total_bytes=size, free_bytes=size)
-
-
-def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
-    """A card this machine does not hold, with the host memory of this machine."""
-    from vramplan.profiles import device_accelerator, load_device_profile
-
-    if device.partition(":")[0] in ("cuda", "xpu", "mps", "rocm"):
-        names = ", ".join(item.device for item in hardware.accelerators) or "none, so the plan would be for cpu"
-        raise UsageError(f"device {device}: this machine has {names}")
-    accelerator = device_accelerator(load_device_profile(device))
-    return replace(hardware, accelerators=(accelerator,)), accelerator
-
-
-def _with_rates(accelerator: Accelerator | None) -> Accelerator | None:
-    from vramplan.profiles import rates_for
-
-    if accelerator is None or accelerator.rates is not None:
-        return accelerator
-    return replace(accelerator, rates=rates_for(accelerator.name))
 
 
 def _describe_live(pipe: Any, dtype: str | None) -> Model:

@@ -40,6 +40,13 @@ def measured(device: str) -> Iterator[Measured]:
         result.ram_bytes = peak_rss_bytes()
 
 
+def current_rss_bytes() -> int:
+    """The resident memory this process has now, in bytes."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_rss_bytes() -> int:
     """The most resident memory this process has had, in bytes (`getrusage`; Windows: peak working set)."""
     import sys

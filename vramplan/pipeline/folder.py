@@ -57,7 +57,7 @@ def read_index(folder: Path) -> Mapping[str, Any]:
         raise VramplanError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():
         raise VramplanError(f"{folder} has no {INDEX}: it is not a saved diffusers pipeline")
-    return _read_json(folder / INDEX)
+    return read_json(folder / INDEX)
 
 
 def pipeline_class(folder: Path, index: Mapping[str, Any]) -> type:
@@ -113,7 +113,7 @@ def _components(
 def _component(
     folder: Path, name: str, library: str, class_name: str, *, dtype: str | None, allow_pickle: bool
 ) -> tuple[Component, str | None]:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "quantization_config" in config:
         raise VramplanError(
             f"{folder}: its weights are quantized; load the pipeline and call vramplan.auto_configure(pipe)"
@@ -158,7 +158,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            shards = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+            shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
             missing = [path for path in shards if not path.is_file()]
             if missing:
                 raise VramplanError(f"{index} names {missing[0].name}, which is missing")
@@ -184,7 +184,8 @@ def _header(path: Path) -> Iterable[tuple[str, int, int]]:
         yield SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype.lower()), tensor.parameter_count, end - start
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises VramplanError where it is missing, damaged or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

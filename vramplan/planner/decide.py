@@ -130,13 +130,14 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
     )
 
 
-def _rank(decision: Decision, prefer: Prefer) -> tuple[float, float, int, int]:
-    """Lower is better. Times that differ by less than their third digit are equal; then memory decides."""
+def _rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
+    """Lower is better. Times are equal up to their third digit; then less to hide, then memory decides."""
     demand = decision.demand
     time, vram = float(f"{demand.seconds_per_call:.3g}"), demand.vram_reserved_bytes
+    hidden = float(f"{demand.transfer_seconds_per_step:.3g}")
     if prefer == "speed":
-        return time, _index(decision), vram, demand.ram_bytes
-    return vram or demand.ram_bytes, time, _index(decision), demand.ram_bytes
+        return time, _index(decision), hidden, vram, demand.ram_bytes
+    return vram or demand.ram_bytes, time, _index(decision), hidden, demand.ram_bytes
 
 
 def _index(decision: Decision) -> int:

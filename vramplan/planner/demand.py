@@ -33,6 +33,13 @@ DEFAULT_RATES = Rates(
     source="assumed: a mid-range card on PCIe 3.0 x16",
 )
 
+CPU_RATES = Rates(
+    memory_bytes_per_s=40e9,
+    link_bytes_per_s=40e9,
+    half_flops_per_s=2e11,
+    source="assumed: a few cores in float32",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseDemand:
@@ -60,7 +67,10 @@ class PhaseDemand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """The price of a candidate. `basis` is that of its weakest number; weights are always derived."""
+    """The price of a candidate. `basis` is that of its weakest number; weights are always derived.
+
+    `transfer_seconds_per_step` is what moving weights takes, whether or not it hides behind compute.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -70,6 +80,7 @@ class Demand:
     pinned_bytes: int
     seconds_per_step: float
     seconds_per_call: float
+    transfer_seconds_per_step: float
     basis: Basis
     phases: tuple[PhaseDemand, ...]
 
@@ -88,7 +99,7 @@ def price(
     moments = replay(spec, holds)
     skipped = [] if not any(use.optional for use in spec.uses) else replay(spec, holds, skip_optional=True)
     phases = _phases([*moments, *skipped], footprint, decode, on_accelerator=accelerator is not None)
-    clock = _Clock(footprint, decode, holds, (accelerator.rates if accelerator else None) or DEFAULT_RATES)
+    clock = _Clock(footprint, decode, holds, (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES)
     step, call = clock.time(moments, workload.num_inference_steps)
     allocated = max((phase.allocated_bytes for phase in phases), default=0)
     ram, pinned = _host(spec, holds)
@@ -99,6 +110,7 @@ def price(
         pinned_bytes=pinned if accelerator else 0,
         seconds_per_step=step,
         seconds_per_call=call,
+        transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
         basis=_weakest(footprint, spec, decode),
         phases=phases,
     )
@@ -157,11 +169,17 @@ class _Clock:
         freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
         return step, rest + first + step * (steps - 1) + freed
 
+    def transfer(self, moment: Moment) -> float:
+        """Seconds of moving weights for this use, waits between the transfers left out."""
+        hold = self.holds[moment.use.component]
+        passes = self.footprint.passes(moment.use, self.decode) if hold.moved_in_bytes else 1
+        moved = passes * (hold.moved_in_bytes + hold.moved_out_bytes)
+        whole = moment.loaded_bytes + moment.sent_back_bytes
+        return (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
+
     def _seconds(self, moment: Moment) -> float:
         hold = self.holds[moment.use.component]
         compute = self.footprint.flops(moment.use, self.decode) / (self.rates.half_flops_per_s * _EFFICIENCY)
-        rate = self.rates.link_bytes_per_s * hold.rate
-        passes = self.footprint.passes(moment.use, self.decode) if hold.moved_in_bytes else 1
-        moved = passes * ((hold.moved_in_bytes + hold.moved_out_bytes) / rate + hold.pauses * _PAUSE_SECONDS)
-        whole = (moment.loaded_bytes + moment.sent_back_bytes) / rate
-        return whole + (max(compute, moved) if hold.overlapped else compute + moved)
+        passes = self.footprint.passes(moment.use, self.decode) if hold.pauses else 1
+        moved = self.transfer(moment) + passes * hold.pauses * _PAUSE_SECONDS
+        return max(compute, moved) if hold.overlapped else compute + moved

@@ -6,7 +6,7 @@ writing one such class in one file and naming it in the registry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -112,8 +112,8 @@ class Decode(Protocol):
     def apply(self, pipe: Any, names: Sequence[str]) -> None:
         """Make it so on the live VAEs of these names."""
 
-    def code(self, names: Sequence[str]) -> list[str]:
-        """The same as lines of Python on an object called `pipe`."""
+    def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
+        """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
 def offload_refusal(component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -37,6 +37,6 @@ class VaeSlicing:
         for name in names:
             pipe.components[name].enable_slicing()
 
-    def code(self, names: Sequence[str]) -> list[str]:
+    def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
         """One line for each VAE."""
         return [f"pipe.{name}.enable_slicing()" for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -81,11 +81,11 @@ class VaeTiling:
                 setattr(vae, attribute, value)
             vae.enable_tiling()
 
-    def code(self, names: Sequence[str]) -> list[str]:
-        """The tile attributes differ by class: the library call that sets them, then the switch."""
-        lines = [] if not self.tile else ["from vramplan.pipeline.tiles import scaled_tiles"]
+    def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
+        """The tile attributes, which differ by class, then the switch."""
+        lines = []
         for name in names:
-            if self.tile:
-                lines.append(f"vars(pipe.{name}).update(scaled_tiles(pipe.{name}, {self.tile}))")
+            tiles = scaled_tiles(modules[name], self.tile)
+            lines += [f"pipe.{name}.{attribute} = {value}" for attribute, value in tiles.items()]
             lines.append(f"pipe.{name}.enable_tiling()")
         return lines
