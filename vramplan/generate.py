@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,5 +218,12 @@ def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
             name: build_weightless(part.library, part.class_name, part.config) for name, part in parts.items()
         }
     index = read_json(Path(source) / INDEX)
-    configs = {name: read_json(Path(source) / name / "config.json") for name in names}
-    return source, {name: build_weightless(*index[name], config) for name, config in configs.items()}
+    return source, {name: _weightless(Path(source), name, index[name]) for name in names}
+
+
+def _weightless(folder: Path, name: str, entry: Sequence[str]) -> Any:
+    from vramplan.pipeline.build import build_weightless
+    from vramplan.pipeline.folder import read_json
+
+    library, class_name = entry
+    return build_weightless(library, class_name, read_json(folder / name / "config.json"))
