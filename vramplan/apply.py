@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class Applied:
     calls: tuple[str, ...]
     _before: _Snapshot = field(repr=False)
     _placed: Sequence[tuple[Placement, Sequence[str]]] = field(repr=False, default=())
+    _decodes: Sequence[tuple[Decode, Sequence[str]]] = field(repr=False, default=())
 
     def undo(self) -> Any:
         """The pipeline as it was before: hooks off, weights where they were, VAE settings back."""
@@ -63,21 +65,19 @@ def auto_configure(
         NothingFitsError: no candidate fits; the pipeline is untouched.
         VramplanError: the pipeline already carries offload hooks of somebody else's, or is no pipeline.
     """
-    earlier = applied_to(pipe)
-    if earlier is not None:
-        earlier.undo()
-    plan = make_plan(
-        pipe,
-        device=device,
-        vram=vram,
-        ram=ram,
-        margin=margin,
-        allow=allow,
-        prefer=prefer,
-        settings=settings,
-        **workload,
-    )
-    apply_plan(pipe, plan)
+    with _earlier_off(pipe):
+        plan = make_plan(
+            pipe,
+            device=device,
+            vram=vram,
+            ram=ram,
+            margin=margin,
+            allow=allow,
+            prefer=prefer,
+            settings=settings,
+            **workload,
+        )
+        apply_plan(pipe, plan)
     return plan
 
 
@@ -100,8 +100,27 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     if earlier is not None and earlier.plan == plan and earlier.device == target:
         return earlier
     _check_device(target, plan)
+    with _earlier_off(pipe):
+        return _applied_anew(pipe, plan, target)
+
+
+@contextmanager
+def _earlier_off(pipe: Any) -> Iterator[None]:
+    """What vramplan had applied is off inside the block, and on again if the block fails."""
+    earlier = applied_to(pipe)
     if earlier is not None:
         earlier.undo()
+    try:
+        yield
+    except BaseException:
+        if earlier is not None:
+            _apply(pipe, earlier._placed, earlier._decodes, earlier.device)
+            pipe.__dict__[_MARK] = earlier
+        raise
+
+
+def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
+    """The plan on a pipeline that has none, checked first; the pipeline as it was if anything fails."""
     spec = spec_from_pipeline(pipe)
     _check_match(spec, plan)
     refuse_hooked(spec)
@@ -109,7 +128,7 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     before = _Snapshot.of(pipe)
     calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
-        _apply(pipe, placed, decodes, spec, target)
+        _apply(pipe, placed, decodes, target)
     except BaseException:
         before.restore(pipe, placed)
         raise
@@ -120,6 +139,7 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
         calls=calls,
         _before=before,
         _placed=placed,
+        _decodes=decodes,
     )
     pipe.__dict__[_MARK] = applied
     return applied
@@ -214,7 +234,6 @@ def _apply(
     pipe: Any,
     placed: Sequence[tuple[Placement, Sequence[str]]],
     decodes: Sequence[tuple[Decode, Sequence[str]]],
-    spec: PipelineSpec,
     device: str,
 ) -> None:
     for decode, names in decodes:
@@ -234,12 +253,14 @@ def _check_match(spec: PipelineSpec, plan: Plan) -> None:
         if name not in here or name not in planned:
             raise MismatchError(f"{name} is {'not in this pipeline' if name in planned else 'not in the plan'}")
         old, new = planned[name], here[name]
-        for what in ("class_name", "weight_bytes", "dtype"):
-            if getattr(old, what) != getattr(new, what):
-                raise MismatchError(
-                    f"{name}: planned with {what} {getattr(old, what)}, this pipeline has {getattr(new, what)}; "
-                    "make the plan again"
-                )
+        differences = (
+            (old.class_name, new.class_name),
+            (old.dtype, new.dtype),
+            (f"{old.weight_bytes} bytes of weights", f"{new.weight_bytes} bytes of weights"),
+        )
+        for before, now in differences:
+            if before != now:
+                raise MismatchError(f"{name}: the plan is for {before}, this pipeline has {now}; make the plan again")
     raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
 
 
@@ -254,14 +275,14 @@ def _check_device(device: str, plan: Plan) -> None:
     if found is None or found.type != kind:
         here = f"torch sees {found.type}" if found else "torch sees no accelerator"
         raise MismatchError(f"the plan is for {device}{card}; here {here}: make a plan for this machine")
-    if index and int(index) >= torch.accelerator.device_count():
+    if index and not (index.isdecimal() and int(index) < torch.accelerator.device_count()):
         raise MismatchError(f"the plan is for {device}{card}; here are {torch.accelerator.device_count()} devices")
 
 
 def _accelerator(plan: Plan, device: str) -> Accelerator | None:
     """What settings are checked against: the planned card, or the CPU standing in for one on request."""
     planned = plan.machine.accelerator
-    if planned is None or device != "cpu":
+    if planned is None or device.partition(":")[0] != "cpu":
         return planned
     return Accelerator(kind="mps", index=0, name="cpu", total_bytes=planned.total_bytes, free_bytes=None)
 
@@ -270,6 +291,7 @@ def _accelerator(plan: Plan, device: str) -> Accelerator | None:
 class _Snapshot:
     """What has to be put back: where each module was, and the settings on VAEs and pipeline."""
 
+    modules: Mapping[str, Any]
     devices: Mapping[str, str]
     settings: Mapping[str, Mapping[str, Any]]
     attributes: Mapping[str, Any]
@@ -278,16 +300,22 @@ class _Snapshot:
     def of(cls, pipe: Any) -> _Snapshot:
         modules = modules_of(pipe)
         return cls(
+            modules=modules,
             devices={name: device_of(module) or "cpu" for name, module in modules.items()},
             settings={name: _decode_settings(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
         )
 
     def restore(self, pipe: Any, placed: Sequence[tuple[Placement, Sequence[str]]]) -> None:
-        """Hooks off in any case, whatever of the plan had been reached."""
+        """Hooks off in any case, whatever of the plan had been reached.
+
+        A component that was taken out or replaced since then is left as it is.
+        """
+        here = modules_of(pipe)
+        kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
         for setting, names in placed:
-            setting.remove(pipe, names)
-        for name, module in modules_of(pipe).items():
+            setting.remove(pipe, [name for name in names if name in kept])
+        for name, module in kept.items():
             module.to(self.devices[name])
             vars(module).update(self.settings[name])
         for name, value in self.attributes.items():

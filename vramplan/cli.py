@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from vramplan._version import __version__
 from vramplan.errors import MismatchError, UsageError, VramplanError
@@ -24,6 +26,9 @@ class _Group(click.Group):
         kwargs["standalone_mode"] = False
         try:
             return super().main(*args, **kwargs)
+        except NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
+            sys.exit(2)
         except click.ClickException as error:
             _fail(f"{error.format_message()}", 2, error)
         except click.Abort as error:
@@ -39,7 +44,7 @@ class _Group(click.Group):
 
 def _fail(message: str, code: int, error: BaseException) -> None:
     if os.environ.get("VRAMPLAN_DEBUG"):
-        raise error
+        traceback.print_exception(error)
     click.echo(f"vramplan: {message}", err=True)
     sys.exit(code)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vramplan.errors import UsageError, VramplanError
-from vramplan.planfile import Plan
+from vramplan.planfile import ComponentRecord, Plan
 from vramplan.units import format_bytes
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -50,8 +52,7 @@ def run_plan(
         result = pipe(**call_arguments(pipe, plan, prompt, negative_prompt, seed))
     took.ram_bytes -= before
     if output:
-        write_result(result, Path(output))
-        lines.append(f"wrote {output}")
+        lines += [f"wrote {path}" for path in write_result(result, Path(output))]
     return "\n".join([*lines, "", measured_text(plan, took)])
 
 
@@ -71,7 +72,7 @@ def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> An
     if not progress_shown():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    dtypes = {record.name: torch_dtype(record.dtype) for record in plan.model.components}
+    dtypes = {record.name: torch_dtype(_known_dtype(record)) for record in plan.model.components}
     try:
         return cls.from_pretrained(  # type: ignore[attr-defined]
             folder,
@@ -87,6 +88,14 @@ def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> An
 def progress_shown() -> bool:
     """Whether somebody is there to see a progress bar: standard error is a terminal."""
     return sys.stderr.isatty()
+
+
+def _known_dtype(record: ComponentRecord) -> str:
+    from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES
+
+    if record.dtype not in SAFETENSORS_DTYPES.values():
+        raise VramplanError(f"model.components: {record.name} has dtype {record.dtype!r}, which is none of torch's")
+    return record.dtype
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
@@ -115,7 +124,7 @@ def call_arguments(
         "negative_prompt": negative_prompt,
         "height": work.height,
         "width": work.width,
-        "num_frames": work.num_frames if work.num_frames > 1 else None,
+        "num_frames": work.num_frames,
         "num_images_per_prompt": work.num_images_per_prompt,
         "num_videos_per_prompt": work.num_images_per_prompt,
         "num_inference_steps": work.num_inference_steps,
@@ -135,16 +144,21 @@ def check_output(path: str, plan: Plan) -> None:
         raise UsageError(f"--output {path}: its folder does not exist")
 
 
-def write_result(result: Any, path: Path) -> None:
-    """Write the first picture or video, whole or not at all; several pictures get a number each."""
-    frames = getattr(result, "frames", None)
-    if frames is not None:
-        _whole(path, lambda target: _write_video(frames[0], target))
-        return
-    images = result.images
-    for place, image in enumerate(images):
-        target = path if len(images) == 1 else path.with_stem(f"{path.stem}-{place}")
-        _whole(target, image.save)
+def write_result(result: Any, path: Path) -> list[Path]:
+    """Write every picture or video, each whole or not at all; several get a number each. The files written."""
+    results = result.frames if hasattr(result, "frames") else result.images
+    targets = [path.with_stem(f"{path.stem}-{place}") for place in range(len(results))] if len(results) > 1 else [path]
+    for target, item in zip(targets, results, strict=True):
+        _whole(target, partial(_write_one, item))
+    return targets
+
+
+def _write_one(item: Any, path: Path) -> None:
+    """A picture, a video, or the one frame of a video as a picture."""
+    if path.suffix.lower() in _VIDEOS:
+        _write_video(item, path)
+    else:
+        (item[0] if isinstance(item, list) else item).save(path)
 
 
 def _write_video(frames: Any, path: Path) -> None:
@@ -175,6 +189,7 @@ def plan_code(plan: Plan) -> str:
     """The plan as a script of plain diffusers calls, its loading included."""
     from vramplan.apply import calls_of, parse_settings
 
+    _check_words(plan)
     placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
     dtypes = {record.dtype for record in plan.model.components}
     if len(dtypes) == 1:
@@ -186,11 +201,11 @@ def plan_code(plan: Plan) -> str:
     limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
     source, vaes = _origin(plan)
     lines = [
-        f"# {plan.model.class_name}{limit}: {plan.reason}",
+        f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}",
         "import torch",
         f"from diffusers import {plan.model.class_name}",
         "",
-        f'pipe = {plan.model.class_name}.from_pretrained("{source}", dtype={dtype})',
+        f"pipe = {plan.model.class_name}.from_pretrained({json.dumps(source)}, dtype={dtype})",
         *(line for line in calls_of(placed, decodes, plan.machine.device, vaes) if line != "import torch"),
     ]
     return "\n".join(lines)
@@ -217,7 +232,7 @@ def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
         return profile.repos[0], {
             name: build_weightless(part.library, part.class_name, part.config) for name, part in parts.items()
         }
-    index = read_json(Path(source) / INDEX)
+    index = read_json(Path(source) / INDEX) if names else {}
     return source, {name: _weightless(Path(source), name, index[name]) for name in names}
 
 
@@ -227,3 +242,12 @@ def _weightless(folder: Path, name: str, entry: Sequence[str]) -> Any:
 
     library, class_name = entry
     return build_weightless(library, class_name, read_json(folder / name / "config.json"))
+
+
+def _check_words(plan: Plan) -> None:
+    """Raises VramplanError where a name of the plan would become other code than a name."""
+    words = [plan.model.class_name, *plan.settings.placement, plan.machine.device.replace(":", "_")]
+    words += [word for record in plan.model.components for word in (record.name, record.dtype)]
+    for word in words:
+        if not word.isidentifier():
+            raise VramplanError(f"the plan names {word!r}, which cannot stand in Python code")

@@ -9,17 +9,18 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from vramplan.errors import VramplanError
+from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget, Host
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
 from vramplan.planner.demand import Demand
 from vramplan.strategies.base import Quality
 from vramplan.units import format_bytes
-from vramplan.workload import Workload
+from vramplan.workload import Workload, make_workload
 
 SCHEMA_VERSION = 1
 _BYTES_LINE = re.compile(r"^(\s*(?:- )?\w+_bytes: )(-?\d+)$", re.MULTILINE)
@@ -171,21 +172,58 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
     Raises:
         VramplanError: not YAML, another schema, an unknown key or a wrong type; the message says where.
     """
-    import yaml
     from pydantic import TypeAdapter, ValidationError
 
+    content = _read_yaml(text, name)
+    _check_schema(content, name)
     try:
-        content = yaml.safe_load(text)
+        plan = TypeAdapter(Plan).validate_json(json.dumps(content, default=str), strict=True)
+        make_workload({}, asdict(plan.workload))
+    except ValidationError as error:
+        raise VramplanError(f"{name}: {validation_message(error)}") from error
+    except UsageError as error:
+        raise VramplanError(f"{name}: workload.{error}") from error
+    except (TypeError, ValueError) as error:
+        raise VramplanError(f"{name}: not a plan ({error})") from error
+    return plan
+
+
+def _read_yaml(text: str, name: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_plain_loader())
     except yaml.YAMLError as error:
-        problem = str(error).split("\n")[0]
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise VramplanError(f"{name}{where}: not readable YAML ({problem})") from error
-    _check_schema(content, name)
-    try:
-        return TypeAdapter(Plan).validate_json(json.dumps(content, default=str), strict=True)
-    except ValidationError as error:
-        raise VramplanError(f"{name}: {validation_message(error)}") from error
+    except (ValueError, RecursionError) as error:  # an impossible date, a number of 5000 digits, 1000 brackets
+        raise VramplanError(f"{name}: not readable YAML ({error})") from error
+
+
+@cache
+def _plain_loader() -> type[Any]:
+    """YAML's safe loader without what no plan has: aliases, which can stand for more than memory holds, and a key
+    given twice, of which the last would win silently."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.get_event()  # type: ignore[no-untyped-call]
+                raise yaml.MarkedYAMLError(problem="a plan has no aliases", problem_mark=event.start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if str(key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
 
 
 def validation_message(error: Any) -> str:
@@ -227,10 +265,12 @@ def write_text(path: str | Path, text: str) -> None:
             file.write(text)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VramplanError(f"{path}: cannot be written ({reason})") from error
+    finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise VramplanError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _umask() -> int:
@@ -251,10 +291,10 @@ def _check_schema(content: Any, name: str) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str = "") -> Any:
     """Tuples as lists and seconds to four digits: what YAML shows people."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) and "seconds" in name else value

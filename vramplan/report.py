@@ -105,6 +105,8 @@ def _speed(plan: Plan) -> str:
 
 
 def _seconds(count: float) -> str:
+    if count < 0.01:
+        return f"{count * 1000:.2g} ms"
     return f"{count / 60:.1f} min" if count >= 120 else f"{count:.2g} s" if count < 10 else f"{count:.0f} s"
 
 

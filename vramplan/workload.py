@@ -12,6 +12,8 @@ from vramplan.errors import UsageError
 # Names the pipelines' own __call__ uses, beside those of Workload itself.
 _ALIASES = {"steps": "num_inference_steps", "frames": "num_frames", "batch": "num_images_per_prompt"}
 _LARGEST = 1 << 20
+# What pipelines of videos call the number of frames (diffusers 0.42: TextToVideoZero, WanAnimate).
+FRAME_ARGUMENTS = ("num_frames", "video_length", "segment_frame_length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,10 @@ def call_defaults(cls: type, config: Mapping[str, Any], scale: int) -> dict[str,
         for name in WORKLOAD_NAMES
         if name in parameters and _is_number(parameters[name].default)
     }
-    return _sizes_from_config(config, scale, video="num_frames" in parameters) | told
+    frames = next((parameters[name].default for name in FRAME_ARGUMENTS if name in parameters), None)
+    told |= {"num_frames": frames} if _is_number(frames) else {}
+    video = not parameters.keys().isdisjoint(FRAME_ARGUMENTS)
+    return _sizes_from_config(config, scale, video=video) | told
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,7 @@ def component_class(library: str, class_name: str) -> Any:
         except ImportError:
             continue
         found = getattr(module, class_name, None)
-        if found is not None:
+        if isinstance(found, type):
             return found
     raise VramplanError(f"{library}.{class_name} is not a class of diffusers or transformers installed here")
 

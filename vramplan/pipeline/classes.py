@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from vramplan.workload import FRAME_ARGUMENTS
+
 # Arguments of a call that make the VAE encode a picture before denoising starts, so that it is on the
 # device together with the denoiser. `ip_adapter_image` and its kind go to an image encoder instead.
 _CONDITION_ARGUMENTS = frozenset(
@@ -61,7 +63,7 @@ def class_facts(cls: type) -> ClassFacts:
         optional=frozenset(getattr(cls, "_optional_components", None) or ()),
         excluded=frozenset(getattr(cls, "_exclude_from_cpu_offload", None) or ()),
         unknown_in_sequence=tuple(name for name in sequence or () if name not in expected),
-        video="num_frames" in arguments or "video_length" in arguments or "Video" in cls.__name__,
+        video=not arguments.isdisjoint(FRAME_ARGUMENTS) or "Video" in cls.__name__,
         conditions=not _CONDITION_ARGUMENTS.isdisjoint(arguments),
         optional_uses=_OPTIONAL_USES.get(cls.__name__, frozenset()),
         frees_hooks=_mentions(call, "maybe_free_model_hooks"),

@@ -105,6 +105,8 @@ def _components(
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
         library, class_name = entry
+        if not isinstance(library, str) or not isinstance(class_name, str):
+            raise VramplanError(f"{folder / INDEX}: {name} must name a library and a class, not {entry!r}")
         cls = component_class(library, class_name)
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
             yield _component(folder / name, name, library, class_name, dtype=dtype, allow_pickle=allow_pickle)

@@ -74,14 +74,13 @@ def measure(module: torch.nn.Module) -> Geometry:
     names = block_modules_of(module)
     looked_into = frozenset(getattr(module, "_group_offload_block_modules", None) or names)
     lists = [tuple(map(module_bytes, blocks)) for blocks in _block_lists(module, looked_into)]
-    leaves = [size for size in map(module_bytes, _leaves(module)) if size]
     total = module_bytes(module)
     return Geometry(
         block_lists=tuple(lists),
         block_modules=names if lists else (),
         rest_bytes=max(0, total - sum(map(sum, lists))),
-        largest_leaf_bytes=max(leaves, default=total),
-        leaf_count=len(leaves),
+        largest_leaf_bytes=_with_parents(module),
+        leaf_count=sum(_own_bytes(child) > 0 for child in module.modules()),
         pinned_bytes=sum(power_of_two(tensor_bytes(tensor)) for tensor in tensors_of(module)),
     )
 
@@ -100,5 +99,15 @@ def _is_list(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.ModuleList | torch.nn.Sequential)
 
 
-def _leaves(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
-    return (child for child in module.modules() if next(child.children(), None) is None)
+def _own_bytes(module: torch.nn.Module) -> int:
+    """What the module holds itself, its submodules left out: one group of leaf-level offloading."""
+    return sum(map(tensor_bytes, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
+
+
+def _with_parents(module: torch.nn.Module) -> int:
+    """The most there is while one leaf runs: the leaf, and what every module around it holds itself.
+
+    Those stay for the whole forward of theirs: CogVideoX-2b's patch embedding holds a table of positions
+    four times the size of its largest layer.
+    """
+    return _own_bytes(module) + max(map(_with_parents, module.children()), default=0)

@@ -15,11 +15,14 @@ from vramplan.pipeline.types import Tiling
 
 Axis = Literal["height", "width"]
 _AXES: tuple[Axis, ...] = ("height", "width")
+# Classes whose enable_tiling() does not give a usable decode (diffusers 0.42, seen): Cosmos and the consistency
+# decoder have no tiled decode at all; HunyuanImage's refiner joins its tiles to 36 x 24 instead of 400 x 304.
+_NO_TILED_DECODE = frozenset({"AutoencoderKLCosmos", "ConsistencyDecoderVAE", "AutoencoderKLHunyuanImageRefiner"})
 
 
 def tiling_of(vae: Any) -> Tiling | None:
-    """The VAE's tile, None where its class has no tiling (`hasattr(vae, "use_tiling")`)."""
-    if not hasattr(vae, "use_tiling"):
+    """The VAE's tile, None where its class has no tiling (`hasattr(vae, "use_tiling")`) or none that works."""
+    if not hasattr(vae, "use_tiling") or type(vae).__name__ in _NO_TILED_DECODE:
         return None
     # AutoencoderKLAllegro cuts by a fixed (frames, height, width) kernel and raises without tiling (0.42).
     kernel = getattr(vae, "kernel", None)
@@ -75,7 +78,8 @@ def _scaled(vae: Any, axis: Axis, sample: int, full: int) -> dict[str, int] | No
         return None
     scaled = {name: value * sample // full for name, value in values.items()}
     ratio = _ratio(vae, values, axis)
-    if sample % ratio or any(value % ratio for name, value in scaled.items() if "stride" in name):
+    steps = [value for name, value in scaled.items() if "stride" in name or "overlap" in name]
+    if sample % ratio or any(value % ratio for value in steps):
         return None
     overlap = getattr(vae, f"tile_overlap_factor_{axis}", getattr(vae, "tile_overlap_factor", 0.0))
     # The same two expressions as in diffusers' tiled_decode: the step in latents, the kept part in pixels.

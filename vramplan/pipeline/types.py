@@ -17,6 +17,8 @@ class Geometry:
     `block_lists` has one tuple for each `ModuleList` or `Sequential` that block-level group offloading
     finds, holding the bytes of each block in order; `rest_bytes` is what stands outside of them.
     `block_modules` names the submodules diffusers must be told to look into to find those lists.
+    `largest_leaf_bytes` is the most there is while one leaf runs: the leaf with what its parents hold
+    themselves; `leaf_count` counts the modules that hold tensors themselves.
     `pinned_bytes` is what page-locked copies of all tensors occupy: torch's host allocator rounds each
     one up to a power of two (pytorch CachingHostAllocator, torch 2.13).
     """

@@ -12,6 +12,7 @@ from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies import DECODES, PLACEMENTS, Decode, Placement
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import PLAIN, format_setting, parse_decode, parse_placement
+from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
 # Companions of the denoiser weigh on the choice one by one only while there are few of them.
@@ -58,8 +59,10 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
     for key, value in settings.items():
         axis, _, name = key.partition(".")
         texts = [value] if isinstance(value, str) else list(value)
+        if axis == "placement" and not texts:
+            raise UsageError(f"--set {key}: give a setting")
         if axis == "decode" and not name:
-            decode = [parse_decode(text) for text in texts if text != PLAIN]
+            decode = _decode_settings(texts)
         elif axis == "placement" and not name:
             everywhere = parse_placement(texts[-1])
         elif axis == "placement":
@@ -69,6 +72,16 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
     if everywhere is not None and everywhere.whole_pipeline and placement:
         raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
     return Fixed(everywhere=everywhere, placement=placement, decode=None if decode is None else tuple(decode))
+
+
+def _decode_settings(texts: Sequence[str]) -> list[Decode]:
+    """The settings of the decode axis, each strategy once: two tile sizes cannot both be."""
+    found = [parse_decode(text) for text in texts if text != PLAIN]
+    names = [setting.name for setting in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--set decode: {name} is given twice")
+    return found
 
 
 def _component_placement(name: str, text: str, spec: PipelineSpec) -> Placement:
@@ -184,19 +197,33 @@ def _decodes(
     if not spec.vaes:
         return [()]
     vae = next((component for component in spec.vaes if component.name == "vae"), spec.vaes[0])
-    if fixed.decode is not None:
-        return [fixed.decode] if not _decode_refusals(fixed.decode, vae, workload, refused) else []
     must_tile = vae.tiling is not None and vae.tiling.required
-    found: list[tuple[Decode, ...]] = [] if must_tile else [()]
+    if fixed.decode is not None:
+        found = [fixed.decode] if not _decode_refusals(fixed.decode, vae, workload, refused) else []
+        return _tiled(found, vae, refused) if must_tile else found
+    found = [()]
     options = [list(cls.variants(vae, workload)) for cls in DECODES]
     usable = [[s for s in settings if not _decode_refusals((s,), vae, workload, refused)] for settings in options]
     together = [tuple(mix) for mix in product(*filter(None, usable))] if any(usable) else []
+    if must_tile:
+        return _tiled(together, vae, refused)
     if spec.video:
         return found + together
     alone = [(setting,) for settings in usable for setting in settings]
     if workload.num_images_per_prompt == 1:  # slicing a single picture changes nothing
         return found + [mix for mix in alone if mix[0].quality != "lossless"]
     return found + list(dict.fromkeys([*alone, *together]))
+
+
+def _tiled(
+    found: Sequence[tuple[Decode, ...]], vae: Component, refused: dict[tuple[str, str], Refused]
+) -> list[tuple[Decode, ...]]:
+    """Those with tiling, for a VAE that decodes in tiles or not at all."""
+    kept = [mix for mix in found if any(isinstance(setting, VaeTiling) for setting in mix)]
+    if len(kept) < len(found):
+        reason = f"{vae.class_name} decodes in tiles or not at all: keep {VaeTiling.name}"
+        refused.setdefault((PLAIN, reason), Refused(setting=PLAIN, component=vae.name, reason=reason))
+    return kept
 
 
 def _decode_refusals(

@@ -98,10 +98,11 @@ def price(
     holds = {component.name: placement[component.name].hold(component, spec) for component in spec.components}
     moments = replay(spec, holds)
     skipped = [] if not any(use.optional for use in spec.uses) else replay(spec, holds, skip_optional=True)
-    phases = _phases([*moments, *skipped], footprint, decode, on_accelerator=accelerator is not None)
+    all_demands = _demands([*moments, *skipped], footprint, decode, on_accelerator=accelerator is not None)
+    phases = _highest(all_demands)
     clock = _Clock(footprint, decode, holds, (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES)
     step, call = clock.time(moments, workload.num_inference_steps)
-    allocated = max((phase.allocated_bytes for phase in phases), default=0)
+    allocated = max((demand.allocated_bytes for demand in all_demands), default=0)
     ram, pinned = _host(spec, holds)
     return Demand(
         vram_allocated_bytes=allocated if accelerator else 0,
@@ -116,13 +117,11 @@ def price(
     )
 
 
-def _phases(
+def _demands(
     moments: Sequence[Moment], footprint: Footprint, decode: Sequence[Decode], *, on_accelerator: bool
-) -> tuple[PhaseDemand, ...]:
-    """The highest moment of each phase, in the order of the call."""
-    highest: dict[PhaseName, PhaseDemand] = {}
-    for moment in moments:
-        demand = PhaseDemand(
+) -> list[PhaseDemand]:
+    return [
+        PhaseDemand(
             name=moment.use.phase,
             component=moment.use.component,
             on_device=moment.on_device,
@@ -130,10 +129,18 @@ def _phases(
             activation_bytes=footprint.activation(moment.use, decode).size_bytes,
             workspace_bytes=WORKSPACE_BYTES if on_accelerator else 0,
         )
-        before = highest.get(demand.name)
-        if before is None or demand.allocated_bytes > before.allocated_bytes:
-            highest[demand.name] = demand
-    return tuple(highest.values())
+        for moment in moments
+    ]
+
+
+def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
+    """The highest moment of each phase, in the order of the call: by what is reserved, which is what must fit."""
+    found: dict[PhaseName, PhaseDemand] = {}
+    for demand in demands:
+        before = found.get(demand.name)
+        if before is None or demand.reserved_bytes > before.reserved_bytes:
+            found[demand.name] = demand
+    return tuple(found.values())
 
 
 def _host(spec: PipelineSpec, holds: Mapping[str, Hold]) -> tuple[int, int]:

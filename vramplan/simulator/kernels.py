@@ -1,0 +1,69 @@
+"""What the real device's kernels hold in memory beside their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vramplan.simulator.ledger import Block, Ledger
+from vramplan.units import MIB
+
+aten = torch.ops.aten
+_MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Kernels:
+    """The kernels of one architecture. Bytes, each with where it comes from.
+
+    `cublas_bytes` stays allocated from the first matrix product on: 8 MiB, 32 MiB on Hopper
+    (CUBLAS_WORKSPACE_CONFIG, PyTorch CUDA semantics, torch 2.13). `convolution_copies` is how often a
+    half-precision convolution holds its input and output again, to change their layout: 1 reproduces FLUX.1's
+    published peaks at batch 1; assumed until it is fitted.
+    """
+
+    cublas_bytes: int = 8 * MIB
+    convolution_copies: float = 1.0
+    _workspaces: dict[int, Block] | None = None
+
+    def after(self, ledger: Ledger, packet: Any, args: Sequence[Any], made: Any) -> None:
+        """Account for the workspace of an operation whose result is there already."""
+        if packet in _MATRIX_PRODUCTS:
+            self._hold_cublas(ledger)
+        elif packet is aten.convolution:
+            ledger.transient(self._convolution_bytes(args[0], made), "workspace")
+
+    def _hold_cublas(self, ledger: Ledger) -> None:
+        self._workspaces = self._workspaces or {}
+        if ledger.stream not in self._workspaces and self.cublas_bytes:
+            self._workspaces[ledger.stream] = Block(ledger, self.cublas_bytes, "device", "workspace")
+
+    def _convolution_bytes(self, given: torch.Tensor, made: torch.Tensor) -> int:
+        if given.dtype not in _HALF or given.dim() not in (4, 5):
+            return 0
+        channels_last = torch.channels_last if given.dim() == 4 else torch.channels_last_3d
+        if given.is_contiguous(memory_format=channels_last) and not given.is_contiguous():
+            return 0
+        return int(self.convolution_copies * (given.numel() + made.numel()) * given.element_size())
+
+
+def attention_scratch_bytes(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """What scaled dot product attention holds while it runs, beside its output, in bytes.
+
+    Flash and memory-efficient kernels keep one float32 log-sum-exp for each query row. A mask rules flash
+    out; the memory-efficient kernel wants its last dimension in steps of 16 elements and copies it where it
+    is not (torch 2.13, transformers/cuda/attention.cu). A head size that is no multiple of 8 is padded in
+    copies of query, key and value.
+    """
+    rows = query.numel() // query.shape[-1]
+    scratch = 4 * rows
+    if mask is not None and mask.shape[-1] % 16:
+        scratch += mask.numel() // mask.shape[-1] * (-(-mask.shape[-1] // 16) * 16) * query.element_size()
+    if query.shape[-1] % 8:
+        padded = -(-query.shape[-1] // 8) * 8
+        scratch += (rows + 2 * key.numel() // key.shape[-1]) * padded * query.element_size()
+    return scratch

@@ -1,0 +1,118 @@
+"""Who holds which memory, and when it was most: the simulated device's books.
+
+Every tensor of the simulation holds a `Block`; views share one. Python's reference counts say when a block is
+free, as PyTorch's do on a real device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vramplan.simulator.allocator import CachingAllocator, Chunk
+
+Kind = Literal["weights", "activation", "workspace"]
+Place = Literal["device", "host", "pinned", "nowhere"]
+KINDS: tuple[Kind, ...] = ("weights", "activation", "workspace")
+
+
+class Block:
+    """Memory that one or more tensors share. Freed when the last of them goes."""
+
+    __slots__ = ("chunk", "kind", "known", "ledger", "place", "size", "__weakref__")
+
+    def __init__(self, ledger: Ledger, size: int, place: Place, kind: Kind) -> None:
+        self.ledger = ledger
+        self.size = size
+        self.place = place
+        self.kind = kind
+        self.known = True  # whether the values of tensors in it can still be believed
+        self.chunk: Chunk | None = None
+        ledger.take(self)
+
+    def __del__(self) -> None:
+        self.ledger.give(self)
+
+
+@dataclass(slots=True, kw_only=True)
+class Peak:
+    """The highest moment of a phase: bytes on the device by kind, what ran, and which operation asked for more."""
+
+    allocated_bytes: int = 0
+    by_kind: Mapping[Kind, int] = field(default_factory=dict)
+    component: str = ""
+    module: str = ""
+    operation: str = ""
+
+
+class Ledger:
+    """The books of one simulation. `where` is kept up to date by whoever runs it."""
+
+    def __init__(self, allocator: CachingAllocator) -> None:
+        self.allocator = allocator
+        self.on_device: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self.host_bytes = 0
+        self.pinned_bytes = 0
+        self.peak_host_bytes = 0
+        self.peak_pinned_bytes = 0
+        self.stream = 0
+        self.phase = "load"
+        self.component = ""
+        self.modules: list[str] = []
+        self.operation = ""
+        self.operations = 0
+        self.flops: dict[str, float] = {}
+        self.peaks: dict[str, Peak] = {}
+        self.moved_bytes: dict[tuple[str, str], int] = {}
+        self.open = True
+
+    def take(self, block: Block) -> None:
+        """Enter a block; on the device this may raise DeviceFullError."""
+        if block.place == "device":
+            block.chunk = self.allocator.allocate(block.size, self.stream)
+            self.on_device[block.kind] += block.chunk.size
+            self._note_peak()
+        elif block.place == "host":
+            self.host_bytes += block.size
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
+        elif block.place == "pinned":
+            self.pinned_bytes += block.size
+            self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
+
+    def give(self, block: Block) -> None:
+        """Take a block out of the books."""
+        if block.place == "device" and block.chunk is not None:
+            self.on_device[block.kind] -= block.chunk.size
+            self.allocator.free(block.chunk)
+        elif block.place == "host":
+            self.host_bytes -= block.size
+        elif block.place == "pinned":
+            self.pinned_bytes -= block.size
+
+    def transient(self, size: int, kind: Kind) -> None:
+        """Allocate and free at once: what a kernel uses while it runs."""
+        if size:
+            Block(self, size, "device", kind)
+
+    def moved(self, source: str, target: str, size: int) -> None:
+        """Count bytes that crossed the link."""
+        key = (source, target)
+        self.moved_bytes[key] = self.moved_bytes.get(key, 0) + size
+
+    def count_flops(self, count: float) -> None:
+        """Add operations to the component that runs."""
+        self.flops[self.component] = self.flops.get(self.component, 0.0) + count
+
+    def _note_peak(self) -> None:
+        allocated = self.allocator.allocated_bytes
+        peak = self.peaks.get(self.phase)
+        if peak is None:
+            peak = self.peaks[self.phase] = Peak()
+        if allocated > peak.allocated_bytes:
+            peak.allocated_bytes = allocated
+            peak.by_kind = dict(self.on_device)
+            peak.component = self.component
+            peak.module = self.modules[-1] if self.modules else ""
+            peak.operation = self.operation

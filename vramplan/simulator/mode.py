@@ -1,0 +1,200 @@
+"""Catch what Python code says about devices and values before torch looks for a device that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from vramplan.simulator.engine import CPU, META, Engine, label_of, normalized, value_of
+from vramplan.simulator.kernels import attention_scratch_bytes
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, mapped, tensors_in
+
+
+class SimulatedDevices(TorchFunctionMode):
+    """While entered, tensors go to and come from the simulated devices of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self.engine, func, *args, **kwargs)
+        if kwargs.get("device") is not None:
+            return _placed(self.engine, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _placed(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function that makes a tensor on a device: `torch.zeros(..., device="cuda")`."""
+    target = normalized(kwargs["device"])
+    rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
+    if any(isinstance(tensor, SimTensor) for tensor in tensors_in((args, rest))):
+        made = func(*args, **rest)
+        return engine.convert(made, target) if isinstance(made, torch.Tensor) else made
+    if target == CPU or not _makes_tensors(func):
+        return func(*args, **kwargs)
+    if target == META:
+        return func(*args, **kwargs)
+    shape = func(*args, **{key: value for key, value in rest.items() if key != "generator"}, device="meta")
+    if shape.numel() > VALUE_LIMIT:
+        return engine.new(shape, target)
+    rest.pop("generator", None)
+    return engine.new(shape, target, "activation", func(*args, **rest, device="cpu"))
+
+
+def _makes_tensors(func: Any) -> bool:
+    return getattr(func, "__name__", "") not in ("Generator",)
+
+
+def _to(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    copy = bool(kwargs.pop("copy", False))
+    other = kwargs.pop("other", None) or (args[0] if args and isinstance(args[0], torch.Tensor) else None)
+    if other is not None:
+        return engine.convert(tensor, label_of(other), other.dtype, copy=copy)
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    return engine.convert(tensor, device, dtype, copy=copy, memory_format=memory_format)
+
+
+def _cuda(engine: Engine, func: Any, tensor: torch.Tensor, device: Any = 0, *args: Any, **kwargs: Any) -> Any:
+    return engine.convert(tensor, normalized(device if device is not None else 0))
+
+
+def _cpu(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return engine.convert(tensor, CPU)
+
+
+def _pin(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return engine.pinned(tensor) if isinstance(tensor, SimTensor) else tensor
+
+
+def _is_pinned(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(tensor, SimTensor) and tensor.block.place == "pinned"
+
+
+def _record_stream(engine: Engine, func: Any, tensor: torch.Tensor, stream: Any) -> None:
+    if isinstance(tensor, SimTensor):
+        stream.record(tensor.block)
+
+
+def _set_data(engine: Engine, func: Any, tensor: torch.Tensor, new: torch.Tensor) -> None:
+    """`parameter.data = other`: the parameter takes over shape, place and memory."""
+    if not isinstance(tensor, SimTensor):
+        return func(tensor, new)  # type: ignore[no-any-return]
+    if not isinstance(new, SimTensor):
+        new = engine.from_real(new, CPU, tensor.block.kind)
+    if new.dtype != tensor.dtype or new.shape != tensor.shape or new.stride() != tensor.stride():
+        func(tensor, new)
+    tensor.label, tensor.block, tensor.stored, tensor.inner = new.label, new.block, new.stored, new.inner
+    return None
+
+
+def _numpy(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(tensor, SimTensor):
+        return func(tensor, *args, **kwargs)
+    if tensor.value is not None:
+        return tensor.value.numpy()
+    name = str(tensor.dtype).removeprefix("torch.")
+    return np.zeros(tuple(tensor.shape), dtype="float32" if name == "bfloat16" else name)
+
+
+def _list(engine: Engine, func: Any, tensor: torch.Tensor) -> Any:
+    return _numpy(engine, func, tensor).tolist() if isinstance(tensor, SimTensor) else func(tensor)
+
+
+def _set_item(engine: Engine, func: Any, tensor: torch.Tensor, index: Any, new: Any) -> None:
+    """`tensor[index] = new` on true values while all are known: torch would make the number a meta tensor."""
+    if isinstance(tensor, SimTensor) and all(value_of(item) is not None for item in tensors_in([tensor, index, new])):
+        assert tensor.value is not None
+        func(tensor.value, mapped(index, value_of), mapped(new, value_of))
+        return
+    func(tensor, index, new)
+
+
+def _number(kind: type) -> Callable[..., Any]:
+    def read(engine: Engine, func: Any, tensor: torch.Tensor) -> Any:
+        return engine.scalar(tensor, kind) if isinstance(tensor, SimTensor) else func(tensor)
+
+    return read
+
+
+def _data_ptr(engine: Engine, func: Any, tensor: torch.Tensor) -> int:
+    return id(tensor.block) if isinstance(tensor, SimTensor) else int(func(tensor))
+
+
+def _same(engine: Engine, func: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    values = [t.value if isinstance(t, SimTensor) else t for t in (first, second)]
+    if any(value is None for value in values):
+        engine.note("two tensors without values were taken to be equal")
+        return True
+    return bool(func(*values, *args, **kwargs))
+
+
+def _tensor(engine: Engine, func: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+    device = kwargs.pop("device", None)
+    if isinstance(data, SimTensor):
+        made: torch.Tensor = engine.convert(data, data.label, kwargs.get("dtype"), copy=True)
+    else:
+        made = func(data, *args, **kwargs)
+    return made if device is None else engine.convert(made, normalized(device))
+
+
+def _attention(
+    engine: Engine,
+    func: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The fused kernel the device would choose: no matrix of all against all, whatever the CPU would do."""
+    label = label_of(query)
+    if label.type != "cuda":
+        return func(query, key, value, attn_mask, *args, **kwargs)
+    if query.dim() > 3:  # laid out as (batch, length, heads, size) and shown transposed
+        shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
+        result = torch.empty(shape, dtype=query.dtype, device="meta").transpose(-3, -2)
+    else:
+        result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="meta")
+    engine.ledger.operation = "scaled_dot_product_attention"
+    engine.ledger.operations += 1
+    made = engine.new(result, label)
+    engine.ledger.transient(attention_scratch_bytes(query, key, attn_mask), "workspace")
+    rows = query.numel() // query.shape[-1]
+    engine.ledger.count_flops(2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+    return made
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.cuda: _cuda,
+    torch.Tensor.cpu: _cpu,
+    torch.Tensor.pin_memory: _pin,
+    torch.Tensor.is_pinned: _is_pinned,
+    torch.Tensor.record_stream: _record_stream,
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.numpy: _numpy,
+    torch.Tensor.__array__: _numpy,
+    torch.Tensor.tolist: _list,
+    torch.Tensor.__setitem__: _set_item,
+    torch.Tensor.__bool__: _number(bool),
+    torch.Tensor.__int__: _number(int),
+    torch.Tensor.__float__: _number(float),
+    torch.Tensor.__index__: _number(int),
+    torch.Tensor.data_ptr: _data_ptr,
+    torch.equal: _same,
+    torch.Tensor.equal: _same,
+    torch.allclose: _same,
+    torch.tensor: _tensor,
+    torch.as_tensor: _tensor,
+    F.scaled_dot_product_attention: _attention,
+}

@@ -1,0 +1,94 @@
+"""Stand-ins for what diffusers and accelerate ask a device's runtime, in place only while a simulation runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from vramplan.simulator.engine import Engine
+from vramplan.simulator.ledger import Block, Ledger
+
+
+class SimStream:
+    """A stream without a device. Memory taken while it is current belongs to its pool.
+
+    Blocks that `record_stream` names stay alive until the stream has been entered twice more: the host runs
+    ahead by about one group before the device has passed the last use.
+    """
+
+    def __init__(self, ledger: Ledger, number: int) -> None:
+        self.ledger = ledger
+        self.number = number
+        self.recorded: deque[list[Block]] = deque([[]], maxlen=2)
+
+    def record(self, block: Block) -> None:
+        """Keep the block a while longer."""
+        self.recorded[-1].append(block)
+
+    def synchronize(self) -> None:
+        """Everything recorded has been passed."""
+        self.recorded.clear()
+        self.recorded.append([])
+
+
+class SimBackend:
+    """What diffusers' group offloading asks of `torch.cuda`: streams, and nothing that measures time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._default = SimStream(engine.ledger, 0)
+        self._count = 0
+
+    def Stream(self, *args: Any, **kwargs: Any) -> SimStream:  # noqa: N802 - torch's name
+        """A new side stream."""
+        self._count += 1
+        return SimStream(self._engine.ledger, self._count)
+
+    def current_stream(self, *args: Any) -> SimStream:
+        """The stream the computation runs on."""
+        return self._default
+
+    def synchronize(self, *args: Any) -> None:
+        """Nothing is ever in flight."""
+
+    @contextmanager
+    def stream(self, stream: SimStream) -> Iterator[None]:
+        """Memory taken inside belongs to the stream."""
+        before = self._engine.ledger.stream
+        self._engine.ledger.stream = stream.number
+        self._default.recorded.append([])
+        try:
+            yield
+        finally:
+            self._engine.ledger.stream = before
+
+
+@contextmanager
+def patched_runtime(engine: Engine) -> Iterator[None]:
+    """Put the stand-ins in place, and take them out again whatever happens."""
+    import accelerate.hooks
+    import accelerate.utils.modeling
+    import diffusers.hooks.group_offloading as group_offloading
+    import diffusers.pipelines.pipeline_utils as pipeline_utils
+
+    backend = SimBackend(engine)
+
+    def empty_cache(*args: Any, **kwargs: Any) -> None:
+        engine.ledger.allocator.empty_cache()
+
+    with ExitStack() as stack:
+        for module, name, stand_in in (
+            (group_offloading, "TorchDeviceBackend", lambda device=None: backend),
+            (pipeline_utils, "empty_device_cache", empty_cache),
+            (accelerate.hooks, "clear_device_cache", empty_cache),
+            (accelerate.utils.modeling, "clear_device_cache", empty_cache),
+            (torch.cuda, "empty_cache", empty_cache),
+        ):
+            if hasattr(module, name):
+                stack.enter_context(patch.object(module, name, stand_in))
+        yield

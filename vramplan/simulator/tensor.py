@@ -1,0 +1,127 @@
+"""Tensors without data on a device that is not there.
+
+A `SimTensor` stands for a meta tensor, `inner`, and says it is somewhere else: PyTorch computes shapes, dtypes
+and strides as it does for any meta tensor, and this class adds what a real one would have beside them: the device it would be
+on, the memory it would hold (a `Block` of the ledger, shared by views), and, while it is small, its true value,
+computed on the CPU with the same operation. Large tensors are hollow. No device type is registered and nothing
+of torch is patched: outside of a simulation these are ordinary objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vramplan.simulator.ledger import Block
+
+if TYPE_CHECKING:
+    from vramplan.simulator.engine import Engine
+
+# Tensors up to this many elements carry their value: timesteps, token ids, masks, small latents.
+VALUE_LIMIT = 1 << 18
+
+
+class SimTensor(torch.Tensor):
+    """A tensor of a simulation. Made by `make`; the constructor serves code that copies a parameter's type."""
+
+    label: torch.device
+    block: Block
+    stored: torch.Tensor | None
+    inner: torch.Tensor
+    engine: Engine
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, data: SimTensor, requires_grad: bool = False, **_: Any) -> SimTensor:
+        """`type(parameter)(value, requires_grad=...)`, as accelerate rebuilds parameters: the same memory."""
+        alias = make(data.engine, data.inner, data.label, data.block, data.stored)
+        alias._is_param = True  # type: ignore[attr-defined]
+        return alias
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        engine = next(tensor.engine for tensor in tensors_in((args, kwargs)) if isinstance(tensor, SimTensor))
+        return engine.run(func, args, kwargs)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the tensor would be."""
+        return self.label
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        """Whether it would be on a CUDA device."""
+        return self.label.type == "cuda"
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        """Whether it would be in host memory."""
+        return self.label.type == "cpu"
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        """Whether it would have no memory at all."""
+        return self.label.type == "meta"
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """The true value while it is small and still known, else None."""
+        return self.stored if self.block.known else None
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"SimTensor({tuple(self.shape)}, {self.dtype}, {self.label})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SimTensor:
+        copy = self.engine.copy(self)
+        if getattr(self, "_is_param", False):
+            copy._is_param = True  # type: ignore[attr-defined]
+        memo[id(self)] = copy
+        return copy
+
+
+def make(
+    engine: Engine, shape: torch.Tensor, label: torch.device, block: Block, value: torch.Tensor | None = None
+) -> SimTensor:
+    """A tensor with the shape of a meta tensor, sharing that one's storage and the given block."""
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
+        made = torch.Tensor._make_subclass(SimTensor, shape)
+    made.engine = engine
+    made.label = label
+    made.block = block
+    made.stored = value
+    made.inner = shape
+    return made
+
+
+def storage_key(shape: torch.Tensor) -> int:
+    """What tells views of one meta storage from others, valid while the plain meta tensor lives."""
+    return int(shape.untyped_storage()._cdata)
+
+
+def tensors_in(arguments: Any) -> Iterable[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries of arguments."""
+    if isinstance(arguments, torch.Tensor):
+        yield arguments
+    elif isinstance(arguments, tuple | list):
+        for item in arguments:
+            yield from tensors_in(item)
+    elif isinstance(arguments, dict):
+        for item in arguments.values():
+            yield from tensors_in(item)
+
+
+def mapped(arguments: Any, change: Any) -> Any:
+    """The same nesting with every tensor replaced by `change(tensor)`."""
+    if isinstance(arguments, torch.Tensor):
+        return change(arguments)
+    if isinstance(arguments, tuple | list):
+        return type(arguments)(mapped(item, change) for item in arguments) if not hasattr(
+            arguments, "_fields"
+        ) else type(arguments)(*(mapped(item, change) for item in arguments))
+    if isinstance(arguments, dict):
+        return {key: mapped(item, change) for key, item in arguments.items()}
+    return arguments
