@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Simulations are kept for the session, never in the cache of whoever runs the tests.
+os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

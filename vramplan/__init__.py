@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vramplan.hardware import Hardware, detect
     from vramplan.planfile import Plan, dump_plan, load_plan
     from vramplan.planning import plan
+    from vramplan.simulator.api import simulate
+    from vramplan.simulator.types import Simulation
     from vramplan.workload import Workload
 
 _HOMES = {
@@ -32,6 +34,8 @@ _HOMES = {
     "dump_plan": "vramplan.planfile",
     "load_plan": "vramplan.planfile",
     "plan": "vramplan.planning",
+    "simulate": "vramplan.simulator.api",
+    "Simulation": "vramplan.simulator.types",
     "Workload": "vramplan.workload",
 }
 
@@ -41,6 +45,7 @@ __all__ = [
     "MismatchError",
     "NothingFitsError",
     "Plan",
+    "Simulation",
     "UsageError",
     "VramplanError",
     "Workload",
@@ -51,6 +56,7 @@ __all__ = [
     "dump_plan",
     "load_plan",
     "plan",
+    "simulate",
 ]
 
 

@@ -17,7 +17,7 @@ from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
 from vramplan.strategies.base import Decode, Placement, Quality
-from vramplan.strategies.settings import format_setting, parse_decode, parse_placement
+from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement
 
 _MARK = "_vramplan_applied"
 # What diffusers' offload calls leave on a pipeline object (0.42, pipeline_utils.py).
@@ -164,7 +164,7 @@ def parse_settings(
     if spec is not None:
         placement = _checked(placement, spec, accelerator)
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
-    return _grouped(placement), [(setting, _able(setting, names, spec, plan)) for setting in decode]
+    return grouped(placement), [(setting, _able(setting, names, spec, plan)) for setting in decode]
 
 
 def vae_names(plan: Plan) -> list[str]:
@@ -222,14 +222,6 @@ def _able(setting: Decode, names: Sequence[str], spec: PipelineSpec | None, plan
     return able
 
 
-def _grouped(placement: Mapping[str, Placement]) -> list[tuple[Placement, list[str]]]:
-    """Equal settings together. Hooks first, residents last: a pipeline with groups skips those in `to`."""
-    groups: dict[Placement, list[str]] = {}
-    for name, setting in placement.items():
-        groups.setdefault(setting, []).append(name)
-    return sorted(groups.items(), key=lambda item: item[0].name == "resident")
-
-
 def _apply(
     pipe: Any,
     placed: Sequence[tuple[Placement, Sequence[str]]],
@@ -251,7 +243,8 @@ def _check_match(spec: PipelineSpec, plan: Plan) -> None:
     here = {component.name: component for component in spec.components}
     for name in sorted(planned.keys() | here.keys()):
         if name not in here or name not in planned:
-            raise MismatchError(f"{name} is {'not in this pipeline' if name in planned else 'not in the plan'}")
+            where = "in the plan, not in this pipeline" if name in planned else "in this pipeline, not in the plan"
+            raise MismatchError(f"{name} is {where}; make the plan again")
         old, new = planned[name], here[name]
         differences = (
             (old.class_name, new.class_name),
@@ -292,6 +285,7 @@ class _Snapshot:
     """What has to be put back: where each module was, and the settings on VAEs and pipeline."""
 
     modules: Mapping[str, Any]
+    parameters: Sequence[tuple[Any, Mapping[str, Any]]]
     devices: Mapping[str, str]
     settings: Mapping[str, Mapping[str, Any]]
     attributes: Mapping[str, Any]
@@ -301,6 +295,7 @@ class _Snapshot:
         modules = modules_of(pipe)
         return cls(
             modules=modules,
+            parameters=[(child, dict(child._parameters)) for module in modules.values() for child in module.modules()],
             devices={name: device_of(module) or "cpu" for name, module in modules.items()},
             settings={name: _decode_settings(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
@@ -315,6 +310,8 @@ class _Snapshot:
         kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
         for setting, names in placed:
             setting.remove(pipe, [name for name in names if name in kept])
+        for child, parameters in self.parameters:
+            _tie_again(child, parameters)
         for name, module in kept.items():
             module.to(self.devices[name])
             vars(module).update(self.settings[name])
@@ -323,6 +320,17 @@ class _Snapshot:
                 pipe.__dict__.pop(name, None)
             else:
                 pipe.__dict__[name] = value
+
+
+def _tie_again(child: Any, parameters: Mapping[str, Any]) -> None:
+    """The very parameters from before, where the same memory is now called by new ones.
+
+    accelerate 1.15 makes a new Parameter for each name when its hooks are taken off: tied ones are tied no more.
+    """
+    for name, before in parameters.items():
+        now = child._parameters.get(name)
+        if before is not None and now is not None and now is not before and now.data_ptr() == before.data_ptr():
+            child._parameters[name] = before
 
 
 def _decode_settings(module: Any) -> dict[str, Any]:

@@ -49,6 +49,14 @@ def _fail(message: str, code: int, error: BaseException) -> None:
     sys.exit(code)
 
 
+class _Option(click.Option):
+    """Its variable goes by what people type, `VRAMPLAN_PLAN_SET`, and not by the argument's name in Python."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        word = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
+        return os.environ.get(f"{ctx.auto_envvar_prefix}_{word}") or None
+
+
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -59,8 +67,8 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 _format_options = _options(
-    click.option("--format", "form", type=click.Choice(FORMATS), default="auto", help="How to print."),
-    click.option("--json", "as_json", is_flag=True, help="Short for --format json."),
+    click.option("--format", "form", cls=_Option, type=click.Choice(FORMATS), default="auto", help="How to print."),
+    click.option("--json", "as_json", cls=_Option, is_flag=True, help="Short for --format json."),
 )
 _machine_options = _options(
     click.option("--device", help="cpu, a device of this machine (cuda:1), or a device profile (rtx-4070)."),
@@ -129,7 +137,9 @@ def detect(form: str, as_json: bool, output: str | None, **machine: str | None) 
     ),
 )
 @click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True)
-@click.option("--set", "fixed", multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand.")
+@click.option(
+    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
 @_format_options
 @click.pass_obj

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ from vramplan.planfile import (
 )
 from vramplan.planner.candidates import Refused, parse_fixed
 from vramplan.planner.decide import Decision, Prefer, decide
-from vramplan.planner.demand import Demand
+from vramplan.planner.demand import Demand, PhaseDemand
 from vramplan.planner.footprint import AssumedFootprint, Footprint, vae_scale
+from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality
-from vramplan.strategies.settings import format_setting
+from vramplan.strategies.settings import format_setting, grouped
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, call_defaults, make_workload
-
-FootprintMaker = Callable[[PipelineSpec, Workload], Footprint]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,7 @@ def plan(
     dtype: str | None = None,
     settings: Mapping[str, str | Sequence[str]] | None = None,
     allow_pickle: bool = False,
-    footprint: FootprintMaker | None = None,
+    simulate: bool = True,
     **workload: Any,
 ) -> Plan:
     """The fastest plan that fits `model` on a machine.
@@ -66,6 +65,9 @@ def plan(
     accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`, `-1GiB`,
     `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
     own call: height, width, num_frames, num_images_per_prompt, num_inference_steps, guidance_scale.
+
+    What running needs is read off a simulation of the pipeline, and the chosen plan is simulated within the
+    budget before it is returned; `simulate=False` takes rules of thumb instead, at once.
 
     Raises:
         NothingFitsError: no candidate fits. UsageError: an argument that makes no sense.
@@ -77,15 +79,17 @@ def plan(
     refuse_hooked(described.spec)
     budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
     budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
+    figures = _figures(model, described.spec, work, accelerator if simulate else None)
     outcome = decide(
         described.spec,
         work,
         budget,
         accelerator=accelerator,
-        footprint=(footprint or _assumed)(described.spec, work),
+        footprint=figures.footprint,
         fixed=parse_fixed(settings or {}, described.spec),
         allow=allow,
         prefer=prefer,
+        confirm=figures.confirm(budget),
     )
     chosen = outcome.chosen
     return Plan(
@@ -103,7 +107,7 @@ def plan(
         quality=chosen.quality,
         projected=chosen.demand,
         reason=chosen.reason,
-        notes=_notes(described.spec, accelerator, hardware),
+        notes=(*_notes(described.spec, accelerator, hardware), *figures.notes),
         refused=_once(outcome.refused),
         candidates=tuple(_considered(decision) for decision in outcome.decisions),
     )
@@ -174,8 +178,79 @@ def _defaults(cls: type, spec: PipelineSpec) -> dict[str, Any]:
     return call_defaults(cls, denoiser.config if denoiser else {}, spatial)
 
 
-def _assumed(spec: PipelineSpec, workload: Workload) -> Footprint:
-    return AssumedFootprint(spec=spec, workload=workload)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
+
+    footprint: Footprint
+    simulated: Callable[[Decision, int], Simulation] | None = None
+    notes: tuple[str, ...] = ()
+
+    def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
+        """What has the last word on a decision within this budget; nothing without a simulation."""
+        run, capacity = self.simulated, budget.vram_bytes
+        if run is None or capacity is None:
+            return None
+
+        def confirm(decision: Decision) -> Decision:
+            from vramplan.simulator.run import SimulationError
+
+            try:
+                return confirmed(decision, run(decision, capacity))
+            except SimulationError:
+                return decision  # its price stands: that of the simulated pipeline with everything resident
+
+        return confirm
+
+
+def _figures(model: Any, spec: PipelineSpec, work: Workload, accelerator: Accelerator | None) -> _Figures:
+    assumed = AssumedFootprint(spec=spec, workload=work)
+    if accelerator is None or spec.device_map is not None:
+        return _Figures(footprint=assumed)
+    from vramplan.simulator.api import Source, simulated_footprint
+    from vramplan.simulator.run import SimulationError
+
+    source = Source(model, spec)
+    try:
+        footprint = simulated_footprint(source, work, accelerator)
+    except SimulationError as error:
+        return _Figures(footprint=assumed, notes=(f"not simulated, rules of thumb are used: {error}",))
+
+    def simulated(decision: Decision, capacity: int) -> Simulation:
+        vaes = [component.name for component in spec.vaes]
+        decodes = [(setting, vaes) for setting in decision.decode]
+        placed = grouped(decision.placement)
+        return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
+
+    return _Figures(footprint=footprint, simulated=simulated, notes=footprint.plain.notes)
+
+
+def confirmed(decision: Decision, simulation: Simulation) -> Decision:
+    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit."""
+    if simulation.stopped is not None:
+        reason = f"{simulation.stopped}: short by at least {format_bytes(simulation.short_bytes)}"
+        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=simulation.short_bytes)
+    on_device = {phase.name: phase.on_device for phase in decision.demand.phases}
+    phases = tuple(
+        PhaseDemand(
+            name=phase.name,
+            component=phase.component,
+            on_device=on_device[phase.name],
+            weights_bytes=phase.weights_bytes,
+            activation_bytes=phase.activation_bytes,
+            workspace_bytes=phase.workspace_bytes,
+            reserved_bytes=phase.peak_allocated_bytes,
+        )
+        for phase in simulation.phases
+        if phase.name != "load" and phase.name in on_device
+    )
+    demand = replace(
+        decision.demand,
+        vram_allocated_bytes=simulation.peak_allocated_bytes,
+        vram_reserved_bytes=simulation.peak_reserved_bytes,
+        phases=phases,
+    )
+    return replace(decision, demand=demand)
 
 
 def refuse_hooked(spec: PipelineSpec) -> None:

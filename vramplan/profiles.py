@@ -197,13 +197,20 @@ def device_accelerator(profile: DeviceProfile) -> Accelerator:
 
 
 def rates_for(accelerator_name: str) -> Rates | None:
-    """The rates of the device that a driver calls by this name (`NVIDIA GeForce RTX 4090`); None if unknown.
-
-    Case does not matter, and neither does a leading `NVIDIA`, which drivers before 470 leave out.
-    """
-    wanted = _bare(accelerator_name)
-    found = _matching("devices", DeviceProfile, wanted, lambda profile: map(_bare, profile.match))
+    """The rates of the device that a driver calls by this name (`NVIDIA GeForce RTX 4090`); None if unknown."""
+    found = _by_driver_name(accelerator_name)
     return None if found is None else _rates(found)
+
+
+def compute_capability(accelerator_name: str) -> float | None:
+    """The CUDA compute capability of the device a driver calls by this name, as 8.9; None if unknown."""
+    found = _by_driver_name(accelerator_name)
+    return None if found is None else float(found.compute_capability)
+
+
+def _by_driver_name(name: str) -> DeviceProfile | None:
+    """Case does not matter, and neither does a leading `NVIDIA`, which drivers before 470 leave out."""
+    return _matching("devices", DeviceProfile, _bare(name), lambda profile: map(_bare, profile.match))
 
 
 def _rates(profile: DeviceProfile) -> Rates:

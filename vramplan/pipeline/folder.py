@@ -160,7 +160,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise VramplanError(f"{index}: its weight_map does not name a file for every tensor")
+            shards = [folder / name for name in sorted(set(weight_map.values()))]
             missing = [path for path in shards if not path.is_file()]
             if missing:
                 raise VramplanError(f"{index} names {missing[0].name}, which is missing")
@@ -177,11 +180,13 @@ def _header(path: Path) -> Iterable[tuple[str, int, int]]:
 
     try:
         tensors = parse_local_safetensors_file_metadata(path).tensors
+        with path.open("rb") as file:
+            start_of_data = 8 + int.from_bytes(file.read(8), "little")
     except (SafetensorsParsingError, OSError, ValueError) as error:
         raise VramplanError(f"{path}: not a readable safetensors file ({error})") from error
     for tensor in tensors.values():
         start, end = tensor.data_offsets
-        if end > path.stat().st_size:
+        if start_of_data + end > path.stat().st_size:
             raise VramplanError(f"{path}: the file ends before its tensors do; download or save it again")
         yield SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype.lower()), tensor.parameter_count, end - start
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,6 +50,11 @@ class Outcome:
         return self.decisions[0]
 
 
+Confirm = Callable[[Decision], Decision]
+# What may be chosen when the user said nothing: the second only where the first has nothing that fits.
+_LAST_RESORT: tuple[Quality, ...] = ("lossless", "near_lossless")
+
+
 def worst_quality(settings: Sequence[Placement | Decode]) -> Quality:
     """The least faithful quality among settings."""
     return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
@@ -65,11 +70,14 @@ def decide(
     fixed: Fixed,
     allow: Quality | None = None,
     prefer: Prefer = "speed",
+    confirm: Confirm | None = None,
 ) -> Outcome:
     """Price every candidate and choose.
 
     With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
     that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
+    `confirm` has the last word on a candidate that fits by its price: it returns the decision with what it
+    found, with a deficit where it does not fit after all. Assumed prices are not worth confirming.
 
     Raises:
         NothingFitsError: with the deficit of the nearest candidate.
@@ -88,14 +96,37 @@ def decide(
         return min(map(judged, placements), key=lambda item: (item.deficit_bytes, *_rank(item, prefer)))
 
     decisions = [best(row.placements, row.decode) for row in found]
-    limit = _quality_limit(decisions, allow)
-    allowed = [item for item in decisions if not item.deficit_bytes and _index(item) <= QUALITIES.index(limit)]
-    if not allowed:
-        raise NothingFitsError(_nothing_fits(decisions, allow))
-    chosen = min(allowed, key=lambda item: _rank(item, prefer))
-    others = [_told(item, chosen, limit, prefer) for item in decisions if item is not chosen]
-    others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, _rank(item, prefer)))
-    return Outcome(decisions=(_choose(chosen, others), *others), refused=tuple(refused))
+    for limit in (allow,) if allow else _LAST_RESORT:
+        chosen, decisions = _first_confirmed(decisions, limit, prefer, confirm)
+        if chosen is not None:
+            others = [_told(item, chosen, limit, prefer) for item in decisions if item is not chosen]
+            others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, _rank(item, prefer)))
+            return Outcome(decisions=(_choose(chosen, others), *others), refused=tuple(refused))
+    raise NothingFitsError(_nothing_fits(decisions, allow))
+
+
+def _first_confirmed(
+    decisions: Sequence[Decision], limit: Quality, prefer: Prefer, confirm: Confirm | None
+) -> tuple[Decision | None, list[Decision]]:
+    """The best decision that fits and is confirmed, and all of them with what confirming found out.
+
+    One that is not confirmed also rules out those priced at as much memory or more: they would fare no better.
+    """
+    known = list(decisions)
+    ceiling: int | None = None
+    for item in sorted(decisions, key=lambda decision: _rank(decision, prefer)):
+        if item.deficit_bytes or _index(item) > QUALITIES.index(limit):
+            continue
+        if confirm is None or item.demand.basis == "assumed":
+            return item, known
+        if ceiling is not None and item.demand.vram_reserved_bytes >= ceiling:
+            continue
+        found = confirm(item)
+        known[known.index(item)] = found
+        if not found.deficit_bytes:
+            return found, known
+        ceiling = item.demand.vram_reserved_bytes
+    return None, known
 
 
 def _judge(placement: Mapping[str, Placement], decode: tuple[Decode, ...], demand: Demand, budget: Budget) -> Decision:
@@ -142,13 +173,6 @@ def _rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
 
 def _index(decision: Decision) -> int:
     return QUALITIES.index(decision.quality)
-
-
-def _quality_limit(decisions: Sequence[Decision], allow: Quality | None) -> Quality:
-    if allow is not None:
-        return allow
-    faithful = any(not item.deficit_bytes and item.quality == "lossless" for item in decisions)
-    return "lossless" if faithful else "near_lossless"
 
 
 def _told(item: Decision, chosen: Decision, limit: Quality, prefer: Prefer) -> Decision:

@@ -16,9 +16,6 @@ from vramplan.workload import Workload
 # What stays allocated for matrix products (cuBLAS: 8 MiB and 32 MiB on Hopper for each handle and stream,
 # PyTorch CUBLAS_WORKSPACE_CONFIG documentation), rounded up. Assumed until it is fitted on measurements.
 WORKSPACE_BYTES = 64 * MIB
-# How much more the caching allocator reserves than is allocated, per activation: 1.4 covers CogVideoX-2b's
-# published 33 GB reserved against 27 GiB allocated, and InvokeAI's measured VAE decodes. Assumed.
-RESERVED_PER_ALLOCATED = 1.4
 # The share of the peak rate a pipeline's kernels reach: FLUX.1-dev takes 12 s for 50 steps on an H100
 # (Hugging Face blog diffusers-quantization), 0.59 of its peak; CogVideoX-5b 180 s on an A100 (its model
 # card), 0.66. Used to rank, not to promise.
@@ -53,16 +50,12 @@ class PhaseDemand:
     weights_bytes: int
     activation_bytes: int
     workspace_bytes: int
+    reserved_bytes: int
 
     @property
     def allocated_bytes(self) -> int:
-        """All of it together."""
+        """All of it together; `reserved_bytes` is what the caching allocator takes from the device for it."""
         return self.weights_bytes + self.activation_bytes + self.workspace_bytes
-
-    @property
-    def reserved_bytes(self) -> int:
-        """What the caching allocator takes from the device for it."""
-        return self.weights_bytes + self.workspace_bytes + int(self.activation_bytes * RESERVED_PER_ALLOCATED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +113,20 @@ def price(
 def _demands(
     moments: Sequence[Moment], footprint: Footprint, decode: Sequence[Decode], *, on_accelerator: bool
 ) -> list[PhaseDemand]:
-    return [
-        PhaseDemand(
-            name=moment.use.phase,
-            component=moment.use.component,
-            on_device=moment.on_device,
-            weights_bytes=moment.weights_bytes,
-            activation_bytes=footprint.activation(moment.use, decode).size_bytes,
-            workspace_bytes=WORKSPACE_BYTES if on_accelerator else 0,
-        )
-        for moment in moments
-    ]
+    return [_demand(moment, footprint, decode, WORKSPACE_BYTES if on_accelerator else 0) for moment in moments]
+
+
+def _demand(moment: Moment, footprint: Footprint, decode: Sequence[Decode], workspace: int) -> PhaseDemand:
+    activation = footprint.activation(moment.use, decode).size_bytes
+    return PhaseDemand(
+        name=moment.use.phase,
+        component=moment.use.component,
+        on_device=moment.on_device,
+        weights_bytes=moment.weights_bytes,
+        activation_bytes=activation,
+        workspace_bytes=workspace,
+        reserved_bytes=moment.weights_bytes + workspace + int(activation * footprint.slack),
+    )
 
 
 def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:

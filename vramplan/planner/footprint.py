@@ -51,7 +51,14 @@ class Estimate:
 
 
 class Footprint(Protocol):
-    """The needs of one workload on one pipeline, before any strategy is chosen."""
+    """The needs of one workload on one pipeline, before any strategy is chosen.
+
+    `slack` is how much more the caching allocator takes from the device than is allocated, per activation.
+    """
+
+    @property
+    def slack(self) -> float:
+        """At least 1."""
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes of activations and workspaces alive while this use runs."""
@@ -69,6 +76,9 @@ class AssumedFootprint:
 
     spec: PipelineSpec
     workload: Workload
+    # 1.4 covers CogVideoX-2b's published 33 GB reserved against 27 GiB allocated, and InvokeAI's measured
+    # VAE decodes. Assumed.
+    slack: float = 1.4
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Activations by role: tokens for a transformer, latent pixels for a UNet, pixels for a VAE."""

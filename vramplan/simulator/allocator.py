@@ -165,9 +165,7 @@ class CachingAllocator:
         left = chunk.size - rounded
         if left < ROUND if chunk.pool.small else left <= (0 if self.expandable else SMALL_REQUEST):
             return
-        rest = Chunk(
-            address=chunk.address + rounded, size=left, pool=chunk.pool, before=chunk, after=chunk.after
-        )
+        rest = Chunk(address=chunk.address + rounded, size=left, pool=chunk.pool, before=chunk, after=chunk.after)
         if chunk.after is not None:
             chunk.after.before = rest
         chunk.after = rest

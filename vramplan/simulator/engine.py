@@ -71,13 +71,9 @@ class Engine:
             self._count_move(here, target, made)
             return made
         with torch._C.DisableTorchFunctionSubclass():
-            shape = torch.empty_like(
-                tensor.inner, dtype=kind_of, memory_format=memory_format or torch.preserve_format
-            )
+            shape = torch.empty_like(tensor.meta, dtype=kind_of, memory_format=memory_format or torch.preserve_format)
         value = tensor.value
-        made = self.new(
-            shape, target, tensor.block.kind, None if value is None else value.to(kind_of, copy=True)
-        )
+        made = self.new(shape, target, tensor.block.kind, None if value is None else value.to(kind_of, copy=True))
         self._count_move(here, target, made)
         return made
 
@@ -91,7 +87,7 @@ class Engine:
         """A page-locked copy: torch's host allocator rounds it up to a power of two."""
         from vramplan.pipeline.geometry import power_of_two
 
-        shape = torch.empty_like(tensor.inner)
+        shape = torch.empty_like(tensor.meta)
         size = power_of_two(shape.untyped_storage().nbytes())
         block = Block(self.ledger, size, "pinned", tensor.block.kind)
         return make(self, shape, CPU, block, tensor.value)
@@ -134,9 +130,9 @@ class Engine:
             if id(result) in by_value:
                 return by_value[id(result)]
             key = result.untyped_storage()._cdata
-            for value_id, tensor in by_value.items():
+            for tensor in by_value.values():
                 source = value_of(tensor)
-                assert source is not None and id(source) == value_id
+                assert source is not None
                 if source.untyped_storage()._cdata == key and isinstance(tensor, SimTensor):
                     return make(self, _meta_like(result), label, tensor.block, result)
             return self.new(_meta_like(result), label, self._kind(func, tensors), result)
@@ -151,7 +147,7 @@ class Engine:
             results = func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))
         if func._schema.is_mutable:
             _forget_values(func, args, kwargs)
-        by_key = {storage_key(t.inner): t for t in tensors if isinstance(t, SimTensor)}
+        by_key = {storage_key(t.meta): t for t in tensors if isinstance(t, SimTensor)}
         kind = self._kind(func, tensors)
 
         def wrapped(result: torch.Tensor) -> torch.Tensor:
@@ -184,7 +180,9 @@ class Engine:
             return next((label_of(t) for t in tensors if label_of(t) != CPU), CPU)
         if len(labels) > 1 and packet not in _CROSS_DEVICE:
             names = " and ".join(sorted(map(str, labels)))
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two: {names} ({packet})")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two: {names} ({packet})"
+            )
         if packet in _CROSS_DEVICE:
             return label_of(tensors[0])
         return next(iter(labels))
@@ -240,7 +238,7 @@ def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.inner if isinstance(tensor, SimTensor) else _meta_like(tensor)
+    return tensor.meta if isinstance(tensor, SimTensor) else _meta_like(tensor)
 
 
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:

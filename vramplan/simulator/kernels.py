@@ -37,6 +37,10 @@ class Kernels:
         elif packet is aten.convolution:
             ledger.transient(self._convolution_bytes(args[0], made), "workspace")
 
+    def release(self) -> None:
+        """Give back what stays allocated from operation to operation."""
+        self._workspaces = None
+
     def _hold_cublas(self, ledger: Ledger) -> None:
         self._workspaces = self._workspaces or {}
         if ledger.stream not in self._workspaces and self.cublas_bytes:

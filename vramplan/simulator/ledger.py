@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vramplan.simulator.allocator import CachingAllocator, Chunk
+import torch
+
+from vramplan.simulator.allocator import CachingAllocator, Chunk, DeviceFullError
+from vramplan.simulator.types import SimulatedPhaseName
+from vramplan.units import format_bytes
 
 Kind = Literal["weights", "activation", "workspace"]
 Place = Literal["device", "host", "pinned", "nowhere"]
@@ -20,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("weights", "activation", "workspace")
 class Block:
     """Memory that one or more tensors share. Freed when the last of them goes."""
 
-    __slots__ = ("chunk", "kind", "known", "ledger", "place", "size", "__weakref__")
+    __slots__ = ("__weakref__", "chunk", "kind", "known", "ledger", "place", "size")
 
     def __init__(self, ledger: Ledger, size: int, place: Place, kind: Kind) -> None:
         self.ledger = ledger
@@ -57,20 +61,24 @@ class Ledger:
         self.peak_host_bytes = 0
         self.peak_pinned_bytes = 0
         self.stream = 0
-        self.phase = "load"
+        self.phase: SimulatedPhaseName = "load"
         self.component = ""
         self.modules: list[str] = []
         self.operation = ""
         self.operations = 0
-        self.flops: dict[str, float] = {}
-        self.peaks: dict[str, Peak] = {}
+        self.short_bytes = 0
+        self.flops: dict[tuple[str, str], float] = {}
+        self.peaks: dict[SimulatedPhaseName, Peak] = {}
+        self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
-        self.open = True
 
     def take(self, block: Block) -> None:
         """Enter a block; on the device this may raise DeviceFullError."""
         if block.place == "device":
-            block.chunk = self.allocator.allocate(block.size, self.stream)
+            try:
+                block.chunk = self.allocator.allocate(block.size, self.stream)
+            except DeviceFullError as error:
+                raise self._out_of_memory(error) from error
             self.on_device[block.kind] += block.chunk.size
             self._note_peak()
         elif block.place == "host":
@@ -80,6 +88,15 @@ class Ledger:
             self.pinned_bytes += block.size
             self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
+
+    def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
+        self.short_bytes = max(1, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
+        where = self.modules[-1] if self.modules else self.component or "the pipeline"
+        return torch.OutOfMemoryError(
+            f"simulated device out of memory in {self.operation} of {where} ({self.phase}): tried to allocate "
+            f"{format_bytes(error.requested_bytes)} beside {format_bytes(error.allocated_bytes)} allocated and "
+            f"{format_bytes(error.reserved_bytes)} reserved of {format_bytes(error.capacity_bytes)}"
+        )
 
     def give(self, block: Block) -> None:
         """Take a block out of the books."""
@@ -103,10 +120,14 @@ class Ledger:
 
     def count_flops(self, count: float) -> None:
         """Add operations to the component that runs."""
-        self.flops[self.component] = self.flops.get(self.component, 0.0) + count
+        key = (self.phase, self.component)
+        self.flops[key] = self.flops.get(key, 0.0) + count
 
     def _note_peak(self) -> None:
         allocated = self.allocator.allocated_bytes
+        key, need = (self.phase, self.component), allocated - self.on_device["weights"]
+        if need > self.needs.get(key, -1):
+            self.needs[key] = need
         peak = self.peaks.get(self.phase)
         if peak is None:
             peak = self.peaks[self.phase] = Peak()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import CPU, META, Engine, label_of, normalized, value_of
@@ -79,11 +78,6 @@ def _is_pinned(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kw
     return isinstance(tensor, SimTensor) and tensor.block.place == "pinned"
 
 
-def _record_stream(engine: Engine, func: Any, tensor: torch.Tensor, stream: Any) -> None:
-    if isinstance(tensor, SimTensor):
-        stream.record(tensor.block)
-
-
 def _set_data(engine: Engine, func: Any, tensor: torch.Tensor, new: torch.Tensor) -> None:
     """`parameter.data = other`: the parameter takes over shape, place and memory."""
     if not isinstance(tensor, SimTensor):
@@ -92,7 +86,7 @@ def _set_data(engine: Engine, func: Any, tensor: torch.Tensor, new: torch.Tensor
         new = engine.from_real(new, CPU, tensor.block.kind)
     if new.dtype != tensor.dtype or new.shape != tensor.shape or new.stride() != tensor.stride():
         func(tensor, new)
-    tensor.label, tensor.block, tensor.stored, tensor.inner = new.label, new.block, new.stored, new.inner
+    tensor.label, tensor.block, tensor.stored, tensor.meta = new.label, new.block, new.stored, new.meta
     return None
 
 
@@ -180,7 +174,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.cpu: _cpu,
     torch.Tensor.pin_memory: _pin,
     torch.Tensor.is_pinned: _is_pinned,
-    torch.Tensor.record_stream: _record_stream,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _numpy,
@@ -196,5 +189,5 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.allclose: _same,
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
-    F.scaled_dot_product_attention: _attention,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
 }

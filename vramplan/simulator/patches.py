@@ -73,8 +73,8 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
     """Put the stand-ins in place, and take them out again whatever happens."""
     import accelerate.hooks
     import accelerate.utils.modeling
-    import diffusers.hooks.group_offloading as group_offloading
-    import diffusers.pipelines.pipeline_utils as pipeline_utils
+    from diffusers.hooks import group_offloading
+    from diffusers.pipelines import pipeline_utils
 
     backend = SimBackend(engine)
 

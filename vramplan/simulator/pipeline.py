@@ -3,12 +3,115 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vramplan.errors import VramplanError
+from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.pipeline.dtypes import cast_as_loaded
+from vramplan.pipeline.live import modules_of
 from vramplan.simulator.engine import CPU, Engine
 from vramplan.simulator.tensor import SimTensor
+
+# Renders any conversation as its texts, one after another: the length is what matters.
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a pipeline is made of, before it is put together: modules (live or weightless) and the rest."""
+
+    cls: type
+    modules: Mapping[str, torch.nn.Module]
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def assemble(self, engine: Engine) -> Any:
+        """The pipeline with hollow copies of its modules. Parts themselves stay as they are."""
+        made = {name: hollow(module, engine) for name, module in self.modules.items()}
+        made |= {name: copy.deepcopy(part) for name, part in self.others.items()}
+        takes = inspect.signature(self.cls.__init__).parameters  # type: ignore[misc]
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+            return self.cls(**made)
+        missing = {
+            name: None
+            for name, parameter in takes.items()
+            if name not in made and parameter.default is inspect.Parameter.empty and name not in ("self", "kwargs")
+        }
+        return self.cls(**{name: part for name, part in (made | missing).items() if name in takes})
+
+
+def parts_from_live(pipe: Any) -> Parts:
+    """The parts of a live pipeline. Its modules are only read."""
+    modules = modules_of(pipe)
+    others = {name: part for name, part in pipe.components.items() if name not in modules}
+    settings = {
+        name: value
+        for name, value in dict(pipe.config).items()
+        if name not in pipe.components and not name.startswith("_")
+    }
+    return Parts(cls=type(pipe), modules=modules, others=settings | others)
+
+
+def parts_from_profile(name: str, dtype: str | None = None) -> Parts:
+    """The parts a bundled profile stands for; its tokenizers are stand-ins of the right length."""
+    from vramplan.pipeline.bundled import profile_class
+    from vramplan.profiles import load_pipeline_profile
+
+    profile = load_pipeline_profile(name)
+    modules: dict[str, torch.nn.Module] = {}
+    others: dict[str, Any] = {}
+    for part_name, part in profile.components.items():
+        if part.parameters is not None:
+            modules[part_name] = build_weightless(part.library, part.class_name, part.config)
+            cast_as_loaded(modules[part_name], dtype or profile.dtype)
+        elif part_name.startswith("tokenizer"):
+            others[part_name] = stand_in_tokenizer(part.model_max_length or 77)
+        elif part.library == "diffusers":
+            others[part_name] = component_class(part.library, part.class_name).from_config(part.config)
+    if "safety_checker" in modules:
+        others["feature_extractor"] = stand_in_feature_extractor()
+    return Parts(cls=profile_class(profile), modules=modules, others=others)
+
+
+def parts_from_folder(folder: Path, dtypes: Mapping[str, str]) -> Parts:
+    """The parts of a saved pipeline, in these dtypes by component; tokenizers and schedulers as they are saved.
+
+    Raises:
+        VramplanError: not a pipeline folder, or a part of it is damaged.
+    """
+    from vramplan.pipeline.folder import pipeline_class, read_index, read_json
+
+    index = read_index(folder)
+    modules: dict[str, torch.nn.Module] = {}
+    others: dict[str, Any] = {}
+    for name, entry in index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(entry, list):
+            others[name] = entry
+        elif None not in entry:
+            library, class_name = entry
+            if name in dtypes:
+                modules[name] = build_weightless(library, class_name, read_json(folder / name / "config.json"))
+                cast_as_loaded(modules[name], dtypes[name])
+            else:
+                others[name] = _saved_part(folder / name, library, class_name)
+    return Parts(cls=pipeline_class(folder, index), modules=modules, others=others)
+
+
+def _saved_part(folder: Path, library: str, class_name: str) -> Any:
+    cls = component_class(library, class_name)
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        if "okenizer" in class_name:
+            return stand_in_tokenizer()
+        raise VramplanError(f"{folder}: {class_name} cannot be loaded ({' '.join(str(error).split())})") from error
 
 
 def hollow(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
@@ -18,25 +121,19 @@ def hollow(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
     """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        memo.setdefault(id(tensor), _hollow_tensor(tensor, engine))
-    kept = list(memo.values())  # deepcopy's memo must outlive the copy
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _hollow_tensor(tensor, engine)
     made = copy.deepcopy(module, memo)
-    del kept
     made.eval()
     return made
 
 
 def _hollow_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:
-    is_parameter = isinstance(tensor, torch.nn.Parameter)
     made = engine.from_real(tensor.detach(), CPU, "weights")
-    if is_parameter:
-        made.stored = None  # weights have no values worth believing: a random pipeline's are random
-        made._is_param = True  # type: ignore[attr-defined]
+    if isinstance(tensor, torch.nn.Parameter):
+        made.stored = None  # a trained weight's value is not known, and a random one's is worth nothing
+        made._is_param = True
     return made
-
-
-# Renders any conversation as its texts, one after another: the length is what matters.
-_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def stand_in_tokenizer(model_max_length: int = 77) -> Any:
@@ -60,3 +157,10 @@ def stand_in_tokenizer(model_max_length: int = 77) -> Any:
         unk_token="<unk>",
         chat_template=_CHAT_TEMPLATE,
     )
+
+
+def stand_in_feature_extractor() -> Any:
+    """What a safety checker's pictures go through first: CLIP's, which needs no files."""
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor()

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from vramplan.errors import VramplanError
+from vramplan.pipeline.dtypes import torch_dtype
+from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
+from vramplan.simulator.follow import followed
+from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Ledger
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.patches import patched_runtime
+from vramplan.simulator.pipeline import Parts
+from vramplan.simulator.types import DecodedLatents, SimulatedPhase, SimulatedUse, Simulation
+from vramplan.workload import Workload
+
+# Denoising steps that are simulated: the second one stands for all that follow.
+STEPS = 2
+_PROMPT = "a photograph of an astronaut riding a horse"
+
+
+class SimulationError(VramplanError):
+    """The pipeline could not be driven. The message names the operation that stopped it."""
 
 
 @contextmanager
@@ -22,56 +39,168 @@ def simulated_devices(engine: Engine) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def followed(pipe: Any, ledger: Ledger) -> Iterator[None]:
-    """Keep the ledger told which phase, component and module is running."""
-    names = {id(module): f"{part}.{name}" if name else part for part, root in _modules(pipe).items() for name, module in root.named_modules()}
-    roles = _phases(pipe)
-    stack: list[tuple[str, str]] = []
+def run_simulation(
+    parts: Parts,
+    workload: Workload,
+    place: Callable[[Any], None],
+    *,
+    capacity_bytes: int | None = None,
+    kernels: Kernels | None = None,
+) -> Simulation:
+    """Build the pipeline hollow, let `place` put its strategy on it, and make one call of the workload.
 
-    def enter(module: torch.nn.Module, *_: Any) -> None:
-        name = names.get(id(module))
-        if name is None:
-            return
-        stack.append((ledger.component, ledger.phase))
-        ledger.modules.append(name)
-        part = name.partition(".")[0]
-        ledger.component = part
-        ledger.phase = roles(part)
+    Running out of a given capacity is an answer, not an error.
 
-    def leave(module: torch.nn.Module, *_: Any) -> None:
-        if id(module) in names and stack:
-            ledger.modules.pop()
-            ledger.component, ledger.phase = stack.pop()
+    Raises:
+        SimulationError: the pipeline needs something that a hollow one cannot give.
+    """
 
-    from torch.nn.modules import module as nn_module
+    def call(pipe: Any) -> None:
+        pipe(**call_inputs(pipe, workload))
 
-    before = nn_module.register_module_forward_pre_hook(enter)
-    after = nn_module.register_module_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
+    return _simulated(parts, place, call, capacity_bytes, kernels or Kernels())
 
 
-def _modules(pipe: Any) -> Mapping[str, torch.nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+def run_decode(
+    parts: Parts, latents: Sequence[DecodedLatents], place: Callable[[Any], None], *, kernels: Kernels | None = None
+) -> Simulation:
+    """Only what the pipeline's VAEs do at the end of a call: decode latents of these shapes.
+
+    Raises:
+        SimulationError: a VAE needs something that hollow latents cannot give.
+    """
+
+    def call(pipe: Any) -> None:
+        for item in latents:
+            shape = torch.empty(item.shape, dtype=torch_dtype(item.dtype), device="cuda:0")
+            pipe.components[item.component].decode(shape, return_dict=False)
+
+    only = Parts(cls=VaesOnly, modules={item.component: parts.modules[item.component] for item in latents})
+    return _simulated(only, place, call, None, kernels or Kernels())
 
 
-def _phases(pipe: Any) -> Callable[[str], str]:
-    from vramplan.pipeline.component import role_of
+class VaesOnly:
+    """What is left of a pipeline when only its decode is simulated."""
 
-    roles = {
-        name: role_of(name, type(module).__module__.split(".")[0], type(module).__name__)
-        for name, module in _modules(pipe).items()
+    def __init__(self, **components: Any) -> None:
+        self.components = components
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        """Nothing to show."""
+
+    def to(self, device: str) -> None:
+        """Move every VAE."""
+        for module in self.components.values():
+            module.to(device)
+
+
+def _simulated(
+    parts: Parts,
+    place: Callable[[Any], None],
+    call: Callable[[Any], None],
+    capacity_bytes: int | None,
+    kernels: Kernels,
+) -> Simulation:
+    start = time.perf_counter()
+    ledger = Ledger(CachingAllocator(capacity_bytes=capacity_bytes))
+    engine = Engine(ledger, kernels)
+    stopped: str | None = None
+    decoded: list[DecodedLatents] = []
+    with simulated_devices(engine):
+        try:
+            pipe = parts.assemble(engine)
+            pipe.set_progress_bar_config(disable=True)
+            place(pipe)
+            with followed(pipe, ledger) as decoded:
+                call(pipe)
+        except torch.OutOfMemoryError as error:
+            stopped = str(error)
+        except Exception as error:
+            raise SimulationError(_where(error, ledger)) from error
+        seconds = time.perf_counter() - start
+        result = _result(ledger, engine, stopped, decoded, seconds)
+    engine.kernels.release()
+    return result
+
+
+def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
+    """Arguments for a call of the workload: texts, pictures and sizes, as far as the pipeline takes them."""
+    takes = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+    wanted: dict[str, Any] = {
+        "prompt": _PROMPT,
+        "height": workload.height,
+        "width": workload.width,
+        "num_frames": workload.num_frames if workload.num_frames > 1 else None,
+        "num_images_per_prompt": workload.num_images_per_prompt,
+        "num_videos_per_prompt": workload.num_images_per_prompt,
+        "num_inference_steps": STEPS,
+        "guidance_scale": workload.guidance_scale,
+        "output_type": "pt",
     }
-    seen = {"denoise": False}
+    wanted |= _pictures(takes, workload)
+    return {name: value for name, value in wanted.items() if value is not None and name in takes}
 
-    def phase(name: str) -> str:
-        if roles[name] in ("denoiser", "control"):
-            seen["denoise"] = True
-            return "denoise"
-        return "decode" if seen["denoise"] else "encode"
 
-    return phase
+def _pictures(takes: Mapping[str, inspect.Parameter], workload: Workload) -> dict[str, Any]:
+    """Grey pictures for the arguments that condition a call on one."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (workload.width, workload.height), (127, 127, 127))
+    mask = Image.new("L", (workload.width, workload.height), 255)
+    given: dict[str, Any] = {"image": picture, "control_image": picture, "mask_image": mask, "source_image": picture}
+    given["video"] = [picture] * max(1, workload.num_frames)
+    return {name: value for name, value in given.items() if name in takes}
+
+
+def _result(
+    ledger: Ledger, engine: Engine, stopped: str | None, decoded: Sequence[DecodedLatents], seconds: float
+) -> Simulation:
+    allocator = ledger.allocator
+    capacity = allocator.capacity_bytes
+    return Simulation(
+        peak_allocated_bytes=allocator.peak_allocated_bytes,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        host_peak_bytes=ledger.peak_host_bytes,
+        pinned_peak_bytes=ledger.peak_pinned_bytes,
+        phases=tuple(_phases(ledger)),
+        capacity_bytes=capacity,
+        fits=None if capacity is None else stopped is None,
+        stopped=stopped,
+        short_bytes=ledger.short_bytes if stopped else 0,
+        uses=tuple(
+            SimulatedUse(
+                phase=phase, component=component, need_bytes=need, flops=ledger.flops.get((phase, component), 0.0)
+            )
+            for (phase, component), need in ledger.needs.items()
+        ),
+        steps=STEPS,
+        decoded=tuple(decoded),
+        to_device_bytes=ledger.moved_bytes.get(("cpu", "cuda"), 0),
+        to_host_bytes=ledger.moved_bytes.get(("cuda", "cpu"), 0),
+        operations=ledger.operations,
+        wall_seconds=seconds,
+        notes=tuple(engine.notes),
+    )
+
+
+def _phases(ledger: Ledger) -> Sequence[SimulatedPhase]:
+    return [
+        SimulatedPhase(
+            name=name,
+            peak_allocated_bytes=peak.allocated_bytes,
+            weights_bytes=peak.by_kind.get("weights", 0),
+            activation_bytes=peak.by_kind.get("activation", 0),
+            workspace_bytes=peak.by_kind.get("workspace", 0),
+            component=peak.component,
+            module=peak.module,
+            operation=peak.operation,
+        )
+        for name, peak in ledger.peaks.items()
+    ]
+
+
+def _where(error: Exception, ledger: Ledger) -> str:
+    module = ledger.modules[-1] if ledger.modules else "the pipeline's own code"
+    return (
+        f"the call stopped in {module} after {ledger.operation}: {type(error).__name__}: {' '.join(str(error).split())}"
+    )

@@ -1,10 +1,10 @@
 """Tensors without data on a device that is not there.
 
-A `SimTensor` stands for a meta tensor, `inner`, and says it is somewhere else: PyTorch computes shapes, dtypes
-and strides as it does for any meta tensor, and this class adds what a real one would have beside them: the device it would be
-on, the memory it would hold (a `Block` of the ledger, shared by views), and, while it is small, its true value,
-computed on the CPU with the same operation. Large tensors are hollow. No device type is registered and nothing
-of torch is patched: outside of a simulation these are ordinary objects.
+A `SimTensor` stands for a meta tensor, `meta`, and says it is somewhere else: PyTorch computes shapes, dtypes
+and strides as it does for any meta tensor, and this class adds what a real one would have beside them: the
+device it would be on, the memory it would hold (a `Block` of the ledger, shared by views), and, while it is
+small, its true value, computed on the CPU with the same operation. Large tensors are hollow. No device type is
+registered and nothing of torch is patched: outside of a simulation these are ordinary objects.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ class SimTensor(torch.Tensor):
     label: torch.device
     block: Block
     stored: torch.Tensor | None
-    inner: torch.Tensor
+    meta: torch.Tensor
     engine: Engine
+    _is_param: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, data: SimTensor, requires_grad: bool = False, **_: Any) -> SimTensor:
         """`type(parameter)(value, requires_grad=...)`, as accelerate rebuilds parameters: the same memory."""
-        alias = make(data.engine, data.inner, data.label, data.block, data.stored)
-        alias._is_param = True  # type: ignore[attr-defined]
+        alias = make(data.engine, data.meta, data.label, data.block, data.stored)
+        alias._is_param = True
         return alias
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         engine = next(tensor.engine for tensor in tensors_in((args, kwargs)) if isinstance(tensor, SimTensor))
         return engine.run(func, args, kwargs)
@@ -72,13 +75,17 @@ class SimTensor(torch.Tensor):
         """The true value while it is small and still known, else None."""
         return self.stored if self.block.known else None
 
+    def record_stream(self, stream: Any) -> None:  # type: ignore[override]
+        """Keep the memory until the stream has passed. Here and not in the mode: torch checks the type first."""
+        stream.record(self.block)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SimTensor({tuple(self.shape)}, {self.dtype}, {self.label})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SimTensor:
         copy = self.engine.copy(self)
         if getattr(self, "_is_param", False):
-            copy._is_param = True  # type: ignore[attr-defined]
+            copy._is_param = True
         memo[id(self)] = copy
         return copy
 
@@ -93,7 +100,7 @@ def make(
     made.label = label
     made.block = block
     made.stored = value
-    made.inner = shape
+    made.meta = shape
     return made
 
 
@@ -119,9 +126,11 @@ def mapped(arguments: Any, change: Any) -> Any:
     if isinstance(arguments, torch.Tensor):
         return change(arguments)
     if isinstance(arguments, tuple | list):
-        return type(arguments)(mapped(item, change) for item in arguments) if not hasattr(
-            arguments, "_fields"
-        ) else type(arguments)(*(mapped(item, change) for item in arguments))
+        return (
+            type(arguments)(mapped(item, change) for item in arguments)
+            if not hasattr(arguments, "_fields")
+            else type(arguments)(*(mapped(item, change) for item in arguments))
+        )
     if isinstance(arguments, dict):
         return {key: mapped(item, change) for key, item in arguments.items()}
     return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -34,6 +35,17 @@ def parse_decode(text: str) -> Decode:
     found = _parse(text, {cls.name: cls for cls in DECODES})
     assert isinstance(found, Decode)
     return found
+
+
+def grouped(placement: Mapping[str, Placement]) -> list[tuple[Placement, list[str]]]:
+    """Equal settings together, with the components of each.
+
+    Hooks come first, residents last: a pipeline with groups skips those in `to`.
+    """
+    groups: dict[Placement, list[str]] = {}
+    for name, setting in placement.items():
+        groups.setdefault(setting, []).append(name)
+    return sorted(groups.items(), key=lambda item: item[0].name == "resident")
 
 
 def _parse(text: str, known: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from vramplan.workload import Workload
 # Smaller tiles than this show: less than 8 latents of context on each side of a seam.
 SMALLEST_TILE = 128
 # The sizes tried, as shares of the class's own tile.
-_SHARES = (1, 1 / 2, 1 / 4)
+_SHARES = (1, 1 / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,195 @@
+"""Simulate a model under a plan, or what the planner needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.simulator.cache import cached
+from vramplan.simulator.footprint import Memory, SimulatedFootprint
+from vramplan.simulator.types import DecodedLatents, Simulation
+from vramplan.strategies.base import Decode, Placement
+from vramplan.strategies.settings import format_setting
+from vramplan.units import MIB
+from vramplan.workload import Workload
+
+if TYPE_CHECKING:
+    from vramplan.planfile import Plan
+    from vramplan.simulator.pipeline import Parts
+
+# The simulated device is always this one: what it stands for is a matter of capacity and kernels.
+DEVICE = "cuda:0"
+Placed = Sequence[tuple[Placement, Sequence[str]]]
+Decodes = Sequence[tuple[Decode, Sequence[str]]]
+
+
+def simulate(
+    model: Any,
+    plan: Plan | None = None,
+    workload: Workload | None = None,
+    *,
+    capacity_bytes: int | None = None,
+) -> Simulation:
+    """Run the whole call of `model` with the plan's settings on the simulated device.
+
+    `model` is a live pipeline (only read), a folder, a bundled profile's name or a hub id that one lists. Without
+    a plan everything is resident; without a workload the plan's, or the pipeline's own, is taken.
+    `capacity_bytes` limits the device; the plan's budget when left out, and nothing without a plan.
+
+    Raises:
+        SimulationError: the call needs something a hollow pipeline cannot give; the message names where.
+        VramplanError: the model cannot be read, or the plan's settings cannot be.
+    """
+    from vramplan.apply import parse_settings
+    from vramplan.planning import describe
+    from vramplan.workload import make_workload
+
+    described = describe(model)
+    spec = described.spec
+    work = workload or (plan.workload if plan else make_workload(described.defaults, {}))
+    placed: Placed = []
+    decodes: Decodes = []
+    accelerator = None
+    if plan is not None:
+        accelerator = plan.machine.accelerator
+        placed, decodes = parse_settings(plan, spec, accelerator)
+        capacity_bytes = capacity_bytes or plan.machine.budget.vram_bytes
+    source = Source(model, spec)
+    return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes)
+
+
+def simulated_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
+    """The planner's figures for a model. Raises SimulationError where the pipeline cannot be driven."""
+    spec = source.spec
+    vaes = [component.name for component in spec.vaes]
+    must_tile = [vae for vae in spec.vaes if vae.tiling is not None and vae.tiling.required]
+
+    tiled = [(setting, vaes) for setting in _tilings(must_tile)]
+    plain = source.run(workload, [], tiled, accelerator=accelerator)
+
+    def decode(settings: tuple[Decode, ...]) -> Simulation:
+        return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
+
+    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=Memory(decode))
+
+
+def _tilings(vaes: Sequence[Any]) -> tuple[Decode, ...]:
+    from vramplan.strategies.vae_tiling import VaeTiling
+
+    return (VaeTiling(),) if vaes else ()
+
+
+class Source:
+    """A model that can be simulated again and again: its parts are put together once, when first needed."""
+
+    def __init__(self, model: Any, spec: PipelineSpec) -> None:
+        self.model = model
+        self.spec = spec
+        self._parts: Parts | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """The weightless or live parts of the model."""
+        from vramplan.simulator import pipeline
+
+        if self._parts is None:
+            dtypes = {component.name: component.dtype for component in self.spec.components}
+            if self.spec.source == "live":
+                self._parts = pipeline.parts_from_live(self.model)
+            elif self.spec.source.startswith("profile:"):
+                dtype = next(iter(dtypes.values()), None)
+                self._parts = pipeline.parts_from_profile(self.spec.source.removeprefix("profile:"), dtype)
+            else:
+                self._parts = pipeline.parts_from_folder(Path(self.spec.source), dtypes)
+        return self._parts
+
+    def run(
+        self,
+        workload: Workload,
+        placed: Placed,
+        decodes: Decodes,
+        *,
+        accelerator: Accelerator | None,
+        capacity_bytes: int | None = None,
+    ) -> Simulation:
+        """One simulation, from the cache where it was made before. Nothing placed means everything resident."""
+        kernels = _kernels(accelerator)
+        key = {
+            "pipeline": _identity(self.spec),
+            "workload": asdict(workload),
+            "placed": [(format_setting(setting), list(names)) for setting, names in placed],
+            "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
+            "capacity": capacity_bytes,
+            "kernels": kernels,
+        }
+        return cached(key, lambda: self._run(workload, placed, decodes, kernels, capacity_bytes))
+
+    def decode(
+        self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None
+    ) -> Simulation:
+        """Only the decode of a call, with these settings; from the cache where it was made before."""
+        from vramplan.simulator.kernels import Kernels
+        from vramplan.simulator.run import run_decode
+
+        kernels = _kernels(accelerator)
+        names = {item.component for item in latents}
+        here = [(setting, [name for name in given if name in names]) for setting, given in decodes]
+        key = {
+            "pipeline": _identity(self.spec),
+            "latents": [asdict(item) for item in latents],
+            "decodes": [(format_setting(setting), given) for setting, given in here],
+            "kernels": kernels,
+        }
+        made = Kernels(cublas_bytes=kernels["cublas_bytes"])
+        return cached(key, lambda: run_decode(self.parts, latents, placing([], here), kernels=made))
+
+    def _run(
+        self, workload: Workload, placed: Placed, decodes: Decodes, kernels: Mapping[str, int], capacity: int | None
+    ) -> Simulation:
+        from vramplan.simulator.kernels import Kernels
+        from vramplan.simulator.run import run_simulation
+
+        return run_simulation(
+            self.parts,
+            workload,
+            placing(placed, decodes),
+            capacity_bytes=capacity,
+            kernels=Kernels(cublas_bytes=kernels["cublas_bytes"]),
+        )
+
+
+def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
+    """A function that puts the settings on a hollow pipeline through their own diffusers calls."""
+
+    def place(pipe: Any) -> None:
+        for decode, names in decodes:
+            decode.apply(pipe, names)
+        for setting, names in placed:
+            setting.apply(pipe, names, DEVICE)
+        if not placed:
+            pipe.to(DEVICE)
+
+    return place
+
+
+def _identity(spec: PipelineSpec) -> Any:
+    """All of a pipeline that its memory depends on."""
+    return [
+        spec.class_name,
+        [
+            [c.name, c.class_name, dict(c.config), dict(c.dtype_bytes), c.parameter_count]
+            for c in sorted(spec.components, key=lambda component: component.name)
+        ],
+    ]
+
+
+def _kernels(accelerator: Accelerator | None) -> dict[str, int]:
+    """What is known of the kernels of a card: cuBLAS holds 32 MiB on Hopper and later, 8 MiB before."""
+    from vramplan.profiles import compute_capability
+
+    capability = compute_capability(accelerator.name) if accelerator else None
+    return {"cublas_bytes": (32 if capability is not None and capability >= 9.0 else 8) * MIB}

@@ -1,0 +1,70 @@
+"""Keep simulations on disk. A stale or damaged entry is made again, never believed, never a reason to fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vramplan._version import __version__
+from vramplan.simulator.types import Simulation
+
+
+def cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
+    """The simulation under this key from the cache, else made and kept.
+
+    `key` is anything JSON can hold; the versions of the libraries that decide the outcome are added to it.
+    `VRAMPLAN_CACHE` names another folder, or switches the cache off with `0`.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    path = folder / f"{_digest(key)}.json"
+    found = _read(path)
+    if found is None:
+        found = make()
+        _write(path, found)
+    return found
+
+
+def cache_folder() -> Path | None:
+    """Where simulations are kept; None where the cache is switched off."""
+    told = os.environ.get("VRAMPLAN_CACHE")
+    if told == "0":
+        return None
+    if told:
+        return Path(told)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("vramplan") / "simulations"
+
+
+def _digest(key: Any) -> str:
+    from importlib.metadata import version
+
+    versions = [__version__, *(version(name) for name in ("torch", "diffusers", "transformers", "accelerate"))]
+    return hashlib.sha256(json.dumps([versions, key], sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> Simulation | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Simulation).validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValidationError, ValueError):
+        return None
+
+
+def _write(path: Path, simulation: Simulation) -> None:
+    from vramplan.errors import VramplanError
+    from vramplan.planfile import write_text
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(simulation)))
+    except (OSError, VramplanError):
+        pass  # a full disk or a read-only folder costs the next run a few seconds, nothing more

@@ -1,0 +1,109 @@
+"""Keep the ledger told which phase, component and module is running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import module as nn_module
+
+from vramplan.pipeline.component import role_of
+from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.types import PhaseName, Role
+from vramplan.simulator.ledger import Ledger
+from vramplan.simulator.types import DecodedLatents
+
+# VAEs are entered by these, not by their forward.
+_METHODS = ("encode", "decode")
+
+
+@contextmanager
+def followed(pipe: Any, ledger: Ledger) -> Iterator[list[DecodedLatents]]:
+    """While entered, operations are booked on the component and module that runs.
+
+    What a pipeline computes between its components is booked on the phase of the last one: latents and
+    schedulers on denoising once that has begun, postprocessing on the decode. The list that is given fills
+    with what VAEs are asked to decode.
+    """
+    follower = _Follower(pipe, ledger)
+    ledger.phase = follower.phase("")
+    before = nn_module.register_module_forward_pre_hook(follower.enter)
+    after = nn_module.register_module_forward_hook(follower.leave, always_call=True)
+    try:
+        with ExitStack() as stack:
+            for name, module in modules_of(pipe).items():
+                stack.enter_context(follower.methods(name, module))
+            yield follower.decoded
+    finally:
+        before.remove()
+        after.remove()
+
+
+class _Follower:
+    def __init__(self, pipe: Any, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.names: dict[int, str] = {}
+        self.roles: dict[str, Role] = {}
+        self.began_denoising = False
+        self._denoises = False
+        self.components: list[str] = []
+        self.decoded: list[DecodedLatents] = []
+        for part, root in modules_of(pipe).items():
+            library = type(root).__module__.split(".")[0]
+            self.roles[part] = role_of(part, library, type(root).__name__)
+            self._denoises |= self.roles[part] in ("denoiser", "control")
+            for name, module in root.named_modules():
+                self.names.setdefault(id(module), f"{part}.{name}" if name else part)
+
+    def enter(self, module: torch.nn.Module, *_: Any) -> None:
+        name = self.names.get(id(module))
+        if name is not None:
+            self.push(name)
+
+    def leave(self, module: torch.nn.Module, *_: Any) -> None:
+        if id(module) in self.names and self.components:
+            self.pop()
+
+    def push(self, name: str) -> None:
+        ledger, part = self.ledger, name.partition(".")[0]
+        self.components.append(ledger.component)
+        ledger.modules.append(name)
+        ledger.component = part
+        ledger.phase = self.phase(part)
+
+    def pop(self) -> None:
+        self.ledger.modules.pop()
+        self.ledger.component = self.components.pop()
+
+    def phase(self, part: str) -> PhaseName:
+        if self.roles.get(part) in ("denoiser", "control"):
+            self.began_denoising = True
+            return "denoise"
+        return "decode" if self.began_denoising or not self._denoises else "encode"
+
+    @contextmanager
+    def methods(self, name: str, module: torch.nn.Module) -> Iterator[None]:
+        """Wrap a VAE's encode and decode on the instance; off again when the block ends."""
+        wrapped = [method for method in _METHODS if self.roles[name] == "vae" and hasattr(module, method)]
+        for method in wrapped:
+            module.__dict__[method] = self._around(name, method, getattr(module, method))
+        try:
+            yield
+        finally:
+            for method in wrapped:
+                module.__dict__.pop(method, None)
+
+    def _around(self, name: str, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.push(name)
+            if method == "decode" and args:
+                dtype = str(args[0].dtype).removeprefix("torch.")
+                self.decoded.append(DecodedLatents(component=name, shape=tuple(args[0].shape), dtype=dtype))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.pop()
+
+        return call

@@ -1,0 +1,85 @@
+"""What a simulation found, as values: no tensor and no torch in them, so that they can be kept in files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Moving weights to the device before the call, then the phases of the call itself.
+SimulatedPhaseName = Literal["load", "encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedPhase:
+    """The highest moment of a phase, in bytes, and the module and operation that made it."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: SimulatedPhaseName
+    peak_allocated_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    component: str
+    module: str
+    operation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedUse:
+    """A component in a phase: the most bytes it needed beside weights, and its floating-point operations.
+
+    `component` is empty for what the pipeline computes between its components.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    phase: str
+    component: str
+    need_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedLatents:
+    """What a VAE was given to decode: shape and torch dtype name."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    component: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """What a call of a pipeline takes on the simulated device.
+
+    `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
+    memory, `short_bytes` by how much at least. `to_device_bytes` and `to_host_bytes` crossed the link. `notes`
+    tells what had to be assumed.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    host_peak_bytes: int
+    pinned_peak_bytes: int
+    phases: tuple[SimulatedPhase, ...]
+    uses: tuple[SimulatedUse, ...]
+    steps: int
+    decoded: tuple[DecodedLatents, ...]
+    capacity_bytes: int | None
+    fits: bool | None
+    stopped: str | None
+    short_bytes: int
+    to_device_bytes: int
+    to_host_bytes: int
+    operations: int
+    wall_seconds: float
+    notes: tuple[str, ...]
+
+    def use(self, phase: str, component: str) -> SimulatedUse | None:
+        """The use of a component in a phase, None where it did not run there."""
+        return next((item for item in self.uses if (item.phase, item.component) == (phase, component)), None)
