@@ -122,7 +122,7 @@ def _earlier_off(pipe: Any) -> Iterator[None]:
 def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     """The plan on a pipeline that has none, checked first; the pipeline as it was if anything fails."""
     spec = spec_from_pipeline(pipe)
-    _check_match(spec, plan)
+    check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, _accelerator(plan, target))
     before = _Snapshot.of(pipe)
@@ -234,7 +234,8 @@ def _apply(
         setting.apply(pipe, names, device)
 
 
-def _check_match(spec: PipelineSpec, plan: Plan) -> None:
+def check_match(spec: PipelineSpec, plan: Plan) -> None:
+    """Raises MismatchError where the plan was made for another pipeline; the message says what differs."""
     if spec.class_name != plan.model.class_name:
         raise MismatchError(f"the plan is for a {plan.model.class_name}, this is a {spec.class_name}")
     if fingerprint(spec) == plan.model.fingerprint:

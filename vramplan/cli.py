@@ -13,7 +13,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from vramplan._version import __version__
-from vramplan.errors import MismatchError, UsageError, VramplanError
+from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("auto", "human", "json", "yaml")
@@ -193,6 +193,38 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **give
     _check_machine(loaded)
     say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
     click.echo(run_plan(loaded, output=output, say=say, **given))
+
+
+@main.command()
+@click.argument("model")
+@_machine_options
+@_workload_options
+@_load_options
+@click.option("--set", "fixed", multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand.")
+@_format_options
+def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
+    """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
+
+    Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
+    """
+    from vramplan.report import simulation_dict, simulation_text
+    from vramplan.simulator.api import simulate_model, simulate_plan
+
+    given["settings"] = _fixed(given.pop("fixed"))
+    if Path(model).is_file():
+        _refuse_beside_plan(given)
+        result = simulate_plan(model)
+    else:
+        result = simulate_model(model, **given)
+    _print(simulation_dict(result), lambda: simulation_text(result), form, as_json=as_json)
+    if result.fits is False:
+        raise NothingFitsError(result.stopped or "it does not fit")
+
+
+def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
+    told = [name for name, value in given.items() if value]
+    if told:
+        raise UsageError(f"--{told[0].replace('_', '-')}: a plan file says that already; edit it or plan again")
 
 
 @main.command()

@@ -13,10 +13,12 @@ from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
     from vramplan.planfile import Plan, Settings
+    from vramplan.simulator.types import Simulation
     from vramplan.verify import Measured
 
 DETECT_SCHEMA_VERSION = 1
-_NUMERIC = ("weights", "activations", "projected", "measured", "difference")
+SIMULATE_SCHEMA_VERSION = 1
+_NUMERIC = ("peak", "workspace", "weights", "activations", "projected", "measured", "difference")
 
 
 def to_json(value: Any) -> str:
@@ -151,6 +153,41 @@ def explain_text(plan: Plan) -> str:
     if plan.refused:
         lines += ["", "not possible here"]
         lines += [f"  {item.setting} on {item.component}: {item.reason}" for item in plan.refused]
+    return "\n".join(lines)
+
+
+def simulation_dict(simulation: Simulation) -> dict[str, Any]:
+    """A simulation as the object `simulate --json` prints."""
+    return {"schema_version": SIMULATE_SCHEMA_VERSION, **asdict(simulation)}
+
+
+def simulation_text(simulation: Simulation) -> str:
+    """A simulation for a person: whether it fits, the peaks, and what made them."""
+    limit = "" if simulation.capacity_bytes is None else f" of {format_bytes(simulation.capacity_bytes)}"
+    verdict = {None: "no limit was set", True: "fits", False: "does not fit"}[simulation.fits]
+    lines = [
+        f"VRAM      {format_bytes(simulation.peak_reserved_bytes)} reserved{limit}, "
+        f"{format_bytes(simulation.peak_allocated_bytes)} allocated: {verdict}",
+        f"RAM       {format_bytes(simulation.host_peak_bytes)}, of which "
+        f"{format_bytes(simulation.pinned_peak_bytes)} page-locked",
+        f"moved     {format_bytes(simulation.to_device_bytes)} to the device, "
+        f"{format_bytes(simulation.to_host_bytes)} back, in {simulation.steps} steps",
+        f"simulated {simulation.operations} operations in {simulation.wall_seconds:.1f} s",
+        "",
+    ]
+    rows = [
+        (
+            phase.name,
+            format_bytes(phase.peak_allocated_bytes),
+            format_bytes(phase.weights_bytes),
+            format_bytes(phase.activation_bytes),
+            format_bytes(phase.workspace_bytes),
+            f"{phase.module or 'the pipeline'}: {phase.operation}" if phase.operation else "moving weights",
+        )
+        for phase in simulation.phases
+    ]
+    lines.append(_table(("phase", "peak", "weights", "activations", "workspace", "made by"), rows))
+    lines += [f"note: {note}" for note in simulation.notes]
     return "\n".join(lines)
 
 

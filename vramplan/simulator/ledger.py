@@ -93,7 +93,7 @@ class Ledger:
         self.short_bytes = max(1, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
         where = self.modules[-1] if self.modules else self.component or "the pipeline"
         return torch.OutOfMemoryError(
-            f"simulated device out of memory in {self.operation} of {where} ({self.phase}): tried to allocate "
+            f"simulated device out of memory in {self.operation or 'moving weights'} of {where} ({self.phase}): tried to allocate "
             f"{format_bytes(error.requested_bytes)} beside {format_bytes(error.allocated_bytes)} allocated and "
             f"{format_bytes(error.reserved_bytes)} reserved of {format_bytes(error.capacity_bytes)}"
         )

@@ -75,7 +75,7 @@ class SimTensor(torch.Tensor):
         """The true value while it is small and still known, else None."""
         return self.stored if self.block.known else None
 
-    def record_stream(self, stream: Any) -> None:  # type: ignore[override]
+    def record_stream(self, stream: Any) -> None:
         """Keep the memory until the stream has passed. Here and not in the mode: torch checks the type first."""
         stream.record(self.block)
 
