@@ -1,0 +1,398 @@
+"""Projected against measured on a real CUDA card, with full-size pipelines of random weights: nothing is downloaded.
+
+    python benchmarks/gpu_accuracy.py -o benchmarks/results/gpu-NAME-DATE.json [--minutes 8] [--only TEXT] [--list]
+
+For each case the pipeline is built on the card, given one placement through vramplan's own strategies, called for
+three steps, and read: peak allocated and reserved, allocator statistics, host peak, seconds per step. The same case
+is simulated. Beside the cases it measures what the simulation has to assume: workspaces of convolutions and of
+attention, the driver context, and the link. The file is written after every case, a case that is in it already is
+skipped, one that runs out of memory is recorded as such: so a run that was cut off is simply started again.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from inspect import signature, unwrap
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from vramplan.planfile import write_text
+from vramplan.planning import describe
+from vramplan.simulator.api import Source, placing
+from vramplan.simulator.pipeline import parts_from_profile
+from vramplan.simulator.run import SimulationError, call_inputs
+from vramplan.strategies.settings import grouped, parse_decode, parse_placement
+from vramplan.units import GIB, MIB
+from vramplan.verify import current_rss_bytes, peak_rss_bytes
+from vramplan.workload import Workload, make_workload
+
+DEVICE = "cuda:0"
+# Random weights find nothing unsafe or everything; the measured pipelines go without.
+LEFT_OUT = ("safety_checker",)
+BLOCK = "group_offload:stream=true"
+LEAF = "group_offload:type=leaf,stream=true"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One pipeline under one placement. `head` places the denoiser, `rest` everything else."""
+
+    model: str
+    head: str
+    rest: str = ""
+    decode: tuple[str, ...] = ()
+    workload: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        shape = ",".join(f"{key}={value}" for key, value in self.workload.items())
+        return " | ".join(filter(None, (self.model, self.head, self.rest, "+".join(self.decode), shape)))
+
+
+def cases() -> list[Case]:
+    """Small ones first, so that a short run has something of everything."""
+    found = []
+    for model, sizes in (
+        ("stable-diffusion-1.5", ({}, {"num_images_per_prompt": 4}, {"height": 768, "width": 768})),
+        ("stable-diffusion-xl", ({}, {"height": 768, "width": 1344}, {"num_images_per_prompt": 2})),
+        ("flux.1-dev", ({}, {"height": 768, "width": 1344}, {"num_images_per_prompt": 2})),
+    ):
+        found += [Case(model=model, head="resident", workload=size) for size in sizes]
+        found += [Case(model=model, head="model_cpu_offload")]
+        found += [Case(model=model, head="resident", decode=("vae_tiling:tile=256",))]
+        found += [Case(model=model, head=head, rest="resident") for head in (BLOCK, LEAF, "group_offload:blocks=4")]
+    video = ("vae_slicing", "vae_tiling:tile=240")
+    found += [
+        Case(model="cogvideox-2b", head="resident"),
+        Case(model="cogvideox-5b", head="model_cpu_offload", decode=video),
+        Case(model="cogvideox-5b", head=LEAF, rest="resident", decode=video, workload={"num_frames": 25}),
+        Case(model="stable-diffusion-1.5", head="sequential_cpu_offload"),
+        Case(model="flux.1-dev", head="sequential_cpu_offload"),
+        Case(model="flux.1-dev", head=BLOCK + ",record_stream=true", rest="resident"),
+        Case(model="flux.1-dev", head=LEAF + ",low_cpu_mem_usage=true", rest="resident"),
+    ]
+    order = list(dict.fromkeys(case.model for case in found))
+    return sorted(found, key=lambda case: order.index(case.model))
+
+
+class Models:
+    """The model of the cases at hand: built once, kept until another one is asked for."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.real: dict[str, torch.nn.Module] = {}
+        self.source: Source | None = None
+        self.defaults: Any = {}
+
+    def load(self, name: str) -> None:
+        if name == self.name:
+            return
+        self.real.clear()
+        clean()
+        self.describe(name)
+        for part, module in parts_from_profile(name).modules.items():
+            if part not in LEFT_OUT:
+                self.real[part] = filled(module)
+
+    def describe(self, name: str) -> None:
+        described = describe(name)
+        kept = tuple(component for component in described.spec.components if component.name not in LEFT_OUT)
+        self.name, self.defaults = name, described.defaults
+        self.source = Source(name, replace(described.spec, components=kept))
+        for part in LEFT_OUT:
+            self.source.parts.modules.pop(part, None)
+
+    def pipeline(self) -> Any:
+        """A new pipeline object on the same weights, all of them on the CPU and without hooks."""
+        parts = parts_from_profile(self.name)
+        takes = signature(parts.cls.__init__).parameters
+        missing = dict.fromkeys([*LEFT_OUT, "feature_extractor", "image_encoder"])
+        wanted = missing | {"requires_safety_checker": False} | dict(parts.others) | self.real
+        pipe = parts.cls(**{key: value for key, value in wanted.items() if key in takes})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """The weightless module with small random weights: filled on the card, where it is quick, kept on the CPU."""
+    module = module.to_empty(device=DEVICE)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+            else:
+                tensor.zero_()
+    return module.to("cpu").eval()
+
+
+def clean() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def run_case(case: Case, models: Models) -> dict[str, Any]:
+    models.load(case.model)
+    assert models.source is not None
+    spec = models.source.spec
+    work = make_workload(models.defaults, case.workload)
+    placement = {
+        component.name: parse_placement(
+            case.rest if case.rest and component.role != "denoiser" else case.head
+        ).complete(component)
+        for component in spec.components
+    }
+    decodes = [(parse_decode(text), [vae.name for vae in spec.vaes]) for text in case.decode]
+    measured = measure(models, grouped(placement), decodes, work)
+    return {"measured": measured, "projected": project(models.source, grouped(placement), decodes, work)}
+
+
+def project(source: Source, placed: Any, decodes: Any, work: Workload) -> dict[str, Any]:
+    """The simulation without a safety checker, as the measured pipeline has none."""
+    try:
+        found = source.run(work, placed, decodes, accelerator=None)
+    except SimulationError as error:
+        return {"error": str(error)}
+    return {
+        "peak_allocated_bytes": found.peak_allocated_bytes,
+        "peak_reserved_bytes": found.peak_reserved_bytes,
+        "host_peak_bytes": found.host_peak_bytes,
+        "pinned_peak_bytes": found.pinned_peak_bytes,
+        "wall_seconds": found.wall_seconds,
+        "flops": sum(use.flops for use in found.uses),
+        "phases": [[phase.name, phase.peak_allocated_bytes, phase.operation] for phase in found.phases],
+    }
+
+
+def measure(models: Models, placed: Any, decodes: Any, work: Workload) -> dict[str, Any]:
+    pipe = models.pipeline()
+    clean()
+    times: list[float] = []
+    try:
+        rss = current_rss_bytes()
+        placing(placed, decodes)(pipe)
+        torch.cuda.synchronize()
+        loaded = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        with torch.no_grad():
+            pipe(**call_inputs(pipe, work) | {"num_inference_steps": 3} | stepping(pipe, times))
+        torch.cuda.synchronize()
+        stats = torch.cuda.memory_stats()
+        return {
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            "loaded_bytes": loaded,
+            "rss_before_bytes": rss,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "seconds": time.perf_counter() - start,
+            "seconds_between_steps": [b - a for a, b in pairwise(times)],
+            "allocator": {key: stats[key] for key in sorted(stats) if key.endswith((".peak", "num_alloc_retries"))},
+        }
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error)[:300]}
+    finally:
+        undo(pipe, placed)
+        clean()
+
+
+def stepping(pipe: Any, times: list[float]) -> dict[str, Any]:
+    """Notes when each step ends, where the pipeline tells."""
+
+    def note(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return {}
+
+    takes = signature(unwrap(type(pipe).__call__)).parameters
+    return {"callback_on_step_end": note} if "callback_on_step_end" in takes else {}
+
+
+def undo(pipe: Any, placed: Any) -> None:
+    for setting, names in placed:
+        setting.remove(pipe, names)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.to("cpu")
+            for switch in ("use_tiling", "use_slicing"):
+                if hasattr(module, switch):
+                    setattr(module, switch, False)
+
+
+# ---- what the simulation assumes
+
+
+@contextmanager
+def growth(result: dict[str, int]) -> Iterator[None]:
+    """Peak bytes allocated in the block beyond what was there before."""
+    clean()
+    before = torch.cuda.memory_allocated()
+    yield
+    torch.cuda.synchronize()
+    result["growth_bytes"] = torch.cuda.max_memory_allocated() - before
+
+
+def convolutions() -> list[dict[str, Any]]:
+    shapes = [(1, 128, 1024), (1, 256, 1024), (1, 512, 512), (4, 128, 512), (8, 128, 512), (1, 320, 128), (2, 640, 64)]
+    found = []
+    for batch, channels, side in shapes:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                row: dict[str, Any] = {
+                    "shape": [batch, channels, side, side],
+                    "dtype": str(dtype),
+                    "layout": str(layout),
+                }
+                conv = torch.nn.Conv2d(channels, channels, 3, padding=1, device=DEVICE, dtype=dtype)
+                given = torch.randn(batch, channels, side, side, device=DEVICE, dtype=dtype).to(memory_format=layout)
+                with torch.no_grad(), growth(row):
+                    made = conv(given)
+                row["output_bytes"] = made.numel() * made.element_size()
+                found.append(row)
+                del conv, given, made
+    return found
+
+
+def attention() -> list[dict[str, Any]]:
+    found = []
+    for heads, length, size in ((24, 4608, 128), (24, 17776, 64), (8, 4096, 40), (10, 4096, 64), (32, 1024, 128)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for masked in (False, True):
+                row: dict[str, Any] = {"shape": [1, heads, length, size], "dtype": str(dtype), "mask": masked}
+                query = torch.randn(1, heads, length, size, device=DEVICE, dtype=dtype)
+                mask = torch.zeros(1, 1, length, length, device=DEVICE, dtype=dtype) if masked else None
+                with torch.no_grad(), growth(row):
+                    made = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+                row["output_bytes"] = made.numel() * made.element_size()
+                found.append(row)
+                del query, mask, made
+    return found
+
+
+def link() -> dict[str, Any]:
+    """Bytes per second of 256 MiB copies, the best and the median of ten, after a warm-up."""
+    size = 256 * MIB
+    pageable, pinned = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8).pin_memory()
+    device = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+    copies: dict[str, Callable[[], Any]] = {
+        "pinned_to_device": lambda: device.copy_(pinned),
+        "pageable_to_device": lambda: device.copy_(pageable),
+        "device_to_pinned": lambda: pinned.copy_(device),
+        "device_to_pageable": lambda: pageable.copy_(device),
+    }
+    found = {}
+    for name, copy in copies.items():
+        rates = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            copy()
+            torch.cuda.synchronize()
+            rates.append(size / (time.perf_counter() - start))
+        rates = sorted(rates[2:])
+        found[name] = {"best": rates[-1], "median": rates[len(rates) // 2]}
+    return found
+
+
+def matrix_rate() -> dict[str, float]:
+    """Floating-point operations per second of a large product, by dtype."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        left = torch.randn(8192, 8192, device=DEVICE, dtype=dtype)
+        for _ in range(3):
+            left @ left
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            left @ left
+        torch.cuda.synchronize()
+        found[str(dtype)] = 10 * 2 * 8192**3 / (time.perf_counter() - start)
+    return found
+
+
+def context_bytes() -> int:
+    """What the driver holds for this process beside the allocator's memory."""
+    torch.ones(1, device=DEVICE)
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+PROBES: dict[str, Callable[[], Any]] = {
+    "context_bytes": context_bytes,
+    "link": link,
+    "matrix_rate": matrix_rate,
+    "convolutions": convolutions,
+    "attention": attention,
+}
+
+
+def machine() -> dict[str, Any]:
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "device": card.name,
+        "capability": f"{card.major}.{card.minor}",
+        "total_bytes": card.total_memory,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }
+
+
+def summary(found: dict[str, Any]) -> str:
+    lines = [f"{'case':88} {'measured':>9} {'projected':>9}   error (reserved; allocated)"]
+    for name, row in found["cases"].items():
+        real, made = row.get("measured", {}), row.get("projected", {})
+        if "peak_reserved_bytes" not in real or "peak_reserved_bytes" not in made:
+            lines.append(f"{name[:88]:88} {real.get('out_of_memory') or made.get('error') or row.get('error')}"[:200])
+            continue
+        errors = [made[key] / real[key] - 1 for key in ("peak_reserved_bytes", "peak_allocated_bytes")]
+        sizes = f"{real['peak_reserved_bytes'] / GIB:9.2f} {made['peak_reserved_bytes'] / GIB:9.2f}"
+        lines.append(f"{name[:88]:88} {sizes}   {errors[0]:+.1%}; {errors[1]:+.1%}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--minutes", type=float, default=8.0, show_default=True, help="Start no case after so long.")
+@click.option("--only", default="", help="Only cases with this in their name.")
+@click.option("--list", "listing", is_flag=True, help="Name the cases and stop.")
+def main(output: Path | None, minutes: float, only: str, listing: bool) -> None:
+    wanted = [case for case in cases() if only in case.name]
+    if listing or output is None:
+        click.echo("\n".join(case.name for case in wanted))
+        return
+    begun = time.monotonic()
+    found = json.loads(output.read_text()) if output.exists() else {"machine": machine(), "probes": {}, "cases": {}}
+    for name, probe in PROBES.items():
+        if name not in found["probes"]:
+            found["probes"][name] = probe()
+            write_text(output, json.dumps(found, indent=1))
+    models = Models()
+    for case in wanted:
+        if case.name in found["cases"]:
+            continue
+        if time.monotonic() - begun > 60 * minutes:
+            click.echo("out of time: start again to go on")
+            break
+        try:
+            found["cases"][case.name] = run_case(case, models)
+        except Exception as error:  # one broken case must not cost the others
+            found["cases"][case.name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        write_text(output, json.dumps(found, indent=1))
+        click.echo(f"{time.monotonic() - begun:6.0f} s  {case.name}")
+    click.echo(summary(found))
+
+
+if __name__ == "__main__":
+    main()
