@@ -32,9 +32,7 @@ def simulated_gib(row: dict[str, Any], sources: dict[str, Any]) -> float:
     names = [component.name for component in described.spec.components]
     told = row["placement"]
     texts = dict.fromkeys(names, told) if isinstance(told, str) else told
-    placement = {
-        name: parse_placement(text).complete(described.spec.component(name)) for name, text in texts.items()
-    }
+    placement = {name: parse_placement(text).complete(described.spec.component(name)) for name, text in texts.items()}
     decodes = [(parse_decode(text), ["vae"]) for text in row.get("decode", ())]
     work = make_workload(described.defaults, row.get("workload", {}))
     result = source.run(work, grouped(placement), decodes, accelerator=None)

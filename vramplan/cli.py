@@ -200,7 +200,9 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **give
 @_machine_options
 @_workload_options
 @_load_options
-@click.option("--set", "fixed", multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand.")
+@click.option(
+    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
+)
 @_format_options
 def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.

@@ -61,11 +61,11 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
         texts = [value] if isinstance(value, str) else list(value)
         if axis == "placement" and not texts:
             raise UsageError(f"--set {key}: give a setting")
-        if axis == "decode" and not name:
+        if key == "decode":
             decode = _decode_settings(texts)
-        elif axis == "placement" and not name:
+        elif key == "placement":
             everywhere = parse_placement(texts[-1])
-        elif axis == "placement":
+        elif axis == "placement" and name:
             placement[name] = _component_placement(name, texts[-1], spec)
         else:
             raise UsageError(f"--set {key}: the axes are placement, placement.COMPONENT and decode")

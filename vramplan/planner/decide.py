@@ -162,12 +162,15 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
 
 
 def _rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Lower is better. Times are equal up to their third digit; then less to hide, then memory decides."""
+    """Lower is better. Times are equal up to their third digit; then less to hide, then memory decides.
+
+    RAM before VRAM: of two that are equally fast the one that offloads less is the simpler.
+    """
     demand = decision.demand
     time, vram = float(f"{demand.seconds_per_call:.3g}"), demand.vram_reserved_bytes
     hidden = float(f"{demand.transfer_seconds_per_step:.3g}")
     if prefer == "speed":
-        return time, _index(decision), hidden, vram, demand.ram_bytes
+        return time, _index(decision), hidden, demand.ram_bytes, vram
     return vram or demand.ram_bytes, time, _index(decision), hidden, demand.ram_bytes
 
 

@@ -10,12 +10,8 @@ from vramplan.pipeline.types import PhaseName, PipelineSpec
 from vramplan.planner.footprint import Basis, Footprint
 from vramplan.planner.residency import Moment, replay
 from vramplan.strategies.base import Decode, Hold, Placement
-from vramplan.units import MIB
 from vramplan.workload import Workload
 
-# What stays allocated for matrix products (cuBLAS: 8 MiB and 32 MiB on Hopper for each handle and stream,
-# PyTorch CUBLAS_WORKSPACE_CONFIG documentation), rounded up. Assumed until it is fitted on measurements.
-WORKSPACE_BYTES = 64 * MIB
 # The share of the peak rate a pipeline's kernels reach: FLUX.1-dev takes 12 s for 50 steps on an H100
 # (Hugging Face blog diffusers-quantization), 0.59 of its peak; CogVideoX-5b 180 s on an A100 (its model
 # card), 0.66. Used to rank, not to promise.
@@ -113,7 +109,9 @@ def price(
 def _demands(
     moments: Sequence[Moment], footprint: Footprint, decode: Sequence[Decode], *, on_accelerator: bool
 ) -> list[PhaseDemand]:
-    return [_demand(moment, footprint, decode, WORKSPACE_BYTES if on_accelerator else 0) for moment in moments]
+    return [
+        _demand(moment, footprint, decode, footprint.workspace_bytes if on_accelerator else 0) for moment in moments
+    ]
 
 
 def _demand(moment: Moment, footprint: Footprint, decode: Sequence[Decode], workspace: int) -> PhaseDemand:

@@ -53,12 +53,17 @@ class Estimate:
 class Footprint(Protocol):
     """The needs of one workload on one pipeline, before any strategy is chosen.
 
-    `slack` is how much more the caching allocator takes from the device than is allocated, per activation.
+    `slack` is how much more the caching allocator takes from the device than is allocated, per activation;
+    `workspace_bytes` is what matrix products hold all along, where activations do not contain it.
     """
 
     @property
     def slack(self) -> float:
         """At least 1."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes, 0 where activations contain them."""
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes of activations and workspaces alive while this use runs."""
@@ -79,6 +84,9 @@ class AssumedFootprint:
     # 1.4 covers CogVideoX-2b's published 33 GB reserved against 27 GiB allocated, and InvokeAI's measured
     # VAE decodes. Assumed.
     slack: float = 1.4
+    # cuBLAS holds 8 MiB, 32 MiB on Hopper, for each handle and stream (CUBLAS_WORKSPACE_CONFIG, PyTorch "CUDA
+    # semantics"), rounded up for several of them. Assumed.
+    workspace_bytes: int = 64 * MIB
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Activations by role: tokens for a transformer, latent pixels for a UNet, pixels for a VAE."""

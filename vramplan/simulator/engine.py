@@ -111,6 +111,7 @@ class Engine:
         if all(value is not None for value in values):
             computed = self._run_on_values(func, args, kwargs, tensors, label)
             if computed is not NotImplemented:
+                self._count(func, args, kwargs, computed, label)
                 return computed
         return self._run_on_shapes(func, args, kwargs, tensors, label)
 

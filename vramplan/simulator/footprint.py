@@ -27,6 +27,7 @@ class SimulatedFootprint:
     # Fragments differ by placement, so that the candidate chosen is simulated itself in the end; until then
     # only rounding is charged.
     slack: float = 1.02
+    workspace_bytes: int = 0
 
     @property
     def assumed(self) -> AssumedFootprint:

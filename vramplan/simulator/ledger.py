@@ -92,8 +92,9 @@ class Ledger:
     def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
         self.short_bytes = max(1, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
         where = self.modules[-1] if self.modules else self.component or "the pipeline"
+        doing = self.operation or "moving weights"
         return torch.OutOfMemoryError(
-            f"simulated device out of memory in {self.operation or 'moving weights'} of {where} ({self.phase}): tried to allocate "
+            f"simulated device out of memory in {doing} of {where} ({self.phase}): tried to allocate "
             f"{format_bytes(error.requested_bytes)} beside {format_bytes(error.allocated_bytes)} allocated and "
             f"{format_bytes(error.reserved_bytes)} reserved of {format_bytes(error.capacity_bytes)}"
         )

@@ -91,6 +91,11 @@ class GroupOffload:
                 "streams do nothing for a VAE: decode() never runs the hook that wires the prefetching, "
                 "which then leaks on every call"
             )
+        if self.type == "block" and component.geometry.block_modules:
+            return (
+                f"the blocks of {component.class_name} stand inside other modules, where diffusers 0.42 hooks them "
+                "twice for prefetching and fails; leave stream out, or use type=leaf"
+            )
         if accelerator is None or not accelerator.has_streams:
             return "stream=true needs a device with streams (CUDA, ROCm or XPU)"
         return None
