@@ -15,8 +15,8 @@ from typing import Any
 import click
 import yaml
 
-from vramplan.planning import describe
-from vramplan.simulator.api import Source
+from vramplan.models import describe
+from vramplan.simulator.source import Source
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB
 from vramplan.workload import make_workload

@@ -214,7 +214,11 @@ def chatglm_tokenizer(cls: Any) -> Any:
         text = Path(folder, "words.txt")
         text.write_text("a painting of a squirrel eating a burger\nthe quick brown fox jumps over the lazy dog\n")
         sentencepiece.SentencePieceTrainer.train(
-            input=str(text), model_prefix=str(Path(folder, "tiny")), vocab_size=40, minloglevel=2
+            input=str(text),
+            model_prefix=str(Path(folder, "tiny")),
+            vocab_size=32,
+            minloglevel=2,
+            hard_vocab_limit=False,
         )
         return cls(str(Path(folder, "tiny.model")))
 

@@ -27,11 +27,11 @@ from typing import Any
 import click
 import torch
 
-from vramplan.planfile import write_text
-from vramplan.planning import describe
-from vramplan.simulator.api import Source, placing
+from vramplan.files import write_text
+from vramplan.models import describe
 from vramplan.simulator.pipeline import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
+from vramplan.simulator.source import Source, placing
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB, MIB
 from vramplan.verify import current_rss_bytes, peak_rss_bytes

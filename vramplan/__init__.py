@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vramplan.hardware import Hardware, detect
     from vramplan.planfile import Plan, dump_plan, load_plan
     from vramplan.planning import plan
-    from vramplan.simulator.api import simulate
+    from vramplan.simulating import simulate
     from vramplan.simulator.types import Simulation
     from vramplan.workload import Workload
 
@@ -34,7 +34,7 @@ _HOMES = {
     "dump_plan": "vramplan.planfile",
     "load_plan": "vramplan.planfile",
     "plan": "vramplan.planning",
-    "simulate": "vramplan.simulator.api",
+    "simulate": "vramplan.simulating",
     "Simulation": "vramplan.simulator.types",
     "Workload": "vramplan.workload",
 }

@@ -210,7 +210,7 @@ def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
     from vramplan.report import simulation_dict, simulation_text
-    from vramplan.simulator.api import simulate_model, simulate_plan
+    from vramplan.simulating import simulate_model, simulate_plan
 
     given["settings"] = _fixed(given.pop("fixed"))
     if Path(model).is_file():
@@ -311,7 +311,7 @@ def _print(
 
 
 def _write(path: str, text: str) -> None:
-    from vramplan.planfile import write_text
+    from vramplan.files import write_text
 
     if not Path(path).parent.is_dir():
         raise UsageError(f"--output {path}: its folder does not exist")

@@ -187,7 +187,7 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 def plan_code(plan: Plan) -> str:
     """The plan as a script of plain diffusers calls, its loading included."""
-    from vramplan.apply import calls_of, parse_settings
+    from vramplan.planned import calls_of, parse_settings
 
     _check_words(plan)
     placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
@@ -217,9 +217,9 @@ def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
     """
-    from vramplan.apply import vae_names
     from vramplan.pipeline.build import build_weightless
     from vramplan.pipeline.folder import INDEX, read_json
+    from vramplan.planned import vae_names
     from vramplan.profiles import load_pipeline_profile
 
     source = plan.model.source

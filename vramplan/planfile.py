@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -247,36 +245,6 @@ def load_plan(path: str | Path) -> Plan:
         reason = getattr(error, "strerror", None) or "not text"
         raise VramplanError(f"{path}: cannot be read ({reason})") from error
     return parse_plan(text, name=str(path))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write the whole file or nothing: to a temporary name in the same folder, then renamed.
-
-    Raises:
-        VramplanError: the folder is missing, not writable, or full; an older file is left as it was.
-    """
-    target = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise VramplanError(f"{path}: cannot be written ({reason})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_schema(content: Any, name: str) -> None:

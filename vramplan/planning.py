@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vramplan._version import __version__
-from vramplan.errors import UsageError, VramplanError
+from vramplan.errors import VramplanError
 from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.machine import choose_machine
+from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
@@ -26,21 +26,13 @@ from vramplan.planfile import (
 )
 from vramplan.planner.candidates import Refused, parse_fixed
 from vramplan.planner.decide import Decision, Prefer, decide
-from vramplan.planner.demand import Demand, PhaseDemand
-from vramplan.planner.footprint import AssumedFootprint, Footprint, vae_scale
+from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
+from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.units import format_bytes
-from vramplan.workload import Workload, call_defaults, make_workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A pipeline to plan for, and what it generates when nothing is said."""
-
-    spec: PipelineSpec
-    defaults: Mapping[str, Any]
+from vramplan.workload import Workload, make_workload
 
 
 def plan(
@@ -113,71 +105,6 @@ def plan(
     )
 
 
-def describe(model: Any, *, dtype: str | None = None, allow_pickle: bool = False) -> Model:
-    """The model as a spec, with the defaults of its workload, from whichever source it comes.
-
-    Raises:
-        VramplanError: a folder that is no pipeline. UsageError: a name that nothing goes by.
-    """
-    from vramplan.pipeline.dtypes import load_dtype
-
-    wanted = load_dtype(dtype) if dtype else None
-    if not isinstance(model, str | Path):
-        return _describe_live(model, wanted)
-    if Path(model).exists() or str(model).startswith((".", "/", "~")):
-        return _describe_folder(Path(model).expanduser(), wanted, allow_pickle=allow_pickle)
-    return _describe_profile(str(model), wanted)
-
-
-def _describe_live(pipe: Any, dtype: str | None) -> Model:
-    from vramplan.pipeline.live import modules_of, spec_from_pipeline
-
-    if dtype is not None:
-        raise UsageError("dtype is for a pipeline that is still to be loaded; a live one keeps its own")
-    if not hasattr(pipe, "components"):
-        raise VramplanError(f"{type(pipe).__name__} is not a diffusers pipeline: it has no components")
-    if not modules_of(pipe):
-        raise VramplanError(f"{type(pipe).__name__} has no modules to place")
-    spec = spec_from_pipeline(pipe)
-    return Model(spec=spec, defaults=_defaults(type(pipe), spec))
-
-
-def _describe_folder(folder: Path, dtype: str | None, *, allow_pickle: bool) -> Model:
-    from vramplan.pipeline.folder import pipeline_class, read_index, spec_from_folder
-
-    spec = spec_from_folder(folder, dtype=dtype, allow_pickle=allow_pickle)
-    if not spec.components:
-        raise VramplanError(f"{folder}: its model_index.json names no module to place")
-    return Model(spec=spec, defaults=_defaults(pipeline_class(folder, read_index(folder)), spec))
-
-
-def _describe_profile(name: str, dtype: str | None) -> Model:
-    from vramplan.pipeline.bundled import profile_class, spec_from_profile
-    from vramplan.profiles import load_pipeline_profile
-
-    try:
-        profile = load_pipeline_profile(name)
-    except UsageError as error:
-        raise UsageError(f"{name}: no such folder, and {error}") from None
-    spec = spec_from_profile(profile, dtype=dtype)
-    told = profile.workload
-    own = {
-        "height": told.height,
-        "width": told.width,
-        "num_inference_steps": told.num_inference_steps,
-        "guidance_scale": told.guidance_scale,
-        "num_images_per_prompt": told.batch,
-    }
-    own |= {"num_frames": told.num_frames} if told.num_frames else {}
-    return Model(spec=spec, defaults=_defaults(profile_class(profile), spec) | own)
-
-
-def _defaults(cls: type, spec: PipelineSpec) -> dict[str, Any]:
-    denoiser = next((component for component in spec.components if component.role == "denoiser"), None)
-    spatial, _ = vae_scale(next(iter(spec.vaes), None))
-    return call_defaults(cls, denoiser.config if denoiser else {}, spatial)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Figures:
     """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
@@ -207,8 +134,8 @@ def _figures(model: Any, spec: PipelineSpec, work: Workload, accelerator: Accele
     assumed = AssumedFootprint(spec=spec, workload=work)
     if accelerator is None or spec.device_map is not None:
         return _Figures(footprint=assumed)
-    from vramplan.simulator.api import Source, simulated_footprint
     from vramplan.simulator.run import SimulationError
+    from vramplan.simulator.source import Source, simulated_footprint
 
     source = Source(model, spec)
     try:
@@ -362,14 +289,6 @@ def _notes(spec: PipelineSpec, accelerator: Accelerator | None, hardware: Hardwa
 def _once(refused: Sequence[Refused]) -> tuple[Refused, ...]:
     """Each reason once: the same refusal for every number of blocks tells nobody anything."""
     return tuple({item.reason: item for item in reversed(refused)}.values())[::-1]
-
-
-def fits_sentence(demand: Demand, budget: Budget) -> str:
-    """How near the limit the demand is: `needs 9.80 GiB of 11.20 GiB VRAM and 15.00 GiB of 40.00 GiB RAM`."""
-    ram = f"{format_bytes(demand.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"
-    if budget.vram_bytes is None:
-        return f"needs {ram}"
-    return f"needs {format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM and {ram}"
 
 
 def fits_now(plan: Plan) -> tuple[bool, str]:

@@ -77,7 +77,7 @@ def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> I
 
 def plan_text(plan: Plan) -> str:
     """The plan for a person: what was chosen, how near the limit, how fast, and why not the faster one."""
-    from vramplan.planning import fits_sentence
+    from vramplan.planner.demand import fits_sentence
 
     work = plan.workload
     frames = f" x {work.num_frames} frames" if work.num_frames > 1 else ""

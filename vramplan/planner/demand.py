@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vramplan.hardware.types import Accelerator, Rates
+from vramplan.hardware.types import Accelerator, Budget, Rates
 from vramplan.pipeline.types import PhaseName, PipelineSpec
 from vramplan.planner.footprint import Basis, Footprint
 from vramplan.planner.residency import Moment, replay
 from vramplan.strategies.base import Decode, Hold, Placement
+from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
 # The share of the peak rate a pipeline's kernels reach: FLUX.1-dev takes 12 s for 50 steps on an H100
@@ -150,6 +151,14 @@ def _weakest(footprint: Footprint, spec: PipelineSpec, decode: Sequence[Decode])
     order: tuple[Basis, ...] = ("assumed", "derived", "simulated", "measured")
     found = {footprint.activation(use, decode).basis for use in spec.uses}
     return next((basis for basis in order if basis in found), "derived")
+
+
+def fits_sentence(demand: Demand, budget: Budget) -> str:
+    """How near the limit the demand is: `needs 9.80 GiB of 11.20 GiB VRAM and 15.00 GiB of 40.00 GiB RAM`."""
+    ram = f"{format_bytes(demand.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"
+    if budget.vram_bytes is None:
+        return f"needs {ram}"
+    return f"needs {format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM and {ram}"
 
 
 @dataclass(frozen=True, slots=True)

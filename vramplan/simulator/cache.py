@@ -61,7 +61,7 @@ def _read(path: Path) -> Simulation | None:
 
 def _write(path: Path, simulation: Simulation) -> None:
     from vramplan.errors import VramplanError
-    from vramplan.planfile import write_text
+    from vramplan.files import write_text
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,8 @@ class Engine:
 
     def _label(self, packet: Any, tensors: Sequence[torch.Tensor]) -> torch.device:
         """The device the result is on. Raises RuntimeError, as torch does, where the arguments are on two."""
-        labels = {label_of(tensor) for tensor in tensors if tensor.dim() > 0}
+        # torch's own composite operations make plain meta tensors beside ours: those are wherever ours are
+        labels = {label_of(t) for t in tensors if t.dim() > 0 and (isinstance(t, SimTensor) or not t.is_meta)}
         if not labels:
             return next((label_of(t) for t in tensors if label_of(t) != CPU), CPU)
         if len(labels) > 1 and packet not in _CROSS_DEVICE:

@@ -136,7 +136,7 @@ def _tensor(engine: Engine, func: Any, data: Any, *args: Any, **kwargs: Any) -> 
     if isinstance(data, SimTensor):
         made: torch.Tensor = engine.convert(data, data.label, kwargs.get("dtype"), copy=True)
     else:
-        made = func(data, *args, **kwargs)
+        made = func(mapped(data, lambda tensor: _list(engine, torch.Tensor.tolist, tensor)), *args, **kwargs)
     return made if device is None else engine.convert(made, normalized(device))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +12,7 @@ import torch
 
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.ledger import Block, Ledger
+from vramplan.simulator.tensor import SimTensor
 
 
 class SimStream:
@@ -75,6 +76,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
     import accelerate.utils.modeling
     from diffusers.hooks import group_offloading
     from diffusers.pipelines import pipeline_utils
+    from torch.nn.attention import flex_attention as flex
 
     backend = SimBackend(engine)
 
@@ -91,4 +93,32 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
         ):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
+        stack.enter_context(_not_deterministic())
+        stack.enter_context(patch.object(flex, "flex_attention", _flex_attention(engine, flex.flex_attention)))
         yield
+
+
+def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Flex attention without `torch.compile`, as diffusers calls it, holds the scores, in float32 and twice."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(query, SimTensor) or kwargs.get("return_lse") or kwargs.get("return_aux"):
+            return original(query, key, value, *args, **kwargs)
+        rows = query.numel() // query.shape[-1]
+        if query.label.type == "cuda":
+            engine.ledger.transient(2 * 4 * rows * key.shape[-2], "workspace")
+        engine.ledger.count_flops(2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+    return attend
+
+
+@contextmanager
+def _not_deterministic() -> Iterator[None]:
+    """The device's ordinary kernels: the deterministic ones of `interpolate` and `pad` are written in Python."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)

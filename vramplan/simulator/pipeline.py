@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,20 @@ def hollow(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
     Tied tensors stay tied. Small real buffers keep their values. The module itself is not changed.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in (*module.parameters(), *module.buffers(), *_computed(module)):
         if id(tensor) not in memo:
             memo[id(tensor)] = _hollow_tensor(tensor, engine)
     made = copy.deepcopy(module, memo)
     made.eval()
     return made
+
+
+def _computed(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Plain attributes that depend on parameters, as `weight_norm` leaves them: torch refuses to copy those."""
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                yield value
 
 
 def _hollow_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:

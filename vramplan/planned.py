@@ -1,0 +1,115 @@
+"""A plan's settings, held against the pipeline they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vramplan.errors import MismatchError, UsageError
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.component import role_of
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planfile import Plan, fingerprint
+from vramplan.strategies.base import Decode, Placement
+from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement
+
+
+def check_match(spec: PipelineSpec, plan: Plan) -> None:
+    """Raises MismatchError where the plan was made for another pipeline; the message says what differs."""
+    if spec.class_name != plan.model.class_name:
+        raise MismatchError(f"the plan is for a {plan.model.class_name}, this is a {spec.class_name}")
+    if fingerprint(spec) == plan.model.fingerprint:
+        return
+    planned = {record.name: record for record in plan.model.components}
+    here = {component.name: component for component in spec.components}
+    for name in sorted(planned.keys() | here.keys()):
+        if name not in here or name not in planned:
+            where = "in the plan, not in this pipeline" if name in planned else "in this pipeline, not in the plan"
+            raise MismatchError(f"{name} is {where}; make the plan again")
+        old, new = planned[name], here[name]
+        differences = (
+            (old.class_name, new.class_name),
+            (old.dtype, new.dtype),
+            (f"{old.weight_bytes} bytes of weights", f"{new.weight_bytes} bytes of weights"),
+        )
+        for before, now in differences:
+            if before != now:
+                raise MismatchError(f"{name}: the plan is for {before}, this pipeline has {now}; make the plan again")
+    raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
+
+
+def parse_settings(
+    plan: Plan, spec: PipelineSpec | None, accelerator: Accelerator | None
+) -> tuple[list[tuple[Placement, list[str]]], list[tuple[Decode, list[str]]]]:
+    """The plan's settings with the components each is for, in the order to apply them.
+
+    With a `spec` every setting is checked against it, and refused if it cannot be.
+
+    Raises:
+        UsageError: an unknown or impossible setting, or a component without one; names the place in the plan.
+    """
+    placement = {name: _parsed(text, name, parse_placement) for name, text in plan.settings.placement.items()}
+    decode = [_parsed(text, "decode", parse_decode) for text in plan.settings.decode]
+    whole = {setting.name for setting in placement.values() if setting.whole_pipeline}
+    if whole and len({setting.name for setting in placement.values()}) > 1:
+        name = sorted(whole)[0]
+        raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
+    if spec is not None:
+        placement = _checked(placement, spec, accelerator)
+    names = [c.name for c in spec.vaes] if spec else vae_names(plan)
+    return grouped(placement), [(setting, _able(setting, names, spec, plan)) for setting in decode]
+
+
+def vae_names(plan: Plan) -> list[str]:
+    """The components of the plan that are VAEs."""
+    return [r.name for r in plan.model.components if role_of(r.name, r.library, r.class_name) == "vae"]
+
+
+def calls_of(
+    placed: Sequence[tuple[Placement, Sequence[str]]],
+    decodes: Sequence[tuple[Decode, Sequence[str]]],
+    device: str,
+    modules: Mapping[str, Any],
+) -> Iterable[str]:
+    """The settings as lines of Python on an object called `pipe`, each import once."""
+    lines = [line for decode, names in decodes for line in decode.code(names, modules)]
+    lines += [line for setting, names in placed for line in setting.code(names, device)]
+    return dict.fromkeys(lines)
+
+
+def _parsed(text: str, where: str, parse: Any) -> Any:
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise UsageError(f"settings.{'decode' if where == 'decode' else f'placement.{where}'}: {error}") from None
+
+
+def _checked(
+    placement: Mapping[str, Placement], spec: PipelineSpec, accelerator: Accelerator | None
+) -> dict[str, Placement]:
+    names = {component.name for component in spec.components}
+    for name in sorted(names ^ set(placement)):
+        has = "has no such component" if name in placement else "is not placed"
+        raise UsageError(
+            f"settings.placement.{name}: {name} {has}"
+            if name in names
+            else f"settings.placement.{name}: {spec.class_name} {has}"
+        )
+    completed = {name: setting.complete(spec.component(name)) for name, setting in placement.items()}
+    for name, setting in completed.items():
+        reason = setting.refusal(spec.component(name), spec, accelerator)
+        if reason is not None and (accelerator is not None or setting.name != "resident"):
+            raise UsageError(f"settings.placement.{name}: {reason}")
+    return completed
+
+
+def _able(setting: Decode, names: Sequence[str], spec: PipelineSpec | None, plan: Plan) -> list[str]:
+    """The VAEs that can take the setting; refused where none can."""
+    if spec is None:
+        return list(names)
+    reasons = {name: setting.refusal(spec.component(name), plan.workload) for name in names}
+    able = [name for name, reason in reasons.items() if reason is None]
+    if not able:
+        reason = next(iter(reasons.values()), "the pipeline has no VAE")
+        raise UsageError(f"settings.decode: {format_setting(setting)}: {reason}")
+    return able
