@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,14 +63,26 @@ VAES: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
         None,
     ),
     "AutoencoderKLHunyuanImage": (
-        _HUNYUAN_BLOCKS | {"block_out_channels": (32, 32, 32, 32, 32, 32), "spatial_compression_ratio": 32}
+        _HUNYUAN_BLOCKS
+        | {"block_out_channels": (32, 32, 32, 32, 32, 32), "spatial_compression_ratio": 32}
         | {"sample_size": 384},
         4,
         32,
         None,
     ),
-    "AutoencoderKLKVAE": ({"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4,
-                           "ch_mult": (1, 1, 1, 1), "sample_size": 256}, 4, 8, None),
+    "AutoencoderKLKVAE": (
+        {
+            "channels": 32,
+            "num_enc_blocks": 1,
+            "num_dec_blocks": 1,
+            "z_channels": 4,
+            "ch_mult": (1, 1, 1, 1),
+            "sample_size": 256,
+        },
+        4,
+        8,
+        None,
+    ),
     "AutoencoderKLWan": ({"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}, 4, 8, 1),
     "AutoencoderKLQwenImage": ({"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}, 4, 8, 1),
     "AutoencoderKLQwenImage21": (
@@ -90,7 +101,9 @@ VAES: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
     "AutoencoderKLHunyuanImageRefiner": (_HUNYUAN_BLOCKS, 4, 16, 1),
     "AutoencoderKLLTXVideo": (_LTX_BLOCKS, 4, 32, 2),
     "AutoencoderKLLTX2Video": (
-        _LTX_BLOCKS | {"decoder_block_out_channels": (8, 8, 8), "decoder_layers_per_block": (1, 1, 1, 1)},
+        _LTX_BLOCKS
+        | {"decoder_block_out_channels": (8, 16, 32), "decoder_layers_per_block": (1, 1, 1, 1)}
+        | {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},  # as published; the class derives 64
         4,
         32,
         2,
@@ -132,7 +145,7 @@ VAES: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
         8,
         2,
     ),
-    "AutoencoderVidTok": ({"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}, 4, 8, 1),
+    "AutoencoderVidTok": ({"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}, 4, 8, 2),
     "AutoencoderKLMiniMaxH3": (
         {
             "latent_channels": 4,
@@ -151,12 +164,12 @@ VAES: dict[str, tuple[dict[str, Any], int, int, int | None]] = {
 }
 
 
-def small_vae(name: str) -> torch.nn.Module:
+def small_vae(name: str, *, device: str = "cpu") -> torch.nn.Module:
     """A real VAE of that class with random weights, in evaluation mode."""
     import diffusers
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    cls = getattr(diffusers, name)  # imported first: a module's own constants must not land on the meta device
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        vae = getattr(diffusers, name)(**VAES[name][0])
-    return vae.eval()
+        return cls(**VAES[name][0]).eval()

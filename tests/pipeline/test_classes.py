@@ -175,7 +175,11 @@ def test_a_call_wrapped_by_a_decorator_is_still_read() -> None:
     import functools
 
     def decorated(function):
-        return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+        @functools.wraps(function)
+        def inner(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        return inner
 
     class Wrapped(diffusers.StableDiffusionPipeline):
         __call__ = decorated(diffusers.StableDiffusionPipeline.__call__)

@@ -12,8 +12,8 @@ import torch
 from make_pipeline import SMALL_KINDS
 from transformers import T5EncoderModel, UMT5EncoderModel
 
-from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.build import build_weightless
+from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded, load_dtype
 from vramplan.pipeline.folder import spec_from_folder
@@ -201,3 +201,16 @@ def test_a_dtype_nobody_loads_in_is_refused() -> None:
 
     with pytest.raises(UsageError, match="int8"):
         load_dtype("int8")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_diffusers_keeps_in_float32_is_known(dtype: str, tmp_path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 1}
+    WanTransformer3DModel(**sizes, text_dim=8, freq_dim=8, ffn_dim=16).save_pretrained(tmp_path)
+    real = WanTransformer3DModel.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    ours = build_weightless("diffusers", "WanTransformer3DModel", json.loads((tmp_path / "config.json").read_text()))
+    cast_as_loaded(ours, dtype)
+    assert dtypes(ours) == dtypes(real)
+    assert torch.float32 in dtypes(real).values()

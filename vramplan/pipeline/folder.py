@@ -122,6 +122,9 @@ def _component(
         )
     stored = stored_weights(folder)
     if stored is None and not allow_pickle:
+        variants = sorted(path.name for path in folder.glob("*.safetensors"))
+        if variants:
+            raise VramplanError(f"{folder} holds only {variants[0]}: variants cannot be read yet; save it without one")
         raise VramplanError(
             f"{folder} has no safetensors weights; pass --allow-pickle to load pickled weights you trust"
         )

@@ -13,6 +13,7 @@ from vramplan.planner.candidates import Fixed, Refused, rows
 from vramplan.planner.demand import Demand, price
 from vramplan.planner.footprint import Footprint
 from vramplan.strategies.base import QUALITIES, Decode, Placement, Quality
+from vramplan.strategies.settings import format_setting
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
@@ -85,8 +86,7 @@ def decide(
     """
     found, refused = rows(spec, workload, fixed, accelerator)
     if not found:
-        reasons = "; ".join(dict.fromkeys(f"{item.setting}: {item.reason}" for item in refused))
-        raise UsageError(reasons or "no combination of these settings is possible")
+        raise UsageError(_impossible(refused, fixed))
 
     def best(placements: Sequence[Mapping[str, Placement]], decode: tuple[Decode, ...]) -> Decision:
         def judged(placement: Mapping[str, Placement]) -> Decision:
@@ -103,6 +103,15 @@ def decide(
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, _rank(item, prefer)))
             return Outcome(decisions=(_choose(chosen, others), *others), refused=tuple(refused))
     raise NothingFitsError(_nothing_fits(decisions, allow))
+
+
+def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
+    """Why nothing is left: the reasons against what was set by hand, or all of them where nothing was."""
+    told = [fixed.everywhere, *fixed.placement.values(), *(fixed.decode or ())]
+    texts = {format_setting(setting) for setting in told if setting is not None}
+    ours = [item for item in refused if item.setting in texts] or refused
+    reasons = dict.fromkeys(f"{item.setting}: {item.reason}" for item in ours)
+    return "; ".join(reasons) or "no combination of these settings is possible"
 
 
 def _first_confirmed(

@@ -1,0 +1,304 @@
+"""The choice: the fastest that fits, lossless first, with every number said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from planner.specs import GIB, MIB, WORK, budget, card, component, pipeline, text_to_image
+
+from vramplan.errors import NothingFitsError
+from vramplan.pipeline.bundled import spec_from_profile
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.candidates import Fixed, parse_fixed
+from vramplan.planner.decide import Outcome, decide, worst_quality
+from vramplan.planner.footprint import AssumedFootprint
+from vramplan.profiles import load_pipeline_profile, pipeline_names
+from vramplan.strategies.resident import Resident
+from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
+from vramplan.strategies.vae_slicing import VaeSlicing
+from vramplan.strategies.vae_tiling import VaeTiling
+from vramplan.workload import Workload
+
+NUMBERS = re.compile(r"needs ([\d.]+ [KMGT]iB) of (VRAM|RAM), ([\d.]+ [KMGT]iB) may be used: short by [\d.]+ [KMGT]iB")
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def choose(spec: PipelineSpec, vram: int | None, *, work: Workload = WORK, **options: Any) -> Outcome:
+    told: dict[str, Any] = {
+        "accelerator": None if vram is None else card(max(vram, 1)),
+        "footprint": AssumedFootprint(spec=spec, workload=work),
+        "fixed": Fixed(),
+    }
+    ram = options.pop("ram", 512 * GIB)
+    return decide(spec, work, budget(vram, ram), **(told | options))
+
+
+def chosen_or_numbers(spec: PipelineSpec, vram: int, **options: Any) -> Outcome | None:
+    """None where nothing fits; the refusal says both numbers."""
+    try:
+        return choose(spec, vram, **options)
+    except NothingFitsError as error:
+        refusal = str(error)
+    assert NUMBERS.search(refusal)
+    return None
+
+
+def facts(outcome: Outcome) -> tuple[Any, ...]:
+    return tuple((item.placement, item.decode, item.verdict, item.reason) for item in outcome.decisions)
+
+
+SIZES = st.integers(1 * MIB, 24 * GIB)
+
+
+@st.composite
+def specs(draw: Any) -> PipelineSpec:
+    parts = [
+        component("text_encoder", draw(SIZES), role="text_encoder", blocks=draw(st.sampled_from([0, 4]))),
+        component("transformer", draw(SIZES), blocks=draw(st.sampled_from([0, 3, 12]))),
+        component("vae", draw(st.integers(MIB, GIB)), role="vae"),
+    ]
+    if draw(st.booleans()):
+        parts.append(component("image_encoder", draw(SIZES), role="image_encoder"))
+    names = draw(st.permutations([part.name for part in parts]))
+    return pipeline(
+        *parts,
+        sequence=draw(st.sampled_from([None, tuple(names), tuple(names[:2])])),
+        conditions=draw(st.booleans()),
+        video=draw(st.booleans()),
+        excluded=frozenset(draw(st.sampled_from([[], ["vae"], ["text_encoder"]]))),
+    )
+
+
+WORKS = st.builds(
+    Workload,
+    height=st.sampled_from([256, 512, 1024]),
+    width=st.sampled_from([512, 1280]),
+    num_frames=st.sampled_from([1, 17]),
+    num_images_per_prompt=st.sampled_from([1, 3]),
+    num_inference_steps=st.integers(1, 60),
+)
+VRAM = st.integers(2, 160).map(lambda halves: halves * GIB // 2)
+
+
+class TestAnyPipeline:
+    @QUICK
+    @given(specs(), WORKS, VRAM, VRAM, st.sampled_from(["lossless", "near_lossless"]))
+    def test_more_memory_never_makes_the_plan_slower(self, spec, work, one, other, allow) -> None:
+        """At a quality that is given: where none is, more memory may also buy a lossless plan."""
+        less, more = sorted((one, other))
+        try:
+            small = choose(spec, less, work=work, allow=allow).chosen.demand.seconds_per_call
+        except NothingFitsError:
+            return
+        large = choose(spec, more, work=work, allow=allow).chosen.demand.seconds_per_call
+        assert large <= small * 1.01  # times count to their third digit
+
+    @QUICK
+    @given(specs(), WORKS, VRAM, st.integers(1, 128))
+    def test_a_chosen_plan_is_within_the_budget(self, spec, work, vram, ram) -> None:
+        outcome = chosen_or_numbers(spec, vram, work=work, ram=ram * GIB)
+        if outcome is None:
+            return
+        demand = outcome.chosen.demand
+        assert demand.vram_reserved_bytes <= vram
+        assert demand.ram_bytes <= ram * GIB
+        assert demand.vram_allocated_bytes <= demand.vram_reserved_bytes
+        assert outcome.chosen.deficit_bytes == 0
+        assert [item.verdict for item in outcome.decisions].count("chosen") == 1
+
+    @QUICK
+    @given(specs(), WORKS, VRAM)
+    def test_the_same_question_has_the_same_answer(self, spec, work, vram) -> None:
+        try:
+            assert facts(choose(spec, vram, work=work)) == facts(choose(spec, vram, work=work))
+        except NothingFitsError as error:
+            with pytest.raises(NothingFitsError, match=re.escape(str(error))):
+                choose(spec, vram, work=work)
+
+    @QUICK
+    @given(specs(), VRAM)
+    def test_who_does_not_fit_says_so_with_both_numbers(self, spec, vram) -> None:
+        try:
+            outcome = choose(spec, vram)
+        except NothingFitsError:
+            assume(False)
+        for item in outcome.decisions:
+            assert bool(NUMBERS.search(item.reason)) == bool(item.deficit_bytes) or item.verdict == "chosen"
+            assert (item.verdict == "rejected") or not item.deficit_bytes
+            assert item.reason
+
+    @QUICK
+    @given(specs(), WORKS, VRAM)
+    def test_nothing_that_fits_at_that_quality_is_faster(self, spec, work, vram) -> None:
+        try:
+            outcome = choose(spec, vram, work=work, allow="near_lossless")
+        except NothingFitsError:
+            return
+        for item in outcome.decisions[1:]:
+            if not item.deficit_bytes:
+                assert item.demand.seconds_per_call >= outcome.chosen.demand.seconds_per_call * 0.99
+
+    @QUICK
+    @given(specs(), VRAM)
+    def test_preferring_memory_takes_no_more_of_it(self, spec, vram) -> None:
+        try:
+            speed, memory = (choose(spec, vram, prefer=prefer, allow="lossless") for prefer in ("speed", "memory"))
+        except NothingFitsError:
+            return
+        assert memory.chosen.demand.vram_reserved_bytes <= speed.chosen.demand.vram_reserved_bytes
+        assert memory.chosen.demand.seconds_per_call >= speed.chosen.demand.seconds_per_call * 0.99
+
+    @QUICK
+    @given(specs(), WORKS)
+    def test_the_cpu_is_charged_everything_in_ram(self, spec, work) -> None:
+        outcome = choose(spec, None, work=work, ram=4096 * GIB)
+        demand = outcome.chosen.demand
+        assert demand.vram_reserved_bytes == demand.vram_allocated_bytes == demand.pinned_bytes == 0
+        assert demand.ram_bytes > spec.weight_bytes
+        assert set(outcome.chosen.placement.values()) == {Resident()}
+
+
+class TestQuality:
+    """Weights that leave room for a tile of the picture, and not for the whole."""
+
+    spec = text_to_image()
+
+    def test_tiling_only_where_nothing_lossless_fits(self) -> None:
+        large = Workload(height=2048, width=2048)
+        outcome = choose(self.spec, 8 * GIB, work=large)
+        assert outcome.chosen.quality == "near_lossless"
+        assert all(item.deficit_bytes for item in outcome.decisions if item.quality == "lossless")
+        assert choose(self.spec, 80 * GIB, work=large).chosen.quality == "lossless"
+
+    def test_lossless_only_is_an_error_then(self) -> None:
+        large = Workload(height=2048, width=2048)
+        with pytest.raises(NothingFitsError, match="nothing lossless fits; --allow near_lossless would") as caught:
+            choose(self.spec, 8 * GIB, work=large, allow="lossless")
+        assert caught.value.exit_code == 3
+
+    def test_a_faster_tiled_plan_is_told_and_not_taken(self) -> None:
+        outcomes = [choose(self.spec, half * GIB // 2) for half in range(8, 60, 4)]
+        told = [
+            item
+            for outcome in outcomes
+            for item in outcome.decisions
+            if item.verdict == "rejected" and not item.deficit_bytes
+        ]
+        assert told
+        assert all("but is only near lossless: --allow near_lossless" in item.reason for item in told)
+
+    def test_allowed_tiling_is_taken_where_it_is_faster(self) -> None:
+        gained = 0
+        for half in range(8, 60, 4):
+            plain = choose(self.spec, half * GIB // 2).chosen.demand.seconds_per_call
+            allowed = choose(self.spec, half * GIB // 2, allow="near_lossless").chosen
+            assert allowed.demand.seconds_per_call <= plain * 1.01
+            gained += allowed.quality == "near_lossless"
+        assert gained
+
+    def test_tiling_is_not_taken_for_its_own_sake(self) -> None:
+        assert choose(self.spec, 80 * GIB, allow="near_lossless").chosen.decode == ()
+
+    def test_a_video_takes_slicing_and_tiling_together(self) -> None:
+        work = Workload(height=480, width=720, num_frames=49)
+        video = text_to_image(video=True)
+        outcome = choose(video, 16 * GIB, work=work)
+        assert [setting.name for setting in outcome.chosen.decode] == ["vae_slicing", "vae_tiling"]
+
+    def test_the_quality_is_that_of_the_worst_setting(self) -> None:
+        assert worst_quality([]) == worst_quality([Resident(), VaeSlicing()]) == "lossless"
+        assert worst_quality([Resident(), VaeTiling(), VaeSlicing()]) == "near_lossless"
+
+
+def test_ram_that_does_not_suffice_is_told_too() -> None:
+    spec = text_to_image()
+    with pytest.raises(NothingFitsError, match=r"RAM, 1\.00 GiB may be used"):
+        choose(spec, 4 * GIB, ram=GIB)
+
+
+def test_the_nearest_candidate_is_the_one_named() -> None:
+    with pytest.raises(NothingFitsError) as caught:
+        choose(text_to_image(), 64 * MIB)
+    (needed, memory, usable) = NUMBERS.search(str(caught.value)).groups()
+    assert (memory, usable) == ("VRAM", "64 MiB")
+    assert needed.endswith("MiB") or float(needed.split()[0]) < 10
+
+
+def test_the_chosen_ones_reason_names_a_faster_one_that_fails() -> None:
+    assert choose(text_to_image(), 80 * GIB).chosen.reason == "the fastest of all candidates, and it fits"
+    slow = card(rates=replace(card().rates, link_bytes_per_s=1e8))
+    reason = choose(text_to_image(), 4 * GIB, accelerator=slow).chosen.reason
+    assert reason.startswith("the fastest that fits; a faster one: ")
+    assert NUMBERS.search(reason) or "--allow" in reason
+
+
+def profile_plan(name: str, gib: int, **options: Any) -> Outcome:
+    profile = load_pipeline_profile(name)
+    told = profile.workload
+    work = Workload(
+        height=told.height,
+        width=told.width,
+        num_frames=told.num_frames or 1,
+        num_inference_steps=told.num_inference_steps,
+        guidance_scale=told.guidance_scale,
+    )
+    return choose(PROFILES[name], gib * GIB, work=work, **options)
+
+
+PROFILES = {name: spec_from_profile(load_pipeline_profile(name)) for name in pipeline_names()}
+BUDGETS = (4, 6, 8, 12, 16, 24, 48, 80)
+
+
+@pytest.mark.parametrize("name", pipeline_names())
+def test_golden_plans_of_the_bundled_profiles(name: str) -> None:
+    """On every size of card: within it, never slower than on a smaller one, resident at the end."""
+    slowest = float("inf")
+    for gib in BUDGETS:
+        try:
+            chosen = profile_plan(name, gib, allow="near_lossless").chosen
+        except NothingFitsError:
+            assert slowest == float("inf"), f"{gib} GiB should do what less did"
+            continue
+        assert chosen.demand.vram_reserved_bytes <= gib * GIB
+        assert chosen.demand.seconds_per_call <= slowest * 1.01
+        slowest = chosen.demand.seconds_per_call
+    assert slowest < float("inf")
+    assert set(chosen.placement.values()) == {Resident()}
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "resident"),
+    [
+        ("flux.1-dev", 48, True),
+        ("flux.1-dev", 24, False),
+        ("stable-diffusion-xl", 24, True),
+        ("stable-diffusion-1.5", 8, True),
+        ("cogvideox-5b", 12, False),
+    ],
+)
+def test_a_well_known_pipeline_is_resident_where_it_fits(name: str, gib: int, resident: bool) -> None:
+    assert (set(profile_plan(name, gib).chosen.placement.values()) == {Resident()}) is resident
+
+
+def test_cogvideox_on_twelve_gib_tiles() -> None:
+    assert any(isinstance(setting, VaeTiling) for setting in profile_plan("cogvideox-5b", 12).chosen.decode)
+    assert not any(isinstance(setting, VaeTiling) for setting in profile_plan("cogvideox-5b", 80).chosen.decode)
+
+
+def test_flux_never_goes_leaf_by_leaf_where_blocks_fit() -> None:
+    for gib in (12, 16, 24):
+        chosen = profile_plan("flux.1-dev", gib).chosen
+        assert "sequential_cpu_offload" not in {setting.name for setting in chosen.placement.values()}
+
+
+def test_settings_by_hand_win_over_speed() -> None:
+    spec = PROFILES["stable-diffusion-xl"]
+    fixed = parse_fixed({"placement": "sequential_cpu_offload"}, spec)
+    assert set(profile_plan("stable-diffusion-xl", 80, fixed=fixed).chosen.placement.values()) == {
+        SequentialCpuOffload()
+    }
