@@ -177,7 +177,8 @@ def _built(cls: Any) -> tuple[Any, Callable[[], dict[str, Any]]]:
 
 def _called(method: Callable[..., Any]) -> Any:
     takes = inspect.signature(method).parameters
-    return method("cpu") if "device" in takes else method()
+    options = {"device": "cpu", "adapter_type": "full_adapter"}
+    return method(**{name: value for name, value in options.items() if name in takes})
 
 
 # ---- one simulated call

@@ -64,7 +64,7 @@ def config(name: str, **_: Any) -> Any:
     if "Bert" in name:
         return BertConfig(**small, intermediate_size=37)
     if "Llama" in name:
-        return LlamaConfig(**small, intermediate_size=37, num_key_value_heads=4)
+        return LlamaConfig(**small | {"hidden_size": 16}, intermediate_size=37, num_key_value_heads=4)
     if "clip" in name:
         return CLIPTextConfig(**small, intermediate_size=37)
     raise OSError(f"no stand-in for the configuration of {name}")
@@ -128,10 +128,10 @@ def _chatglm(cls: Any, name: str, **_: Any) -> Any:
         ChatGLMConfig(
             num_layers=2,
             padded_vocab_size=300,
-            hidden_size=32,
-            ffn_hidden_size=37,
-            kv_channels=8,
-            num_attention_heads=4,
+            hidden_size=8,
+            ffn_hidden_size=16,
+            kv_channels=4,
+            num_attention_heads=2,
             seq_length=2048,
             multi_query_attention=True,
             multi_query_group_num=2,
@@ -223,12 +223,15 @@ def chatglm_tokenizer(cls: Any) -> Any:
         return cls(str(Path(folder, "tiny.model")))
 
 
+def _tokenizer_of(cls: Any, name: str, **options: Any) -> Any:
+    return chatglm_tokenizer(cls) if cls.__name__ == "ChatGLMTokenizer" else tokenizer(name, **options)
+
+
 @contextmanager
 def stand_ins() -> Iterator[None]:
     """While entered, nothing is asked of the hub: ids that are no folders get the stand-ins above."""
     import diffusers
     import transformers
-    from diffusers.pipelines.kolors import ChatGLMTokenizer
 
     def maker_of(make: Callable[..., Any], original: Any) -> Any:
         def from_pretrained(cls: Any, name: Any = None, *args: Any, **options: Any) -> Any:
@@ -243,15 +246,12 @@ def stand_ins() -> Iterator[None]:
         (transformers.AutoConfig, lambda cls, name, **kw: config(name, **kw)),
         (transformers.AutoProcessor, processor),
         (transformers.ProcessorMixin, processor),
-        (transformers.PreTrainedTokenizerBase, lambda cls, name, **kw: _tokenizer_of(cls, name, **kw)),
+        (transformers.PreTrainedTokenizerBase, _tokenizer_of),
         (transformers.PreTrainedModel, model),
         (transformers.ImageProcessingMixin, lambda cls, name, **kw: cls(**_image_options(kw))),
         (transformers.FeatureExtractionMixin, lambda cls, name, **kw: cls(**kw)),
         (diffusers.ModelMixin, model),
     ]
-
-    def _tokenizer_of(cls: Any, name: str, **options: Any) -> Any:
-        return chatglm_tokenizer(cls) if cls is ChatGLMTokenizer else tokenizer(name, **options)
 
     with ExitStack() as stack:
         for cls, make in places:

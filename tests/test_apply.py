@@ -30,14 +30,16 @@ DENOISERS = {"sd15-small": "unet", "sdxl-small": "unet", "flux-small": "transfor
 LOSSLESS = {
     "resident": {"placement": "resident"},
     "model": {"placement": "model_cpu_offload"},
-    "block1": {"placement.HEAD": "group_offload:blocks=1"},
     "block2": {"placement.HEAD": "group_offload:blocks=2"},
     "leaf": {"placement.HEAD": "group_offload:type=leaf"},
     "leaf everywhere": {"placement": "group_offload:type=leaf"},
-    "block everywhere": {"placement": "group_offload:blocks=2"},
-    "mix": {"placement.HEAD": "group_offload:blocks=1", "placement.vae": "group_offload:type=leaf"},
+    "block everywhere": {"placement": "group_offload:blocks=1"},
+    "mix": {
+        "placement.HEAD": "group_offload:blocks=1",
+        "placement.vae": "group_offload:type=leaf",
+        "decode": "vae_slicing",
+    },
     "mix of encoder": {"placement.HEAD": "resident", "placement.text_encoder": "group_offload:type=leaf"},
-    "slicing": {"placement.HEAD": "group_offload:type=leaf", "decode": "vae_slicing"},
 }
 PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id")
 
@@ -49,7 +51,7 @@ def sizes(kind):
 
 def made(pipe, kind, settings=None, **more):
     named = {key.replace("HEAD", DENOISERS[kind]): value for key, value in (settings or {}).items()}
-    return vramplan.plan(pipe, device=MACHINE, settings=named, **sizes(kind), **more)
+    return vramplan.plan(pipe, device=MACHINE, settings=named, simulate=False, **sizes(kind), **more)
 
 
 def edited(plan, placement=None, decode=None):
@@ -73,16 +75,22 @@ def traces(pipe):
     for name, component in modules_of(pipe).items():
         for child, module in component.named_modules():
             registry = getattr(module, "_diffusers_hook", None)
-            if hasattr(module, "_hf_hook") or "forward" in vars(module) or (registry and registry.hooks):
+            if hasattr(module, "_hf_hook") or _wrapped(module) or (registry and registry.hooks):
                 found.add(f"{name}.{child}")
     return found
+
+
+def _wrapped(module):
+    """Taking a hook off sets `forward` on the module itself: the one of its class again, or something else."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def state(pipe):
     """All that applying may change: places, dtypes, VAE attributes, what calls leave on the pipeline."""
     weights = {name: _weights(module) for name, module in modules_of(pipe).items()}
     plain = {
-        name: {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float)}
+        name: {key: value for key, value in vars(module).items() if "til" in key or "slic" in key or key == "training"}
         for name, module in modules_of(pipe).items()
     }
     own = {key: pipe.__dict__[key] for key in pipe.__dict__ if key.startswith(("_offload", "_all_hooks", "_vramplan"))}
@@ -205,8 +213,8 @@ class TestTwice:
 
     def test_a_component_taken_out_afterwards_does_not_hinder_undo(self, sd15):
         plan = made(sd15, "sd15-small", {"placement.text_encoder": "group_offload:type=leaf"})
-        applied = vramplan.apply_plan(edited_pipe := sd15, plan, device="cpu")
-        edited_pipe.text_encoder = None
+        applied = vramplan.apply_plan(sd15, plan, device="cpu")
+        sd15.text_encoder = None
         applied.undo()
         assert not traces(sd15)
         assert applied_to(sd15) is None
@@ -268,20 +276,32 @@ class TestFailure:
 class TestSequential:
     """Its hooks need a second device; `meta` is one that every machine has, though nothing can run there."""
 
-    @pytest.mark.parametrize("kind", SMALL_KINDS)
-    def test_hooks_go_on_and_off_again_with_all_weights(self, small_pipeline, untouched, kind):
-        pipe = small_pipeline(kind)
-        before, spec = state(pipe), spec_from_pipeline(pipe)
-        names = list(modules_of(pipe))
+    def test_hooks_go_on_and_off_again_with_all_weights(self, small_pipeline, untouched):
+        # Not CLIP: buffers are moved to the device itself, and what is moved to `meta` is lost.
+        pipe = small_pipeline("cogvideox-small")
+        before = {name: dict(module.state_dict()) for name, module in modules_of(pipe).items()}
+        names = list(before)
         SequentialCpuOffload().apply(pipe, names, "meta")
-        assert set(hooks(pipe)) == set(names)
-        assert {found for found, *_ in hooks(pipe).values()} == {"sequential_cpu_offload"}
-        assert all(p.device.type == "meta" for p in pipe.components[DENOISERS[kind]].parameters())
+        assert hooks(pipe) == dict.fromkeys(names, ("sequential_cpu_offload",))
+        assert all(p.device.type == "meta" for p in pipe.transformer.parameters())
         SequentialCpuOffload().remove(pipe, names)
         assert not traces(pipe)
-        assert state(pipe)[0] == before[0]
-        assert fingerprint(spec_from_pipeline(pipe)) == fingerprint(spec)  # tied weights are still tied
-        assert torch.equal(output(pipe, kind), untouched(kind))
+        for name, module in modules_of(pipe).items():
+            assert all(torch.equal(tensor, before[name][key]) for key, tensor in module.state_dict().items())
+        assert torch.equal(output(pipe, "cogvideox-small"), untouched("cogvideox-small"))
+
+    def test_undo_leaves_tied_weights_tied(self, small_pipeline, untouched, monkeypatch):
+        monkeypatch.setattr("vramplan.apply._check_device", lambda *_: None)
+        pipe = small_pipeline("cogvideox-small")
+        before, spec = state(pipe), spec_from_pipeline(pipe)
+        plan = made(pipe, "cogvideox-small", {"placement": "sequential_cpu_offload"})
+        applied = vramplan.apply_plan(pipe, plan, device="meta")
+        assert set(hooks(pipe)) == set(modules_of(pipe))
+        applied.undo()
+        assert pipe.text_encoder.shared.weight is pipe.text_encoder.encoder.embed_tokens.weight
+        assert fingerprint(spec_from_pipeline(pipe)) == fingerprint(spec)
+        assert state(pipe) == before
+        assert torch.equal(output(pipe, "cogvideox-small"), untouched("cogvideox-small"))
 
     def test_the_cpu_is_refused_and_the_pipeline_is_as_it_was(self, sd15, untouched):
         before = state(sd15)
@@ -374,9 +394,7 @@ class TestMismatch:
 
     def test_another_pipeline_class(self, sd15, small_pipeline):
         plan = made(small_pipeline("sdxl-small"), "sdxl-small")
-        self.refused(
-            sd15, plan, "plan is for a StableDiffusionXLPipeline, this is a StableDiffusionPipeline", device="cpu"
-        )
+        self.refused(sd15, plan, "for a StableDiffusionXLPipeline, this is a StableDiffusionPipeline", device="cpu")
 
     def test_other_weights(self, sd15, small_pipeline):
         plan = made(sd15, "sd15-small")
@@ -392,8 +410,10 @@ class TestMismatch:
     def test_a_component_more_or_less(self, sd15, small_pipeline):
         plan = made(sd15, "sd15-small")
         without = small_pipeline("sd15-small", text_encoder=None)
-        self.refused(without, plan, "text_encoder is not in this pipeline", device="cpu")
-        self.refused(sd15, made(without, "sd15-small"), "text_encoder is not in the plan", device="cpu")
+        self.refused(without, plan, "text_encoder is in the plan, not in this pipeline", device="cpu")
+        self.refused(
+            sd15, made(without, "sd15-small"), "text_encoder is in this pipeline, not in the plan", device="cpu"
+        )
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
     def test_a_device_that_is_not_here(self, sd15):
@@ -438,14 +458,14 @@ class TestEditedPlans:
         plan = made(sd15, "sd15-small", {"placement": "resident"})
         short = {"unet": "resident", "vae": "resident"}
         plan = replace(plan, settings=Settings(placement=short))
-        with pytest.raises(UsageError, match="settings.placement.text_encoder: text_encoder is not placed"):
+        with pytest.raises(UsageError, match=r"settings\.placement\.text_encoder: text_encoder is not placed"):
             vramplan.apply_plan(sd15, plan, device="cpu")
 
     @pytest.mark.parametrize("decode", ["nonsense", "vae_tiling:tile=33", "vae_tiling:tile=x", "vae_tiling:sides=3"])
     def test_an_impossible_decode_is_refused_by_its_place(self, sd15, decode):
         before = state(sd15)
         plan = edited(made(sd15, "sd15-small"), decode=(decode,))
-        with pytest.raises(UsageError, match="settings.decode: "):
+        with pytest.raises(UsageError, match=r"settings\.decode: "):
             vramplan.apply_plan(sd15, plan, device="cpu")
         assert state(sd15) == before
 
@@ -472,7 +492,7 @@ class TestOthersHooks:
             lambda: vramplan.auto_configure(hooked, device="cpu"),
             lambda: vramplan.plan(hooked, device=MACHINE),
         ):
-            with pytest.raises(VramplanError, match="already has .* set outside vramplan"):
+            with pytest.raises(VramplanError, match=r"already has .* set outside vramplan"):
                 call()
         assert state(hooked) == before
         assert torch.equal(output(hooked, "sd15-small"), untouched("sd15-small"))
@@ -482,7 +502,7 @@ class TestOthersHooks:
         plan = made(sd15, "sd15-small", {"placement": "model_cpu_offload"})
         applied = vramplan.apply_plan(sd15, plan, device="cpu")
         assert sd15._offload_gpu_id != 1
-        assert sd15._offload_device == torch.device("cpu")
+        assert sd15._offload_device.type == "cpu"
         applied.undo()
         assert sd15._offload_gpu_id == 1  # the pipeline as it was
 

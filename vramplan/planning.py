@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vramplan._version import __version__
-from vramplan.errors import VramplanError
+from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.machine import choose_machine
@@ -68,6 +68,8 @@ def plan(
     described = describe(model, dtype=dtype, allow_pickle=allow_pickle)
     hardware, accelerator = choose_machine(device, vram=vram)
     work = make_workload(described.defaults, workload)
+    if work.num_frames > 1 and not described.spec.video:
+        raise UsageError(f"{described.spec.class_name} makes pictures: leave the number of frames out")
     refuse_hooked(described.spec)
     budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
     budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)

@@ -59,8 +59,8 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
     for key, value in settings.items():
         axis, _, name = key.partition(".")
         texts = [value] if isinstance(value, str) else list(value)
-        if axis == "placement" and not texts:
-            raise UsageError(f"--set {key}: give a setting")
+        if axis == "placement" and len(texts) != 1:
+            raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
         if key == "decode":
             decode = _decode_settings(texts)
         elif key == "placement":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import CPU, META, Engine, label_of, normalized, value_of
@@ -136,8 +139,13 @@ def _tensor(engine: Engine, func: Any, data: Any, *args: Any, **kwargs: Any) -> 
     if isinstance(data, SimTensor):
         made: torch.Tensor = engine.convert(data, data.label, kwargs.get("dtype"), copy=True)
     else:
-        made = func(mapped(data, lambda tensor: _list(engine, torch.Tensor.tolist, tensor)), *args, **kwargs)
+        # tensors in a list must be of one element each
+        made = func(mapped(data, lambda tensor: tensor.item()) if _nested(data) else data, *args, **kwargs)
     return made if device is None else engine.convert(made, normalized(device))
+
+
+def _nested(data: Any) -> bool:
+    return isinstance(data, list | tuple) and any(isinstance(tensor, SimTensor) for tensor in tensors_in(data))
 
 
 def _attention(
@@ -168,7 +176,15 @@ def _attention(
     return made
 
 
+def _multi_head(engine: Engine, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """`nn.MultiheadAttention`: what torch does inside of a function does not come by here, so its name is changed."""
+    fused = partial(_attention, engine, functional.scaled_dot_product_attention)
+    with patch.object(functional, "scaled_dot_product_attention", fused):
+        return func(*args, **kwargs)
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    functional.multi_head_attention_forward: _multi_head,
     torch.Tensor.to: _to,
     torch.Tensor.cuda: _cuda,
     torch.Tensor.cpu: _cpu,

@@ -60,6 +60,8 @@ def _parse(text: str, known: dict[str, Any]) -> Any:
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         key = key.strip()
+        if not equals and key in {field.name for field in fields(cls)}:
+            raise UsageError(f"{name}: {key} needs a value: write {key}=VALUE")
         if not equals or key not in {field.name for field in fields(cls)}:
             allowed = ", ".join(field.name for field in fields(cls)) or "none"
             raise UsageError(f"{name} has no option {key!r}; its options are: {allowed}")
