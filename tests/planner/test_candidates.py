@@ -164,7 +164,7 @@ class TestByHand:
             ({"placement.vae": "model_cpu_offload"}, "never for vae alone: set placement=model_cpu_offload"),
             ({"placement.vae": "sequential_cpu_offload"}, "is for the whole pipeline"),
             ({"placement": "model_cpu_offload", "placement.vae": "resident"}, "it excludes vae"),
-            ({"placement": []}, "give a setting"),
+            ({"placement": []}, "give one setting, not 0"),
             ({"decode": ["vae_tiling:tile=256", "vae_tiling:tile=128"]}, "vae_tiling is given twice"),
         ],
     )

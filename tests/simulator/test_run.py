@@ -14,9 +14,9 @@ import vramplan
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.planning import describe
 from vramplan.simulator import cache
-from vramplan.simulator.source import Source
 from vramplan.simulator.pipeline import parts_from_live, parts_from_profile
 from vramplan.simulator.run import run_simulation
+from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB

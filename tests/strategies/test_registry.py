@@ -131,7 +131,7 @@ def test_any_text_is_a_setting_or_a_usage_error(text: str) -> None:
         ("", "use one of"),
         ("vae_tiling", "is not a strategy here"),
         ("resident:tile=3", "has no option 'tile'; its options are: none"),
-        ("group_offload:type", "has no option 'type'"),
+        ("group_offload:type", "type needs a value"),
         ("group_offload:type=leafs", "use one of block, leaf"),
         ("group_offload:stream=yes", "use true or false"),
         ("group_offload:blocks=2.5", "a whole number is needed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +146,9 @@ class Engine:
     ) -> Any:
         shapes = {id(tensor): _shape_of(tensor) for tensor in tensors}
         with torch._C.DisableTorchFunctionSubclass():
-            results = func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))
+            results = _pointwise(func.overloadpacket, [shapes[id(tensor)] for tensor in tensors])
+            if results is None:
+                results = func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))
         if func._schema.is_mutable:
             _forget_values(func, args, kwargs)
         by_key = {storage_key(t.meta): t for t in tensors if isinstance(t, SimTensor)}
@@ -213,6 +216,38 @@ class Engine:
     def note(self, text: str) -> None:
         """Record an assumption."""
         self.notes[text] = self.notes.get(text, 0) + 1
+
+
+# Operations whose result is like their largest argument, where all agree in dtype: torch's own meta functions
+# for these are written in Python and would take most of a simulation's time.
+_POINTWISE = frozenset(
+    getattr(aten, name)
+    for name in (
+        *("add", "sub", "mul", "div", "silu", "gelu", "relu", "sigmoid", "tanh", "exp", "neg", "sqrt", "rsqrt"),
+        *("sin", "cos", "clamp", "abs"),
+    )
+)
+
+
+def _pointwise(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The result's shape, told at once where it is plain; None where torch has to work it out."""
+    if packet not in _POINTWISE or not shapes:
+        return None
+    largest = max(shapes, key=lambda shape: (shape.dim(), shape.numel()))
+    if not largest.is_floating_point() or not largest.is_contiguous():
+        return None
+    for shape in shapes:
+        # Numbers of no dimension never widen a floating tensor's dtype.
+        if shape is largest or (shape.dim() == 0 and shape.dtype != torch.complex64):
+            continue
+        if shape.dtype != largest.dtype or not _fits_in(shape.shape, largest.shape):
+            return None
+    return torch.empty_like(largest)
+
+
+def _fits_in(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Whether a shape broadcasts to the other one and leaves it as it is."""
+    return all(size in (1, full) for size, full in zip(reversed(small), reversed(large), strict=False))
 
 
 def label_of(tensor: torch.Tensor) -> torch.device:
@@ -306,6 +341,40 @@ def _index(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[
     )
 
 
+def _bincount(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+    """How often each number is there: a router's tokens, say, all of which then go to the first expert."""
+    if all(value_of(tensor) is not None for tensor in tensors):
+        return NotImplemented
+    engine.note("numbers without values were taken to be all 0 when they were counted")
+    counts = torch.zeros(max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 0)), dtype=torch.int64)
+    counts[0] = args[0].numel()
+    return engine.new(_meta_like(counts), label, "activation", counts)
+
+
+def _masked_select(
+    engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any
+) -> Any:
+    mask = value_of(args[1])
+    if all(value_of(tensor) is not None for tensor in tensors):
+        return NotImplemented
+    if mask is None:
+        engine.note("a mask without values was taken to select everything")
+    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+    count = math.prod(shape) if mask is None else int(mask.expand(shape).sum())
+    return engine.new(torch.empty((count,), dtype=args[0].dtype, device="meta"), label)
+
+
+def _unique(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+    """Values, where each of them came from, and counts."""
+    if value_of(args[0]) is not None:
+        return NotImplemented
+    engine.note("numbers without values were taken to be all different")
+    count = args[0].numel()
+    values = torch.empty((count,), dtype=args[0].dtype, device="meta")
+    inverse, counts = (torch.empty(s, dtype=torch.int64, device="meta") for s in (args[0].shape, (count,)))
+    return tuple(engine.new(made, label) for made in (values, inverse, counts))
+
+
 def _to_copy(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     device = kwargs.get("device")
     return engine.convert(
@@ -324,4 +393,7 @@ _SPECIAL: dict[Any, Special] = {
     aten.index_put_: _index,
     aten.index_put: _index,
     aten._to_copy: _to_copy,
+    aten.bincount: _bincount,
+    aten.masked_select: _masked_select,
+    aten._unique2: _unique,
 }

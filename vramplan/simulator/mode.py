@@ -53,7 +53,7 @@ def _placed(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any
 
 
 def _makes_tensors(func: Any) -> bool:
-    return getattr(func, "__name__", "") not in ("Generator",)
+    return getattr(func, "__name__", "") not in ("Generator", "_parse_to")
 
 
 def _to(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,6 +144,14 @@ def _tensor(engine: Engine, func: Any, data: Any, *args: Any, **kwargs: Any) -> 
     return made if device is None else engine.convert(made, normalized(device))
 
 
+def _new_tensor(engine: Engine, func: Any, like: torch.Tensor, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """`like.new_tensor(data)`: on the device and of the dtype of `like`."""
+    if not isinstance(like, SimTensor):
+        return func(like, data, *args, **kwargs)
+    given = {"dtype": kwargs.get("dtype") or like.dtype, "device": kwargs.get("device") or like.label}
+    return _tensor(engine, torch.tensor, data, **given)
+
+
 def _nested(data: Any) -> bool:
     return isinstance(data, list | tuple) and any(isinstance(tensor, SimTensor) for tensor in tensors_in(data))
 
@@ -205,5 +213,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.allclose: _same,
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
+    torch.Tensor.new_tensor: _new_tensor,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
