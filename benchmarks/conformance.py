@@ -216,14 +216,15 @@ def _judged(pipe: Any, inputs: Callable[[], dict[str, Any]], reason: str) -> tup
 
 
 def _simulate(pipe: Any, inputs: Mapping[str, Any], place: Callable[[Any], None]) -> None:
+    from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
     from vramplan.simulator.pipeline import parts_from_live
-    from vramplan.simulator.run import _simulated
+    from vramplan.simulator.run import simulated_call
 
     def call(hollow: Any) -> None:
         hollow(**_on_device(inputs))
 
-    _simulated(parts_from_live(pipe), place, call, None, Kernels())
+    simulated_call(parts_from_live(pipe), place, call, CachingAllocator(), Kernels())
 
 
 def _on_device(given: Any) -> Any:

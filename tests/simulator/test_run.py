@@ -161,3 +161,12 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
     assert simulated(small_pipeline("sd15-small"), "sd15-small", "resident").stopped is None
     monkeypatch.setenv("VRAMPLAN_CACHE", "0")
     assert cache.cache_folder() is None
+
+
+def test_expandable_segments_reserve_less(small_pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = small_pipeline("sdxl-small")
+    fixed = simulated(pipe, "sdxl-small", "resident")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    expandable = simulated(pipe, "sdxl-small", "resident")
+    assert expandable.peak_allocated_bytes == fixed.peak_allocated_bytes
+    assert expandable.peak_reserved_bytes < fixed.peak_reserved_bytes

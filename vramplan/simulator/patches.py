@@ -69,6 +69,22 @@ class SimBackend:
             self._engine.ledger.stream = before
 
 
+_Generator = torch.Generator
+
+
+class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _Generator)
+
+
+class SimGenerator(torch.Generator, metaclass=_AnyGenerator):
+    """A generator for a simulated device is one of the CPU. Every other generator passes for one of these."""
+
+    def __new__(cls, device: Any = None) -> SimGenerator:
+        """On the CPU, whatever the device."""
+        return super().__new__(cls)
+
+
 @contextmanager
 def patched_runtime(engine: Engine) -> Iterator[None]:
     """Put the stand-ins in place, and take them out again whatever happens."""
@@ -90,6 +106,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
             (accelerate.hooks, "clear_device_cache", empty_cache),
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),
             (torch.cuda, "empty_cache", empty_cache),
+            (torch, "Generator", SimGenerator),
         ):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))

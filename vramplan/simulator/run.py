@@ -45,11 +45,12 @@ def run_simulation(
     place: Callable[[Any], None],
     *,
     capacity_bytes: int | None = None,
+    expandable: bool = False,
     kernels: Kernels | None = None,
 ) -> Simulation:
     """Build the pipeline hollow, let `place` put its strategy on it, and make one call of the workload.
 
-    Running out of a given capacity is an answer, not an error.
+    Running out of a given capacity is an answer, not an error. `expandable` is the allocator's setting of that name.
 
     Raises:
         SimulationError: the pipeline needs something that a hollow one cannot give.
@@ -58,7 +59,8 @@ def run_simulation(
     def call(pipe: Any) -> None:
         pipe(**call_inputs(pipe, workload))
 
-    return _simulated(parts, place, call, capacity_bytes, kernels or Kernels())
+    allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
+    return simulated_call(parts, place, call, allocator, kernels or Kernels())
 
 
 def run_decode(
@@ -76,7 +78,7 @@ def run_decode(
             pipe.components[item.component].decode(shape, return_dict=False)
 
     only = Parts(cls=VaesOnly, modules={item.component: parts.modules[item.component] for item in latents})
-    return _simulated(only, place, call, None, kernels or Kernels())
+    return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels())
 
 
 class VaesOnly:
@@ -94,15 +96,20 @@ class VaesOnly:
             module.to(device)
 
 
-def _simulated(
+def simulated_call(
     parts: Parts,
     place: Callable[[Any], None],
     call: Callable[[Any], None],
-    capacity_bytes: int | None,
+    allocator: CachingAllocator,
     kernels: Kernels,
 ) -> Simulation:
+    """One call of a hollow pipeline, whatever it is: placed, followed, and read.
+
+    Raises:
+        SimulationError: the call needs something that a hollow pipeline cannot give.
+    """
     start = time.perf_counter()
-    ledger = Ledger(CachingAllocator(capacity_bytes=capacity_bytes))
+    ledger = Ledger(allocator)
     engine = Engine(ledger, kernels)
     stopped: str | None = None
     decoded: list[DecodedLatents] = []

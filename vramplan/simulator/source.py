@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +90,7 @@ class Source:
             "placed": [(format_setting(setting), list(names)) for setting, names in placed],
             "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
             "capacity": capacity_bytes,
+            "expandable": expandable_segments(),
             "kernels": kernels,
         }
         return cached(key, lambda: self._run(workload, placed, decodes, kernels, capacity_bytes))
@@ -123,6 +125,7 @@ class Source:
             workload,
             placing(placed, decodes),
             capacity_bytes=capacity,
+            expandable=expandable_segments(),
             kernels=Kernels(cublas_bytes=kernels["cublas_bytes"]),
         )
 
@@ -139,6 +142,15 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
             pipe.to(DEVICE)
 
     return place
+
+
+def expandable_segments() -> bool:
+    """Whether the environment tells torch's allocator so, for the process that will run the plan too.
+
+    Both names are read: PYTORCH_ALLOC_CONF since torch 2.10, PYTORCH_CUDA_ALLOC_CONF before.
+    """
+    told = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return "expandable_segments:true" in told.replace(" ", "").lower()
 
 
 def _identity(spec: PipelineSpec) -> Any:
