@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +21,35 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("auto", "human", "json", "yaml")
 
 
+_VERBOSE = "Show the libraries' own messages."
+_QUIET = "No talk on stderr but errors."
+
+
+def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
+    """-v and -q wherever they stand; set before diffusers and transformers are imported."""
+    told = context.find_root().ensure_object(dict)
+    told[option.name] = told.get(option.name, False) or given
+    if option.name == "verbose" and not told["verbose"]:
+        # Their warnings are about their own interfaces, not about the plan.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore", FutureWarning)
+    elif option.name == "verbose":
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.pop(name, None)
+        warnings.simplefilter("default", FutureWarning)
+
+
 class _Group(click.Group):
     """Turns every failure into one line and the documented exit code."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Every command takes -v and -q, before its own name or after it."""
+        super().add_command(cmd, name)
+        cmd.params += [
+            click.Option(["-v", "--verbose"], is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE),
+            click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_talk, help=_QUIET),
+        ]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
@@ -47,6 +76,15 @@ def _fail(message: str, code: int, error: BaseException) -> None:
         traceback.print_exception(error)
     click.echo(f"vramplan: {message}", err=True)
     sys.exit(code)
+
+
+def _pass_told(command: Command) -> Command:
+    """Hand the command what -v and -q said."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return command(click.get_current_context().find_root().ensure_object(dict), *args, **kwargs)
+
+    return update_wrapper(call, command)  # type: ignore[return-value]
 
 
 class _Option(click.Option):
@@ -91,19 +129,13 @@ _load_options = _options(
 
 @click.group(cls=_Group, context_settings={"auto_envvar_prefix": "VRAMPLAN", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vramplan")
-@click.option("-v", "--verbose", is_flag=True, help="Show the libraries' own messages.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk on stderr but errors.")
-@click.pass_context
-def main(context: click.Context, verbose: bool, quiet: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE)
+@click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_talk, help=_QUIET)
+def main() -> None:
     """Plan, apply and check the memory settings of a diffusers pipeline.
 
     Exit codes: 0 done, 1 error, 2 usage, 3 nothing fits, 4 the plan does not match this machine or pipeline.
     """
-    context.obj = {"quiet": quiet, "verbose": verbose}
-    if not verbose:
-        # Set before diffusers and transformers are imported: their warnings are not about the plan.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 @main.command()
@@ -142,7 +174,7 @@ def detect(form: str, as_json: bool, output: str | None, **machine: str | None) 
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
 @_format_options
-@click.pass_obj
+@_pass_told
 def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
     """Choose the settings for MODEL: a pipeline folder, a bundled profile, or a hub id that one lists."""
     from vramplan.planfile import dump_plan, plan_to_dict
@@ -179,7 +211,7 @@ def explain(plan_file: str, form: str, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the picture or video to this file.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights. Only from people you trust.")
-@click.pass_obj
+@_pass_told
 def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
     from vramplan.generate import check_output, run_plan
