@@ -116,6 +116,21 @@ class Decode(Protocol):
         """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
+class WithoutOptions:
+    """What a placement without options has in common with others: one variant, and nothing to fill in."""
+
+    __slots__ = ()
+
+    @classmethod
+    def variants(cls, component: Component) -> Iterable[Self]:
+        """One setting."""
+        return (cls(),)
+
+    def complete(self, component: Component) -> Self:
+        """The setting as it is."""
+        return self
+
+
 def offload_refusal(component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
     """Why no CPU offload at all can be put on this component; the same for every kind of it."""
     if spec.device_map is not None:

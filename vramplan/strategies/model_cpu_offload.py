@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal
+from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCpuOffload:
+class ModelCpuOffload(WithoutOptions):
     """`pipe.enable_model_cpu_offload()`."""
 
     name: ClassVar[str] = "model_cpu_offload"
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = True
-
-    @classmethod
-    def variants(cls, component: Component) -> Iterable[Self]:
-        """One setting, without options."""
-        return (cls(),)
-
-    def complete(self, component: Component) -> Self:
-        """Nothing to fill in."""
-        return self
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What `enable_model_cpu_offload` would raise, and what it would let pass to no good."""

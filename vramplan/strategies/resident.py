@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.strategies.base import Axis, Hold, Quality
+from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resident:
+class Resident(WithoutOptions):
     """`component.to(device)`."""
 
     name: ClassVar[str] = "resident"
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
-
-    @classmethod
-    def variants(cls, component: Component) -> Iterable[Self]:
-        """One setting, without options."""
-        return (cls(),)
-
-    def complete(self, component: Component) -> Self:
-        """Nothing to fill in."""
-        return self
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """Refused only where a device map has already placed the component."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal
+from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE, forget_device
 
 # A third of what group offload without streams reaches for each byte: FLUX.1 with 68.4 s against 47.7 s
@@ -18,22 +18,13 @@ _LEAF_BY_LEAF_RATE = PAGEABLE_RATE / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequentialCpuOffload:
+class SequentialCpuOffload(WithoutOptions):
     """`pipe.enable_sequential_cpu_offload()`."""
 
     name: ClassVar[str] = "sequential_cpu_offload"
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = True
-
-    @classmethod
-    def variants(cls, component: Component) -> Iterable[Self]:
-        """One setting, without options."""
-        return (cls(),)
-
-    def complete(self, component: Component) -> Self:
-        """Nothing to fill in."""
-        return self
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What `enable_sequential_cpu_offload` would raise, and weights its hooks would never load."""
