@@ -63,7 +63,7 @@ def main() -> None:
     print(_summary(rows, strategies))
     print(f"{time.perf_counter() - started:.0f} s")
     if args.json:
-        Path(args.json).write_text(json.dumps(_record(rows, strategies), indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(_record(rows, strategies, args.note), indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="pipelines or files whose name has this in it")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--json")
+    parser.add_argument("--note", default="", help="words to keep with the results, such as the version of the tests")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--trace", action="store_true", help="print the traceback of each failure")
@@ -177,8 +178,9 @@ def _built(cls: Any) -> tuple[Any, Callable[[], dict[str, Any]]]:
 
 def _called(method: Callable[..., Any]) -> Any:
     takes = inspect.signature(method).parameters
+    required = {name for name, parameter in takes.items() if parameter.default is parameter.empty}
     options = {"device": "cpu", "adapter_type": "full_adapter"}
-    return method(**{name: value for name, value in options.items() if name in takes})
+    return method(**{name: value for name, value in options.items() if name in required})
 
 
 # ---- one simulated call
@@ -363,7 +365,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], strategies: Sequence[str]) -> st
     return "\n".join(lines)
 
 
-def _record(rows: Sequence[Mapping[str, Any]], strategies: Sequence[str]) -> dict[str, Any]:
+def _record(rows: Sequence[Mapping[str, Any]], strategies: Sequence[str], note: str) -> dict[str, Any]:
     """What is worth keeping: versions, counts, and a status for each pipeline and strategy."""
     built = [row for row in rows if row["built"]]
     pipelines = {
@@ -372,6 +374,7 @@ def _record(rows: Sequence[Mapping[str, Any]], strategies: Sequence[str]) -> dic
     }
     return {
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in _LIBRARIES},
+        "note": note,
         "built": len(built),
         "counts": {s: dict(Counter(row[s]["status"] for row in built)) for s in strategies},
         "pipelines": pipelines,

@@ -73,6 +73,22 @@ def test_a_multihead_attention_anywhere_forbids_leaves() -> None:
     assert describe_component("transformer", small_transformer()).leaf_offload_refusal is None
 
 
+def test_whoever_reads_attention_weights_without_a_call_is_refused() -> None:
+    """HunyuanDiT's attention pool hands its projections' weights to torch.nn.functional."""
+    from diffusers.models.embeddings import HunyuanDiTAttentionPool
+
+    described = describe_component("transformer", HunyuanDiTAttentionPool(4, 32, 2))
+    assert "HunyuanDiTAttentionPool" in str(described.leaf_offload_refusal)
+    assert described.sequential_offload_refusal == described.leaf_offload_refusal
+
+
+def test_old_weight_norm_excludes_sequential_offload_alone() -> None:
+    normed = torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Conv1d(2, 2, 1)))
+    described = describe_component("vae", normed)
+    assert "weight_norm" in str(described.sequential_offload_refusal)
+    assert described.leaf_offload_refusal is None
+
+
 @pytest.mark.parametrize(
     ("dtype", "force", "bytes_"), [("float16", True, 4), ("float16", False, 2), ("bfloat16", True, 2)]
 )

@@ -63,6 +63,7 @@ def describe_component(
         group_offload_refusal=_group_refusal(module),
         block_offload_refusal=_block_refusal(role, module),
         leaf_offload_refusal=_leaf_refusal(module),
+        sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
         device=device_of(module) if live else None,
         hooks=hooks_of(module) if live else (),
@@ -111,15 +112,29 @@ def _block_refusal(role: Role, module: torch.nn.Module) -> str | None:
 
 
 def _leaf_refusal(module: torch.nn.Module) -> str | None:
-    """nn.MultiheadAttention reads its projections' weights without calling them, so no hook loads them."""
-    import torch
+    """Who calls multi_head_attention_forward reads its projections' weights without calling them: no hook loads them.
 
-    if any(isinstance(child, torch.nn.MultiheadAttention) for child in module.modules()):
-        return (
-            f"{type(module).__name__} contains torch.nn.MultiheadAttention, whose weights are used without a "
-            "call that would load them"
-        )
+    torch.nn.MultiheadAttention does, and HunyuanDiT's attention pool (diffusers 0.42).
+    """
+    for child in module.modules():
+        code = getattr(type(child).forward, "__code__", None)
+        if code is not None and "multi_head_attention_forward" in code.co_names:
+            return (
+                f"{type(module).__name__} contains {_class_path(type(child))}, whose weights are used without a call "
+                "that would load them"
+            )
     return None
+
+
+def _sequential_refusal(module: torch.nn.Module) -> str | None:
+    """Old-style weight_norm makes the weight before accelerate's hook has loaded what it is made of."""
+    if any("weight_g" in child._parameters and "weight" not in child._parameters for child in module.modules()):
+        return f"{type(module).__name__} uses torch.nn.utils.weight_norm, which runs before its weights are loaded"
+    return None
+
+
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__.removesuffix('.modules.activation')}.{cls.__name__}"
 
 
 def _move_refusal(module: torch.nn.Module) -> str | None:

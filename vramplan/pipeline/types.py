@@ -88,6 +88,7 @@ class Component:
     group_offload_refusal: str | None = None
     block_offload_refusal: str | None = None
     leaf_offload_refusal: str | None = None
+    sequential_offload_refusal: str | None = None
     move_refusal: str | None = None
     device: str | None = None
     hooks: tuple[str, ...] = ()

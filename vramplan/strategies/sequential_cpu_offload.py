@@ -30,8 +30,8 @@ class SequentialCpuOffload(WithoutOptions):
         """What `enable_sequential_cpu_offload` would raise, and weights its hooks would never load."""
         if accelerator is None:
             return "sequential CPU offload needs an accelerator, and none was found"
-        if component.leaf_offload_refusal and component.name not in spec.excluded:
-            return component.leaf_offload_refusal
+        if component.sequential_offload_refusal and component.name not in spec.excluded:
+            return component.sequential_offload_refusal
         return offload_refusal(component, spec, accelerator)
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
