@@ -25,7 +25,7 @@ from vramplan.planfile import (
     fingerprint,
 )
 from vramplan.planner.candidates import Refused, parse_fixed
-from vramplan.planner.decide import Decision, Prefer, decide
+from vramplan.planner.decide import Decision, Outcome, Prefer, decide
 from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.simulator.types import Simulation
@@ -85,23 +85,32 @@ def plan(
         prefer=prefer,
         confirm=figures.confirm(budget),
     )
+    machine = MachineRecord(
+        device=accelerator.device if accelerator else "cpu",
+        accelerator=accelerator,
+        host=hardware.host,
+        budget=budget,
+    )
+    notes = (*_notes(described.spec, accelerator, hardware), *figures.notes)
+    return _written(described.spec, work, machine, outcome, notes)
+
+
+def _written(
+    spec: PipelineSpec, work: Workload, machine: MachineRecord, outcome: Outcome, notes: tuple[str, ...]
+) -> Plan:
+    """The outcome as a plan."""
     chosen = outcome.chosen
     return Plan(
         schema_version=SCHEMA_VERSION,
         vramplan_version=__version__,
-        model=_model_record(described.spec),
+        model=_model_record(spec),
         workload=work,
-        machine=MachineRecord(
-            device=accelerator.device if accelerator else "cpu",
-            accelerator=accelerator,
-            host=hardware.host,
-            budget=budget,
-        ),
+        machine=machine,
         settings=_settings(chosen),
         quality=chosen.quality,
         projected=chosen.demand,
         reason=chosen.reason,
-        notes=(*_notes(described.spec, accelerator, hardware), *figures.notes),
+        notes=notes,
         refused=_once(outcome.refused),
         candidates=tuple(_considered(decision) for decision in outcome.decisions),
     )
