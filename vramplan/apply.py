@@ -16,7 +16,7 @@ from vramplan.planned import calls_of, check_match, parse_settings
 from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
-from vramplan.strategies.base import Decode, Placement, Quality
+from vramplan.strategies.base import Decodes, Placed, Quality, put_on
 
 _MARK = "_vramplan_applied"
 # What diffusers' offload calls leave on a pipeline object (0.42, pipeline_utils.py).
@@ -33,8 +33,8 @@ class Applied:
     device: str
     calls: tuple[str, ...]
     _before: _Snapshot = field(repr=False)
-    _placed: Sequence[tuple[Placement, Sequence[str]]] = field(repr=False, default=())
-    _decodes: Sequence[tuple[Decode, Sequence[str]]] = field(repr=False, default=())
+    _placed: Placed = field(repr=False, default=())
+    _decodes: Decodes = field(repr=False, default=())
 
     def undo(self) -> Any:
         """The pipeline as it was before: hooks off, weights where they were, VAE settings back."""
@@ -113,7 +113,7 @@ def _earlier_off(pipe: Any) -> Iterator[None]:
         yield
     except BaseException:
         if earlier is not None:
-            _apply(pipe, earlier._placed, earlier._decodes, earlier.device)
+            put_on(pipe, earlier._placed, earlier._decodes, earlier.device)
             pipe.__dict__[_MARK] = earlier
         raise
 
@@ -127,7 +127,7 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     before = _Snapshot.of(pipe)
     calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
-        _apply(pipe, placed, decodes, target)
+        put_on(pipe, placed, decodes, target)
     except BaseException:
         before.restore(pipe, placed)
         raise
@@ -142,18 +142,6 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     )
     pipe.__dict__[_MARK] = applied
     return applied
-
-
-def _apply(
-    pipe: Any,
-    placed: Sequence[tuple[Placement, Sequence[str]]],
-    decodes: Sequence[tuple[Decode, Sequence[str]]],
-    device: str,
-) -> None:
-    for decode, names in decodes:
-        decode.apply(pipe, names)
-    for setting, names in placed:
-        setting.apply(pipe, names, device)
 
 
 def _check_device(device: str, plan: Plan) -> None:
@@ -200,7 +188,7 @@ class _Snapshot:
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
         )
 
-    def restore(self, pipe: Any, placed: Sequence[tuple[Placement, Sequence[str]]]) -> None:
+    def restore(self, pipe: Any, placed: Placed) -> None:
         """Hooks off in any case, whatever of the plan had been reached.
 
         A component that was taken out or replaced since then is left as it is.

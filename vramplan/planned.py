@@ -10,7 +10,7 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import role_of
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile import Plan, fingerprint
-from vramplan.strategies.base import Decode, Placement
+from vramplan.strategies.base import Decode, Decodes, Placed, Placement
 from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement
 
 
@@ -65,12 +65,7 @@ def vae_names(plan: Plan) -> list[str]:
     return [r.name for r in plan.model.components if role_of(r.name, r.library, r.class_name) == "vae"]
 
 
-def calls_of(
-    placed: Sequence[tuple[Placement, Sequence[str]]],
-    decodes: Sequence[tuple[Decode, Sequence[str]]],
-    device: str,
-    modules: Mapping[str, Any],
-) -> Iterable[str]:
+def calls_of(placed: Placed, decodes: Decodes, device: str, modules: Mapping[str, Any]) -> Iterable[str]:
     """The settings as lines of Python on an object called `pipe`, each import once."""
     lines = [line for decode, names in decodes for line in decode.code(names, modules)]
     lines += [line for setting, names in placed for line in setting.code(names, device)]
@@ -89,12 +84,8 @@ def _checked(
 ) -> dict[str, Placement]:
     names = {component.name for component in spec.components}
     for name in sorted(names ^ set(placement)):
-        has = "has no such component" if name in placement else "is not placed"
-        raise UsageError(
-            f"settings.placement.{name}: {name} {has}"
-            if name in names
-            else f"settings.placement.{name}: {spec.class_name} {has}"
-        )
+        told = f"{name} is not placed" if name in names else f"{spec.class_name} has no such component"
+        raise UsageError(f"settings.placement.{name}: {told}")
     completed = {name: setting.complete(spec.component(name)) for name, setting in placement.items()}
     for name, setting in completed.items():
         reason = setting.refusal(spec.component(name), spec, accelerator)

@@ -15,8 +15,9 @@ from vramplan.models import describe
 from vramplan.planfile import Plan, load_plan
 from vramplan.planned import check_match, parse_settings
 from vramplan.planning import plan as make_plan
-from vramplan.simulator.source import Decodes, Placed, Source
+from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
+from vramplan.strategies.base import Decodes, Placed
 from vramplan.workload import Workload, make_workload
 
 _ROOM = 1 << 50
@@ -42,7 +43,6 @@ def simulate(
         MismatchError: the plan was made for another pipeline.
         VramplanError: the model cannot be read, or the plan's settings cannot be.
     """
-
     described = describe(model, dtype=dtype)
     spec = described.spec
     work = workload or (plan.workload if plan else make_workload(described.defaults, {}))
@@ -64,7 +64,6 @@ def simulate_plan(path: str | Path) -> Simulation:
         VramplanError: not a plan, or one made from a live pipeline, which is gone.
         MismatchError: the folder or profile is no longer what was planned for.
     """
-
     plan = load_plan(path)
     if plan.model.source == "live":
         raise UsageError(f"{path} was made from a live pipeline: call vramplan.simulate(pipe, plan)")
@@ -90,7 +89,6 @@ def simulate_model(
     What `settings` fixes is simulated whether it fits or not, and so is a model for which nothing fits: as it
     would run with room enough. `options` are those of `vramplan.plan`. Without an accelerator nothing is limited.
     """
-
     hardware, accelerator = choose_machine(device, vram=vram)
     roomy = _with_room(hardware, accelerator)
     if accelerator is None:

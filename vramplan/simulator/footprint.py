@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.footprint import AssumedFootprint, Estimate
@@ -61,17 +61,3 @@ class SimulatedFootprint:
         if use.phase != "decode" or not decode:
             return self.plain
         return self.decode(tuple(decode))
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Remembers what a function answered for each argument."""
-
-    make: Callable[[tuple[Decode, ...]], Simulation]
-    known: dict[tuple[Decode, ...], Simulation] = field(default_factory=dict)
-
-    def __call__(self, decode: tuple[Decode, ...]) -> Simulation:
-        """The answer, made at most once."""
-        if decode not in self.known:
-            self.known[decode] = self.make(decode)
-        return self.known[decode]

@@ -55,6 +55,12 @@ class Kernels:
         return int(self.convolution_copies * (given.numel() + made.numel()) * given.element_size())
 
 
+def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> float:
+    """Floating-point operations of attention: the scores, and their product with the values."""
+    rows = query.numel() // query.shape[-1]
+    return 2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
 def attention_scratch_bytes(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> int:
     """What scaled dot product attention holds while it runs, beside its output, in bytes.
 

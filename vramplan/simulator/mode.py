@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import CPU, META, Engine, label_of, normalized, value_of
-from vramplan.simulator.kernels import attention_scratch_bytes
+from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, mapped, tensors_in
 
 
@@ -41,9 +41,7 @@ def _placed(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any
     if any(isinstance(tensor, SimTensor) for tensor in tensors_in((args, rest))):
         made = func(*args, **rest)
         return engine.convert(made, target) if isinstance(made, torch.Tensor) else made
-    if target == CPU or not _makes_tensors(func):
-        return func(*args, **kwargs)
-    if target == META:
+    if target in (CPU, META) or not _makes_tensors(func):
         return func(*args, **kwargs)
     shape = func(*args, **{key: value for key, value in rest.items() if key != "generator"}, device="meta")
     if shape.numel() > VALUE_LIMIT:
@@ -179,8 +177,7 @@ def _attention(
     engine.ledger.operations += 1
     made = engine.new(result, label)
     engine.ledger.transient(attention_scratch_bytes(query, key, attn_mask), "workspace")
-    rows = query.numel() // query.shape[-1]
-    engine.ledger.count_flops(2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+    engine.ledger.count_flops(attention_flops(query, key, value))
     return made
 
 

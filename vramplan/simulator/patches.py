@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 
 from vramplan.simulator.engine import Engine
+from vramplan.simulator.kernels import attention_flops
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.tensor import SimTensor
 
@@ -124,7 +125,7 @@ def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..
         rows = query.numel() // query.shape[-1]
         if query.label.type == "cuda":
             engine.ledger.transient(2 * 4 * rows * key.shape[-2], "workspace")
-        engine.ledger.count_flops(2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+        engine.ledger.count_flops(attention_flops(query, key, value))
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     return attend

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.simulator.cache import cached
-from vramplan.simulator.footprint import Memory, SimulatedFootprint
+from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import Decode, Placement
+from vramplan.strategies.base import Decode, Decodes, Placed, put_on
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB
 from vramplan.workload import Workload
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 # The simulated device is always this one: what it stands for is a matter of capacity and kernels.
 DEVICE = "cuda:0"
 _ROOM = 1 << 50
-Placed = Sequence[tuple[Placement, Sequence[str]]]
-Decodes = Sequence[tuple[Decode, Sequence[str]]]
 
 
 def simulated_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
@@ -40,7 +39,7 @@ def simulated_footprint(source: Source, workload: Workload, accelerator: Acceler
     def decode(settings: tuple[Decode, ...]) -> Simulation:
         return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
 
-    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=Memory(decode))
+    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=cache(decode))
 
 
 def _tilings(vaes: Sequence[Any]) -> tuple[Decode, ...]:
@@ -134,10 +133,7 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
     """A function that puts the settings on a hollow pipeline through their own diffusers calls."""
 
     def place(pipe: Any) -> None:
-        for decode, names in decodes:
-            decode.apply(pipe, names)
-        for setting, names in placed:
-            setting.apply(pipe, names, DEVICE)
+        put_on(pipe, placed, decodes, DEVICE)
         if not placed:
             pipe.to(DEVICE)
 

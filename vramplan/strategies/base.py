@@ -116,6 +116,19 @@ class Decode(Protocol):
         """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
+# Settings with the components each is for, in the order to apply them.
+Placed = Sequence[tuple[Placement, Sequence[str]]]
+Decodes = Sequence[tuple[Decode, Sequence[str]]]
+
+
+def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
+    """Put settings on a pipeline, live or simulated, each through its own diffusers calls."""
+    for decode, names in decodes:
+        decode.apply(pipe, names)
+    for setting, names in placed:
+        setting.apply(pipe, names, device)
+
+
 class WithoutOptions:
     """What a placement without options has in common with others: one variant, and nothing to fill in."""
 
