@@ -146,13 +146,14 @@ def _figures(model: Any, spec: PipelineSpec, work: Workload, accelerator: Accele
     if accelerator is None or spec.device_map is not None:
         return _Figures(footprint=assumed)
     from vramplan.simulator.run import SimulationError
-    from vramplan.simulator.source import Source, simulated_footprint
+    from vramplan.simulator.source import Source, simulated_footprint, traced_footprint
 
     source = Source(model, spec)
     try:
         footprint = simulated_footprint(source, work, accelerator)
     except SimulationError as error:
-        return _Figures(footprint=assumed, notes=(f"not simulated, rules of thumb are used: {error}",))
+        note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
+        return _Figures(footprint=traced_footprint(source, work, accelerator), notes=(note,))
 
     def simulated(decision: Decision, capacity: int) -> Simulation:
         vaes = [component.name for component in spec.vaes]

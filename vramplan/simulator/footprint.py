@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vramplan.pipeline.types import PipelineSpec, Use
-from vramplan.planner.footprint import AssumedFootprint, Estimate
+from vramplan.planner.footprint import AssumedFootprint, Basis, Estimate
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Decode
 from vramplan.workload import Workload
@@ -17,7 +17,7 @@ class SimulatedFootprint:
     """Figures of a pipeline that was run once with everything resident and decoded plainly.
 
     `decode` simulates another way of decoding when it is first asked for. A use that the simulated call left
-    out keeps the assumption, and its basis.
+    out keeps the assumption, and its basis. `basis` is `derived` where components were traced one by one.
     """
 
     spec: PipelineSpec
@@ -27,6 +27,7 @@ class SimulatedFootprint:
     # Fragments differ by placement, so that the candidate chosen is simulated itself in the end; until then
     # only rounding is charged.
     slack: float = 1.02
+    basis: Basis = "simulated"
     workspace_bytes: int = 0
 
     @property
@@ -41,7 +42,7 @@ class SimulatedFootprint:
         if found is None:
             return self.assumed.activation(use, decode)
         between = simulation.use(use.phase, "")
-        return Estimate(size_bytes=max(found.need_bytes, between.need_bytes if between else 0), basis="simulated")
+        return Estimate(size_bytes=max(found.need_bytes, between.need_bytes if between else 0), basis=self.basis)
 
     def flops(self, use: Use, decode: Sequence[Decode]) -> float:
         """Operations of one such use: those of its phase, shared by the times it comes there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.pipeline import Parts
 from vramplan.simulator.types import DecodedLatents, SimulatedPhase, SimulatedUse, Simulation
-from vramplan.workload import Workload
+from vramplan.workload import FRAME_ARGUMENTS, Workload
 
 # Denoising steps that are simulated: the second one stands for all that follow.
 STEPS = 2
@@ -73,16 +74,23 @@ def run_decode(
     """
 
     def call(pipe: Any) -> None:
+        after_matrix_products()
         for item in latents:
             shape = torch.empty(item.shape, dtype=torch_dtype(item.dtype), device="cuda:0")
             pipe.components[item.component].decode(shape, return_dict=False)
 
-    only = Parts(cls=VaesOnly, modules={item.component: parts.modules[item.component] for item in latents})
+    only = Parts(cls=ComponentsOnly, modules={item.component: parts.modules[item.component] for item in latents})
     return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels())
 
 
-class VaesOnly:
-    """What is left of a pipeline when only its decode is simulated."""
+def after_matrix_products() -> None:
+    """What ran before in a whole call has left the workspace of matrix products allocated."""
+    one = torch.ones((1, 1), device="cuda:0")
+    one @ one
+
+
+class ComponentsOnly:
+    """What is left of a pipeline when components of it are simulated by themselves."""
 
     def __init__(self, **components: Any) -> None:
         self.components = components
@@ -91,7 +99,7 @@ class VaesOnly:
         """Nothing to show."""
 
     def to(self, device: str) -> None:
-        """Move every VAE."""
+        """Move every component."""
         for module in self.components.values():
             module.to(device)
 
@@ -124,26 +132,31 @@ def simulated_call(
             stopped = str(error)
         except Exception as error:
             raise SimulationError(_where(error, ledger)) from error
-        seconds = time.perf_counter() - start
-        result = _result(ledger, engine, stopped, decoded, seconds)
-    engine.kernels.release()
-    return result
+        finally:
+            engine.kernels.release()
+        return _result(ledger, engine, stopped, decoded, time.perf_counter() - start)
 
 
 def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
     """Arguments for a call of the workload: texts, pictures and sizes, as far as the pipeline takes them."""
     takes = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+    batch = workload.num_images_per_prompt
     wanted: dict[str, Any] = {
         "prompt": _PROMPT,
         "height": workload.height,
         "width": workload.width,
-        "num_frames": workload.num_frames if workload.num_frames > 1 else None,
-        "num_images_per_prompt": workload.num_images_per_prompt,
-        "num_videos_per_prompt": workload.num_images_per_prompt,
-        "num_inference_steps": STEPS,
+        "num_images_per_prompt": batch,
+        "num_videos_per_prompt": batch,
+        "num_waveforms_per_prompt": batch,
+        "batch_size": batch,
+        "class_labels": [0] * batch,
         "guidance_scale": workload.guidance_scale,
         "output_type": "pt",
     }
+    wanted |= {name: workload.num_frames if workload.num_frames > 1 else None for name in FRAME_ARGUMENTS}
+    wanted |= {name: STEPS for name in takes if name.endswith("num_inference_steps")}  # those of a prior too
+    if "strength" in takes and 0 < (strength := takes["strength"].default or 0) < 1:
+        wanted["num_inference_steps"] = math.ceil(STEPS / strength)  # of which only this share is made
     wanted |= _pictures(takes, workload)
     return {name: value for name, value in wanted.items() if value is not None and name in takes}
 

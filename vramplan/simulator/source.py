@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.footprint import AssumedFootprint
 from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
@@ -40,6 +41,24 @@ def simulated_footprint(source: Source, workload: Workload, accelerator: Acceler
         return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
 
     return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=cache(decode))
+
+
+def traced_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
+    """The planner's figures from components traced one by one, where the whole call cannot be driven."""
+    vaes = [component.name for component in source.spec.vaes]
+    plain = source.alone(workload, accelerator=accelerator)
+
+    def decode(settings: tuple[Decode, ...]) -> Simulation:
+        return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
+
+    return SimulatedFootprint(
+        spec=source.spec,
+        workload=workload,
+        plain=plain,
+        decode=cache(decode),
+        basis="derived",
+        slack=AssumedFootprint(spec=source.spec, workload=workload).slack,
+    )
 
 
 def _tilings(vaes: Sequence[Any]) -> tuple[Decode, ...]:
@@ -93,6 +112,16 @@ class Source:
             "kernels": kernels,
         }
         return cached(key, lambda: self._run(workload, placed, decodes, kernels, capacity_bytes))
+
+    def alone(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
+        """One forward of each component by itself, from the cache where that was made before."""
+        from vramplan.simulator.alone import traced_alone
+        from vramplan.simulator.kernels import Kernels
+
+        kernels = _kernels(accelerator)
+        key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
+        made = Kernels(cublas_bytes=kernels["cublas_bytes"])
+        return cached(key, lambda: traced_alone(self.parts, self.spec, workload, made))
 
     def decode(
         self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None

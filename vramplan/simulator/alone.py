@@ -1,0 +1,191 @@
+"""Trace components one by one, for a pipeline whose whole call cannot be driven.
+
+The inputs are made up from the configurations and the workload: shapes as the classes of diffusers and
+transformers have them. What cannot be traced so is left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from typing import Any
+
+import torch
+
+from vramplan.pipeline.dtypes import torch_dtype
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.planner.footprint import denoiser_shape, vae_scale
+from vramplan.simulator.allocator import CachingAllocator
+from vramplan.simulator.kernels import Kernels
+from vramplan.simulator.pipeline import Parts
+from vramplan.simulator.run import ComponentsOnly, SimulationError, after_matrix_products, simulated_call
+from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation
+from vramplan.workload import Workload
+
+# Text tokens of an encoder's forward, and of what a denoiser is shown: what FLUX.1, SD3 and Wan take by default.
+_TOKENS = 512
+# Where the configurations of denoisers keep the width of the text they are shown.
+_TEXT_WIDTHS = (
+    "joint_attention_dim", "cross_attention_dim", "encoder_hid_dim", "caption_channels", "text_embed_dim", "text_dim",
+    "caption_feat_dim", "cap_feat_dim",
+)  # fmt: skip
+
+Inputs = Mapping[str, Any]
+
+
+def traced_alone(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: Kernels) -> Simulation:
+    """One simulation made of one forward of each component that can be traced by itself.
+
+    `uses` holds those components alone; peaks of the whole call are not known and 0.
+    """
+    needs: list[SimulatedUse] = []
+    decoded: list[DecodedLatents] = []
+    operations, seconds = 0, 0.0
+    for name in dict.fromkeys(use.component for use in spec.uses):
+        found = _first_that_runs(parts, spec.component(name), spec, workload, kernels)
+        if found is None:
+            continue
+        operations, seconds = operations + found.operations, seconds + found.wall_seconds
+        decoded += found.decoded
+        own = [use for use in found.uses if use.component == name]
+        for phase in dict.fromkeys(use.phase for use in spec.uses if use.component == name):
+            times = sum((use.phase, use.component) == (phase, name) for use in spec.uses)
+            need = max(use.need_bytes for use in own)
+            flops = sum(use.flops for use in own) * times
+            needs.append(SimulatedUse(phase=phase, component=name, need_bytes=need, flops=flops))
+    return Simulation(
+        peak_allocated_bytes=0,
+        peak_reserved_bytes=0,
+        host_peak_bytes=0,
+        pinned_peak_bytes=0,
+        phases=(),
+        uses=tuple(needs),
+        steps=1,
+        decoded=tuple(decoded),
+        capacity_bytes=None,
+        fits=None,
+        stopped=None,
+        short_bytes=0,
+        to_device_bytes=0,
+        to_host_bytes=0,
+        operations=operations,
+        wall_seconds=seconds,
+        notes=(),
+    )
+
+
+def _first_that_runs(
+    parts: Parts, component: Component, spec: PipelineSpec, workload: Workload, kernels: Kernels
+) -> Simulation | None:
+    """The simulation of the first inputs the component takes, None where it takes none of them."""
+    only = Parts(cls=ComponentsOnly, modules={component.name: parts.modules[component.name]})
+    for call in _calls(component, spec, workload):
+        try:
+            return simulated_call(only, lambda pipe: pipe.to("cuda:0"), call, CachingAllocator(), kernels)
+        except SimulationError:
+            continue
+    return None
+
+
+def _calls(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Callable[[Any], None]]:
+    if component.role in ("denoiser", "control"):
+        inputs = _denoiser_inputs(component, spec, workload)
+    elif component.role == "vae":
+        inputs = _latents(component, spec, workload)
+    else:
+        inputs = _encoder_inputs(component)
+    for made in inputs:
+        yield _forward(component, made)
+
+
+def _forward(component: Component, inputs: Inputs) -> Callable[[Any], None]:
+    def call(pipe: Any) -> None:
+        after_matrix_products()
+        module = pipe.components[component.name]
+        if component.role == "vae":
+            if component.config.get("force_upcast") and component.dtype == "float16":
+                module.to(torch.float32)  # as StableDiffusionXLPipeline does before it decodes
+            module.decode(_filled(inputs["z"], component).to(next(module.parameters()).dtype), return_dict=False)
+            return
+        takes = inspect.signature(type(module).forward).parameters
+        module(**{name: _filled(value, component) for name, value in inputs.items() if name in takes})
+
+    return call
+
+
+def _filled(value: Any, component: Component) -> Any:
+    """Shapes as tensors of the component's dtype on the device; the rest as it is."""
+    if isinstance(value, tuple):
+        return torch.zeros(value, dtype=torch_dtype(component.dtype), device="cuda:0")
+    if isinstance(value, dict):
+        return {key: _filled(item, component) for key, item in value.items()}
+    return value.to("cuda:0") if isinstance(value, torch.Tensor) else value
+
+
+def _encoder_inputs(component: Component) -> Iterator[Inputs]:
+    positions = component.config.get("max_position_embeddings") or _TOKENS
+    ids = torch.ones((1, min(_TOKENS, int(positions))), dtype=torch.long)
+    yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    side = component.config.get("image_size") or 224
+    yield {"pixel_values": (1, 3, int(side), int(side))}
+
+
+def _latents(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Inputs]:
+    spatial, temporal = vae_scale(component)
+    config = component.config
+    channels = config.get("latent_channels") or config.get("z_dim") or 4
+    size = (-(-workload.height // spatial), -(-workload.width // spatial))
+    frames = 1 + (workload.num_frames - 1) // temporal
+    batch = workload.num_images_per_prompt
+    flat: tuple[int, ...] = (batch * (frames if spec.video else 1), channels, *size)
+    deep: tuple[int, ...] = (batch, channels, frames, *size)
+    yield from ({"z": shape} for shape in ((deep, flat) if spec.video else (flat, deep)))
+
+
+def _denoiser_inputs(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Inputs]:
+    shape = denoiser_shape(component, spec, workload)
+    config, batch = component.config, shape.batch
+    channels = config.get("in_channels") or 4
+    widths = [width for key in _TEXT_WIDTHS for width in _numbers(config.get(key))] or [shape.width]
+    for latent, width in product(_layouts(spec, workload, batch, channels), dict.fromkeys(widths)):
+        text = (batch, _TOKENS, width)
+        tokens = latent[1] if len(latent) == 3 else shape.tokens
+        times = 6 * (config.get("addition_time_embed_dim") or 0)
+        pooled = (
+            config.get("pooled_projection_dim") or (config.get("projection_class_embeddings_input_dim") or 0) - times
+        )
+        yield {
+            "sample": latent,
+            "hidden_states": latent,
+            "timestep": torch.full((batch,), 500.0),
+            "encoder_hidden_states": text,
+            "encoder_attention_mask": torch.ones((batch, _TOKENS)),
+            "pooled_projections": (batch, max(1, pooled)),
+            "guidance": torch.ones(batch),
+            "img_ids": (tokens, 3),
+            "txt_ids": (_TOKENS, 3),
+            "added_cond_kwargs": {
+                "text_embeds": (batch, max(1, pooled)), "time_ids": torch.ones((batch, 6)), "resolution": None,
+                "aspect_ratio": None,
+            },
+            "return_dict": False,
+        }  # fmt: skip
+
+
+def _layouts(spec: PipelineSpec, workload: Workload, batch: int, channels: int) -> Iterator[tuple[int, ...]]:
+    """Latents as denoisers take them: pictures, frames before or after channels, or tokens already packed."""
+    vae = next(iter(spec.vaes), None)
+    spatial, temporal = vae_scale(vae)
+    size = (-(-workload.height // spatial), -(-workload.width // spatial))
+    frames = 1 + (workload.num_frames - 1) // temporal
+    if spec.video:
+        yield (batch, channels, frames, *size)
+        yield (batch, frames, channels, *size)
+    yield (batch, channels, *size)
+    yield (batch, size[0] * size[1] * frames // 4, channels)
+
+
+def _numbers(value: Any) -> list[int]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [int(item) for item in values if isinstance(item, int) and not isinstance(item, bool)]
