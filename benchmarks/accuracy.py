@@ -1,13 +1,20 @@
 """Simulated peaks against peaks that others measured and published (`published_peaks.yaml`).
 
-    python benchmarks/accuracy.py [-o FILE.md]
+    python benchmarks/accuracy.py [--libraries DIR] [-o FILE.md]
 
-Prints a table; rows whose code differs from the installed diffusers are listed apart, with the difference.
+A row that was measured on other versions of diffusers is simulated on the releases of its day, in a process of its own.
+They are installed under DIR with pip when they are not there yet; without DIR such rows are left out, and it says so.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
 import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,76 +22,215 @@ from typing import Any
 import click
 import yaml
 
-from vramplan.models import describe
-from vramplan.simulator.source import Source
-from vramplan.strategies.settings import grouped, parse_decode, parse_placement
-from vramplan.units import GIB
-from vramplan.workload import make_workload
-
 ROWS = Path(__file__).with_name("published_peaks.yaml")
+SHOWN = ("diffusers", "transformers", "accelerate")
+GIB = 1 << 30
+EXPLAIN_FROM = 0.1
+
+Row = Mapping[str, Any]
 
 
-def simulated_gib(row: dict[str, Any], sources: dict[str, Any]) -> float:
-    if row["model"] not in sources:
-        described = describe(row["model"])
-        sources[row["model"]] = (Source(row["model"], described.spec), described)
-    source, described = sources[row["model"]]
-    names = [component.name for component in described.spec.components]
+# ---- in the process that has a row's libraries
+
+
+def parts_as_loaded(row: Row) -> Any:
+    """The model's hollow parts, in the dtypes that the row's script and transformers left them in."""
+    from vramplan.pipeline.dtypes import torch_dtype
+    from vramplan.profiles import load_pipeline_profile
+    from vramplan.simulator.pipeline import parts_from_profile
+
+    loads = row.get("loads") or load_pipeline_profile(row["model"]).dtype
+    parts = parts_from_profile(row["model"], loads)
+    for module in parts.modules.values():
+        # transformers 4 kept its float32 modules only when it loaded float16
+        transformers4 = type(module).__module__.startswith("transformers.") and int(version("transformers")[0]) < 5
+        told = row.get("converts") or (loads if transformers4 and loads != "float16" else None)
+        if told:
+            module.to(torch_dtype(told))
+    return parts
+
+
+def simulated_gib(row: Row) -> float:
+    """The row's peak on the simulated device, with the libraries of this process."""
+    import torch
+
+    from vramplan.models import describe
+    from vramplan.simulator.allocator import CachingAllocator
+    from vramplan.simulator.kernels import Kernels
+    from vramplan.simulator.run import call_inputs, simulated_call
+    from vramplan.simulator.source import placing
+    from vramplan.strategies.settings import grouped, parse_decode, parse_placement
+    from vramplan.units import MIB
+    from vramplan.workload import make_workload
+
+    described = describe(row["model"])
     told = row["placement"]
-    texts = dict.fromkeys(names, told) if isinstance(told, str) else told
-    placement = {name: parse_placement(text).complete(described.spec.component(name)) for name, text in texts.items()}
-    decodes = [(parse_decode(text), ["vae"]) for text in row.get("decode", ())]
+    texts = {part.name: told if isinstance(told, str) else told[part.name] for part in described.spec.components}
+    placed = {name: parse_placement(text).complete(described.spec.component(name)) for name, text in texts.items()}
+    put_on = placing(grouped(placed), [(parse_decode(text), ["vae"]) for text in row.get("decode", ())])
     work = make_workload(described.defaults, row.get("workload", {}))
-    result = source.run(work, grouped(placement), decodes, accelerator=None)
+
+    def place(pipe: Any) -> None:
+        for name in row.get("layerwise_casting", ()):
+            pipe.components[name].enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+        put_on(pipe)
+        for method in row.get("before", ()):
+            getattr(pipe, method)()
+
+    def call(pipe: Any) -> None:
+        inputs = call_inputs(pipe, work)
+        for _ in range(row.get("calls", 1)):
+            pipe(**inputs | {"output_type": row.get("output_type", "pt")})
+
+    hopper = row.get("gpu", "").startswith("H")
+    kernels = Kernels(cublas_bytes=(32 if hopper else 8) * MIB)
+    result = simulated_call(parts_as_loaded(row), place, call, CachingAllocator(), kernels)
     peak = result.peak_reserved_bytes if row["metric"] == "reserved" else result.peak_allocated_bytes
     return peak / GIB
 
 
-def table(rows: list[tuple[dict[str, Any], float]]) -> list[str]:
+def take_older_group_offloading() -> None:
+    """Before `block_modules` was an option of it, blocks inside another module were never found."""
+    try:
+        from diffusers import hooks
+    except ImportError:
+        return
+    original = getattr(hooks, "apply_group_offloading", None)
+    if original and "block_modules" not in inspect.signature(original).parameters:
+
+        def apply(*args: Any, block_modules: Any = None, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+
+        hooks.apply_group_offloading = apply
+
+
+def work_off() -> None:
+    """Read rows as JSON lines, write for each its peak or what stopped it, and the versions it ran on."""
+    versions = {name: version(name) for name in SHOWN}
+    take_older_group_offloading()
+    for line in sys.stdin:
+        row = json.loads(line)
+        try:
+            found: dict[str, Any] = {"gib": simulated_gib(row)}
+        except Exception as error:
+            found = {"stopped": " ".join(f"{type(error).__name__}: {error}".split())}
+        print(json.dumps(found | {"id": row["id"], "versions": versions}), flush=True)
+
+
+# ---- in the process that was started
+
+
+def paths_of(sets: Mapping[str, Sequence[str]], folder: Path) -> dict[str, Path]:
+    """Where each set of libraries is, installed now if it is not there yet."""
+    found = {name: (folder / name).resolve() for name in sets}
+    for name, path in found.items():
+        if not path.is_dir():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(path)]
+            subprocess.run([*pip, *sets[name]], check=True)
+    return found
+
+
+def simulate(rows: Sequence[Row], path: Path | None) -> list[dict[str, Any]]:
+    """What was found for each row, with the libraries at a path before those installed."""
+    before = os.environ.get("PYTHONPATH")
+    searched = os.pathsep.join(filter(None, [str(path) if path else None, before]))
+    done = subprocess.run(
+        [sys.executable, __file__, "--work-off"],
+        input="\n".join(json.dumps(row) for row in rows),
+        env=os.environ | {"PYTHONPATH": searched},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise click.ClickException(done.stderr)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+
+
+def all_found(rows: Sequence[Row], sets: Mapping[str, Sequence[str]], folder: Path | None) -> dict[str, dict[str, Any]]:
+    """Findings by row. A row without one needs libraries that are not here."""
+    wanted = sorted({row["with"] for row in rows if "with" in row})
+    paths: dict[str | None, Path | None] = {None: None}
+    if folder:
+        paths.update(paths_of({name: sets[name] for name in wanted}, folder))
+    found: dict[str, dict[str, Any]] = {}
+    for name, path in paths.items():
+        here = [row for row in rows if row.get("with") == name]
+        found |= {item["id"]: item for item in (simulate(here, path) if here else [])}
+    return found
+
+
+def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [
-        "| row | placement | metric | published GiB | simulated GiB | error |",
-        "|---|---|---|--:|--:|--:|",
+        "| row | placement | diffusers, transformers, accelerate | metric | published GiB | simulated GiB | error |",
+        "|---|---|---|---|--:|--:|--:|",
     ]
-    for row, found in rows:
+    for row in rows:
+        item = found[row["id"]]
         placed = row["placement"] if isinstance(row["placement"], str) else "by component"
-        placed += "".join(f" + {text}" for text in row.get("decode", ()))
-        error = found / row["gib"] - 1
-        lines.append(f"| {row['id']} | {placed} | {row['metric']} | {row['gib']:g} | {found:.2f} | {error:+.1%} |")
+        placed += "".join(f" + {text}" for text in (*row.get("decode", ()), *row.get("before", ())))
+        placed += " + layerwise casting" if "layerwise_casting" in row else ""
+        cells = [row["id"], placed, ", ".join(item["versions"].values()), row["metric"], f"{row['gib']:g}"]
+        cells += [f"{item['gib']:.2f}", f"{item['gib'] / row['gib'] - 1:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def report() -> str:
-    sources: dict[str, Any] = {}
-    rows = [(row, simulated_gib(row, sources)) for row in yaml.safe_load(ROWS.read_text(encoding="utf-8"))]
-    same = [item for item in rows if "version" not in item[0]]
-    other = [item for item in rows if "version" in item[0]]
-    judged = [abs(found / row["gib"] - 1) for row, found in same if not row.get("fitted")]
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-    return "\n".join(
-        [
-            f"Simulated with {libraries}.",
+def report(told: Mapping[str, Any], folder: Path | None) -> str:
+    rows, unstated = told["rows"], told["unstated"]
+    found = all_found([*rows, *unstated], told["libraries"], folder)
+    ran = {name: item for name, item in found.items() if "gib" in item}
+    shown = [row for row in rows if row["id"] in ran]
+    errors = {row["id"]: abs(ran[row["id"]]["gib"] / row["gib"] - 1) for row in shown if not row.get("fitted")}
+    lines = [
+        f"Simulated with torch {version('torch')}, "
+        "each row on the releases of its day: few sources state their versions.",
+        "",
+    ]
+    lines += [*table(shown, ran), ""]
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        lines += [
+            f"{len(errors)} rows that nothing was fitted on: median error {statistics.median(errors.values()):.1%}, "
+            f"largest {errors[worst]:.1%} ({worst}).",
             "",
-            *table(same),
-            "",
-            f"{len(judged)} rows that nothing was fitted on: median error {statistics.median(judged):.1%}, "
-            f"largest {max(judged):.1%}.",
-            "",
-            "Measured on other versions, with the difference explained:",
-            "",
-            *table(other),
-            "",
-            *(f"* {row['id']}: {row['version']}" for row, _ in other),
         ]
-    )
+    remarks = [f"* {row['id']}: {row['remark']}" for row in shown if "remark" in row]
+    remarks += [
+        f"* {row['id']}: NOT EXPLAINED"
+        for row in shown
+        if errors.get(row["id"], 0) > EXPLAIN_FROM and "remark" not in row
+    ]
+    lines += ["Remarks:", "", *remarks, ""] if remarks else []
+    apart = [row for row in unstated if row["id"] in ran]
+    if apart:
+        lines += ["Published without saying enough, so not judged:", "", *table(apart, ran), ""]
+        lines += [*(f"* {row['id']}: {row['unknown']}" for row in apart), ""]
+    left = [row["id"] for row in (*rows, *unstated) if row["id"] not in ran]
+    lines += [f"* left out: {name} ({_why(found.get(name))})" for name in left]
+    return "\n".join(lines).rstrip()
+
+
+def _why(item: Mapping[str, Any] | None) -> str:
+    return str(item["stopped"]) if item else "its libraries are not here: --libraries DIR installs them"
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(dir_okay=False))
-def main(output: str | None) -> None:
-    text = report()
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--libraries", type=click.Path(file_okay=False, path_type=Path), help="Where older libraries are kept.")
+@click.option("--only", multiple=True, help="Rows whose name has this in it.")
+@click.option("--work-off", "working", is_flag=True, hidden=True)
+def main(output: Path | None, libraries: Path | None, only: tuple[str, ...], working: bool) -> None:
+    if working:
+        work_off()
+        return
+    told = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
+    for kind in ("rows", "unstated"):
+        told[kind] = [row for row in told[kind] if not only or any(part in row["id"] for part in only)]
+    text = report(told, libraries)
     print(text)
     if output:
-        Path(output).write_text(text + "\n", encoding="utf-8")
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -55,6 +56,10 @@ class SimBackend:
         """The stream the computation runs on."""
         return self._default
 
+    def is_available(self) -> bool:
+        """There are streams."""
+        return True
+
     def synchronize(self, *args: Any) -> None:
         """Nothing is ever in flight."""
 
@@ -91,7 +96,6 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
     """Put the stand-ins in place, and take them out again whatever happens."""
     import accelerate.hooks
     import accelerate.utils.modeling
-    from diffusers.hooks import group_offloading
     from diffusers.pipelines import pipeline_utils
     from torch.nn.attention import flex_attention as flex
 
@@ -102,7 +106,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module, name, stand_in in (
-            (group_offloading, "TorchDeviceBackend", lambda device=None: backend),
+            *_group_offloading(backend),
             (pipeline_utils, "empty_device_cache", empty_cache),
             (accelerate.hooks, "clear_device_cache", empty_cache),
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),
@@ -112,8 +116,31 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
         stack.enter_context(_not_deterministic())
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay as they are
         stack.enter_context(patch.object(flex, "flex_attention", _flex_attention(engine, flex.flex_attention)))
         yield
+
+
+def _group_offloading(backend: SimBackend) -> list[tuple[Any, str, Any]]:
+    """What group offloading asks for streams: `torch` itself in older versions; before diffusers 0.33 there is none."""
+    try:
+        from diffusers.hooks import group_offloading
+    except ImportError:
+        return []
+    if hasattr(group_offloading, "TorchDeviceBackend"):
+        return [(group_offloading, "TorchDeviceBackend", lambda device=None: backend)]
+    return [(group_offloading, "torch", _TorchWithStreams(backend))]
+
+
+class _TorchWithStreams:
+    """`torch`, with streams for a device that is not there."""
+
+    def __init__(self, cuda: SimBackend) -> None:
+        self.cuda = cuda
+        self.accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cuda"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +152,7 @@ def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..
         rows = query.numel() // query.shape[-1]
         if query.label.type == "cuda":
             engine.ledger.transient(2 * 4 * rows * key.shape[-2], "workspace")
-        engine.ledger.count_flops(attention_flops(query, key, value))
+        engine.ledger.count_kernel(flops=attention_flops(query, key, value))
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     return attend
