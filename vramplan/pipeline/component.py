@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vramplan.pipeline.geometry import bytes_by_dtype, measure, tensor_bytes, tensors_of
+from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
 from vramplan.pipeline.tiles import tiling_of
 from vramplan.pipeline.types import Component, Role
 
@@ -102,13 +103,53 @@ def _group_refusal(module: torch.nn.Module) -> str | None:
 
 
 def _block_refusal(role: Role, module: torch.nn.Module) -> str | None:
-    """A VAE's encode and decode never reach hooks on its top level, unless its class names its blocks."""
+    """Blocks whose hooks would not run, or not before their weights are used."""
+    name = type(module).__name__
+    # A VAE's encode and decode never reach hooks on its top level, unless its class names its blocks.
     if role == "vae" and not getattr(module, "_group_offload_block_modules", None):
         return (
-            f"block-level groups of {type(module).__name__} would never be loaded: encode() and decode() "
+            f"block-level groups of {name} would never be loaded: encode() and decode() "
             "do not run the hooks (diffusers issue 12319); use leaf-level"
         )
+    if any(_is_module_list(child) and any(map(_is_module_list, child.children())) for child in module.children()):
+        return f"the blocks of {name} are lists of modules, which are never called themselves; use leaf-level"
+    return _token_refusal(module)
+
+
+def _token_refusal(module: torch.nn.Module) -> str | None:
+    """A token embedding that stands beside the blocks, inside of a submodule, and is used from outside of that.
+
+    Models of pictures and texts look tokens up before they call their language model (transformers 5); an output
+    layer that shares the embedding's weight runs after the language model has put it away.
+    """
+    path = block_modules_of(module)
+    outside = module
+    for name in path:
+        forward = inspect.unwrap(type(outside).forward)
+        if "get_input_embeddings" in forward.__code__.co_names:
+            return (
+                f"{type(outside).__name__} uses the token embedding of its {name} before the groups there are loaded; "
+                "use leaf-level"
+            )
+        outside = getattr(outside, name)
+    tokens, output = (_embedding_weight(module, kind) for kind in ("input", "output"))
+    if path and tokens is not None and tokens is output:
+        return (
+            f"the output layer of {type(module).__name__} shares its weight with the token embedding, which is put "
+            "away before it runs; use leaf-level"
+        )
     return None
+
+
+def _embedding_weight(module: torch.nn.Module, kind: str) -> torch.Tensor | None:
+    get = getattr(module, f"get_{kind}_embeddings", None)
+    return getattr(get(), "weight", None) if get is not None else None
+
+
+def _is_module_list(module: torch.nn.Module) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.ModuleList)
 
 
 def _leaf_refusal(module: torch.nn.Module) -> str | None:

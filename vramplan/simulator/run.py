@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.follow import followed
 from vramplan.simulator.kernels import Kernels
-from vramplan.simulator.ledger import Ledger
+from vramplan.simulator.ledger import Cost, Ledger
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.pipeline import Parts
@@ -76,8 +77,10 @@ def run_decode(
     def call(pipe: Any) -> None:
         after_matrix_products()
         for item in latents:
-            shape = torch.empty(item.shape, dtype=torch_dtype(item.dtype), device="cuda:0")
-            pipe.components[item.component].decode(shape, return_dict=False)
+            vae, dtype = pipe.components[item.component], torch_dtype(item.dtype)
+            if dtype != vae.dtype:
+                vae.to(dtype)  # as the pipeline had done when it was given latents of that dtype
+            vae.decode(torch.empty(item.shape, dtype=dtype, device="cuda:0"), return_dict=False)
 
     only = Parts(cls=ComponentsOnly, modules={item.component: parts.modules[item.component] for item in latents})
     return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels())
@@ -153,7 +156,7 @@ def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
         "guidance_scale": workload.guidance_scale,
         "output_type": "pt",
     }
-    wanted |= {name: workload.num_frames if workload.num_frames > 1 else None for name in FRAME_ARGUMENTS}
+    wanted |= dict.fromkeys(FRAME_ARGUMENTS, workload.num_frames if workload.num_frames > 1 else None)
     wanted |= {name: STEPS for name in takes if name.endswith("num_inference_steps")}  # those of a prior too
     if "strength" in takes and 0 < (strength := takes["strength"].default or 0) < 1:
         wanted["num_inference_steps"] = math.ceil(STEPS / strength)  # of which only this share is made
@@ -168,7 +171,8 @@ def _pictures(takes: Mapping[str, inspect.Parameter], workload: Workload) -> dic
     picture = Image.new("RGB", (workload.width, workload.height), (127, 127, 127))
     mask = Image.new("L", (workload.width, workload.height), 255)
     given: dict[str, Any] = {"image": picture, "control_image": picture, "mask_image": mask, "source_image": picture}
-    given["video"] = [picture] * max(1, workload.num_frames)
+    video = [picture] * max(1, workload.num_frames)
+    given |= dict.fromkeys(("video", "control_video", "conditioning_frames", "pose_video", "face_video"), video)
     return {name: value for name, value in given.items() if name in takes}
 
 
@@ -189,7 +193,10 @@ def _result(
         short_bytes=ledger.short_bytes if stopped else 0,
         uses=tuple(
             SimulatedUse(
-                phase=phase, component=component, need_bytes=need, flops=ledger.flops.get((phase, component), 0.0)
+                phase=phase,
+                component=component,
+                need_bytes=need,
+                **asdict(ledger.costs.get((phase, component), Cost())),
             )
             for (phase, component), need in ledger.needs.items()
         ),
