@@ -15,7 +15,7 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget, Host
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
-from vramplan.planner.demand import Demand
+from vramplan.planner.demand import Bottleneck, Demand
 from vramplan.strategies.base import Quality
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload
@@ -77,7 +77,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projected:
-    """The price of a candidate in short: bytes and seconds, and the basis of the weakest number."""
+    """The price of a candidate in short: bytes, seconds, what most of a step is spent on, and the basis of the
+    weakest number."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -87,6 +88,7 @@ class Projected:
     pinned_bytes: int
     seconds_per_step: float
     seconds_per_call: float
+    bottleneck: Bottleneck
     basis: Literal["measured", "simulated", "derived", "assumed"]
 
 

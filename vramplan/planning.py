@@ -135,8 +135,8 @@ class _Figures:
 
             try:
                 return confirmed(decision, run(decision, capacity))
-            except SimulationError:
-                return decision  # its price stands: that of the simulated pipeline with everything resident
+            except SimulationError as error:  # with everything resident it ran: these settings are what stops it
+                return replace(decision, verdict="rejected", reason=f"does not run: {error}")
 
         return confirm
 
@@ -281,6 +281,7 @@ def projected(demand: Demand) -> Projected:
         pinned_bytes=demand.pinned_bytes,
         seconds_per_step=demand.seconds_per_step,
         seconds_per_call=demand.seconds_per_call,
+        bottleneck=demand.bottleneck,
         basis=demand.basis,
     )
 

@@ -102,7 +102,8 @@ def plan_text(plan: Plan) -> str:
 def _speed(plan: Plan) -> str:
     demand = plan.projected
     return (
-        f"about {_seconds(demand.seconds_per_step)} a step, {_seconds(demand.seconds_per_call)} a call ({demand.basis})"
+        f"about {_seconds(demand.seconds_per_step)} a step, {_seconds(demand.seconds_per_call)} a call, limited by "
+        f"{demand.bottleneck} ({demand.basis})"
     )
 
 
@@ -138,18 +139,18 @@ def settings_text(settings: Settings) -> str:
 
 
 def explain_text(plan: Plan) -> str:
-    """Every candidate in two lines: verdict, memory, time and settings; then the reason."""
+    """Every candidate in three lines: verdict, memory, time and what limits it; the settings; the reason."""
     lines = [
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
         "",
-        f"{'':8} {'VRAM':>10} {'RAM':>10} {'call':>9}",
+        f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>9} {'call':>9}  limited by",
     ]
     for item in plan.candidates:
         price = item.projected
         sizes = f"{format_bytes(price.vram_reserved_bytes):>10} {format_bytes(price.ram_bytes):>10}"
-        time = f"{_seconds(price.seconds_per_call):>9}"
-        lines.append(f"{item.verdict:8} {sizes} {time}  {settings_text(item.settings)}")
-        lines.append(f"{'':8} {item.reason}")
+        time = f"{_seconds(price.seconds_per_step):>9} {_seconds(price.seconds_per_call):>9}  {price.bottleneck}"
+        lines.append(f"{item.verdict:8} {sizes} {time}")
+        lines += [f"{'':8} {settings_text(item.settings)}", f"{'':8} {item.reason}"]
     if plan.refused:
         lines += ["", "not possible here"]
         lines += [f"  {item.setting} on {item.component}: {item.reason}" for item in plan.refused]

@@ -12,7 +12,7 @@ from vramplan.workload import Workload
 
 GIB = 1 << 30
 MIB = 1 << 20
-RATES = Rates(memory_bytes_per_s=500e9, link_bytes_per_s=20e9, half_flops_per_s=100e12, source="made up")
+RATES = Rates(memory_bytes_per_s=500e9, link_bytes_per_s=20e9, half_flops_per_s=100e12, reached=0.6, source="made up")
 WORK = Workload(height=1024, width=1024, num_inference_steps=20)
 DIT = {"num_attention_heads": 16, "attention_head_dim": 64, "patch_size": 2, "in_channels": 16}
 VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
@@ -29,6 +29,8 @@ def geometry(size: int, *, blocks: int = 0, within: tuple[str, ...] = ()) -> Geo
         largest_leaf_bytes=max(1, (block or size) // 6),
         leaf_count=max(1, 6 * blocks),
         pinned_bytes=size + size // 5,
+        units=(block,) * blocks,
+        pinned_units=(block + block // 5,) * blocks,
     )
 
 

@@ -44,7 +44,7 @@ def test_what_is_reserved_is_the_highest_of_all_moments() -> None:
     class Footprint(AssumedFootprint):
         def activation(self, use: Use, decode: Any) -> Estimate:
             size = 59 * GIB // 10 if use.component == "image_encoder" else 0
-            return Estimate(size_bytes=size, basis="assumed")
+            return Estimate(size_bytes=size, reserved_bytes=size * 7 // 5, basis="assumed")
 
     parts = [component("text_encoder", 10 * GIB, role="text_encoder")]
     parts += [component("image_encoder", 4 * GIB, role="image_encoder"), component("transformer", MIB)]

@@ -129,13 +129,13 @@ def test_attention_does_not_make_the_matrix_of_all_against_all(engine: Engine) -
     assert made.shape == query.shape
     rows = 8 * 4096
     assert engine.ledger.allocator.peak_allocated_bytes == before + 2 * query.numel() + 4 * rows
-    assert sum(engine.ledger.flops.values()) == 4.0 * rows * 4096 * 64
+    assert sum(cost.flops for cost in engine.ledger.costs.values()) == 4.0 * rows * 4096 * 64
 
 
 def test_operations_are_counted(engine: Engine) -> None:
     left = torch.zeros(128, 256, device="cuda")
     _ = left @ torch.zeros(256, 64, device="cuda")
-    assert sum(engine.ledger.flops.values()) == 2 * 128 * 256 * 64
+    assert sum(cost.flops for cost in engine.ledger.costs.values()) == 2 * 128 * 256 * 64
 
 
 def test_a_full_device_raises_what_torch_raises() -> None:

@@ -42,6 +42,7 @@ def test_names_are_unique_and_diffusers_own() -> None:
     assert [cls.name for cls in REGISTRY] == [
         "resident",
         "model_cpu_offload",
+        "partial_residency",
         "group_offload",
         "sequential_cpu_offload",
         "vae_slicing",

@@ -10,13 +10,17 @@ AcceleratorKind = Literal["cuda", "rocm", "xpu", "mps"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """How fast an accelerator is, for pricing candidates: bytes per second and operations per second."""
+    """How fast an accelerator is, for pricing candidates: bytes per second and operations per second.
+
+    `reached` is the share of `half_flops_per_s`, a peak, that products and attention of a pipeline reach.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     memory_bytes_per_s: float
     link_bytes_per_s: float
     half_flops_per_s: float
+    reached: float
     source: str
 
 

@@ -13,6 +13,10 @@ from vramplan.pipeline.types import Geometry
 if TYPE_CHECKING:
     import torch
 
+# A piece to stream is at most about this share of its module, where it can be cut further: SDXL's UNet has half of
+# its weights in one of six blocks.
+_LARGEST_UNIT = 1 / 16
+
 
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
     """Every parameter and buffer, each tied tensor once."""
@@ -81,8 +85,40 @@ def measure(module: torch.nn.Module) -> Geometry:
         rest_bytes=max(0, total - sum(map(sum, lists))),
         largest_leaf_bytes=_with_parents(module),
         leaf_count=sum(_own_bytes(child) > 0 for child in module.modules()),
-        pinned_bytes=sum(power_of_two(tensor_bytes(tensor)) for tensor in tensors_of(module)),
+        pinned_bytes=_pinned_bytes(module),
+        units=tuple(map(module_bytes, units := units_of(module))),
+        pinned_units=tuple(map(_pinned_bytes, units)),
     )
+
+
+def units_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The pieces partial residency streams, in the order they are defined: blocks, or what large ones consist of."""
+    return list(_units(module, module_bytes(module) * _LARGEST_UNIT))
+
+
+def _units(module: torch.nn.Module, limit: float) -> Iterable[torch.nn.Module]:
+    for child in module.children():
+        if _is_list(child):
+            for item in _items(child):
+                finer = list(_units(item, limit)) if module_bytes(item) > limit else []
+                yield from finer or [item]
+        elif module_bytes(child) > limit:
+            yield from _units(child, limit)
+
+
+def _items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    """What a list holds; what lists in it hold, as nothing calls those."""
+    import torch
+
+    for item in blocks.children():
+        if isinstance(item, torch.nn.ModuleList):
+            yield from _items(item)
+        else:
+            yield item
+
+
+def _pinned_bytes(module: torch.nn.Module) -> int:
+    return sum(power_of_two(tensor_bytes(tensor)) for tensor in tensors_of(module))
 
 
 def _block_lists(module: torch.nn.Module, names: frozenset[str]) -> Iterable[list[torch.nn.Module]]:

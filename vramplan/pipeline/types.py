@@ -20,7 +20,9 @@ class Geometry:
     `largest_leaf_bytes` is the most there is while one leaf runs: the leaf with what its parents hold
     themselves; `leaf_count` counts the modules that hold tensors themselves.
     `pinned_bytes` is what page-locked copies of all tensors occupy: torch's host allocator rounds each
-    one up to a power of two (pytorch CachingHostAllocator, torch 2.13).
+    one up to a power of two (pytorch CachingHostAllocator, torch 2.13). `units` are the pieces
+    partial residency moves one at a time: blocks, or what blocks consist of where those are large; `pinned_units`
+    their pinned copies.
     """
 
     block_lists: tuple[tuple[int, ...], ...]
@@ -29,6 +31,8 @@ class Geometry:
     largest_leaf_bytes: int
     leaf_count: int
     pinned_bytes: int
+    units: tuple[int, ...]
+    pinned_units: tuple[int, ...]
 
     @property
     def blocks(self) -> tuple[int, ...]:

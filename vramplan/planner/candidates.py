@@ -15,6 +15,8 @@ from vramplan.strategies.settings import PLAIN, format_setting, parse_decode, pa
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
+Ladder = tuple[Mapping[str, Placement], ...]
+
 # Companions of the denoiser weigh on the choice one by one only while there are few of them.
 _MOST_COMPANION_CHOICES = 512
 
@@ -41,10 +43,19 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Candidates that differ only in where the denoiser's companions go: one line of an explanation."""
+    """Candidates of one kind of setting for the denoiser: one line of an explanation.
 
-    placements: tuple[Mapping[str, Placement], ...]
+    Each ladder is one mix of settings for the denoiser's companions; its rungs take more memory one after the
+    other, and less time.
+    """
+
+    ladders: tuple[Ladder, ...]
     decode: tuple[Decode, ...]
+
+    @property
+    def placements(self) -> tuple[Mapping[str, Placement], ...]:
+        """Every rung of every ladder."""
+        return tuple(placement for ladder in self.ladders for placement in ladder)
 
 
 def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec) -> Fixed:
@@ -103,7 +114,7 @@ def rows(
     refused: dict[tuple[str, str], Refused] = {}
     groups = _placement_groups(spec, fixed, accelerator, refused)
     decodes = _decodes(spec, workload, fixed, refused)
-    found = [Row(placements=tuple(group), decode=decode) for group in groups for decode in decodes if group]
+    found = [Row(ladders=tuple(group), decode=decode) for group in groups for decode in decodes if group]
     return found, list(refused.values())
 
 
@@ -112,7 +123,7 @@ def _placement_groups(
     fixed: Fixed,
     accelerator: Accelerator | None,
     refused: dict[tuple[str, str], Refused],
-) -> Iterable[list[Mapping[str, Placement]]]:
+) -> Iterable[list[Ladder]]:
     def allowed(component: Component, setting: Placement) -> bool:
         reason = setting.refusal(component, spec, accelerator)
         if reason is not None:
@@ -122,13 +133,13 @@ def _placement_groups(
 
     if accelerator is None:
         _refuse_offload_on_cpu(fixed)
-        yield [{component.name: Resident() for component in spec.components}]
+        yield [({component.name: Resident() for component in spec.components},)]
         return
     for cls in PLACEMENTS:
         setting = fixed.everywhere or cls()
         if cls.whole_pipeline and isinstance(setting, cls) and not fixed.placement:
             verdicts = [allowed(component, setting) for component in spec.components]
-            yield [dict.fromkeys((c.name for c in spec.components), setting)] if all(verdicts) else []
+            yield [(dict.fromkeys((c.name for c in spec.components), setting),)] if all(verdicts) else []
     if fixed.everywhere is None or not fixed.everywhere.whole_pipeline:
         yield from _mixed(spec, fixed, allowed)
 
@@ -140,9 +151,7 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
             raise UsageError(f"{setting.name} needs an accelerator, and none was found; plan with --device NAME")
 
 
-def _mixed(
-    spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]
-) -> Iterable[list[Mapping[str, Placement]]]:
+def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]) -> Iterable[list[Ladder]]:
     """Component by component: the denoisers share one setting, their companions take every mix."""
     heads = [component for component in spec.components if component.role in ("denoiser", "control")]
     heads = heads or list(spec.components[:1])
@@ -159,14 +168,29 @@ def _mixed(
     companions = [component for component in spec.components if component not in heads]
     by_companion = _thinned([options(component) for component in companions])
     per_head = {component.name: options(component) for component in heads}
-    for leading in per_head[heads[0].name]:
-        placed = {name: _matching(leading, choices) for name, choices in per_head.items()}
-        if None in placed.values():
-            continue
-        yield [
-            {**placed, **dict(zip((c.name for c in companions), mix, strict=True))}  # type: ignore[dict-item]
-            for mix in product(*by_companion)
-        ]
+    names = [component.name for component in companions]
+    for leading in _ladders(per_head[heads[0].name]):
+        rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
+        if rungs:
+            mixes = (dict(zip(names, mix, strict=True)) for mix in product(*by_companion))
+            yield [tuple({**placed, **mix} for placed in rungs) for mix in mixes]
+
+
+def _ladders(settings: Sequence[Placement]) -> list[list[Placement]]:
+    """Settings that follow each other on one ladder together, each other one by itself."""
+    found: list[list[Placement]] = []
+    for setting in settings:
+        if setting.ladder and found and type(found[-1][0]) is type(setting):
+            found[-1].append(setting)
+        else:
+            found.append([setting])
+    return found
+
+
+def _all_heads(leading: Placement, per_head: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:
+    """Every denoiser under the leading one's setting, None where one of them cannot be."""
+    placed = {name: _matching(leading, choices) for name, choices in per_head.items()}
+    return None if None in placed.values() else placed  # type: ignore[return-value]
 
 
 def _variants(component: Component) -> list[Placement]:

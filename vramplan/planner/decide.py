@@ -9,9 +9,10 @@ from typing import Literal
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.candidates import Fixed, Refused, rows
-from vramplan.planner.demand import Demand, price
+from vramplan.planner.candidates import Fixed, Ladder, Refused, Row, rows
+from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.footprint import Footprint
+from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Placement, Quality
 from vramplan.strategies.settings import format_setting
 from vramplan.units import format_bytes
@@ -87,22 +88,47 @@ def decide(
     found, refused = rows(spec, workload, fixed, accelerator)
     if not found:
         raise UsageError(_impossible(refused, fixed))
-
-    def best(placements: Sequence[Mapping[str, Placement]], decode: tuple[Decode, ...]) -> Decision:
-        def judged(placement: Mapping[str, Placement]) -> Decision:
-            demand = price(spec, workload, placement, decode, footprint=footprint, accelerator=accelerator)
-            return _judge(placement, decode, demand, budget)
-
-        return min(map(judged, placements), key=lambda item: (item.deficit_bytes, *_rank(item, prefer)))
-
-    decisions = [best(row.placements, row.decode) for row in found]
+    chooser = _Chooser(Pricer(spec, workload, footprint, accelerator), budget, prefer)
+    pool = [(row, chooser.best(row)) for row in found]
     for limit in (allow,) if allow else _LAST_RESORT:
-        chosen, decisions = _first_confirmed(decisions, limit, prefer, confirm)
+        chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
         if chosen is not None:
-            others = [_told(item, chosen, limit, prefer) for item in decisions if item is not chosen]
+            others = [_told(item, chosen, limit, prefer) for _, item in pool if item is not chosen]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, _rank(item, prefer)))
-            return Outcome(decisions=(_choose(chosen, others), *others), refused=tuple(refused))
-    raise NothingFitsError(_nothing_fits(decisions, allow))
+            told = _choose(chosen, others, lambda demand: unlocks(demand, budget, workload, accelerator))
+            return Outcome(decisions=(told, *others), refused=tuple(refused))
+    raise NothingFitsError(_nothing_fits([item for _, item in pool], allow))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chooser:
+    """Finds the best candidate of a row within a budget."""
+
+    pricer: Pricer
+    budget: Budget
+    prefer: Prefer
+
+    def best(self, row: Row, vram_bytes: int | None = None) -> Decision:
+        """The best of the row, within less VRAM than the budget's where that is given."""
+        limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
+        budget = replace(self.budget, vram_bytes=limit)
+        highest = (self._highest_rung(ladder, row.decode, budget) for ladder in row.ladders)
+        return min(highest, key=lambda item: (item.deficit_bytes, *_rank(item, self.prefer)))
+
+    def _highest_rung(self, ladder: Ladder, decode: tuple[Decode, ...], budget: Budget) -> Decision:
+        """The last rung within the VRAM; the first one where none is, or where memory is what counts."""
+
+        def judged(rung: int) -> Decision:
+            return _judge(ladder[rung], decode, self.pricer(ladder[rung], decode), budget)
+
+        low, high = 0, 0 if self.prefer == "memory" else len(ladder) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if judged(middle).demand.vram_reserved_bytes <= (budget.vram_bytes or 0):
+                low = middle
+            else:
+                high = middle - 1
+        return judged(low)
 
 
 def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
@@ -115,27 +141,48 @@ def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
 
 
 def _first_confirmed(
-    decisions: Sequence[Decision], limit: Quality, prefer: Prefer, confirm: Confirm | None
-) -> tuple[Decision | None, list[Decision]]:
+    pool: Sequence[tuple[Row, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None
+) -> tuple[Decision | None, list[tuple[Row, Decision]]]:
     """The best decision that fits and is confirmed, and all of them with what confirming found out.
 
-    One that is not confirmed also rules out those priced at as much memory or more: they would fare no better.
+    One that is not confirmed gives way to the next best of its row, within as much less as it was short by. It
+    also rules out those that decode alike and were priced at as much or more: they would fare no better.
     """
-    known = list(decisions)
-    ceiling: int | None = None
-    for item in sorted(decisions, key=lambda decision: _rank(decision, prefer)):
-        if item.deficit_bytes or _index(item) > QUALITIES.index(limit):
-            continue
-        if confirm is None or item.demand.basis == "assumed":
-            return item, known
-        if ceiling is not None and item.demand.vram_reserved_bytes >= ceiling:
-            continue
+    done: list[tuple[Row, Decision]] = []
+    waiting = list(pool)
+    while True:
+        able = [entry for entry in waiting if entry[1].verdict == "fits" and _index(entry[1]) <= _index_of(limit)]
+        if not able:
+            return None, [*done, *waiting]
+        row, item = entry = min(able, key=lambda entry: _rank(entry[1], chooser.prefer))
+        if confirm is None or item.demand.basis in ("assumed", "derived"):
+            return item, [*done, *waiting]
+        waiting.remove(entry)
         found = confirm(item)
-        known[known.index(item)] = found
+        done.append((row, found))
+        if found.verdict != "rejected":
+            return found, [*done, *waiting]
         if not found.deficit_bytes:
-            return found, known
-        ceiling = item.demand.vram_reserved_bytes
-    return None, known
+            continue  # it cannot run at all, which says nothing of its neighbours
+        priced = item.demand.vram_reserved_bytes
+        waiting = [_below(other, priced - 1, chooser) if other[0].decode == row.decode else other for other in waiting]
+        smaller = chooser.best(row, priced - found.deficit_bytes)
+        waiting += [(row, smaller)] if not smaller.deficit_bytes else []
+
+
+def _below(entry: tuple[Row, Decision], vram_bytes: int, chooser: _Chooser) -> tuple[Row, Decision]:
+    """The entry where it needs no more than that, else the best of its row that does, else the entry ruled out."""
+    row, item = entry
+    priced = item.demand.vram_reserved_bytes
+    if item.deficit_bytes or priced <= vram_bytes:
+        return entry
+    smaller = chooser.best(row, vram_bytes)
+    if not smaller.deficit_bytes:
+        return row, smaller
+    reason = (
+        f"projected at {format_bytes(priced)} of VRAM, and a candidate of no more did not fit when it was simulated"
+    )
+    return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=priced - vram_bytes)
 
 
 def _judge(placement: Mapping[str, Placement], decode: tuple[Decode, ...], demand: Demand, budget: Budget) -> Decision:
@@ -184,14 +231,18 @@ def _rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
 
 
 def _index(decision: Decision) -> int:
-    return QUALITIES.index(decision.quality)
+    return _index_of(decision.quality)
+
+
+def _index_of(quality: Quality) -> int:
+    return QUALITIES.index(quality)
 
 
 def _told(item: Decision, chosen: Decision, limit: Quality, prefer: Prefer) -> Decision:
     """A candidate that was not chosen, with the reason."""
-    if item.deficit_bytes:
+    if item.verdict == "rejected":
         return item
-    if _index(item) > QUALITIES.index(limit):
+    if _index(item) > _index_of(limit):
         gain = chosen.demand.seconds_per_call / max(item.demand.seconds_per_call, 1e-9)
         buys = f", {gain:.1f}x as fast" if gain > 1.05 else ""
         words = item.quality.replace("_", " ")
@@ -203,17 +254,20 @@ def _told(item: Decision, chosen: Decision, limit: Quality, prefer: Prefer) -> D
     return _with(item, "fits", f"{slower:.2f}x the time of the chosen one")
 
 
-def _choose(chosen: Decision, others: Sequence[Decision]) -> Decision:
-    """The chosen decision, told: what it is best at, and what the next faster one lacks."""
-    faster = [
-        item
-        for item in others
-        if item.verdict == "rejected" and item.demand.seconds_per_call < chosen.demand.seconds_per_call * 0.95
-    ]
+def _choose(chosen: Decision, others: Sequence[Decision], changes: Callable[[Demand], list[str]]) -> Decision:
+    """The chosen decision, told: what it is best at, what the next faster one lacks, and what would give it that."""
+    seconds = chosen.demand.seconds_per_call
+    faster = [item for item in others if item.verdict == "rejected" and item.demand.seconds_per_call < seconds * 0.95]
     if not faster:
         return _with(chosen, "chosen", "the fastest of all candidates, and it fits")
     nearest = min(faster, key=lambda item: item.deficit_bytes)
-    return _with(chosen, "chosen", f"the fastest that fits; a faster one: {nearest.reason}")
+    short = [item for item in faster if item.deficit_bytes]
+    told = f"the fastest that fits; a faster one: {nearest.reason}"
+    if short:
+        demand = min(short, key=lambda item: item.deficit_bytes).demand
+        ways = " or ".join(changes(demand))
+        told += f"; {seconds / max(demand.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
+    return _with(chosen, "chosen", told)
 
 
 def _with(item: Decision, verdict: Verdict, reason: str) -> Decision:

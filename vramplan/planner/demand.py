@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vramplan.hardware.types import Accelerator, Budget, Rates
-from vramplan.pipeline.types import PhaseName, PipelineSpec
-from vramplan.planner.footprint import Basis, Footprint
+from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
+from vramplan.planner.footprint import Basis, Estimate, Footprint, Work
 from vramplan.planner.residency import Moment, replay
 from vramplan.strategies.base import Decode, Hold, Placement
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
-# The share of the peak rate a pipeline's kernels reach: FLUX.1-dev takes 12 s for 50 steps on an H100
-# (Hugging Face blog diffusers-quantization), 0.59 of its peak; CogVideoX-5b 180 s on an A100 (its model
-# card), 0.66. Used to rank, not to promise.
-_EFFICIENCY = 0.6
+# The share of the memory's peak rate that kernels without products reach. Assumed.
+_TRAFFIC_EFFICIENCY = 0.85
+# What Python and the driver take to launch one kernel, which the device waits for where kernels are small. Assumed.
+_LAUNCH_SECONDS = 6e-6
 # What waiting for one transfer costs beside the transfer: a synchronisation and a launch. Assumed.
 _PAUSE_SECONDS = 1e-4
 # Where neither a profile nor a measurement says: a PCIe 3.0 x16 card of the 12 GiB class.
@@ -24,6 +25,7 @@ DEFAULT_RATES = Rates(
     memory_bytes_per_s=360e9,
     link_bytes_per_s=12e9,
     half_flops_per_s=50e12,
+    reached=0.6,
     source="assumed: a mid-range card on PCIe 3.0 x16",
 )
 
@@ -31,8 +33,11 @@ CPU_RATES = Rates(
     memory_bytes_per_s=40e9,
     link_bytes_per_s=40e9,
     half_flops_per_s=2e11,
+    reached=0.6,
     source="assumed: a few cores in float32",
 )
+
+Bottleneck = Literal["compute", "transfer", "launch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,8 @@ class PhaseDemand:
 class Demand:
     """The price of a candidate. `basis` is that of its weakest number; weights are always derived.
 
-    `transfer_seconds_per_step` is what moving weights takes, whether or not it hides behind compute.
+    `transfer_seconds_per_step` is what moving weights takes, whether or not it hides behind compute;
+    `bottleneck` is what most of a step is spent on.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -71,6 +77,7 @@ class Demand:
     seconds_per_step: float
     seconds_per_call: float
     transfer_seconds_per_step: float
+    bottleneck: Bottleneck
     basis: Basis
     phases: tuple[PhaseDemand, ...]
 
@@ -85,47 +92,90 @@ def price(
     accelerator: Accelerator | None,
 ) -> Demand:
     """The demand of one candidate. On the CPU everything is charged to RAM and nothing moves."""
-    holds = {component.name: placement[component.name].hold(component, spec) for component in spec.components}
-    moments = replay(spec, holds)
-    skipped = [] if not any(use.optional for use in spec.uses) else replay(spec, holds, skip_optional=True)
-    all_demands = _demands([*moments, *skipped], footprint, decode, on_accelerator=accelerator is not None)
-    phases = _highest(all_demands)
-    clock = _Clock(footprint, decode, holds, (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES)
-    step, call = clock.time(moments, workload.num_inference_steps)
-    allocated = max((demand.allocated_bytes for demand in all_demands), default=0)
-    ram, pinned = _host(spec, holds)
-    return Demand(
-        vram_allocated_bytes=allocated if accelerator else 0,
-        vram_reserved_bytes=max((p.reserved_bytes for p in phases), default=0) if accelerator else 0,
-        ram_bytes=ram if accelerator else allocated,
-        pinned_bytes=pinned if accelerator else 0,
-        seconds_per_step=step,
-        seconds_per_call=call,
-        transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
-        basis=_weakest(footprint, spec, decode),
-        phases=phases,
-    )
+    return Pricer(spec, workload, footprint, accelerator)(placement, tuple(decode))
 
 
-def _demands(
-    moments: Sequence[Moment], footprint: Footprint, decode: Sequence[Decode], *, on_accelerator: bool
-) -> list[PhaseDemand]:
-    return [
-        _demand(moment, footprint, decode, footprint.workspace_bytes if on_accelerator else 0) for moment in moments
-    ]
+class Pricer:
+    """Prices candidates of one pipeline, workload and device; what they share is worked out once."""
 
+    def __init__(
+        self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
+    ) -> None:
+        self.spec = spec
+        self.steps = workload.num_inference_steps
+        self.footprint = footprint
+        self.accelerator = accelerator
+        self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
+        self._components = {component.name: component for component in spec.components}
+        self._skips = any(use.optional for use in spec.uses)
+        self._loading = sum(component.weight_bytes for component in spec.components if component.converted_at_load)
+        self._holds: dict[tuple[str, Placement], Hold] = {}
+        self._decodes: dict[tuple[Decode, ...], dict[Use, _Need]] = {}
 
-def _demand(moment: Moment, footprint: Footprint, decode: Sequence[Decode], workspace: int) -> PhaseDemand:
-    activation = footprint.activation(moment.use, decode).size_bytes
-    return PhaseDemand(
-        name=moment.use.phase,
-        component=moment.use.component,
-        on_device=moment.on_device,
-        weights_bytes=moment.weights_bytes,
-        activation_bytes=activation,
-        workspace_bytes=workspace,
-        reserved_bytes=moment.weights_bytes + workspace + int(activation * footprint.slack),
-    )
+    def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
+        """The demand of one candidate."""
+        needs = self._needs(decode)
+        holds = {name: self._hold(name, setting) for name, setting in placement.items()}
+        moments = replay(self.spec, holds)
+        skipped = replay(self.spec, holds, skip_optional=True) if self._skips else []
+        demands = [self._demand(moment, needs[moment.use]) for moment in (*moments, *skipped)]
+        phases = _highest(demands)
+        clock = _Clock(needs, holds, self.rates)
+        step, call = clock.time(moments, self.steps)
+        allocated = max((demand.allocated_bytes for demand in demands), default=0)
+        reserved = max((phase.reserved_bytes for phase in phases), default=0)
+        ram, pinned = self._host(holds)
+        here = self.accelerator is not None
+        return Demand(
+            vram_allocated_bytes=allocated if here else 0,
+            vram_reserved_bytes=reserved if here else 0,
+            ram_bytes=ram if here else allocated,
+            pinned_bytes=pinned if here else 0,
+            seconds_per_step=step,
+            seconds_per_call=call,
+            transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
+            bottleneck=clock.bottleneck(moments),
+            basis=_weakest(needs),
+            phases=phases,
+        )
+
+    def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, _Need]:
+        found = self._decodes.get(decode)
+        if found is None:
+            found = self._decodes[decode] = {
+                use: _Need(
+                    activation=self.footprint.activation(use, decode),
+                    work=self.footprint.work(use, decode),
+                    rates=self.rates,
+                )
+                for use in self.spec.uses
+            }
+        return found
+
+    def _hold(self, name: str, setting: Placement) -> Hold:
+        found = self._holds.get((name, setting))
+        if found is None:
+            found = self._holds[name, setting] = setting.hold(self._components[name], self.spec)
+        return found
+
+    def _demand(self, moment: Moment, need: _Need) -> PhaseDemand:
+        workspace = self.footprint.workspace_bytes if self.accelerator is not None else 0
+        return PhaseDemand(
+            name=moment.use.phase,
+            component=moment.use.component,
+            on_device=moment.on_device,
+            weights_bytes=moment.weights_bytes,
+            activation_bytes=need.activation.size_bytes,
+            workspace_bytes=workspace,
+            reserved_bytes=moment.weights_bytes + workspace + need.activation.reserved_bytes,
+        )
+
+    def _host(self, holds: Mapping[str, Hold]) -> tuple[int, int]:
+        """RAM and the pinned part of it: what offloading holds, or what converting while loading needs."""
+        pinned = sum(hold.pinned_bytes for hold in holds.values())
+        held = pinned + sum(hold.host_bytes for hold in holds.values())
+        transient = max((hold.host_transient_bytes for hold in holds.values()), default=0)
+        return max(held + transient, self._loading), pinned
 
 
 def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
@@ -138,18 +188,9 @@ def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
     return tuple(found.values())
 
 
-def _host(spec: PipelineSpec, holds: Mapping[str, Hold]) -> tuple[int, int]:
-    """RAM and the pinned part of it: what offloading holds, or what converting while loading needs."""
-    pinned = sum(hold.pinned_bytes for hold in holds.values())
-    held = pinned + sum(hold.host_bytes for hold in holds.values())
-    transient = max((hold.host_transient_bytes for hold in holds.values()), default=0)
-    loading = sum(component.weight_bytes for component in spec.components if component.converted_at_load)
-    return max(held + transient, loading), pinned
-
-
-def _weakest(footprint: Footprint, spec: PipelineSpec, decode: Sequence[Decode]) -> Basis:
+def _weakest(needs: Mapping[Use, _Need]) -> Basis:
     order: tuple[Basis, ...] = ("assumed", "derived", "simulated", "measured")
-    found = {footprint.activation(use, decode).basis for use in spec.uses}
+    found = {need.activation.basis for need in needs.values()}
     return next((basis for basis in order if basis in found), "derived")
 
 
@@ -161,12 +202,24 @@ def fits_sentence(demand: Demand, budget: Budget) -> str:
     return f"needs {format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM and {ram}"
 
 
+class _Need:
+    """What a use needs whatever the placement: activations, seconds of compute and of launching, forwards."""
+
+    __slots__ = ("activation", "forwards", "kernels", "launches")
+
+    def __init__(self, activation: Estimate, work: Work, rates: Rates) -> None:
+        products = work.flops / (rates.half_flops_per_s * rates.reached)
+        self.activation = activation
+        self.kernels = products + work.traffic_bytes / (rates.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)
+        self.launches = work.launches * _LAUNCH_SECONDS
+        self.forwards = work.forwards
+
+
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Turns moments into seconds: operations over the rate reached, bytes over the link."""
+    """Turns moments into seconds: computing and launching, whichever is longer, and bytes over the link."""
 
-    footprint: Footprint
-    decode: Sequence[Decode]
+    needs: Mapping[Use, _Need]
     holds: Mapping[str, Hold]
     rates: Rates
 
@@ -181,15 +234,29 @@ class _Clock:
 
     def transfer(self, moment: Moment) -> float:
         """Seconds of moving weights for this use, waits between the transfers left out."""
-        hold = self.holds[moment.use.component]
-        passes = self.footprint.passes(moment.use, self.decode) if hold.moved_in_bytes else 1
-        moved = passes * (hold.moved_in_bytes + hold.moved_out_bytes)
+        hold, forwards = self.holds[moment.use.component], self.needs[moment.use].forwards
+        moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
         whole = moment.loaded_bytes + moment.sent_back_bytes
         return (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
 
+    def bottleneck(self, moments: Sequence[Moment]) -> Bottleneck:
+        """What takes longest in a step (in a call, for a pipeline without a loop)."""
+        step = [moment for moment in moments if moment.repeat] or moments
+        took: dict[Bottleneck, float] = {
+            "compute": sum(self.needs[moment.use].kernels for moment in step),
+            "transfer": sum(self.transfer(moment) + self._pauses(moment) for moment in step),
+            "launch": sum(self.needs[moment.use].launches for moment in step),
+        }
+        return max(took, key=lambda name: took[name])
+
     def _seconds(self, moment: Moment) -> float:
-        hold = self.holds[moment.use.component]
-        compute = self.footprint.flops(moment.use, self.decode) / (self.rates.half_flops_per_s * _EFFICIENCY)
-        passes = self.footprint.passes(moment.use, self.decode) if hold.pauses else 1
-        moved = self.transfer(moment) + passes * hold.pauses * _PAUSE_SECONDS
-        return max(compute, moved) if hold.overlapped else compute + moved
+        hold, need = self.holds[moment.use.component], self.needs[moment.use]
+        busy = max(need.kernels, need.launches)
+        moved = self.transfer(moment) + self._pauses(moment)
+        if not hold.overlapped:
+            return busy + moved
+        waited = need.forwards * hold.waited_bytes / (self.rates.link_bytes_per_s * hold.rate)
+        return max(busy, moved - waited) + waited
+
+    def _pauses(self, moment: Moment) -> float:
+        return self.needs[moment.use].forwards * self.holds[moment.use.component].pauses * _PAUSE_SECONDS

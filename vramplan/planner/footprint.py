@@ -40,26 +40,39 @@ _DECODE_FLOPS_PER_PIXEL = 1e7
 # UNets spend most parameters where the picture is small: 6 TFLOP for SDXL at 1024 x 1024 against
 # 2 x parameters x latent pixels = 84 TFLOP.
 _UNET_FLOPS_SHARE = 0.09
+# How much more than is allocated the caching allocator takes from the device: covers CogVideoX-2b's published 33 GB
+# reserved against 27 GiB allocated, and InvokeAI's measured VAE decodes. Assumed.
+ASSUMED_SLACK = 1.4
+# Bytes that normalisations, activations and copies move for each operation of products: 2.1e-3 in a simulation
+# of FLUX.1-dev, 1.8e-3 of SDXL, 1.1e-3 of CogVideoX-5b.
+_TRAFFIC_PER_FLOP = 2e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number of bytes and where it comes from."""
+    """Bytes that are allocated, what the caching allocator takes from the device for them, and where it comes from."""
 
     size_bytes: int
+    reserved_bytes: int
     basis: Basis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one use computes: floating-point operations, bytes that kernels without any read and write, kernels
+    launched, and forwards made (one for each tile and slice of a VAE)."""
+
+    flops: float
+    traffic_bytes: float
+    launches: float
+    forwards: float
 
 
 class Footprint(Protocol):
     """The needs of one workload on one pipeline, before any strategy is chosen.
 
-    `slack` is how much more the caching allocator takes from the device than is allocated, per activation;
     `workspace_bytes` is what matrix products hold all along, where activations do not contain it.
     """
-
-    @property
-    def slack(self) -> float:
-        """At least 1."""
 
     @property
     def workspace_bytes(self) -> int:
@@ -68,11 +81,8 @@ class Footprint(Protocol):
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes of activations and workspaces alive while this use runs."""
 
-    def flops(self, use: Use, decode: Sequence[Decode]) -> float:
-        """Floating-point operations of one such use."""
-
-    def passes(self, use: Use, decode: Sequence[Decode]) -> int:
-        """How many forwards the use makes: one for each tile and slice of a VAE."""
+    def work(self, use: Use, decode: Sequence[Decode]) -> Work:
+        """What one such use computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +91,6 @@ class AssumedFootprint:
 
     spec: PipelineSpec
     workload: Workload
-    # 1.4 covers CogVideoX-2b's published 33 GB reserved against 27 GiB allocated, and InvokeAI's measured
-    # VAE decodes. Assumed.
-    slack: float = 1.4
     # cuBLAS holds 8 MiB, 32 MiB on Hopper, for each handle and stream (CUBLAS_WORKSPACE_CONFIG, PyTorch "CUDA
     # semantics"), rounded up for several of them. Assumed.
     workspace_bytes: int = 64 * MIB
@@ -97,22 +104,21 @@ class AssumedFootprint:
             size = self._vae_bytes(component, use, decode)
         else:
             size = _ENCODER_BYTES
-        return Estimate(size_bytes=size, basis="assumed")
+        return Estimate(size_bytes=size, reserved_bytes=int(size * ASSUMED_SLACK), basis="assumed")
 
-    def flops(self, use: Use, decode: Sequence[Decode]) -> float:
+    def work(self, use: Use, decode: Sequence[Decode]) -> Work:
         """Two operations per parameter and token, and attention's; per pixel for a VAE."""
         component = self.spec.component(use.component)
+        flops, forwards = 2.0 * component.parameter_count * _ENCODER_TOKENS, 1
         if component.role in ("denoiser", "control"):
-            return self._denoiser_flops(component)
-        if component.role == "vae":
-            return _DECODE_FLOPS_PER_PIXEL * self._whole(component).pixels
-        return 2.0 * component.parameter_count * _ENCODER_TOKENS
+            flops = self._denoiser_flops(component)
+        elif component.role == "vae":
+            flops = _DECODE_FLOPS_PER_PIXEL * self._whole(component).pixels
+            forwards = self._tiles(component, decode)
+        return Work(flops=flops, traffic_bytes=flops * _TRAFFIC_PER_FLOP, launches=0, forwards=forwards)
 
-    def passes(self, use: Use, decode: Sequence[Decode]) -> int:
-        """Tiles and slices of a VAE; one for everything else."""
-        component = self.spec.component(use.component)
-        if component.role != "vae":
-            return 1
+    def _tiles(self, component: Component, decode: Sequence[Decode]) -> int:
+        """Tiles and slices, by their number of pixels."""
         whole = self._whole(component)
         return -(-whole.pixels // max(1, _shrunk(whole, component, decode).pixels))
 

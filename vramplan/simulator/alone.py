@@ -30,6 +30,7 @@ _TEXT_WIDTHS = (
     "joint_attention_dim", "cross_attention_dim", "encoder_hid_dim", "caption_channels", "text_embed_dim", "text_dim",
     "caption_feat_dim", "cap_feat_dim",
 )  # fmt: skip
+_COSTS = ("flops", "traffic_bytes", "launches", "forwards")
 
 Inputs = Mapping[str, Any]
 
@@ -52,8 +53,8 @@ def traced_alone(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: 
         for phase in dict.fromkeys(use.phase for use in spec.uses if use.component == name):
             times = sum((use.phase, use.component) == (phase, name) for use in spec.uses)
             need = max(use.need_bytes for use in own)
-            flops = sum(use.flops for use in own) * times
-            needs.append(SimulatedUse(phase=phase, component=name, need_bytes=need, flops=flops))
+            cost = {key: sum(getattr(use, key) for use in own) * times for key in _COSTS}
+            needs.append(SimulatedUse(phase=phase, component=name, need_bytes=need, **cost))
     return Simulation(
         peak_allocated_bytes=0,
         peak_reserved_bytes=0,

@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vramplan._version import __version__
 from vramplan.simulator.types import Simulation
 
 
@@ -43,10 +43,20 @@ def cache_folder() -> Path | None:
     return user_cache_path("vramplan") / "simulations"
 
 
+@cache
+def _code() -> str:
+    """The digest of the code that simulates, so that a change of it is a change of version."""
+    found = hashlib.sha256()
+    for folder in ("simulator", "strategies", "pipeline"):
+        for path in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
 def _digest(key: Any) -> str:
     from importlib.metadata import version
 
-    versions = [__version__, *(version(name) for name in ("torch", "diffusers", "transformers", "accelerate"))]
+    versions = [_code(), *(version(name) for name in ("torch", "diffusers", "transformers", "accelerate"))]
     return hashlib.sha256(json.dumps([versions, key], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

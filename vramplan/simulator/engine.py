@@ -170,12 +170,15 @@ class Engine:
         return made
 
     def _count(self, func: Any, args: Any, kwargs: Any, made: Any, label: torch.device) -> None:
-        """Floating-point operations, and the memory the device's kernel would use beside its result."""
+        """What the device's kernel would compute, or read and write, and the memory it would use beside its result."""
+        if label.type != "cuda" or func.is_view:
+            return
         formula = flop_registry.get(func.overloadpacket)
-        if formula is not None and label.type != "cpu":
-            self.ledger.count_flops(formula(*args, **kwargs, out_val=made))
-        if label.type == "cuda":
-            self.kernels.after(self.ledger, func.overloadpacket, args, made)
+        if formula is not None:
+            self.ledger.count_kernel(flops=formula(*args, **kwargs, out_val=made))
+        else:
+            self.ledger.count_kernel(traffic_bytes=_traffic(args, made))
+        self.kernels.after(self.ledger, func.overloadpacket, args, made)
 
     def _label(self, packet: Any, tensors: Sequence[torch.Tensor]) -> torch.device:
         """The device the result is on. Raises RuntimeError, as torch does, where the arguments are on two."""
@@ -227,6 +230,11 @@ _POINTWISE = frozenset(
         *("sin", "cos", "clamp", "abs"),
     )
 )
+
+
+def _traffic(args: Any, made: Any) -> int:
+    """Bytes of every tensor read and written."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, made)))
 
 
 def _pointwise(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | None:

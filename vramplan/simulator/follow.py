@@ -70,8 +70,10 @@ class _Follower:
         ledger, part = self.ledger, name.partition(".")[0]
         self.components.append(ledger.component)
         ledger.modules.append(name)
+        entered = ledger.component != part
         ledger.component = part
         ledger.phase = self.phase(part)
+        ledger.cost.forwards += entered
 
     def pop(self) -> None:
         self.ledger.modules.pop()

@@ -50,6 +50,17 @@ class Peak:
     operation: str = ""
 
 
+@dataclass(slots=True)
+class Cost:
+    """What a component computed in a phase: floating-point operations, bytes that kernels without any read and
+    wrote, kernels launched, and forwards made."""
+
+    flops: float = 0.0
+    traffic_bytes: int = 0
+    launches: int = 0
+    forwards: int = 0
+
+
 class Ledger:
     """The books of one simulation. `where` is kept up to date by whoever runs it."""
 
@@ -67,7 +78,7 @@ class Ledger:
         self.operation = ""
         self.operations = 0
         self.short_bytes = 0
-        self.flops: dict[tuple[str, str], float] = {}
+        self.costs: dict[tuple[str, str], Cost] = {}
         self.peaks: dict[SimulatedPhaseName, Peak] = {}
         self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
@@ -119,10 +130,21 @@ class Ledger:
         key = (source, target)
         self.moved_bytes[key] = self.moved_bytes.get(key, 0) + size
 
-    def count_flops(self, count: float) -> None:
-        """Add operations to the component that runs."""
+    def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0) -> None:
+        """Add a kernel to the component that runs."""
+        cost = self.cost
+        cost.flops += flops
+        cost.traffic_bytes += traffic_bytes
+        cost.launches += 1
+
+    @property
+    def cost(self) -> Cost:
+        """The entry of the component that runs now."""
         key = (self.phase, self.component)
-        self.flops[key] = self.flops.get(key, 0.0) + count
+        found = self.costs.get(key)
+        if found is None:
+            found = self.costs[key] = Cost()
+        return found
 
     def _note_peak(self) -> None:
         allocated = self.allocator.allocated_bytes

@@ -177,7 +177,7 @@ def _attention(
     engine.ledger.operations += 1
     made = engine.new(result, label)
     engine.ledger.transient(attention_scratch_bytes(query, key, attn_mask), "workspace")
-    engine.ledger.count_flops(attention_flops(query, key, value))
+    engine.ledger.count_kernel(flops=attention_flops(query, key, value))
     return made
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.footprint import AssumedFootprint
+from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
@@ -37,28 +37,39 @@ def simulated_footprint(source: Source, workload: Workload, accelerator: Acceler
     tiled = [(setting, vaes) for setting in _tilings(must_tile)]
     plain = source.run(workload, [], tiled, accelerator=accelerator)
 
-    def decode(settings: tuple[Decode, ...]) -> Simulation:
-        return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
-
-    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=cache(decode))
+    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(source, plain, accelerator))
 
 
 def traced_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
     """The planner's figures from components traced one by one, where the whole call cannot be driven."""
-    vaes = [component.name for component in source.spec.vaes]
     plain = source.alone(workload, accelerator=accelerator)
-
-    def decode(settings: tuple[Decode, ...]) -> Simulation:
-        return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
 
     return SimulatedFootprint(
         spec=source.spec,
         workload=workload,
         plain=plain,
-        decode=cache(decode),
+        decode=_decodes(source, plain, accelerator),
         basis="derived",
-        slack=AssumedFootprint(spec=source.spec, workload=workload).slack,
+        slack=ASSUMED_SLACK,
     )
+
+
+def _decodes(
+    source: Source, plain: Simulation, accelerator: Accelerator
+) -> Callable[[tuple[Decode, ...]], Simulation | None]:
+    """What decodes the latents of a call with other settings, each simulated once."""
+    from vramplan.simulator.run import SimulationError
+
+    vaes = [component.name for component in source.spec.vaes]
+
+    @cache
+    def decode(settings: tuple[Decode, ...]) -> Simulation | None:
+        try:
+            return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
+        except SimulationError:
+            return None
+
+    return decode
 
 
 def _tilings(vaes: Sequence[Any]) -> tuple[Decode, ...]:

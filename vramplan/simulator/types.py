@@ -27,9 +27,11 @@ class SimulatedPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedUse:
-    """A component in a phase: the most bytes it needed beside weights, and its floating-point operations.
+    """A component in a phase: the most bytes it needed beside weights, and what it computed.
 
-    `component` is empty for what the pipeline computes between its components.
+    `flops` are floating-point operations of products, convolutions and attention; `traffic_bytes` what all other
+    kernels read and wrote; `launches` the kernels; `forwards` how often it was entered. `component` is empty
+    for what the pipeline computes between its components.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -38,6 +40,9 @@ class SimulatedUse:
     component: str
     need_bytes: int
     flops: float
+    traffic_bytes: int
+    launches: int
+    forwards: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from vramplan.strategies.base import Decode, Placement
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
+from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
-PLACEMENTS: tuple[type[Placement], ...] = (Resident, ModelCpuOffload, GroupOffload, SequentialCpuOffload)
+PLACEMENTS: tuple[type[Placement], ...] = (
+    Resident,
+    ModelCpuOffload,
+    PartialResidency,
+    GroupOffload,
+    SequentialCpuOffload,
+)
 DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling)
 REGISTRY: tuple[type[Placement] | type[Decode], ...] = (*PLACEMENTS, *DECODES)
 

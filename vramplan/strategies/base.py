@@ -26,8 +26,9 @@ class Hold:
     `running_bytes` are on the device while the component runs, `idle_bytes` while another one does. One
     that `lingers` stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM,
     `pinned_bytes` page-locked RAM, `host_transient_bytes` what is needed beside them while applying.
-    `moved_in_bytes` and `moved_out_bytes` cross the link on each forward; `pauses` counts the transfers
-    a forward waits for; `rate` is the share of the link's pinned rate those transfers reach.
+    `moved_in_bytes` and `moved_out_bytes` cross the link on each forward, behind its compute where they are
+    `overlapped`; `waited_bytes` cross it with nothing behind; `pauses` counts the transfers a forward waits
+    for; `rate` is the share of the link's pinned rate those transfers reach.
     """
 
     running_bytes: int
@@ -38,6 +39,7 @@ class Hold:
     host_transient_bytes: int = 0
     moved_in_bytes: int = 0
     moved_out_bytes: int = 0
+    waited_bytes: int = 0
     overlapped: bool = False
     pauses: int = 0
     rate: float = 1.0
@@ -67,10 +69,11 @@ class Placement(Protocol):
     axis: ClassVar[Axis]
     quality: ClassVar[Quality]
     whole_pipeline: ClassVar[bool]
+    ladder: ClassVar[bool]
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """The settings worth trying on this component."""
+        """The settings worth trying on this component; on a `ladder` each takes more memory and less time."""
 
     def complete(self, component: Component) -> Self:
         """The setting with what the component alone can tell filled in."""
@@ -129,10 +132,22 @@ def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
         setting.apply(pipe, names, device)
 
 
+def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
+    """Take diffusers' group offloading hooks off; it has no public call for it (0.42)."""
+    from diffusers.hooks import HookRegistry
+
+    hooks = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+    for name in names:
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.components[name])
+        for hook in hooks:
+            registry.remove_hook(hook, recurse=True)
+
+
 class WithoutOptions:
     """What a placement without options has in common with others: one variant, and nothing to fill in."""
 
     __slots__ = ()
+    ladder: ClassVar[bool] = False
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec
-from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal
+from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal, remove_group_hooks
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE
 
 # Pinning on the fly instead of once: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s
@@ -29,6 +29,7 @@ class GroupOffload:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    ladder: ClassVar[bool] = False
 
     type: Literal["block", "leaf"] = "block"
     blocks: int = 1
@@ -117,13 +118,16 @@ class GroupOffload:
         """
         size, geometry = component.weight_bytes, component.geometry
         pinned = self.stream and not self.low_cpu_mem_usage
+        # What stands outside of blocks is copied in and out without a stream in any case.
+        waited = geometry.rest_bytes if self.stream and self.type == "block" else 0
         return Hold(
             running_bytes=self._running_bytes(geometry),
             host_bytes=0 if pinned else size,
             pinned_bytes=geometry.pinned_bytes if pinned else 0,
             host_transient_bytes=size if pinned and self.type == "block" else 0,
-            moved_in_bytes=size,
+            moved_in_bytes=size - waited,
             moved_out_bytes=0 if self.stream else size,
+            waited_bytes=2 * waited,
             overlapped=self.stream,
             pauses=0 if self.record_stream else self._groups(geometry),
             rate=self._rate(),
@@ -160,14 +164,8 @@ class GroupOffload:
             apply_group_offloading(pipe.components[name], torch.device(device), **self._options())
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take the hooks off; diffusers has no public call for it (0.42)."""
-        from diffusers.hooks import HookRegistry
-
-        hooks = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
-        for name in names:
-            registry = HookRegistry.check_if_exists_or_initialize(pipe.components[name])
-            for hook in hooks:
-                registry.remove_hook(hook, recurse=True)
+        """Take the hooks off."""
+        remove_group_hooks(pipe, names)
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
