@@ -39,8 +39,9 @@ def parts_as_loaded(row: Row) -> Any:
     from vramplan.profiles import load_pipeline_profile
     from vramplan.simulator.pipeline import parts_from_profile
 
-    loads = row.get("loads") or load_pipeline_profile(row["model"]).dtype
-    parts = parts_from_profile(row["model"], loads)
+    profile = load_pipeline_profile(row["model"])
+    loads = row.get("loads") or profile.dtype
+    parts = parts_from_profile(row["model"], dict.fromkeys(profile.components, loads))
     for module in parts.modules.values():
         # transformers 4 kept its float32 modules only when it loaded float16
         transformers4 = type(module).__module__.startswith("transformers.") and int(version("transformers")[0]) < 5

@@ -151,7 +151,7 @@ class TestPlan:
     def test_json_has_the_keys_scripts_rely_on(self, sd15):
         data = json.loads(ok("plan", sd15, *CARD, *SMALL, "--json").stdout)
         keys = {"vram_allocated_bytes", "vram_reserved_bytes", "ram_bytes", "pinned_bytes"}
-        keys |= {"seconds_per_step", "seconds_per_call", "basis"}
+        keys |= {"seconds_per_step", "seconds_per_call", "bottleneck", "basis"}
         assert keys <= set(data["projected"])
         for candidate in data["candidates"]:
             assert set(candidate) == {"settings", "verdict", "reason", "projected"}

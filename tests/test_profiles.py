@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -18,6 +18,7 @@ import yaml
 from vramplan import profiles
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.profiles import (
     ComponentProfile,
     PipelineProfile,
@@ -30,17 +31,72 @@ from vramplan.profiles import (
     rates_for,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
 PIPELINES = pipeline_names()
 DEVICES = device_names()
+# The distilled ones: their steps and their guidance are those of the example, not of the pipeline's call.
+FROM_EXAMPLE = {"flux.1-schnell", "z-image-turbo"}
+VIDEO = {
+    "allegro",
+    "animatediff",
+    "cogvideox-1.5-5b",
+    "cogvideox-2b",
+    "cogvideox-5b",
+    "consisid",
+    "hunyuanvideo",
+    "ltx-video",
+    "mochi-1-preview",
+    "stable-video-diffusion",
+    "wan2.1-i2v-14b-480p",
+    "wan2.1-t2v-1.3b",
+    "wan2.1-t2v-14b",
+    "wan2.2-t2v-a14b",
+    "wan2.2-ti2v-5b",
+}
+ASKED_FOR = VIDEO | {
+    "auraflow",
+    "chroma1-hd",
+    "cogview4",
+    "flux.1-dev",
+    "flux.1-fill-dev",
+    "flux.1-kontext-dev",
+    "flux.1-schnell",
+    "flux.2-dev",
+    "flux.2-klein-4b",
+    "hidream-i1-full",
+    "hunyuan-dit-1.2",
+    "kolors",
+    "lumina-image-2.0",
+    "pixart-alpha",
+    "pixart-sigma",
+    "qwen-image",
+    "sana-1600m-1024",
+    "stable-cascade",
+    "stable-cascade-prior",
+    "stable-diffusion-1.5",
+    "stable-diffusion-2.1",
+    "stable-diffusion-3-medium",
+    "stable-diffusion-3.5-large",
+    "stable-diffusion-3.5-medium",
+    "stable-diffusion-xl",
+    "z-image-turbo",
+}
 PARTS = [(pipeline, name) for pipeline in PIPELINES for name in sorted(load_pipeline_profile(pipeline).components)]
+
+
+def all_tensors(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    return (*module.parameters(), *module.buffers())
 
 
 @cache
 def counted(library: str, class_name: str, config: str) -> int:
     module = build_weightless(library, class_name, json.loads(config))
-    assert all(tensor.device.type == "meta" for tensor in (*module.parameters(), *module.buffers()))
+    # SVD's mixing factors are made by a constructor that heeds no device: one number each.
+    assert all(tensor.device.type == "meta" or tensor.numel() == 1 for tensor in all_tensors(module))
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -48,23 +104,33 @@ def component(pipeline: str, name: str) -> ComponentProfile:
     return load_pipeline_profile(pipeline).components[name]
 
 
-def roles(pipeline_class: type) -> tuple[set[str], set[str]]:
-    """The modules a pipeline class takes: those it must have, and those it may do without."""
+def roles(pipeline_class: Any) -> tuple[set[str], set[str], set[str]]:
+    """What a pipeline class takes: modules it must have, those it may do without, and plain settings."""
     import diffusers
 
-    required, _ = diffusers.DiffusionPipeline._get_signature_keys(pipeline_class)
+    required, settings = diffusers.DiffusionPipeline._get_signature_keys(pipeline_class)
     optional = set(pipeline_class._optional_components)
-    return {name for name in required if name != "self"} - optional, optional
+    return {name for name in required if name != "self"} - optional, optional, set(settings)
+
+
+def example_of(name: str) -> str:
+    """The example in the docstring of a profile's pipeline."""
+    import diffusers
+
+    call = getattr(diffusers, load_pipeline_profile(name).pipeline).__call__
+    return str(call.__doc__)
+
+
+def call_defaults(name: str) -> dict[str, Any]:
+    """What the call of a profile's pipeline takes, with the defaults."""
+    import diffusers
+
+    call = getattr(diffusers, load_pipeline_profile(name).pipeline).__call__
+    return {key: parameter.default for key, parameter in inspect.signature(call).parameters.items()}
 
 
 def test_the_asked_for_profiles_are_there() -> None:
-    assert set(PIPELINES) == {
-        "cogvideox-2b",
-        "cogvideox-5b",
-        "flux.1-dev",
-        "stable-diffusion-1.5",
-        "stable-diffusion-xl",
-    }
+    assert set(PIPELINES) == ASKED_FOR
     assert len(DEVICES) >= 12
     sizes = [load_device_profile(name).memory_bytes for name in DEVICES]
     assert min(sizes) < 4 * GIB
@@ -76,7 +142,7 @@ def test_a_pipeline_profile_loads_and_is_named_as_its_file(name: str) -> None:
     profile = load_pipeline_profile(name)
     assert profile.name == name
     assert profile.workload.height > 0
-    assert (profile.workload.num_frames is not None) == name.startswith("cogvideox")
+    assert (profile.workload.num_frames is not None) == (name in VIDEO)
     for repo in profile.repos:
         assert load_pipeline_profile(repo.swapcase()) == profile
 
@@ -95,9 +161,9 @@ def test_a_component_has_the_parameters_the_profile_says(pipeline: str, name: st
 def test_every_key_of_a_configuration_is_one_the_class_knows(pipeline: str, name: str) -> None:
     part = component(pipeline, name)
     found: Any = component_class(part.library, part.class_name)
-    if part.library == "diffusers":
-        assert part.config.keys() <= inspect.signature(found.__init__).parameters.keys()
-    elif getattr(found, "config_class", None) is not None:
+    if getattr(found, "config_class", None) is None:
+        assert part.library == "transformers" or part.config.keys() <= inspect.signature(found).parameters.keys()
+    else:
         assert all(hasattr(found.config_class(), key) for key in part.config)
 
 
@@ -112,20 +178,34 @@ def test_a_profile_has_the_modules_its_pipeline_class_takes(name: str) -> None:
     import diffusers
 
     profile = load_pipeline_profile(name)
-    required, optional = roles(getattr(diffusers, profile.pipeline))
+    required, optional, settings = roles(getattr(diffusers, profile.pipeline))
     parts = set(profile.components)
     assert required - parts == set()
-    assert parts - required <= optional
+    # A module with a default (HunyuanDiT's second text encoder) is among the settings of the signature.
+    assert parts - required <= optional | settings
+    assert profile.settings.keys() <= settings - optional - parts
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_default_workload_is_the_one_of_the_pipeline(name: str) -> None:
-    import diffusers
+    work = load_pipeline_profile(name).workload
+    assert ("example" in work.source) == (name in FROM_EXAMPLE)
+    defaults = call_defaults(name)
+    if name in FROM_EXAMPLE:
+        example = example_of(name)
+        assert f"num_inference_steps={work.num_inference_steps}," in example
+        assert f"guidance_scale={work.guidance_scale}" in example
+    else:
+        assert defaults["num_inference_steps"] == work.num_inference_steps
+        assert defaults.get("guidance_scale") == work.guidance_scale
 
-    profile = load_pipeline_profile(name)
-    defaults = inspect.signature(getattr(diffusers, profile.pipeline).__call__).parameters
-    assert defaults["num_inference_steps"].default == profile.workload.num_inference_steps
-    assert defaults["guidance_scale"].default == profile.workload.guidance_scale
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_default_size_is_the_one_of_the_pipeline_where_its_call_says_one(name: str) -> None:
+    work = load_pipeline_profile(name).workload
+    defaults = call_defaults(name)
+    asked = {"height": work.height, "width": work.width, "num_frames": work.num_frames}
+    assert {key: value for key, value in asked.items() if defaults.get(key) not in (None, value)} == {}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -133,6 +213,15 @@ def test_the_scheduler_can_be_made(name: str) -> None:
     part = component(name, "scheduler")
     scheduler = component_class(part.library, part.class_name).from_config(part.config)
     assert {key: scheduler.config[key] for key in part.config} == part.config
+
+
+def test_a_component_is_loaded_in_its_own_dtype_where_it_has_one() -> None:
+    spec = spec_from_profile(load_pipeline_profile("wan2.1-t2v-1.3b"), dtype="float16")
+    assert {part.name: part.dtype for part in spec.components} == {
+        "text_encoder": "float16",
+        "transformer": "float16",
+        "vae": "float32",
+    }
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -31,6 +31,12 @@ _LANE_BYTES_PER_S: Mapping[int, float] = {
 # the usual measured fraction, as a profile stands for a link that nobody has measured.
 _LINK_EFFICIENCY = 0.8
 
+# The share of the peak that products and attention reach, once the time of all other kernels is taken off.
+# Ampere 0.66: CogVideoX-5b in 180 s on an A100 (its model card). Hopper and later 0.38, as scaled dot product
+# attention does not use all of their units: FLUX.1-dev in 6.6 s for 28 steps (diffusers pull request 11682) and
+# CogVideoX-5b in 112 s (diffusers-torchao) on an H100 give 0.40 and 0.34. Others are taken to be like Ampere.
+_REACHED, _REACHED_HOPPER = 0.66, 0.38
+
 _STRICT: dict[str, Any] = {"extra": "forbid"}
 
 
@@ -41,7 +47,10 @@ def _yaml_key(field_name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadProfile:
-    """What a pipeline generates by default: pixels, frames (None for pictures), steps, guidance, batch."""
+    """What a pipeline generates by default: pixels, frames (None for pictures), steps, guidance, batch.
+
+    `guidance_scale` is None where the pipeline's call takes none, or has none by default.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -49,7 +58,7 @@ class WorkloadProfile:
     width: int
     num_frames: int | None = None
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None = None
     batch: int
     source: str
 
@@ -59,8 +68,9 @@ class ComponentProfile:
     """One component: its class, its configuration, and how many parameters that makes.
 
     `config` is what `build_weightless` takes; `parameters` counts each tied tensor once and is None for
-    what has no weights; `model_max_length` is a tokenizer's, in tokens; `unconfirmed` marks what was
-    recalled and not seen in a source.
+    what has no weights; `dtype` is the one its authors load it in where the pipeline's is not;
+    `model_max_length` is a tokenizer's, in tokens; `unconfirmed` marks what was recalled and not seen in
+    a source.
     """
 
     __pydantic_config__ = _STRICT | {"alias_generator": _yaml_key}
@@ -71,6 +81,7 @@ class ComponentProfile:
     config: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     published: str | None = None
+    dtype: Dtype | None = None
     model_max_length: int | None = None
     unconfirmed: bool = False
 
@@ -79,7 +90,8 @@ class ComponentProfile:
 class PipelineProfile:
     """What a pipeline is made of, and what it does by default.
 
-    `repos` are the hub ids it is published under; `dtype` is the one its authors load it in.
+    `repos` are the hub ids it is published under; `dtype` is the one its authors load it in; `settings`
+    are what the pipeline's class takes beside components (`boundary_ratio`).
     """
 
     __pydantic_config__ = _STRICT
@@ -92,6 +104,7 @@ class PipelineProfile:
     dtype_source: str
     workload: WorkloadProfile
     components: dict[str, ComponentProfile]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +232,7 @@ def _rates(profile: DeviceProfile) -> Rates:
         memory_bytes_per_s=profile.memory_gb_per_s * 1e9,
         link_bytes_per_s=profile.link.bytes_per_s * _LINK_EFFICIENCY,
         half_flops_per_s=profile.half_tflops * 1e12,
+        reached=_REACHED_HOPPER if 9 <= float(profile.compute_capability) < 12 else _REACHED,
         source=f"profile {profile.name}, link assumed at {_LINK_EFFICIENCY:.0%} of {link}",
     )
 

@@ -52,5 +52,6 @@ def build_weightless(library: str, class_name: str, config: Mapping[str, Any]) -
             module.tie_weights()
         else:
             module = cls.from_config(dict(config))
+    module.to("meta")  # skip_init, which ChatGLM uses, leaves weights that nobody has touched yet on the CPU
     module.eval()
     return module  # type: ignore[no-any-return]

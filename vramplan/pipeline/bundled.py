@@ -12,13 +12,16 @@ from vramplan.profiles import PipelineProfile
 
 
 def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> PipelineSpec:
-    """The description of the pipeline the profile stands for, loaded with `dtype` or the profile's own."""
+    """The description of the pipeline the profile stands for, loaded with `dtype` or the profile's own.
+
+    A component that has a dtype of its own in the profile keeps it.
+    """
     components = []
     for name, part in profile.components.items():
         if part.parameters is None:
             continue
         module = build_weightless(part.library, part.class_name, part.config)
-        cast_as_loaded(module, dtype or profile.dtype)
+        cast_as_loaded(module, part.dtype or dtype or profile.dtype)
         components.append(describe_component(name, module, library=part.library))
     cls = profile_class(profile)
     return assemble(cls, tuple(components), source=f"profile:{profile.name}", family=profile.name)

@@ -142,8 +142,10 @@ def _token_refusal(module: torch.nn.Module) -> str | None:
 
 
 def _embedding_weight(module: torch.nn.Module, kind: str) -> torch.Tensor | None:
-    get = getattr(module, f"get_{kind}_embeddings", None)
-    return getattr(get(), "weight", None) if get is not None else None
+    try:
+        return getattr(getattr(module, f"get_{kind}_embeddings")(), "weight", None)
+    except (AttributeError, NotImplementedError):  # a model of no texts, or one that does not say
+        return None
 
 
 def _is_module_list(module: torch.nn.Module) -> bool:

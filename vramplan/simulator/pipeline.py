@@ -57,20 +57,25 @@ def parts_from_live(pipe: Any) -> Parts:
     return Parts(cls=type(pipe), modules=modules, others=settings | others)
 
 
-def parts_from_profile(name: str, dtype: str | None = None) -> Parts:
-    """The parts a bundled profile stands for; its tokenizers are stand-ins of the right length."""
+def parts_from_profile(name: str, dtypes: Mapping[str, str] | None = None) -> Parts:
+    """The parts a bundled profile stands for, in these dtypes by component, else in its own.
+
+    Its tokenizers are stand-ins of the right length.
+    """
     from vramplan.pipeline.bundled import profile_class
     from vramplan.profiles import load_pipeline_profile
 
     profile = load_pipeline_profile(name)
     modules: dict[str, torch.nn.Module] = {}
-    others: dict[str, Any] = {}
+    others: dict[str, Any] = dict(profile.settings)
     for part_name, part in profile.components.items():
         if part.parameters is not None:
             modules[part_name] = build_weightless(part.library, part.class_name, part.config)
-            cast_as_loaded(modules[part_name], dtype or profile.dtype)
-        elif part_name.startswith("tokenizer"):
-            others[part_name] = stand_in_tokenizer(part.model_max_length or 77)
+            cast_as_loaded(modules[part_name], (dtypes or {}).get(part_name) or part.dtype or profile.dtype)
+        elif "tokenizer" in part_name:
+            others[part_name] = stand_in_tokenizer(part.model_max_length or 77, part.class_name)
+        elif part.class_name.endswith("ImageProcessor"):
+            others[part_name] = component_class(part.library, part.class_name)(**part.config)
         elif part.library == "diffusers":
             others[part_name] = component_class(part.library, part.class_name).from_config(part.config)
     if "safety_checker" in modules:
@@ -144,8 +149,11 @@ def _hollow_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:
     return made
 
 
-def stand_in_tokenizer(model_max_length: int = 77) -> Any:
-    """A real fast tokenizer of one word per token, where the pipeline's own files are not at hand."""
+def stand_in_tokenizer(model_max_length: int = 77, class_name: str = "") -> Any:
+    """A real fast tokenizer of one word per token, where the pipeline's own files are not at hand.
+
+    In place of a `ChatGLMTokenizer` it gives positions too, as that one does.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -156,7 +164,15 @@ def stand_in_tokenizer(model_max_length: int = 77) -> Any:
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     inner.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(
+
+    class WithPositions(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().__call__(*args, **kwargs)
+            made["position_ids"] = made["attention_mask"].cumsum(-1) - 1
+            return made
+
+    cls = WithPositions if class_name == "ChatGLMTokenizer" else PreTrainedTokenizerFast
+    return cls(
         tokenizer_object=inner,
         model_max_length=model_max_length,
         pad_token="<pad>",

@@ -96,8 +96,7 @@ class Source:
             if self.spec.source == "live":
                 self._parts = pipeline.parts_from_live(self.model)
             elif self.spec.source.startswith("profile:"):
-                dtype = next(iter(dtypes.values()), None)
-                self._parts = pipeline.parts_from_profile(self.spec.source.removeprefix("profile:"), dtype)
+                self._parts = pipeline.parts_from_profile(self.spec.source.removeprefix("profile:"), dtypes)
             else:
                 self._parts = pipeline.parts_from_folder(Path(self.spec.source), dtypes)
         return self._parts
