@@ -115,8 +115,14 @@ class TestDetect:
     def test_json_has_the_keys_scripts_rely_on(self):
         found = json.loads(ok("detect", "--json").stdout)
         assert {"schema_version", "accelerators", "host", "budget"} <= set(found)
-        assert set(found["host"]) == {"total_bytes", "available_bytes", "limit_bytes", "limit_source"}
-        assert set(found["budget"]) == {"vram_bytes", "ram_bytes", "deductions"}
+        assert set(found["host"]) == {
+            "total_bytes",
+            "available_bytes",
+            "limit_bytes",
+            "limit_source",
+            "disk_free_bytes",
+        }
+        assert set(found["budget"]) == {"vram_bytes", "ram_bytes", "disk_bytes", "deductions"}
 
     def test_an_accelerator_has_the_keys_scripts_rely_on(self):
         (card,) = json.loads(ok("detect", "--json", "--device", "rtx-4070").stdout)["accelerators"]
@@ -150,7 +156,7 @@ class TestPlan:
 
     def test_json_has_the_keys_scripts_rely_on(self, sd15):
         data = json.loads(ok("plan", sd15, *CARD, *SMALL, "--json").stdout)
-        keys = {"vram_allocated_bytes", "vram_reserved_bytes", "ram_bytes", "pinned_bytes"}
+        keys = {"vram_allocated_bytes", "vram_reserved_bytes", "ram_bytes", "pinned_bytes", "disk_bytes"}
         keys |= {"seconds_per_step", "seconds_per_call", "bottleneck", "basis"}
         assert keys <= set(data["projected"])
         for candidate in data["candidates"]:

@@ -86,6 +86,7 @@ class Projected:
     vram_reserved_bytes: int
     ram_bytes: int
     pinned_bytes: int
+    disk_bytes: int
     seconds_per_step: float
     seconds_per_call: float
     bottleneck: Bottleneck

@@ -214,7 +214,8 @@ def _give_back_held(budget: Budget, spec: PipelineSpec, *, absolute_vram: bool, 
         given.append(_given_back("ram", held_ram))
     vram = sum(-item.size_bytes for item in given if item.memory == "vram")
     ram = sum(-item.size_bytes for item in given if item.memory == "ram")
-    return Budget(
+    return replace(
+        budget,
         vram_bytes=None if budget.vram_bytes is None else budget.vram_bytes + vram,
         ram_bytes=budget.ram_bytes + ram,
         deductions=(*budget.deductions, *given),
@@ -279,6 +280,7 @@ def projected(demand: Demand) -> Projected:
         vram_reserved_bytes=demand.vram_reserved_bytes,
         ram_bytes=demand.ram_bytes,
         pinned_bytes=demand.pinned_bytes,
+        disk_bytes=demand.disk_bytes,
         seconds_per_step=demand.seconds_per_step,
         seconds_per_call=demand.seconds_per_call,
         bottleneck=demand.bottleneck,

@@ -54,6 +54,8 @@ def hardware_text(hardware: Hardware, budget: Budget) -> str:
     lines.append(f"RAM           {format_bytes(host.total_bytes)}, {format_bytes(host.available_bytes)} available")
     if host.limit_bytes is not None:
         lines.append(f"RAM limit     {format_bytes(host.limit_bytes)} ({host.limit_source})")
+    if host.disk_free_bytes is not None:
+        lines.append(f"disk          {format_bytes(host.disk_free_bytes)} free where weights may be offloaded to")
     lines += ["", "may be used"]
     if budget.vram_bytes is not None:
         lines += _budget_lines("VRAM", budget.vram_bytes, [d for d in budget.deductions if d.memory == "vram"])

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ class Tree:
 
     def read(self, *lines: str) -> Host:
         self.self_cgroup.write_text("".join(f"{line}\n" for line in lines))
-        return read_host(self_cgroup=self.self_cgroup, mount=self.mount)
+        return memory_of(read_host(self_cgroup=self.self_cgroup, mount=self.mount))
 
     def v2(self, group: str, *, inactive: int = 0, **files: object) -> None:
         self._write(self.mount / group, "memory.", files, f"anon 5\ninactive_file {inactive}\n")
@@ -46,6 +48,11 @@ class Tree:
         (directory / "memory.stat").write_text(statistics)
 
 
+def memory_of(host: Host) -> Host:
+    """Without the disk, which is what it is."""
+    return replace(host, disk_free_bytes=None)
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
@@ -55,7 +62,15 @@ UNLIMITED = Host(total_bytes=TOTAL, available_bytes=AVAILABLE)
 
 
 def test_without_control_groups_the_machine_is_all_there_is(tmp_path: Path) -> None:
-    assert read_host(self_cgroup=tmp_path / "none", mount=tmp_path / "none") == UNLIMITED
+    assert memory_of(read_host(self_cgroup=tmp_path / "none", mount=tmp_path / "none")) == UNLIMITED
+
+
+def test_the_disk_is_the_one_that_weights_would_go_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder that is still to be made, too."""
+    monkeypatch.setenv("VRAMPLAN_OFFLOAD", str(tmp_path / "not" / "there"))
+    free = shutil.disk_usage(tmp_path).free
+    assert read_host().disk_free_bytes == pytest.approx(free, rel=0.05)
+    assert not (tmp_path / "not").exists()
 
 
 def test_v2_limit_and_what_is_left_of_it(tree: Tree) -> None:

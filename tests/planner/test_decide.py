@@ -217,8 +217,9 @@ class TestQuality:
 
 def test_ram_that_does_not_suffice_is_told_too() -> None:
     spec = text_to_image()
+    fixed = parse_fixed({"placement": "sequential_cpu_offload"}, spec)
     with pytest.raises(NothingFitsError, match=r"RAM, 1\.00 GiB may be used"):
-        choose(spec, 4 * GIB, ram=GIB)
+        choose(spec, 4 * GIB, ram=GIB, fixed=fixed)
 
 
 def test_the_nearest_candidate_is_the_one_named() -> None:

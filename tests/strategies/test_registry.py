@@ -170,12 +170,12 @@ def test_a_hold_never_is_negative_and_runs_on_no_less_than_it_idles_on(spec: Any
 
 @pytest.mark.parametrize("spec", ODD)
 def test_an_offloaded_component_is_somewhere(spec: Any) -> None:
-    """Its weights are on the device or in RAM: what is on neither would be lost."""
+    """Its weights are on the device, in RAM or in files: what is on none would be lost."""
     for cls in PLACEMENTS:
         for part in spec.components:
             for setting in cls.variants(part):
                 hold = setting.hold(part, spec)
-                assert hold.idle_bytes + hold.host_bytes + hold.pinned_bytes >= part.weight_bytes
+                assert hold.idle_bytes + hold.host_bytes + hold.pinned_bytes + hold.disk_bytes >= part.weight_bytes
 
 
 def test_completing_twice_changes_nothing() -> None:

@@ -19,6 +19,8 @@ _MARGIN_SHARE, _MARGIN_LEAST = 0.06, 512 * MIB
 _UNIFIED_SHARE, _UNIFIED_LEAST = 0.20, 2 * GIB
 # Cards give programs up to a tenth less than the size in their name: 14.56 GiB of a T4's 16 (its profile).
 _NOMINAL_EXCESS = 1.1
+# Kept free on the disk that weights are offloaded to. Assumed.
+DISK_LEFT_FREE = 1 * GIB
 # The interpreter, the libraries and other programs, on the host.
 _RESERVE_SHARE, _RESERVE_LEAST = 0.05, 1 * GIB
 
@@ -58,6 +60,7 @@ def make_budget(
     return Budget(
         vram_bytes=None if device is None else _vram_bytes(device, hardware.host, vram, taken),
         ram_bytes=_ram_bytes(hardware.host, ram, taken),
+        disk_bytes=_disk_bytes(hardware.host),
         deductions=tuple(taken),
     )
 
@@ -87,6 +90,11 @@ def _ram_bytes(host: Host, amount: str | None, taken: list[Deduction]) -> int:
         return _rest("ram", "this machine", host.available_bytes, taken)
     total = _usable_total(host)
     return parse_amount(amount, free_bytes=host.available_bytes, total_bytes=total, name="ram")
+
+
+def _disk_bytes(host: Host) -> int | None:
+    """What is free, less what offloading leaves free."""
+    return None if host.disk_free_bytes is None else max(0, host.disk_free_bytes - DISK_LEFT_FREE)
 
 
 def _rest(memory: str, owner: str, start: int, taken: list[Deduction]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -55,7 +57,24 @@ def read_host(*, self_cgroup: Path = _SELF, mount: Path = _MOUNT) -> Host:
         available_bytes=min([memory.available, *(limit.left_bytes for limit in limits)]),
         limit_bytes=tightest.limit_bytes if tightest else None,
         limit_source=tightest.source if tightest else None,
+        disk_free_bytes=_disk_free(),
     )
+
+
+def _disk_free() -> int | None:
+    """What is free where weights would be offloaded to: in the first folder on the way there that exists."""
+    folder = offload_folder()
+    try:
+        return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    except (OSError, StopIteration):
+        return None
+
+
+def offload_folder() -> Path:
+    """Where weights are offloaded to: `VRAMPLAN_OFFLOAD`, else a folder in the user's cache."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("VRAMPLAN_OFFLOAD") or user_cache_path("vramplan") / "offload")
 
 
 def _limits(self_cgroup: Path, mount: Path) -> Iterator[_Limit]:

@@ -60,7 +60,10 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """The memory this process may use: the machine's, or less where a control group limits it."""
+    """The memory this process may use: the machine's, or less where a control group limits it.
+
+    `disk_free_bytes` is what is free where weights would be offloaded to; None where it was not read.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -68,6 +71,7 @@ class Host:
     available_bytes: int
     limit_bytes: int | None = None
     limit_source: str | None = None
+    disk_free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +99,11 @@ class Deduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a plan may use. `vram_bytes` is None where there is no accelerator."""
+    """What a plan may use. `vram_bytes` is None where there is no accelerator, `disk_bytes` where it is not known."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     vram_bytes: int | None
     ram_bytes: int
+    disk_bytes: int | None = None
     deductions: tuple[Deduction, ...] = ()

@@ -18,6 +18,8 @@ from vramplan.workload import Workload
 _TRAFFIC_EFFICIENCY = 0.85
 # What Python and the driver take to launch one kernel, which the device waits for where kernels are small. Assumed.
 _LAUNCH_SECONDS = 6e-6
+# What a disk reads, in bytes per second: an NVMe drive of a laptop on PCIe 3.0. Assumed.
+_DISK_BYTES_PER_S = 2e9
 # What waiting for one transfer costs beside the transfer: a synchronisation and a launch. Assumed.
 _PAUSE_SECONDS = 1e-4
 # Where neither a profile nor a measurement says: a PCIe 3.0 x16 card of the 12 GiB class.
@@ -74,6 +76,7 @@ class Demand:
     vram_reserved_bytes: int
     ram_bytes: int
     pinned_bytes: int
+    disk_bytes: int
     seconds_per_step: float
     seconds_per_call: float
     transfer_seconds_per_step: float
@@ -131,6 +134,7 @@ class Pricer:
             vram_reserved_bytes=reserved if here else 0,
             ram_bytes=ram if here else allocated,
             pinned_bytes=pinned if here else 0,
+            disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
             seconds_per_step=step,
             seconds_per_call=call,
             transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
@@ -237,7 +241,8 @@ class _Clock:
         hold, forwards = self.holds[moment.use.component], self.needs[moment.use].forwards
         moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
         whole = moment.loaded_bytes + moment.sent_back_bytes
-        return (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
+        read = forwards * hold.disk_bytes / _DISK_BYTES_PER_S
+        return read + (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
 
     def bottleneck(self, moments: Sequence[Moment]) -> Bottleneck:
         """What takes longest in a step (in a call, for a pipeline without a loop)."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from vramplan.simulator.engine import Engine
+from vramplan.simulator.engine import Engine, normalized
 from vramplan.simulator.kernels import attention_flops
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.tensor import SimTensor
@@ -112,6 +116,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),
             (torch.cuda, "empty_cache", empty_cache),
             (torch, "Generator", SimGenerator),
+            *_files(engine),
         ):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
@@ -130,6 +135,34 @@ def _group_offloading(backend: SimBackend) -> list[tuple[Any, str, Any]]:
     if hasattr(group_offloading, "TorchDeviceBackend"):
         return [(group_offloading, "TorchDeviceBackend", lambda device=None: backend)]
     return [(group_offloading, "torch", _TorchWithStreams(backend))]
+
+
+def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
+    """Files of hollow weights, which keep shapes and no bytes, in directories that stay empty."""
+    import safetensors.torch
+
+    from vramplan.strategies import disk
+
+    kept: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def folder(module: torch.nn.Module, name: str) -> Iterator[Path]:
+        made = tempfile.mkdtemp(prefix="vramplan-")
+        weakref.finalize(module, shutil.rmtree, made, True)
+        yield Path(made)
+
+    def save(tensors: dict[str, Any], path: str) -> None:
+        kept[path] = {key: (tensor.meta, tensor.value) for key, tensor in tensors.items()}
+
+    def load(path: str, device: Any = "cpu") -> dict[str, Any]:
+        place = normalized(device)
+        return {key: engine.new(shape, place, "weights", value) for key, (shape, value) in kept[path].items()}
+
+    return [
+        (disk, "own_folder", folder),
+        (safetensors.torch, "save_file", save),
+        (safetensors.torch, "load_file", load),
+    ]
 
 
 class _TorchWithStreams:

@@ -27,7 +27,8 @@ class Hold:
     that `lingers` stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM,
     `pinned_bytes` page-locked RAM, `host_transient_bytes` what is needed beside them while applying.
     `moved_in_bytes` and `moved_out_bytes` cross the link on each forward, behind its compute where they are
-    `overlapped`; `waited_bytes` cross it with nothing behind; `pauses` counts the transfers a forward waits
+    `overlapped`; `waited_bytes` cross it with nothing behind; `disk_bytes` are kept in files and read from
+    there on each forward; `pauses` counts the transfers a forward waits
     for; `rate` is the share of the link's pinned rate those transfers reach.
     """
 
@@ -40,6 +41,7 @@ class Hold:
     moved_in_bytes: int = 0
     moved_out_bytes: int = 0
     waited_bytes: int = 0
+    disk_bytes: int = 0
     overlapped: bool = False
     pauses: int = 0
     rate: float = 1.0

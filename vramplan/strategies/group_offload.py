@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec
+from vramplan.strategies import disk
 from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal, remove_group_hooks
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE
+from vramplan.units import GIB
 
 # Pinning on the fly instead of once: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s
 # by leaf, for five forwards of the FLUX.1 transformer (diffusers pull request 11106).
 _LOW_CPU_MEM_RATE = {"block": 9.75 / 38.1, "leaf": 9.48 / 13.7}
+# Smaller components stay in memory: a file would save little of it.
+_WORTH_A_FILE = 1 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +27,8 @@ class GroupOffload:
     """`diffusers.hooks.apply_group_offloading(component, ...)`.
 
     `blocks` is the number of blocks in a group (`type=block`). `within` names the submodules that lead to
-    the blocks where they are not direct children, joined by `/`; left open, it is found.
+    the blocks where they are not direct children, joined by `/`; left open, it is found. With `disk` the
+    weights are kept in files, in a directory of this process's own that goes when they come back or it ends.
     """
 
     name: ClassVar[str] = "group_offload"
@@ -36,6 +42,7 @@ class GroupOffload:
     stream: bool = False
     record_stream: bool = False
     low_cpu_mem_usage: bool = False
+    disk: bool = False
     within: str = ""
 
     @classmethod
@@ -55,6 +62,8 @@ class GroupOffload:
         elif count:
             yield cls(blocks=count)
             yield cls(blocks=1)
+        if count and component.weight_bytes >= _WORTH_A_FILE:
+            yield cls(disk=True)
         yield cls(type="leaf")
 
     def complete(self, component: Component) -> Self:
@@ -80,6 +89,8 @@ class GroupOffload:
             return "blocks is for type=block; leaves are not counted in blocks"
         if not self.stream and (self.record_stream or self.low_cpu_mem_usage):
             return "record_stream and low_cpu_mem_usage only work with stream=true"
+        if self.disk and (self.stream or self.type == "leaf"):
+            return "disk=true is for type=block without a stream: one file for each group, read straight to the device"
         if self.stream and self.blocks != 1:
             return "with stream=true diffusers always uses one block per group: set blocks=1"
         return None
@@ -120,6 +131,13 @@ class GroupOffload:
         pinned = self.stream and not self.low_cpu_mem_usage
         # What stands outside of blocks is copied in and out without a stream in any case.
         waited = geometry.rest_bytes if self.stream and self.type == "block" else 0
+        if self.disk:
+            return Hold(
+                running_bytes=self._running_bytes(geometry),
+                host_transient_bytes=self._running_bytes(geometry),
+                disk_bytes=size,
+                pauses=self._groups(geometry),
+            )
         return Hold(
             running_bytes=self._running_bytes(geometry),
             host_bytes=0 if pinned else size,
@@ -161,16 +179,27 @@ class GroupOffload:
         from diffusers.hooks import apply_group_offloading
 
         for name in names:
-            apply_group_offloading(pipe.components[name], torch.device(device), **self._options())
+            module, options = pipe.components[name], self._options()
+            with disk.own_folder(module, name) if self.disk else nullcontext() as folder:
+                if folder is not None:
+                    options["offload_to_disk_path"] = str(folder)
+                apply_group_offloading(module, torch.device(device), **options)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take the hooks off."""
+        """Take the hooks off; what is in files comes back to the CPU first."""
+        if self.disk:
+            for name in names:
+                disk.bring_back(pipe.components[name])
         remove_group_hooks(pipe, names)
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
         options = ", ".join(f"{key}={value!r}" for key, value in self._options().items())
-        calls = [f'apply_group_offloading(pipe.{name}, torch.device("{device}"), {options})' for name in names]
+        folder = ', offload_to_disk_path="offload/{}"' if self.disk else ""  # empty, or of this very component
+        calls = [
+            f'apply_group_offloading(pipe.{name}, torch.device("{device}"), {options}{folder.format(name)})'
+            for name in names
+        ]
         return ["import torch", "from diffusers.hooks import apply_group_offloading", *calls]
 
     def _options(self) -> dict[str, Any]:
