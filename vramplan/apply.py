@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from vramplan.errors import MismatchError
+from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import device_of
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
@@ -37,7 +37,14 @@ class Applied:
     _decodes: Decodes = field(repr=False, default=())
 
     def undo(self) -> Any:
-        """The pipeline as it was before: hooks off, weights where they were, VAE settings back."""
+        """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
+
+        Raises:
+            VramplanError: the plan rounded weights, which nothing can put back; the pipeline stays as it is.
+        """
+        rounded = [setting.name for setting, _ in self._placed if setting.axis == "weights"]
+        if rounded:
+            raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline anew")
         if self.pipe.__dict__.get(_MARK) is self:
             del self.pipe.__dict__[_MARK]
             self._before.restore(self.pipe, self._placed)

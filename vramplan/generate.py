@@ -246,7 +246,12 @@ def _weightless(folder: Path, name: str, entry: Sequence[str]) -> Any:
 
 def _check_words(plan: Plan) -> None:
     """Raises VramplanError where a name of the plan would become other code than a name."""
-    words = [plan.model.class_name, *plan.settings.placement, plan.machine.device.replace(":", "_")]
+    words = [
+        plan.model.class_name,
+        *plan.settings.placement,
+        *plan.settings.weights,
+        plan.machine.device.replace(":", "_"),
+    ]
     words += [word for record in plan.model.components for word in (record.name, record.dtype)]
     for word in words:
         if not word.isidentifier():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -67,12 +67,14 @@ class MachineRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is to be done: one placement per component, and how the VAE decodes (nothing: plainly)."""
+    """What is to be done: one placement per component, how the VAE decodes (nothing: plainly), and what is done
+    to the weights of components (nothing: they stay as they are)."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     placement: Mapping[str, str]
     decode: tuple[str, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

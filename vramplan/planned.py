@@ -10,8 +10,8 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import role_of
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile import Plan, fingerprint
-from vramplan.strategies.base import Decode, Decodes, Placed, Placement
-from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement
+from vramplan.strategies.base import Decode, Decodes, Placed, Placement, Weights
+from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement, parse_weights
 
 
 def check_match(spec: PipelineSpec, plan: Plan) -> None:
@@ -40,7 +40,7 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
 
 def parse_settings(
     plan: Plan, spec: PipelineSpec | None, accelerator: Accelerator | None
-) -> tuple[list[tuple[Placement, list[str]]], list[tuple[Decode, list[str]]]]:
+) -> tuple[list[tuple[Weights | Placement, list[str]]], list[tuple[Decode, list[str]]]]:
     """The plan's settings with the components each is for, in the order to apply them.
 
     With a `spec` every setting is checked against it, and refused if it cannot be.
@@ -57,7 +57,10 @@ def parse_settings(
     if spec is not None:
         placement = _checked(placement, spec, accelerator)
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
-    return grouped(placement), [(setting, _able(setting, names, spec, plan)) for setting in decode]
+    weights = {name: _parsed(text, name, parse_weights, "weights") for name, text in plan.settings.weights.items()}
+    if spec is not None:
+        _check_weights(weights, spec)
+    return grouped(placement, weights), [(setting, _able(setting, names, spec, plan)) for setting in decode]
 
 
 def vae_names(plan: Plan) -> list[str]:
@@ -72,11 +75,19 @@ def calls_of(placed: Placed, decodes: Decodes, device: str, modules: Mapping[str
     return dict.fromkeys(lines)
 
 
-def _parsed(text: str, where: str, parse: Any) -> Any:
+def _parsed(text: str, where: str, parse: Any, axis: str = "placement") -> Any:
     try:
         return parse(text)
     except UsageError as error:
-        raise UsageError(f"settings.{'decode' if where == 'decode' else f'placement.{where}'}: {error}") from None
+        raise UsageError(f"settings.{'decode' if where == 'decode' else f'{axis}.{where}'}: {error}") from None
+
+
+def _check_weights(weights: Mapping[str, Weights], spec: PipelineSpec) -> None:
+    names = [component.name for component in spec.components]
+    for name, setting in weights.items():
+        reason = setting.refusal(spec.component(name)) if name in names else f"{spec.class_name} has no such component"
+        if reason is not None:
+            raise UsageError(f"settings.weights.{name}: {reason}")
 
 
 def _checked(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan._version import __version__
 from vramplan.errors import UsageError, VramplanError
@@ -12,6 +12,7 @@ from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.machine import choose_machine
 from vramplan.models import describe
+from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
@@ -24,15 +25,18 @@ from vramplan.planfile import (
     Settings,
     fingerprint,
 )
-from vramplan.planner.candidates import Refused, parse_fixed
-from vramplan.planner.decide import Decision, Outcome, Prefer, decide
+from vramplan.planner.candidates import Refused, parse_fixed, weight_settings
+from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
 from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.simulator.types import Simulation
-from vramplan.strategies.base import Quality
+from vramplan.strategies.base import Quality, Weights
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload
+
+if TYPE_CHECKING:
+    from vramplan.simulator.source import Source
 
 
 def plan(
@@ -73,17 +77,20 @@ def plan(
     refuse_hooked(described.spec)
     budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
     budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
-    figures = _figures(model, described.spec, work, accelerator if simulate else None)
+    told = parse_fixed(settings or {}, described.spec)
+    weights = weight_settings(described.spec, told) if told.weights or allow == "lossy" else []
+    figures = _figures(model, described.spec, work, accelerator if simulate else None, weights)
     outcome = decide(
         described.spec,
         work,
         budget,
         accelerator=accelerator,
         footprint=figures.footprint,
-        fixed=parse_fixed(settings or {}, described.spec),
+        fixed=told,
         allow=allow,
         prefer=prefer,
         confirm=figures.confirm(budget),
+        lighter=figures.lighter,
     )
     machine = MachineRecord(
         device=accelerator.device if accelerator else "cpu",
@@ -121,6 +128,7 @@ class _Figures:
     """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
 
     footprint: Footprint
+    lighter: tuple[Lighter, ...] = ()
     simulated: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
 
@@ -141,27 +149,73 @@ class _Figures:
         return confirm
 
 
-def _figures(model: Any, spec: PipelineSpec, work: Workload, accelerator: Accelerator | None) -> _Figures:
-    assumed = AssumedFootprint(spec=spec, workload=work)
-    if accelerator is None or spec.device_map is not None:
-        return _Figures(footprint=assumed)
+def _figures(
+    model: Any,
+    spec: PipelineSpec,
+    work: Workload,
+    accelerator: Accelerator | None,
+    weights: Sequence[Mapping[str, Weights]],
+) -> _Figures:
+    """What the planner counts with, for the weights as they are stored and with each of these settings."""
     from vramplan.simulator.run import SimulationError
     from vramplan.simulator.source import Source, simulated_footprint, traced_footprint
 
     source = Source(model, spec)
+    light = [(setting, _lightened(source, setting)) for setting in weights]
+    if accelerator is None or spec.device_map is not None:
+        assumed = AssumedFootprint(spec=spec, workload=work)
+        return _Figures(
+            footprint=assumed,
+            lighter=tuple(
+                Lighter(weights=setting, spec=other, footprint=replace(assumed, spec=other)) for setting, other in light
+            ),
+        )
     try:
         footprint = simulated_footprint(source, work, accelerator)
     except SimulationError as error:
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
-        return _Figures(footprint=traced_footprint(source, work, accelerator), notes=(note,))
+        traced = traced_footprint(source, work, accelerator)
+        others = tuple(Lighter(weights=setting, spec=other, footprint=traced) for setting, other in light)
+        return _Figures(footprint=traced, lighter=others, notes=(note,))
+    lighter = tuple(
+        Lighter(
+            weights=setting,
+            spec=other,
+            footprint=simulated_footprint(source, work, accelerator, grouped({}, setting)),
+        )
+        for setting, other in light
+    )
 
     def simulated(decision: Decision, capacity: int) -> Simulation:
         vaes = [component.name for component in spec.vaes]
         decodes = [(setting, vaes) for setting in decision.decode]
-        placed = grouped(decision.placement)
+        placed = grouped(decision.placement, decision.weights)
         return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
 
-    return _Figures(footprint=footprint, simulated=simulated, notes=footprint.plain.notes)
+    return _Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
+
+
+def _lightened(source: Source, weights: Mapping[str, Weights]) -> PipelineSpec:
+    """The spec with these settings on its weights: what they weigh, and how they can be cut."""
+    spec = source.spec
+    made = {
+        name: describe_component(name, setting.lightened(source.parts.modules[name]))
+        for name, setting in weights.items()
+    }
+    return replace(
+        spec,
+        components=tuple(
+            replace(
+                component,
+                weight_bytes=made[component.name].weight_bytes,
+                dtype_bytes=made[component.name].dtype_bytes,
+                geometry=made[component.name].geometry,
+            )
+            if component.name in made
+            else component
+            for component in spec.components
+        ),
+    )
 
 
 def confirmed(decision: Decision, simulation: Simulation) -> Decision:
@@ -261,6 +315,7 @@ def _settings(decision: Decision) -> Settings:
     return Settings(
         placement={name: format_setting(setting) for name, setting in decision.placement.items()},
         decode=tuple(map(format_setting, decision.decode)),
+        weights={name: format_setting(setting) for name, setting in decision.weights.items()},
     )
 
 

@@ -137,7 +137,8 @@ def settings_text(settings: Settings) -> str:
         placed = next(iter(groups))
     else:
         placed = "; ".join(f"{', '.join(names)}: {text}" for text, names in groups.items())
-    return placed + "".join(f" + {text}" for text in settings.decode)
+    weights = "".join(f" + {name}: {text}" for name, text in settings.weights.items())
+    return placed + weights + "".join(f" + {text}" for text in settings.decode)
 
 
 def explain_text(plan: Plan) -> str:

@@ -154,7 +154,7 @@ class TestByHand:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            ({"attention": "sage"}, "the axes are placement, placement.COMPONENT and decode"),
+            ({"attention": "sage"}, "the axes are weights.COMPONENT, placement, placement.COMPONENT and decode"),
             ({"decode.vae": "vae_tiling"}, "the axes are"),
             ({"": "resident"}, "the axes are"),
             ({"placement.unet": "resident"}, "SomePipeline has no unet, only text_encoder, transformer, vae"),

@@ -25,12 +25,14 @@ from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.simulator.run import call_inputs
 from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
+from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.settings import grouped, parse_placement
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 OFFLOADS = (
     "model_cpu_offload",
+    "partial_residency",
     "sequential_cpu_offload",
     "group_offload",
     "group_offload:type=leaf,stream=true",
@@ -95,6 +97,8 @@ def simulated(name: str, placement: str) -> Simulation | str:
     pipe = make_family(name)
     spec, setting = spec_from_pipeline(pipe), parse_placement(placement)
     wanted = {component.name: setting.complete(component) for component in spec.components}
+    if isinstance(setting, PartialResidency):  # as many blocks streamed as can be
+        wanted = {c.name: next(iter(PartialResidency.variants(c)), setting) for c in spec.components}
     refused = {c.name: reason for c in spec.components if (reason := wanted[c.name].refusal(c, spec, CARD))}
     if refused and (setting.whole_pipeline or len(refused) == len(wanted)):
         return "; ".join(refused.values())

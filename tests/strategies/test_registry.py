@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from planner.specs import GIB, MIB, WORK, card, component, pipeline, text_to_image
 
 from vramplan.errors import UsageError
-from vramplan.strategies import DECODES, PLACEMENTS, REGISTRY, Decode, Placement
+from vramplan.strategies import DECODES, PLACEMENTS, REGISTRY, WEIGHTS, Decode, Placement, Weights
 from vramplan.strategies.base import QUALITIES, Hold, Picture
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.settings import format_setting, parse_decode, parse_placement
@@ -40,6 +40,7 @@ def all_variants() -> list[Any]:
 
 def test_names_are_unique_and_diffusers_own() -> None:
     assert [cls.name for cls in REGISTRY] == [
+        "layerwise_casting",
         "resident",
         "model_cpu_offload",
         "partial_residency",
@@ -52,9 +53,11 @@ def test_names_are_unique_and_diffusers_own() -> None:
 
 @pytest.mark.parametrize("cls", REGISTRY)
 def test_a_strategy_keeps_its_contract(cls: Any) -> None:
-    assert cls.axis == ("placement" if cls in PLACEMENTS else "decode")
+    kinds = {"weights": (WEIGHTS, Weights), "placement": (PLACEMENTS, Placement), "decode": (DECODES, Decode)}
+    registered, protocol = kinds[cls.axis]
+    assert cls in registered
     assert cls.quality in QUALITIES
-    assert isinstance(cls(), Placement if cls in PLACEMENTS else Decode)
+    assert isinstance(cls(), protocol)
     assert is_dataclass(cls)
     assert cls.__doc__
     assert cls() == cls()

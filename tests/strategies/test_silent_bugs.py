@@ -21,9 +21,11 @@ from vramplan.planner.footprint import AssumedFootprint
 from vramplan.planning import refuse_hooked
 from vramplan.strategies.base import offload_refusal
 from vramplan.strategies.group_offload import GroupOffload
+from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload, forget_device
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
+from vramplan.strategies.settings import grouped
 from vramplan.strategies.vae_tiling import VaeTiling
 
 VAES = (
@@ -277,10 +279,10 @@ class TestAlreadyHooked:
 
 
 def test_casting_after_group_offload_cannot_happen() -> None:
-    """Pinned copies would keep the old dtype: there is no casting strategy, and hooked pipelines are refused."""
-    from vramplan.strategies import REGISTRY
-
-    assert not [cls for cls in REGISTRY if "cast" in cls.name]
+    """Pinned copies would keep the old dtype: weights come first, whatever the order of the settings."""
+    hooks: dict[str, Any] = {"transformer": GroupOffload(stream=True), "vae": Resident()}
+    order = grouped(hooks, {"transformer": LayerwiseCasting()})
+    assert [setting.name for setting, _ in order] == ["layerwise_casting", "group_offload", "resident"]
 
 
 def test_unified_memory() -> None:

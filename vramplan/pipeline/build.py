@@ -37,6 +37,19 @@ def component_class(library: str, class_name: str) -> Any:
     raise VramplanError(f"{library}.{class_name} is not a class of diffusers or transformers installed here")
 
 
+def weightless_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module, live or weightless, on the meta device. Tied tensors stay tied."""
+    import copy
+
+    import torch
+
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        made: torch.Tensor = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = torch.nn.Parameter(made, False) if isinstance(tensor, torch.nn.Parameter) else made
+    return copy.deepcopy(module, memo)
+
+
 def build_weightless(library: str, class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     """The component with every parameter and buffer on the meta device, in evaluation mode.
 

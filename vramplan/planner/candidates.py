@@ -9,9 +9,11 @@ from itertools import product
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.strategies import DECODES, PLACEMENTS, Decode, Placement
+from vramplan.planner.demand import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
+from vramplan.strategies import DECODES, PLACEMENTS, WEIGHTS, Decode, Placement, Weights
+from vramplan.strategies.base import Hold
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import PLAIN, format_setting, parse_decode, parse_placement
+from vramplan.strategies.settings import PLAIN, STORED, format_setting, parse_decode, parse_placement, parse_weights
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
@@ -23,11 +25,13 @@ _MOST_COMPANION_CHOICES = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open."""
+    """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open, and so are
+    `weights`."""
 
     everywhere: Placement | None = None
     placement: Mapping[str, Placement] = field(default_factory=dict)
     decode: tuple[Decode, ...] | None = None
+    weights: Mapping[str, Weights] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,7 @@ class Row:
 
     ladders: tuple[Ladder, ...]
     decode: tuple[Decode, ...]
+    weights: Mapping[str, Weights] = field(default_factory=dict)
 
     @property
     def placements(self) -> tuple[Mapping[str, Placement], ...]:
@@ -67,10 +72,11 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
     everywhere: Placement | None = None
     placement: dict[str, Placement] = {}
     decode: list[Decode] | None = None
+    weights: dict[str, Weights] | None = None
     for key, value in settings.items():
         axis, _, name = key.partition(".")
         texts = [value] if isinstance(value, str) else list(value)
-        if axis == "placement" and len(texts) != 1:
+        if axis != "decode" and len(texts) != 1:
             raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
         if key == "decode":
             decode = _decode_settings(texts)
@@ -78,11 +84,48 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
             everywhere = parse_placement(texts[-1])
         elif axis == "placement" and name:
             placement[name] = _component_placement(name, texts[-1], spec)
+        elif axis == "weights":
+            weights = (weights or {}) | _component_weights(name, texts[-1], spec)
         else:
-            raise UsageError(f"--set {key}: the axes are placement, placement.COMPONENT and decode")
+            raise UsageError(f"--set {key}: the axes are weights.COMPONENT, placement, placement.COMPONENT and decode")
     if everywhere is not None and everywhere.whole_pipeline and placement:
         raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
-    return Fixed(everywhere=everywhere, placement=placement, decode=None if decode is None else tuple(decode))
+    told = None if decode is None else tuple(decode)
+    return Fixed(everywhere=everywhere, placement=placement, decode=told, weights=weights)
+
+
+def _component_weights(name: str, text: str, spec: PipelineSpec) -> dict[str, Weights]:
+    """The setting for one component; `stored`, with or without a component, leaves weights as they are stored."""
+    if text == STORED:
+        return {}
+    _check_name(f"weights.{name}", name, spec)
+    setting = parse_weights(text)
+    reason = setting.refusal(spec.component(name))
+    if reason is not None:
+        raise UsageError(f"weights.{name}: {reason}")
+    return {name: setting}
+
+
+def weight_settings(spec: PipelineSpec, fixed: Fixed) -> list[dict[str, Weights]]:
+    """What may be done to weights: the same to every denoiser; just what was fixed by hand where it was."""
+    if fixed.weights is not None:
+        return [dict(fixed.weights)] if fixed.weights else []
+    found: list[dict[str, Weights]] = []
+    for cls in WEIGHTS:
+        able = {
+            component.name: setting
+            for component in spec.components
+            for setting in cls.variants(component)
+            if setting.refusal(component) is None
+        }
+        found += [able] if able else []
+    return found
+
+
+def _check_name(where: str, name: str, spec: PipelineSpec) -> None:
+    names = [component.name for component in spec.components]
+    if name not in names:
+        raise UsageError(f"{where}: {spec.class_name} has no {name}, only {', '.join(names)}")
 
 
 def _decode_settings(texts: Sequence[str]) -> list[Decode]:
@@ -96,9 +139,7 @@ def _decode_settings(texts: Sequence[str]) -> list[Decode]:
 
 
 def _component_placement(name: str, text: str, spec: PipelineSpec) -> Placement:
-    names = [component.name for component in spec.components]
-    if name not in names:
-        raise UsageError(f"placement.{name}: {spec.class_name} has no {name}, only {', '.join(names)}")
+    _check_name(f"placement.{name}", name, spec)
     setting = parse_placement(text)
     if setting.whole_pipeline:
         raise UsageError(
@@ -166,7 +207,7 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
         return usable
 
     companions = [component for component in spec.components if component not in heads]
-    by_companion = _thinned([options(component) for component in companions])
+    by_companion = _thinned([_undominated(component, spec, options(component)) for component in companions])
     per_head = {component.name: options(component) for component in heads}
     names = [component.name for component in companions]
     for leading in _ladders(per_head[heads[0].name]):
@@ -202,6 +243,32 @@ def _matching(leading: Placement, choices: Sequence[Placement]) -> Placement | N
     if leading in choices:
         return leading
     return choices[0] if len(choices) == 1 else None
+
+
+def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> list[Placement]:
+    """Those that no other beats: by what is on the device, in RAM and on disk, and by the time moving it takes.
+
+    Times are equal up to their second digit; of equals the first is kept.
+    """
+    costs = [_costs(setting.hold(component, spec)) for setting in settings]
+    return [
+        setting
+        for place, (setting, cost) in enumerate(zip(settings, costs, strict=True))
+        if not any(
+            all(one <= two for one, two in zip(other, cost, strict=True)) and (other != cost or before < place)
+            for before, other in enumerate(costs)
+            if before != place
+        )
+    ]
+
+
+def _costs(hold: Hold) -> tuple[float, ...]:
+    """What a setting takes of each thing there is a budget of, and of time by the rates of a common card."""
+    moved = hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes
+    seconds = moved / (DEFAULT_RATES.link_bytes_per_s * hold.rate) + hold.pauses * PAUSE_SECONDS
+    seconds += hold.disk_bytes / DISK_BYTES_PER_S
+    ram = hold.host_bytes + hold.pinned_bytes + hold.host_transient_bytes
+    return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
 
 
 def _thinned(choices: list[list[Placement]]) -> list[list[Placement]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vramplan.errors import NothingFitsError, UsageError
@@ -13,7 +13,8 @@ from vramplan.planner.candidates import Fixed, Ladder, Refused, Row, rows
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.unlock import unlocks
-from vramplan.strategies.base import QUALITIES, Decode, Placement, Quality
+from vramplan.strategies.base import QUALITIES, Decode, Placement, Quality, Weights
+from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
@@ -28,6 +29,7 @@ class Decision:
 
     placement: Mapping[str, Placement]
     decode: tuple[Decode, ...]
+    weights: Mapping[str, Weights] = field(default_factory=dict)
     demand: Demand
     verdict: Verdict
     reason: str
@@ -36,7 +38,7 @@ class Decision:
     @property
     def quality(self) -> Quality:
         """That of its least faithful setting."""
-        return worst_quality([*self.placement.values(), *self.decode])
+        return worst_quality([*self.weights.values(), *self.placement.values(), *self.decode])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +55,24 @@ class Outcome:
 
 
 Confirm = Callable[[Decision], Decision]
+# One more simulation is made for a plan that would take at most this share of the time.
+_WORTH_A_TRY = 0.99
 # What may be chosen when the user said nothing: the second only where the first has nothing that fits.
 _LAST_RESORT: tuple[Quality, ...] = ("lossless", "near_lossless")
 
 
-def worst_quality(settings: Sequence[Placement | Decode]) -> Quality:
+def worst_quality(settings: Sequence[Weights | Placement | Decode]) -> Quality:
     """The least faithful quality among settings."""
     return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lighter:
+    """The pipeline with something done to its weights: what that is, its components then, and what they need."""
+
+    weights: Mapping[str, Weights]
+    spec: PipelineSpec
+    footprint: Footprint
 
 
 def decide(
@@ -73,8 +86,11 @@ def decide(
     allow: Quality | None = None,
     prefer: Prefer = "speed",
     confirm: Confirm | None = None,
+    lighter: Sequence[Lighter] = (),
 ) -> Outcome:
     """Price every candidate and choose.
+
+    `lighter` are other forms of the pipeline's weights to consider; where `fixed` names weights, the only ones.
 
     With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
     that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
@@ -85,12 +101,21 @@ def decide(
         NothingFitsError: with the deficit of the nearest candidate.
         UsageError: a setting fixed by hand that cannot be.
     """
-    found, refused = rows(spec, workload, fixed, accelerator)
+    stored = Lighter(weights={}, spec=spec, footprint=footprint)
+    found: list[Row] = []
+    refused: list[Refused] = []
+    pricers = []
+    for form in lighter if fixed.weights else (stored, *lighter):
+        ours, not_ours = rows(form.spec, workload, fixed, accelerator)
+        found += [replace(row, weights=form.weights) for row in ours]
+        refused += [item for item in not_ours if item not in refused]
+        pricers.append((form.weights, Pricer(form.spec, workload, form.footprint, accelerator)))
     if not found:
         raise UsageError(_impossible(refused, fixed))
-    chooser = _Chooser(Pricer(spec, workload, footprint, accelerator), budget, prefer)
+    chooser = _Chooser(pricers, budget, prefer)
     pool = [(row, chooser.best(row)) for row in found]
-    for limit in (allow,) if allow else _LAST_RESORT:
+    default = (*_LAST_RESORT, "lossy") if fixed.weights else _LAST_RESORT  # what is set by hand is allowed
+    for limit in (allow,) if allow else default:
         chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
         if chosen is not None:
             others = [_told(item, chosen, limit, prefer) for _, item in pool if item is not chosen]
@@ -104,7 +129,7 @@ def decide(
 class _Chooser:
     """Finds the best candidate of a row within a budget."""
 
-    pricer: Pricer
+    pricers: Sequence[tuple[Mapping[str, Weights], Pricer]]
     budget: Budget
     prefer: Prefer
 
@@ -112,14 +137,16 @@ class _Chooser:
         """The best of the row, within less VRAM than the budget's where that is given."""
         limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
         budget = replace(self.budget, vram_bytes=limit)
-        highest = (self._highest_rung(ladder, row.decode, budget) for ladder in row.ladders)
+        highest = (self._highest_rung(ladder, row, budget) for ladder in row.ladders)
         return min(highest, key=lambda item: (item.deficit_bytes, *_rank(item, self.prefer)))
 
-    def _highest_rung(self, ladder: Ladder, decode: tuple[Decode, ...], budget: Budget) -> Decision:
+    def _highest_rung(self, ladder: Ladder, row: Row, budget: Budget) -> Decision:
         """The last rung within the VRAM; the first one where none is, or where memory is what counts."""
 
+        pricer = next(pricer for weights, pricer in self.pricers if weights == row.weights)
+
         def judged(rung: int) -> Decision:
-            return _judge(ladder[rung], decode, self.pricer(ladder[rung], decode), budget)
+            return _judge(row, ladder[rung], pricer(ladder[rung], row.decode), budget)
 
         low, high = 0, 0 if self.prefer == "memory" else len(ladder) - 1
         while low < high:
@@ -161,13 +188,26 @@ def _first_confirmed(
         found = confirm(item)
         done.append((row, found))
         if found.verdict != "rejected":
-            return found, [*done, *waiting]
+            return _one_more_rung(row, item, found, chooser, confirm), [*done, *waiting]
         if not found.deficit_bytes:
             continue  # it cannot run at all, which says nothing of its neighbours
         priced = item.demand.vram_reserved_bytes
         waiting = [_below(other, priced - 1, chooser) if other[0].decode == row.decode else other for other in waiting]
         smaller = chooser.best(row, priced - found.deficit_bytes)
         waiting += [(row, smaller)] if not smaller.deficit_bytes else []
+
+
+def _one_more_rung(row: Row, priced: Decision, found: Decision, chooser: _Chooser, confirm: Confirm) -> Decision:
+    """A faster one of the row that fits after all, where simulating found less than was priced; else what was found."""
+    spare = priced.demand.vram_reserved_bytes - found.demand.vram_reserved_bytes
+    limit = chooser.budget.vram_bytes
+    if spare <= 0 or limit is None:
+        return found
+    higher = chooser.best(row, limit + spare)
+    if higher.deficit_bytes or higher.demand.seconds_per_call > found.demand.seconds_per_call * _WORTH_A_TRY:
+        return found
+    tried = confirm(higher)
+    return found if tried.verdict == "rejected" else tried
 
 
 def _below(entry: tuple[Row, Decision], vram_bytes: int, chooser: _Chooser) -> tuple[Row, Decision]:
@@ -185,11 +225,12 @@ def _below(entry: tuple[Row, Decision], vram_bytes: int, chooser: _Chooser) -> t
     return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=priced - vram_bytes)
 
 
-def _judge(placement: Mapping[str, Placement], decode: tuple[Decode, ...], demand: Demand, budget: Budget) -> Decision:
+def _judge(row: Row, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
     short = _shortage(demand, budget)
     return Decision(
         placement=placement,
-        decode=decode,
+        decode=row.decode,
+        weights=row.weights,
         demand=demand,
         verdict="rejected" if short else "fits",
         reason=short[1] if short else "",
@@ -220,16 +261,17 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
 
 
 def _rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Lower is better. Times are equal up to their third digit; then less to hide, then memory decides.
+    """Lower is better. Times are equal up to their third digit; then the simpler plan, then less to hide, then memory.
 
     RAM before VRAM: of two that are equally fast the one that offloads less is the simpler.
     """
     demand = decision.demand
     time, vram = float(f"{demand.seconds_per_call:.3g}"), demand.vram_reserved_bytes
     hidden = float(f"{demand.transfer_seconds_per_step:.3g}")
+    offloaded = sum(setting != Resident() for setting in decision.placement.values())
     if prefer == "speed":
-        return time, _index(decision), hidden, demand.ram_bytes, vram
-    return vram or demand.ram_bytes, time, _index(decision), hidden, demand.ram_bytes
+        return time, _index(decision), offloaded, hidden, demand.ram_bytes, vram
+    return vram or demand.ram_bytes, time, _index(decision), offloaded, hidden, demand.ram_bytes
 
 
 def _index(decision: Decision) -> int:

@@ -76,6 +76,8 @@ class Engine:
         value = tensor.value
         made = self.new(shape, target, tensor.block.kind, None if value is None else value.to(kind_of, copy=True))
         self._count_move(here, target, made)
+        if target == here and target.type == "cuda":
+            self.ledger.count_kernel(traffic_bytes=_traffic((tensor,), made))
         return made
 
     def copy(self, tensor: SimTensor) -> SimTensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -120,6 +122,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
         ):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
+        stack.enter_context(_quiet())
         stack.enter_context(_not_deterministic())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay as they are
         stack.enter_context(patch.object(flex, "flex_attention", _flex_attention(engine, flex.flex_attention)))
@@ -189,6 +192,22 @@ def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     return attend
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries warn of is for the real call, which the user makes and sees."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager

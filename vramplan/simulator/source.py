@@ -28,14 +28,20 @@ DEVICE = "cuda:0"
 _ROOM = 1 << 50
 
 
-def simulated_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
-    """The planner's figures for a model. Raises SimulationError where the pipeline cannot be driven."""
+def simulated_footprint(
+    source: Source, workload: Workload, accelerator: Accelerator, weights: Placed = ()
+) -> SimulatedFootprint:
+    """The planner's figures for a model with these settings of weights.
+
+    Raises:
+        SimulationError: the pipeline cannot be driven.
+    """
     spec = source.spec
     vaes = [component.name for component in spec.vaes]
     must_tile = [vae for vae in spec.vaes if vae.tiling is not None and vae.tiling.required]
 
     tiled = [(setting, vaes) for setting in _tilings(must_tile)]
-    plain = source.run(workload, [], tiled, accelerator=accelerator)
+    plain = source.run(workload, weights, tiled, accelerator=accelerator)
 
     return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(source, plain, accelerator))
 
@@ -173,7 +179,7 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
 
     def place(pipe: Any) -> None:
         put_on(pipe, placed, decodes, DEVICE)
-        if not placed:
+        if all(setting.axis == "weights" for setting, _ in placed):
             pipe.to(DEVICE)
 
     return place

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vramplan.strategies.base import Decode, Placement
+from vramplan.strategies.base import Decode, Placement, Weights
 from vramplan.strategies.group_offload import GroupOffload
+from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
 from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
@@ -11,6 +12,7 @@ from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
+WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting,)
 PLACEMENTS: tuple[type[Placement], ...] = (
     Resident,
     ModelCpuOffload,
@@ -19,6 +21,6 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     SequentialCpuOffload,
 )
 DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling)
-REGISTRY: tuple[type[Placement] | type[Decode], ...] = (*PLACEMENTS, *DECODES)
+REGISTRY: tuple[type[Weights] | type[Placement] | type[Decode], ...] = (*WEIGHTS, *PLACEMENTS, *DECODES)
 
-__all__ = ["DECODES", "PLACEMENTS", "REGISTRY", "Decode", "Placement"]
+__all__ = ["DECODES", "PLACEMENTS", "REGISTRY", "WEIGHTS", "Decode", "Placement", "Weights"]

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.workload import Workload
 
+if TYPE_CHECKING:
+    import torch
+
 Quality = Literal["lossless", "near_lossless", "lossy"]
 QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
-Axis = Literal["placement", "decode"]
+Axis = Literal["weights", "placement", "decode"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,34 @@ class Placement(Protocol):
 
 
 @runtime_checkable
+class Weights(Protocol):
+    """How many bytes a component weighs."""
+
+    name: ClassVar[str]
+    axis: ClassVar[Axis]
+    quality: ClassVar[Quality]
+
+    @classmethod
+    def variants(cls, component: Component) -> Iterable[Self]:
+        """The settings worth trying on this component."""
+
+    def refusal(self, component: Component) -> str | None:
+        """Why this setting cannot be, as a sentence; None when it can."""
+
+    def lightened(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A copy of the module under this setting, without its weights."""
+
+    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
+        """Make it so on a live pipeline, through diffusers' own call."""
+
+    def remove(self, pipe: Any, names: Sequence[str]) -> None:
+        """Take it off again, as far as that can be."""
+
+    def code(self, names: Sequence[str], device: str) -> list[str]:
+        """The same as lines of Python on an object called `pipe`."""
+
+
+@runtime_checkable
 class Decode(Protocol):
     """How much of a picture the VAE works on at a time."""
 
@@ -121,8 +152,8 @@ class Decode(Protocol):
         """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
-# Settings with the components each is for, in the order to apply them.
-Placed = Sequence[tuple[Placement, Sequence[str]]]
+# Settings with the components each is for, in the order to apply them: weights first, then placements.
+Placed = Sequence[tuple[Weights | Placement, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
 
 

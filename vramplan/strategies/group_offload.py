@@ -47,7 +47,7 @@ class GroupOffload:
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Streams where a loop repeats the forward; single forwards gain nothing from prefetching."""
+        """What is worth trying: with streams for what is not a VAE, as pinned memory is copied twice as fast."""
         return (setting.complete(component) for setting in cls._variants(component))
 
     @classmethod
@@ -62,6 +62,8 @@ class GroupOffload:
         elif count:
             yield cls(blocks=count)
             yield cls(blocks=1)
+        if component.role not in ("denoiser", "control", "vae"):
+            yield cls(type="leaf", stream=True)
         if count and component.weight_bytes >= _WORTH_A_FILE:
             yield cls(disk=True)
         yield cls(type="leaf")

@@ -40,10 +40,18 @@ class PartialResidency:
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Every number of streamed blocks that saves memory, the smallest amount of memory first."""
-        if component.role in ("denoiser", "control"):
-            for count in range(len(_worth_streaming(component.geometry.units)), _LEAST - 1, -1):
-                yield cls(streamed=count)
+        """Every number of streamed blocks that saves memory, the smallest amount of memory first.
+
+        Where blocks differ in size, streaming more of them may save less: such numbers are left out.
+        """
+        if component.role not in ("denoiser", "control"):
+            return ()
+        sizes, kept = component.geometry.units, list[tuple[int, Self]]()
+        for count in range(_LEAST, len(_worth_streaming(sizes)) + 1):
+            saved = _saved_bytes(sizes, spread(sizes, count))
+            if saved > (kept[-1][0] if kept else 0):
+                kept.append((saved, cls(streamed=count)))
+        return [setting for _, setting in reversed(kept)]
 
     def complete(self, component: Component) -> Self:
         """The setting as it is."""
@@ -76,11 +84,9 @@ class PartialResidency:
         sizes = geometry.units
         chosen = spread(sizes, self.streamed)
         moved = sum(sizes[place] for place in chosen)
-        pairs = (sizes[one] + sizes[two] for one, two in pairwise(chosen))
-        resident = component.weight_bytes - moved
         return Hold(
-            running_bytes=resident + max(pairs, default=moved),
-            idle_bytes=resident,
+            running_bytes=component.weight_bytes - _saved_bytes(sizes, chosen),
+            idle_bytes=component.weight_bytes - moved,
             pinned_bytes=sum(geometry.pinned_units[place] for place in chosen),
             moved_in_bytes=moved,
             overlapped=True,
@@ -131,6 +137,12 @@ def spread(sizes: Sequence[int], count: int) -> list[int]:
     if count > len(worth):
         raise ValueError(f"{count} blocks to stream, but there are {len(worth)}")
     return [worth[(number + 1) * len(worth) // count - 1] for number in range(count)]
+
+
+def _saved_bytes(sizes: Sequence[int], chosen: Sequence[int]) -> int:
+    """What is not on the device while it runs: the streamed blocks but the largest two that follow each other."""
+    moved = sum(sizes[place] for place in chosen)
+    return moved - max((sizes[one] + sizes[two] for one, two in pairwise(chosen)), default=moved)
 
 
 def _worth_streaming(sizes: Sequence[int]) -> list[int]:

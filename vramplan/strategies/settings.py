@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vramplan.errors import UsageError
-from vramplan.strategies import DECODES, PLACEMENTS, Decode, Placement
+from vramplan.strategies import DECODES, PLACEMENTS, WEIGHTS, Decode, Placement, Weights
 
 PLAIN = "plain"
+STORED = "stored"
 
 
-def format_setting(setting: Placement | Decode) -> str:
+def format_setting(setting: Weights | Placement | Decode) -> str:
     """The setting as text, options at their default left out."""
     options = [
         f"{field.name}={_format_value(getattr(setting, field.name))}"
@@ -30,6 +31,13 @@ def parse_placement(text: str) -> Placement:
     return found
 
 
+def parse_weights(text: str) -> Weights:
+    """The setting of weights that text stands for. Raises UsageError: unknown strategy, option or value."""
+    found = _parse(text, {cls.name: cls for cls in WEIGHTS})
+    assert isinstance(found, Weights)
+    return found
+
+
 def parse_decode(text: str) -> Decode:
     """The decode setting that text stands for. Raises UsageError: unknown strategy, option or value."""
     found = _parse(text, {cls.name: cls for cls in DECODES})
@@ -37,15 +45,19 @@ def parse_decode(text: str) -> Decode:
     return found
 
 
-def grouped(placement: Mapping[str, Placement]) -> list[tuple[Placement, list[str]]]:
-    """Equal settings together, with the components of each.
+def grouped(
+    placement: Mapping[str, Placement], weights: Mapping[str, Weights] | None = None
+) -> list[tuple[Weights | Placement, list[str]]]:
+    """Equal settings together, with the components of each, in the order to apply them.
 
-    Hooks come first, residents last: a pipeline with groups skips those in `to`.
+    Weights come first, as hooks hold on to them; then hooks; residents last: a pipeline with groups skips those
+    in `to`.
     """
-    groups: dict[Placement, list[str]] = {}
-    for name, setting in placement.items():
-        groups.setdefault(setting, []).append(name)
-    return sorted(groups.items(), key=lambda item: item[0].name == "resident")
+    groups: dict[Weights | Placement, list[str]] = {}
+    for settings in (weights or {}, placement):
+        for name, setting in settings.items():
+            groups.setdefault(setting, []).append(name)
+    return sorted(groups.items(), key=lambda item: (item[0].axis != "weights", item[0].name == "resident"))
 
 
 def _parse(text: str, known: dict[str, Any]) -> Any:

@@ -1,0 +1,69 @@
+"""Layerwise casting: weights are stored in 8 bits and cast up layer by layer as they run. It rounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from vramplan.pipeline.types import Component
+from vramplan.strategies.base import Axis, Quality
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerwiseCasting:
+    """`component.enable_layerwise_casting(storage_dtype=..., compute_dtype=...)`.
+
+    Which layers stay as they are is for the component's class to say: FLUX.1 keeps 27 % of its weights, Wan 2 %.
+    What was rounded cannot be put back.
+    """
+
+    name: ClassVar[str] = "layerwise_casting"
+    axis: ClassVar[Axis] = "weights"
+    quality: ClassVar[Quality] = "lossy"
+
+    storage: Literal["float8_e4m3fn", "float8_e5m2"] = "float8_e4m3fn"
+
+    @classmethod
+    def variants(cls, component: Component) -> Iterable[Self]:
+        """One setting, for denoisers."""
+        return (cls(),) if component.role in ("denoiser", "control") else ()
+
+    def refusal(self, component: Component) -> str | None:
+        """Only classes of diffusers have it, and only weights of 16 bits or more can be stored in 8."""
+        if component.library != "diffusers":
+            return f"{component.class_name} is no model of diffusers: it has no layerwise casting"
+        if component.element_bytes < 2 or "layerwise_casting" in component.hooks:
+            return f"the weights of {component.class_name} are stored in 8 bits already"
+        return None
+
+    def lightened(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A copy of the module as it is between two forwards, without its weights."""
+        from vramplan.pipeline.build import weightless_copy
+
+        copy = weightless_copy(module)
+        self._cast(copy)
+        return copy
+
+    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
+        """Component by component, before anything is hooked or moved."""
+        for name in names:
+            self._cast(pipe.components[name])
+
+    def remove(self, pipe: Any, names: Sequence[str]) -> None:
+        """Nothing can be put back: diffusers refuses to (0.42, `LayerwiseCastingHook.deinitalize_hook`)."""
+
+    def code(self, names: Sequence[str], device: str) -> list[str]:
+        """One line for each component."""
+        return [
+            f"pipe.{name}.enable_layerwise_casting(storage_dtype=torch.{self.storage}, compute_dtype=pipe.{name}.dtype)"
+            for name in names
+        ]
+
+    def _cast(self, module: Any) -> None:
+        import torch
+
+        module.enable_layerwise_casting(storage_dtype=getattr(torch, self.storage), compute_dtype=module.dtype)
