@@ -28,7 +28,7 @@ from vramplan.hardware.types import Accelerator, Budget
 from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.candidates import Fixed, rows
-from vramplan.planner.decide import Confirm, Decision, _rank, decide
+from vramplan.planner.decide import Confirm, Decision, decide, rank
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planning import confirmed
 from vramplan.profiles import device_accelerator, load_device_profile, pipeline_names
@@ -151,7 +151,7 @@ def subject_of(name: str, accelerator: Accelerator) -> Subject:
 
 def ranked(candidate: Candidate) -> Ranked:
     decision = candidate.decision
-    return Ranked(candidate=candidate, quality=QUALITIES.index(decision.quality), rank=tuple(_rank(decision, "speed")))
+    return Ranked(candidate=candidate, quality=QUALITIES.index(decision.quality), rank=tuple(rank(decision, "speed")))
 
 
 def _tile(decode: Decodes) -> int:

@@ -77,6 +77,7 @@ class OneAtATime:
     """
 
     name = "one_at_a_time"
+    axis = "placement"
 
     swapped: tuple[str, ...] = ()
     streamed: tuple[tuple[str, int], ...] = ()

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from planner.specs import GIB, MIB, WORK, budget, card, component, pipeline, text_to_image
+from planner.specs import GIB, MIB, WORK, budget, card, component, geometry, pipeline, text_to_image
 
 from vramplan.errors import NothingFitsError
 from vramplan.pipeline.bundled import spec_from_profile
-from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.candidates import Fixed, parse_fixed
-from vramplan.planner.decide import Outcome, decide, worst_quality
-from vramplan.planner.footprint import AssumedFootprint
+from vramplan.pipeline.types import PipelineSpec, Use
+from vramplan.planner.candidates import Fixed, parse_fixed, rows
+from vramplan.planner.decide import Decision, Outcome, decide, worst_quality
+from vramplan.planner.demand import Pricer
+from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.profiles import load_pipeline_profile, pipeline_names
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
@@ -161,6 +162,89 @@ class TestAnyPipeline:
         assert demand.vram_reserved_bytes == demand.vram_allocated_bytes == demand.pinned_bytes == 0
         assert demand.ram_bytes > spec.weight_bytes
         assert set(outcome.chosen.placement.values()) == {Resident()}
+
+    @QUICK
+    @given(specs(), WORKS, VRAM, st.integers(1, 128), st.integers(1, 128))
+    def test_more_ram_never_makes_the_plan_slower(self, spec, work, vram, one, other) -> None:
+        less, more = sorted((one, other))
+        try:
+            small = choose(spec, vram, work=work, ram=less * GIB, allow="near_lossless").chosen.demand
+        except NothingFitsError:
+            return
+        large = choose(spec, vram, work=work, ram=more * GIB, allow="near_lossless").chosen.demand
+        assert large.seconds_per_call <= small.seconds_per_call * 1.01
+
+    @QUICK
+    @given(specs(), WORKS, VRAM)
+    def test_no_candidate_is_told_twice(self, spec, work, vram) -> None:
+        try:
+            outcome = choose(spec, vram, work=work)
+        except NothingFitsError:
+            return
+        told = [(sorted(item.placement.items()), item.decode, dict(item.weights)) for item in outcome.decisions]
+        assert all(told.count(item) == 1 for item in told)
+
+    @QUICK
+    @given(specs(), WORKS, VRAM, st.randoms(use_true_random=False))
+    def test_the_order_of_components_does_not_matter(self, spec, work, vram, random) -> None:
+        shuffled = list(spec.components)
+        random.shuffle(shuffled)
+        other = replace(spec, components=tuple(shuffled))
+        try:
+            chosen = choose(spec, vram, work=work).chosen
+        except NothingFitsError:
+            with pytest.raises(NothingFitsError):
+                choose(other, vram, work=work)
+            return
+        again = choose(other, vram, work=work).chosen
+        assert again.decode == chosen.decode
+        assert replace(again.demand, phases=()) == replace(chosen.demand, phases=())
+        assert dict(again.placement) == dict(chosen.placement)
+
+    @QUICK
+    @given(specs(), WORKS, VRAM, st.data())
+    def test_lighter_weights_never_ask_for_more(self, spec, work, vram, data) -> None:
+        part = data.draw(st.sampled_from(spec.components))
+        blocks = len(part.geometry.blocks)
+        smaller = replace(
+            part, weight_bytes=part.weight_bytes // 2, geometry=geometry(part.weight_bytes // 2, blocks=blocks)
+        )
+        light = replace(spec, components=tuple(smaller if c is part else c for c in spec.components))
+        footprint = AssumedFootprint(spec=spec, workload=work)
+        heavy_price, light_price = (Pricer(s, work, footprint, card(vram)) for s in (spec, light))
+        for row in rows(spec, work, Fixed(), card(vram))[0][:6]:
+            placement = data.draw(st.sampled_from(row.placements))
+            before, after = heavy_price(placement, row.decode), light_price(placement, row.decode)
+            assert after.vram_reserved_bytes <= before.vram_reserved_bytes
+            assert after.ram_bytes <= before.ram_bytes
+            assert after.seconds_per_call <= before.seconds_per_call * 1.001
+
+    @QUICK
+    @given(specs(), WORKS, VRAM)
+    def test_a_confirmation_that_fails_gives_way_to_less(self, spec, work, vram) -> None:
+        """What is confirmed to be short is never chosen, and what is chosen was confirmed."""
+        footprint = Simulated(spec=spec, workload=work)
+        asked = []
+
+        def confirm(item: Decision) -> Decision:
+            asked.append(item)
+            short = item.demand.vram_reserved_bytes + GIB // 4 - vram
+            return replace(item, verdict="rejected", deficit_bytes=short, reason="no") if short > 0 else item
+
+        try:
+            chosen = choose(spec, vram, work=work, footprint=footprint, confirm=confirm).chosen
+        except NothingFitsError:
+            return
+        assert chosen.demand.vram_reserved_bytes + GIB // 4 <= vram
+        assert any(item.placement == chosen.placement and item.decode == chosen.decode for item in asked)
+        assert len({(tuple(sorted(i.placement.items(), key=str)), i.decode) for i in asked}) == len(asked)
+
+
+class Simulated(AssumedFootprint):
+    """The same figures, called simulated: worth confirming."""
+
+    def activation(self, use: Use, decode: Any) -> Estimate:
+        return replace(super().activation(use, decode), basis="simulated")
 
 
 class TestQuality:

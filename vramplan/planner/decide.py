@@ -119,7 +119,7 @@ def decide(
         chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
         if chosen is not None:
             others = [_told(item, chosen, limit, prefer) for _, item in pool if item is not chosen]
-            others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, _rank(item, prefer)))
+            others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
             told = _choose(chosen, others, lambda demand: unlocks(demand, budget, workload, accelerator))
             return Outcome(decisions=(told, *others), refused=tuple(refused))
     raise NothingFitsError(_nothing_fits([item for _, item in pool], allow))
@@ -138,7 +138,7 @@ class _Chooser:
         limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
         budget = replace(self.budget, vram_bytes=limit)
         highest = (self._highest_rung(ladder, row, budget) for ladder in row.ladders)
-        return min(highest, key=lambda item: (item.deficit_bytes, *_rank(item, self.prefer)))
+        return min(highest, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
 
     def _highest_rung(self, ladder: Ladder, row: Row, budget: Budget) -> Decision:
         """The last rung within the VRAM; the first one where none is, or where memory is what counts."""
@@ -181,7 +181,7 @@ def _first_confirmed(
         able = [entry for entry in waiting if entry[1].verdict == "fits" and _index(entry[1]) <= _index_of(limit)]
         if not able:
             return None, [*done, *waiting]
-        row, item = entry = min(able, key=lambda entry: _rank(entry[1], chooser.prefer))
+        row, item = entry = min(able, key=lambda entry: rank(entry[1], chooser.prefer))
         if confirm is None or item.demand.basis in ("assumed", "derived"):
             return item, [*done, *waiting]
         waiting.remove(entry)
@@ -260,7 +260,7 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
     )
 
 
-def _rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
+def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     """Lower is better. Times are equal up to their third digit; then the simpler plan, then less to hide, then memory.
 
     RAM before VRAM: of two that are equally fast the one that offloads less is the simpler.
