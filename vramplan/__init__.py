@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vramplan.hardware import Hardware, detect
     from vramplan.planfile import Plan, dump_plan, load_plan
     from vramplan.planning import plan
+    from vramplan.recover import recovering_call
     from vramplan.simulating import simulate
     from vramplan.simulator.types import Simulation
     from vramplan.workload import Workload
@@ -34,6 +35,7 @@ _HOMES = {
     "dump_plan": "vramplan.planfile",
     "load_plan": "vramplan.planfile",
     "plan": "vramplan.planning",
+    "recovering_call": "vramplan.recover",
     "simulate": "vramplan.simulating",
     "Simulation": "vramplan.simulator.types",
     "Workload": "vramplan.workload",
@@ -56,6 +58,7 @@ __all__ = [
     "dump_plan",
     "load_plan",
     "plan",
+    "recovering_call",
     "simulate",
 ]
 

@@ -211,6 +211,12 @@ def explain(plan_file: str, form: str, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the picture or video to this file.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights. Only from people you trust.")
+@click.option(
+    "--recover/--no-recover",
+    default=True,
+    show_default=True,
+    help="Where memory runs out, make the call again under a smaller plan.",
+)
 @_pass_told
 def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""

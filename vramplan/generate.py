@@ -26,15 +26,19 @@ def run_plan(
     seed: int = 0,
     output: str | None = None,
     allow_pickle: bool = False,
+    recover: bool = True,
     say: Callable[[str], None] = print,
 ) -> str:
     """Load, apply, generate when there is a prompt; the report of what was done and what it took.
+
+    With `recover` a call that runs out of memory is made again under a smaller plan.
 
     Raises:
         VramplanError: the pipeline cannot be loaded or the result not written.
         MismatchError: the plan is for another pipeline or device.
     """
-    from vramplan.apply import apply_plan
+    from vramplan.apply import applied_to, apply_plan
+    from vramplan.recover import recovering_call
     from vramplan.report import measured_text
     from vramplan.verify import current_rss_bytes, measured
 
@@ -48,12 +52,14 @@ def run_plan(
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")
+    arguments = call_arguments(pipe, plan, prompt, negative_prompt, seed)
     with measured(applied.device) as took:
-        result = pipe(**call_arguments(pipe, plan, prompt, negative_prompt, seed))
+        result = recovering_call(pipe, arguments, say=say) if recover else pipe(**arguments)
     took.ram_bytes -= before
     if output:
         lines += [f"wrote {path}" for path in write_result(result, Path(output))]
-    return "\n".join([*lines, "", measured_text(plan, took)])
+    last = applied_to(pipe) or applied
+    return "\n".join([*lines, "", measured_text(last.plan, took)])
 
 
 def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> Any:

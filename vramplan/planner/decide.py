@@ -320,6 +320,6 @@ def _with(item: Decision, verdict: Verdict, reason: str) -> Decision:
 
 def _nothing_fits(decisions: Sequence[Decision], allow: Quality | None) -> str:
     nearest = min(decisions, key=lambda item: item.deficit_bytes)
-    if nearest.deficit_bytes:
+    if nearest.verdict == "rejected":
         return f"nothing fits; the nearest candidate: {nearest.reason}"
     return f"nothing {(allow or 'lossless').replace('_', ' ')} fits; --allow {nearest.quality} would"

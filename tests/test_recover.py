@@ -1,0 +1,156 @@
+"""A call that runs out of memory is made again under a smaller plan, and nothing of it is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from calls import call_kwargs, output_tensor
+from make_pipeline import build
+
+import vramplan
+from vramplan.apply import applied_to
+from vramplan.errors import NothingFitsError, VramplanError
+from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.recover import recovering_call
+from vramplan.simulator.tensor import SimTensor
+from vramplan.units import GIB
+
+CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
+MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
+SIZE = {"height": 64, "width": 64}
+
+
+def planned(kind: str = "flux-small") -> tuple[Any, Any]:
+    pipe = build(kind)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, vramplan.plan(pipe, device=MACHINE, **SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands in for the card, and has no streams."""
+    monkeypatch.setattr(Accelerator, "has_streams", property(lambda self: False))
+
+
+def fails(module: Any, times: int, monkeypatch: pytest.MonkeyPatch, method: str = "forward") -> list[int]:
+    """Let a module's method run out of memory so many times; the list counts its calls."""
+    calls = [0]
+    real = getattr(type(module), method)
+
+    def sometimes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(next(self.parameters()), SimTensor):
+            return real(self, *args, **kwargs)  # planning anew simulates the call
+        calls[0] += 1
+        if calls[0] <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB\nmore text")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(module), method, sometimes)
+    return calls
+
+
+def test_denoising_that_runs_out_is_made_again_with_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plan = planned()
+    plain = output_tensor(pipe(**call_kwargs("flux-small")))
+    vramplan.apply_plan(pipe, plan, device="cpu")
+    fails(pipe.transformer, 1, monkeypatch)
+    told: list[str] = []
+    result = recovering_call(pipe, call_kwargs("flux-small"), say=told.append)
+    assert torch.equal(output_tensor(result), plain)
+    assert [line.split(" (")[0] for line in told[::2]] == ["out of memory"]
+    assert "Tried to allocate 1.00 GiB); again within" in told[0]
+    assert "more text" not in told[0]
+    assert all(line.startswith("now ") for line in told[1::2])
+    last = applied_to(pipe)
+    assert last is not None
+    assert last.plan.projected.vram_reserved_bytes <= plan.projected.vram_reserved_bytes * 0.9
+    last.undo()
+    assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), plain)
+
+
+def test_a_decode_that_runs_out_keeps_the_denoising(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plan = planned()
+    vramplan.apply_plan(pipe, plan, device="cpu")
+    decodes = fails(pipe.vae.decoder, 1, monkeypatch)
+    steps = fails(pipe.transformer, 0, monkeypatch)
+    told: list[str] = []
+    result = recovering_call(pipe, call_kwargs("flux-small"), say=told.append)
+    assert output_tensor(result).shape[-2:] == (64, 64)
+    assert steps[0] == call_kwargs("flux-small")["num_inference_steps"]  # once, not twice
+    assert decodes[0] > 1
+    assert told == ["out of memory while decoding; the same latents again with vae_slicing"]
+    assert "decode" not in vars(pipe.vae)
+    applied = applied_to(pipe)
+    assert applied is not None
+    assert applied.plan == plan
+    applied.undo()
+    assert not pipe.vae.use_slicing
+
+
+def test_a_decode_goes_down_to_the_smallest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plan = planned()
+    vramplan.apply_plan(pipe, plan, device="cpu")
+    fails(pipe.vae.decoder, 2, monkeypatch)
+    told: list[str] = []
+    recovering_call(pipe, call_kwargs("flux-small"), say=told.append)
+    assert [line.rpartition("with ")[2].partition(":")[0] for line in told] == ["vae_slicing", "vae_tiling"]
+    assert pipe.vae.use_tiling
+
+
+def test_at_the_bottom_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plan = planned()
+    plain = output_tensor(pipe(**call_kwargs("flux-small")))
+    vramplan.apply_plan(pipe, plan, device="cpu")
+    with monkeypatch.context() as patched:
+        fails(pipe.transformer, 1000, patched)
+        with pytest.raises(NothingFitsError, match=r"nothing fits; the nearest candidate"):
+            recovering_call(pipe, call_kwargs("flux-small"), say=lambda line: None)
+    applied = applied_to(pipe)
+    if applied is not None:
+        applied.undo()
+    assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), plain)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("some other thing"), KeyboardInterrupt()])
+def test_other_errors_are_none_of_its_business(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plan = planned()
+    vramplan.apply_plan(pipe, plan, device="cpu")
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", broken)
+    with pytest.raises(type(error)):
+        recovering_call(pipe, call_kwargs("flux-small"))
+    applied = applied_to(pipe)
+    assert applied is not None
+    assert applied.plan == plan
+    assert "decode" not in vars(pipe.vae)
+
+
+def test_metal_says_it_in_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plan = planned()
+    vramplan.apply_plan(pipe, plan, device="cpu")
+    real: Callable[..., Any] = type(pipe.transformer).forward
+    calls = [0]
+
+    def once(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(next(self.parameters()), SimTensor):
+            return real(self, *args, **kwargs)
+        calls[0] += 1
+        if calls[0] == 1:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", once)
+    told: list[str] = []
+    recovering_call(pipe, call_kwargs("flux-small"), say=told.append)
+    assert told[0].startswith("out of memory (MPS backend")
+
+
+def test_a_pipeline_without_a_plan_is_refused() -> None:
+    with pytest.raises(VramplanError, match="has applied no plan"):
+        recovering_call(build("sd15-small"), {})

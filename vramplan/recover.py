@@ -1,0 +1,156 @@
+"""Out of memory in the middle of a call: step down to a smaller plan and make the call again.
+
+A decode that runs out is made again in smaller pieces where it stands: the denoising before it is not lost. Anything
+else starts the call anew, with the generators as they were, under the fastest plan for less memory.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+from vramplan.apply import applied_to, apply_plan
+from vramplan.errors import NothingFitsError, VramplanError
+from vramplan.hardware.types import Hardware
+from vramplan.pipeline.component import describe_component
+from vramplan.planfile import Plan
+from vramplan.planned import vae_names
+from vramplan.planning import plan as make_plan
+from vramplan.strategies import DECODES
+from vramplan.strategies.base import Decode
+from vramplan.strategies.settings import format_setting
+from vramplan.units import format_bytes
+from vramplan.workload import Workload
+
+# What a plan that ran out is cut by, each time.
+_STEP = 0.9
+_MOST_STEPS = 5
+
+Say = Callable[[str], None]
+
+
+def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print) -> Any:
+    """`pipe(**arguments)` under the plan that is applied to it, and under smaller ones where memory runs out.
+
+    Each step down is told. The last plan stays applied.
+
+    Raises:
+        NothingFitsError: no smaller plan is left; the message says what the smallest one needs.
+        VramplanError: vramplan has applied nothing to this pipeline, or what cannot be taken off again.
+    """
+    applied = applied_to(pipe)
+    if applied is None:
+        raise VramplanError("vramplan has applied no plan to this pipeline: there is nothing to step down from")
+    first, device = applied.plan, applied.device
+    limit = first.projected.vram_reserved_bytes
+    states = [(generator, generator.get_state()) for generator in _generators(arguments)]
+    for step in range(_MOST_STEPS + 1):
+        try:
+            with _decodes_again(pipe, first.workload, vae_names(first), say):
+                return pipe(**arguments)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).split("\n")[0]
+        if step == _MOST_STEPS:
+            break
+        limit = int(limit * _STEP)
+        say(f"out of memory ({reason}); again within {format_bytes(limit)}")
+        applied.undo()
+        _give_memory_back()
+        smaller = _smaller(pipe, first, limit)
+        applied = apply_plan(pipe, smaller, device=device)
+        say(f"now {_settings(smaller)}")
+        for generator, state in states:
+            generator.set_state(state)
+    tried = f"{_MOST_STEPS + 1} plans, the last within {format_bytes(limit)}"
+    raise NothingFitsError(f"out of memory under {tried}: {reason}")
+
+
+def _smaller(pipe: Any, plan: Plan, vram_bytes: int) -> Plan:
+    """The fastest plan within less memory, for the machine, workload and quality of the first one."""
+    machine = plan.machine
+    hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
+    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
+    return make_plan(
+        pipe,
+        device=hardware,
+        vram=str(vram_bytes),
+        ram=str(machine.budget.ram_bytes),
+        allow="lossy" if plan.quality == "lossy" else None,
+        **workload,
+    )
+
+
+def _settings(plan: Plan) -> str:
+    from vramplan.report import settings_text
+
+    return settings_text(plan.settings)
+
+
+@contextmanager
+def _decodes_again(pipe: Any, workload: Workload, names: list[str], say: Say) -> Iterator[None]:
+    """While entered, a VAE that runs out of memory decodes the same latents again, in smaller and smaller pieces."""
+    with ExitStack() as stack:
+        for name in names:
+            vae = pipe.components.get(name)
+            if vae is not None and hasattr(vae, "decode"):
+                stack.callback(vae.__dict__.pop, "decode", None)
+                vae.__dict__["decode"] = _patient(pipe, name, vae.decode, workload, say)
+        yield
+
+
+def _patient(pipe: Any, name: str, decode: Callable[..., Any], workload: Workload, say: Say) -> Callable[..., Any]:
+    def again(*args: Any, **kwargs: Any) -> Any:
+        pieces = iter(_pieces(pipe.components[name], name, workload))
+        while True:
+            try:
+                return decode(*args, **kwargs)
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                setting = next(pieces, None)
+                if setting is None:
+                    raise
+            _give_memory_back()
+            say(f"out of memory while decoding; the same latents again with {format_setting(setting)}")
+            setting.apply(pipe, [name])
+
+    return again
+
+
+def _pieces(vae: Any, name: str, workload: Workload) -> Iterator[Decode]:
+    """Every way of decoding less at once, the largest pieces first."""
+    component = describe_component(name, vae)
+    settings = chain.from_iterable(cls.variants(component, workload) for cls in DECODES)
+    return (setting for setting in settings if setting.refusal(component, workload) is None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA, ROCm and XPU raise OutOfMemoryError; Metal a RuntimeError that says so."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "backend out of memory" in str(error)
+    )
+
+
+def _give_memory_back() -> None:
+    """What the failed call held, and what the allocator keeps of it."""
+    import torch
+
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+
+
+def _generators(arguments: Mapping[str, Any]) -> list[Any]:
+    import torch
+
+    given = arguments.get("generator")
+    listed = given if isinstance(given, list | tuple) else [given]
+    return [item for item in listed if isinstance(item, torch.Generator)]
