@@ -381,6 +381,7 @@ def fits_now(plan: Plan) -> tuple[bool, str]:
     sentence = fits_sentence(plan.projected, budget)
     short_vram = (budget.vram_bytes or 0) < plan.projected.vram_reserved_bytes
     short_ram = budget.ram_bytes < plan.projected.ram_bytes
-    if short_vram or short_ram:
+    short_disk = budget.disk_bytes is not None and budget.disk_bytes < plan.projected.disk_bytes
+    if short_vram or short_ram or short_disk:
         return False, f"the plan no longer fits: it {sentence}; make it again"
     return True, f"the plan fits: it {sentence}"

@@ -56,6 +56,9 @@ def test_what_is_on_the_device_is_what_was_priced(kind: str) -> None:
         assert saved == pytest.approx(part.weight_bytes - hold.running_bytes, rel=0.35, abs=2048)
         assert 0 < result.pinned_peak_bytes <= hold.pinned_bytes * 1.01
         assert use_flops(result) == use_flops(resident)
+        low, _ = simulated(pipe, kind, name, f"partial_residency:streamed={streamed},low_cpu_mem_usage=true")
+        assert low.peak_reserved_bytes == result.peak_reserved_bytes
+        assert low.pinned_peak_bytes < result.pinned_peak_bytes
 
 
 def use_flops(result: Any) -> dict[tuple[str, str], float]:
@@ -98,7 +101,11 @@ def test_streamed_blocks_are_spread_evenly(sizes: list[int], data: Any) -> None:
 @given(st.integers(3, 60), st.data())
 def test_fewer_streamed_blocks_take_more_memory_and_move_less(blocks: int, data: Any) -> None:
     part = component("transformer", blocks=blocks)
-    holds = [setting.hold(part, SPEC) for setting in PartialResidency.variants(part)]
+    low = data.draw(st.booleans())
+    rungs = [setting for setting in PartialResidency.variants(part) if setting.low_cpu_mem_usage is low]
+    assert len({setting.ladder for setting in rungs}) == 1
+    holds = [setting.hold(part, SPEC) for setting in rungs]
+    assert all((hold.pinned_bytes == 0) is low for hold in holds)
     assert [hold.running_bytes for hold in holds] == sorted(hold.running_bytes for hold in holds)
     assert [hold.moved_in_bytes for hold in holds] == sorted((hold.moved_in_bytes for hold in holds), reverse=True)
     assert all(hold.idle_bytes < hold.running_bytes <= part.weight_bytes for hold in holds)

@@ -221,7 +221,7 @@ def _ladders(settings: Sequence[Placement]) -> list[list[Placement]]:
     """Settings that follow each other on one ladder together, each other one by itself."""
     found: list[list[Placement]] = []
     for setting in settings:
-        if setting.ladder and found and type(found[-1][0]) is type(setting):
+        if setting.ladder and found and found[-1][0].ladder == setting.ladder:
             found[-1].append(setting)
         else:
             found.append([setting])

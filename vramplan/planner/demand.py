@@ -203,10 +203,14 @@ def _weakest(needs: Mapping[Use, _Need]) -> Basis:
 
 def fits_sentence(demand: Demand, budget: Budget) -> str:
     """How near the limit the demand is: `needs 9.80 GiB of 11.20 GiB VRAM and 15.00 GiB of 40.00 GiB RAM`."""
-    ram = f"{format_bytes(demand.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"
-    if budget.vram_bytes is None:
-        return f"needs {ram}"
-    return f"needs {format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM and {ram}"
+    parts = [f"{format_bytes(demand.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"]
+    if budget.vram_bytes is not None:
+        vram = f"{format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM"
+        parts.insert(0, vram)
+    if demand.disk_bytes:
+        free = "" if budget.disk_bytes is None else f" of {format_bytes(budget.disk_bytes)}"
+        parts.append(f"{format_bytes(demand.disk_bytes)}{free} disk")
+    return f"needs {' and '.join([', '.join(parts[:-1]), parts[-1]] if parts[1:] else parts)}"
 
 
 class _Need:

@@ -74,11 +74,14 @@ class Placement(Protocol):
     axis: ClassVar[Axis]
     quality: ClassVar[Quality]
     whole_pipeline: ClassVar[bool]
-    ladder: ClassVar[bool]
+
+    @property
+    def ladder(self) -> str:
+        """The ladder that this is a rung of: each takes more memory and less time. Empty for a setting by itself."""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """The settings worth trying on this component; on a `ladder` each takes more memory and less time."""
+        """The settings worth trying on this component, the rungs of a ladder from the lowest to the highest."""
 
     def complete(self, component: Component) -> Self:
         """The setting with what the component alone can tell filled in."""
@@ -180,7 +183,11 @@ class WithoutOptions:
     """What a placement without options has in common with others: one variant, and nothing to fill in."""
 
     __slots__ = ()
-    ladder: ClassVar[bool] = False
+
+    @property
+    def ladder(self) -> str:
+        """None."""
+        return ""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:

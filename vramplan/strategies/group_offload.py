@@ -17,7 +17,7 @@ from vramplan.units import GIB
 
 # Pinning on the fly instead of once: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s
 # by leaf, for five forwards of the FLUX.1 transformer (diffusers pull request 11106).
-_LOW_CPU_MEM_RATE = {"block": 9.75 / 38.1, "leaf": 9.48 / 13.7}
+LOW_CPU_MEM_RATE = {"block": 9.75 / 38.1, "leaf": 9.48 / 13.7}
 # Smaller components stay in memory: a file would save little of it.
 _WORTH_A_FILE = 1 * GIB
 
@@ -35,7 +35,6 @@ class GroupOffload:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
-    ladder: ClassVar[bool] = False
 
     type: Literal["block", "leaf"] = "block"
     blocks: int = 1
@@ -44,6 +43,11 @@ class GroupOffload:
     low_cpu_mem_usage: bool = False
     disk: bool = False
     within: str = ""
+
+    @property
+    def ladder(self) -> str:
+        """None."""
+        return ""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
@@ -173,7 +177,7 @@ class GroupOffload:
     def _rate(self) -> float:
         if not self.stream:
             return PAGEABLE_RATE
-        return _LOW_CPU_MEM_RATE[self.type] if self.low_cpu_mem_usage else 1.0
+        return LOW_CPU_MEM_RATE[self.type] if self.low_cpu_mem_usage else 1.0
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Component by component: the pipeline's own call would hook its VAE too."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal, remove_group_hooks
+from vramplan.strategies.group_offload import LOW_CPU_MEM_RATE
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,8 @@ _LEAST = 3
 class PartialResidency:
     """`streamed` of the component's blocks come to the device while they run, the rest of it stays there.
 
-    Large blocks count by the pieces they consist of (`Geometry.units`).
+    Large blocks count by the pieces they consist of (`Geometry.units`). With `low_cpu_mem_usage` they are pinned on
+    the fly, which is slower and takes less RAM: pinned copies are rounded up to powers of two.
     diffusers has groups of all blocks or of none (0.42, `apply_group_offloading`); this puts its own hooks and
     groups, with streams and prefetching, on the streamed blocks alone. They are spread evenly, so that each is
     copied while those before it run.
@@ -34,9 +36,14 @@ class PartialResidency:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
-    ladder: ClassVar[bool] = True
 
     streamed: int = 0
+    low_cpu_mem_usage: bool = False
+
+    @property
+    def ladder(self) -> str:
+        """One with pinned copies, and one that pins on the fly."""
+        return f"{self.name} {self.low_cpu_mem_usage}"
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
@@ -46,12 +53,13 @@ class PartialResidency:
         """
         if component.role not in ("denoiser", "control"):
             return ()
-        sizes, kept = component.geometry.units, list[tuple[int, Self]]()
+        sizes, kept = component.geometry.units, list[tuple[int, int]]()
         for count in range(_LEAST, len(_worth_streaming(sizes)) + 1):
             saved = _saved_bytes(sizes, spread(sizes, count))
             if saved > (kept[-1][0] if kept else 0):
-                kept.append((saved, cls(streamed=count)))
-        return [setting for _, setting in reversed(kept)]
+                kept.append((saved, count))
+        counts = [count for _, count in reversed(kept)]
+        return [cls(streamed=count, low_cpu_mem_usage=low) for low in (False, True) for count in counts]
 
     def complete(self, component: Component) -> Self:
         """The setting as it is."""
@@ -87,16 +95,20 @@ class PartialResidency:
         return Hold(
             running_bytes=component.weight_bytes - _saved_bytes(sizes, chosen),
             idle_bytes=component.weight_bytes - moved,
-            pinned_bytes=sum(geometry.pinned_units[place] for place in chosen),
+            host_bytes=moved if self.low_cpu_mem_usage else 0,
+            pinned_bytes=0 if self.low_cpu_mem_usage else sum(geometry.pinned_units[place] for place in chosen),
             moved_in_bytes=moved,
             overlapped=True,
             pauses=self.streamed,
+            rate=LOW_CPU_MEM_RATE["block"] if self.low_cpu_mem_usage else 1.0,
         )
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Component by component, with diffusers' hooks."""
         for name in names:
-            apply_partial_residency(pipe.components[name], device, self.streamed)
+            apply_partial_residency(
+                pipe.components[name], device, self.streamed, low_cpu_mem_usage=self.low_cpu_mem_usage
+            )
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
         """Take diffusers' hooks off."""
@@ -104,14 +116,17 @@ class PartialResidency:
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
-        calls = [f'apply_partial_residency(pipe.{name}, "{device}", streamed={self.streamed})' for name in names]
+        options = f"streamed={self.streamed}" + (", low_cpu_mem_usage=True" if self.low_cpu_mem_usage else "")
+        calls = [f'apply_partial_residency(pipe.{name}, "{device}", {options})' for name in names]
         return [f"from {__name__} import apply_partial_residency", *calls]
 
 
-def apply_partial_residency(module: torch.nn.Module, device: str, streamed: int) -> None:
+def apply_partial_residency(
+    module: torch.nn.Module, device: str, streamed: int, *, low_cpu_mem_usage: bool = False
+) -> None:
     """Stream `streamed` of the module's blocks to the device as they run, and move all the rest of it there.
 
-    On the CPU the same hooks run without a stream.
+    With `low_cpu_mem_usage` they are pinned on the fly instead of once. On the CPU the same hooks run without a stream.
 
     Raises:
         ValueError: more blocks than the module has.
@@ -123,7 +138,7 @@ def apply_partial_residency(module: torch.nn.Module, device: str, streamed: int)
     blocks = units_of(module)
     chosen = [blocks[place] for place in spread([module_bytes(block) for block in blocks], streamed)]
     target = torch.device(device)
-    _hook(module, chosen, target)
+    _hook(module, chosen, target, low_cpu_mem_usage)
     _move_all_but(module, {id(block) for block in chosen}, target)
 
 
@@ -150,7 +165,7 @@ def _worth_streaming(sizes: Sequence[int]) -> list[int]:
     return [place for place, size in enumerate(sizes) if size >= least and size]
 
 
-def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: torch.device) -> None:
+def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: torch.device, low: bool) -> None:
     """diffusers' hooks on the chosen blocks, and on the module one that finds their order and prefetches."""
     import torch
     from diffusers.hooks import HookRegistry, group_offloading
@@ -163,7 +178,7 @@ def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: to
         offload_type=group_offloading.GroupOffloadingType.BLOCK_LEVEL,
         non_blocking=False,
         record_stream=False,
-        low_cpu_mem_usage=False,
+        low_cpu_mem_usage=low,
         num_blocks_per_group=1,
         stream=stream,
         exclude_kwargs=getattr(module, "_skip_keys", None),
@@ -177,6 +192,7 @@ def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: to
             offload_leader=leader,
             onload_leader=leader,
             stream=side,
+            low_cpu_mem_usage=low,
         )
         registry = HookRegistry.check_if_exists_or_initialize(leader)
         registry.register_hook(group_offloading.GroupOffloadingHook(group, config=config), "group_offloading")
