@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
@@ -207,7 +208,9 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
         return usable
 
     companions = [component for component in spec.components if component not in heads]
-    by_companion = _thinned([_undominated(component, spec, options(component)) for component in companions])
+    by_companion = _thinned(
+        [(component, _undominated(component, spec, options(component))) for component in companions]
+    )
     per_head = {component.name: options(component) for component in heads}
     names = [component.name for component in companions]
     for leading in _ladders(per_head[heads[0].name]):
@@ -271,14 +274,14 @@ def _costs(hold: Hold) -> tuple[float, ...]:
     return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
 
 
-def _thinned(choices: list[list[Placement]]) -> list[list[Placement]]:
-    """At most so many mixes: with many companions each keeps only its first and its smallest choice."""
-    total = 1
-    for options in choices:
-        total *= len(options)
-    if total <= _MOST_COMPANION_CHOICES:
-        return choices
-    return [options[:1] + options[-1:] if len(options) > 1 else options for options in choices]
+def _thinned(choices: Sequence[tuple[Component, list[Placement]]]) -> list[list[Placement]]:
+    """At most so many mixes: the lightest companions keep only their first and their smallest choice, where needed."""
+    kept = [options for _, options in choices]
+    for place in sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes):
+        if prod(map(len, kept)) <= _MOST_COMPANION_CHOICES:
+            break
+        kept[place] = kept[place][:1] + kept[place][-1:] if len(kept[place]) > 1 else kept[place]
+    return kept
 
 
 def _decodes(

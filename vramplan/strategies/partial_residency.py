@@ -49,16 +49,21 @@ class PartialResidency:
     def variants(cls, component: Component) -> Iterable[Self]:
         """Every number of streamed blocks that saves memory, the smallest amount of memory first.
 
-        Where blocks differ in size, streaming more of them may save less: such numbers are left out.
+        Where blocks differ in size, streaming more of them may save less, or move more for the same: such numbers are
+        left out.
         """
         if component.role not in ("denoiser", "control"):
             return ()
-        sizes, kept = component.geometry.units, list[tuple[int, int]]()
+        sizes = component.geometry.units
+        found = []
         for count in range(_LEAST, len(_worth_streaming(sizes)) + 1):
-            saved = _saved_bytes(sizes, spread(sizes, count))
-            if saved > (kept[-1][0] if kept else 0):
-                kept.append((saved, count))
-        counts = [count for _, count in reversed(kept)]
+            chosen = spread(sizes, count)
+            found.append((_saved_bytes(sizes, chosen), -sum(sizes[place] for place in chosen), -count))
+        counts, least_moved = [], None
+        for saved, moved, count in sorted(found, reverse=True):  # what saves most first
+            if saved > 0 and (least_moved is None or moved > least_moved):
+                counts.append(-count)
+                least_moved = moved
         return [cls(streamed=count, low_cpu_mem_usage=low) for low in (False, True) for count in counts]
 
     def complete(self, component: Component) -> Self:
