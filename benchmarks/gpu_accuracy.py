@@ -72,6 +72,9 @@ def cases() -> list[Case]:
         found += [Case(model=model, head="model_cpu_offload")]
         found += [Case(model=model, head="resident", decode=("vae_tiling:tile=256",))]
         found += [Case(model=model, head=head, rest="resident") for head in (BLOCK, LEAF, "group_offload:blocks=4")]
+    found += [Case(model="stable-diffusion-xl", head="partial_residency:streamed=28", rest="resident")]
+    for streamed in ("15", "30", "30,low_cpu_mem_usage=true", "57"):
+        found += [Case(model="flux.1-dev", head=f"partial_residency:streamed={streamed}", rest="resident")]
     video = ("vae_slicing", "vae_tiling:tile=240")
     found += [
         Case(model="cogvideox-2b", head="resident"),
