@@ -19,8 +19,8 @@ from vramplan.planning import refuse_hooked
 from vramplan.strategies.base import Decodes, Placed, Quality, put_on
 
 _MARK = "_vramplan_applied"
-# What diffusers' offload calls leave on a pipeline object (0.42, pipeline_utils.py).
-_PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id")
+# What settings leave on a pipeline object: diffusers' offload calls (0.42, pipeline_utils.py), and a chunk size.
+_PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "decode_latents")
 _ABSENT = object()
 
 

@@ -18,6 +18,7 @@ from vramplan.strategies import DECODES, PLACEMENTS, REGISTRY, WEIGHTS, Decode, 
 from vramplan.strategies.base import QUALITIES, Hold, Picture
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.settings import format_setting, parse_decode, parse_placement
+from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
 SPEC = text_to_image()
@@ -48,6 +49,7 @@ def test_names_are_unique_and_diffusers_own() -> None:
         "sequential_cpu_offload",
         "vae_slicing",
         "vae_tiling",
+        "decode_chunk_size",
     ]
 
 
@@ -198,7 +200,7 @@ def test_the_code_of_a_placement_is_python_that_names_the_device(cls: Any) -> No
             assert cls.whole_pipeline or ("pipe.transformer" in code and "pipe.vae" in code)
 
 
-@pytest.mark.parametrize("cls", DECODES)
+@pytest.mark.parametrize("cls", [VaeSlicing, VaeTiling])
 def test_the_code_of_a_decode_does_what_applying_it_does(cls: Any) -> None:
     """On the VAE itself: pipelines of diffusers 0.42 have no enable_vae_tiling any more."""
     from diffusers import AutoencoderKLCogVideoX

@@ -19,7 +19,7 @@ from vramplan.planner.footprint import denoiser_shape, vae_scale
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.pipeline import Parts
-from vramplan.simulator.run import ComponentsOnly, SimulationError, after_matrix_products, simulated_call
+from vramplan.simulator.run import ComponentsOnly, SimulationError, after_matrix_products, decode_all, simulated_call
 from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation
 from vramplan.workload import Workload
 
@@ -107,7 +107,8 @@ def _forward(component: Component, inputs: Inputs) -> Callable[[Any], None]:
         if component.role == "vae":
             if component.config.get("force_upcast") and component.dtype == "float16":
                 module.to(torch.float32)  # as StableDiffusionXLPipeline does before it decodes
-            module.decode(_filled(inputs["z"], component).to(next(module.parameters()).dtype), return_dict=False)
+            latents = _filled(inputs["z"], component).to(next(module.parameters()).dtype)
+            decode_all(module, latents, inputs.get("frames"))
             return
         takes = inspect.signature(type(module).forward).parameters
         module(**{name: _filled(value, component) for name, value in inputs.items() if name in takes})
@@ -142,6 +143,7 @@ def _latents(component: Component, spec: PipelineSpec, workload: Workload) -> It
     flat: tuple[int, ...] = (batch * (frames if spec.video else 1), channels, *size)
     deep: tuple[int, ...] = (batch, channels, frames, *size)
     yield from ({"z": shape} for shape in ((deep, flat) if spec.video else (flat, deep)))
+    yield {"z": flat, "frames": flat[0]}
 
 
 def _denoiser_inputs(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Inputs]:

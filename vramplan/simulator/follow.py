@@ -102,7 +102,8 @@ class _Follower:
             self.push(name)
             if method == "decode" and args:
                 dtype = str(args[0].dtype).removeprefix("torch.")
-                self.decoded.append(DecodedLatents(component=name, shape=tuple(args[0].shape), dtype=dtype))
+                shape, frames = tuple(args[0].shape), kwargs.get("num_frames")
+                self.decoded.append(DecodedLatents(component=name, shape=shape, dtype=dtype, frames=frames))
             try:
                 return original(*args, **kwargs)
             finally:

@@ -80,10 +80,20 @@ def run_decode(
             vae, dtype = pipe.components[item.component], torch_dtype(item.dtype)
             if dtype != vae.dtype:
                 vae.to(dtype)  # as the pipeline had done when it was given latents of that dtype
-            vae.decode(torch.empty(item.shape, dtype=dtype, device="cuda:0"), return_dict=False)
+            pipe.vae = vae
+            pipe.decode_latents(torch.empty(item.shape, dtype=dtype, device="cuda:0"), item.frames)
 
     only = Parts(cls=ComponentsOnly, modules={item.component: parts.modules[item.component] for item in latents})
     return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels())
+
+
+def decode_all(vae: Any, latents: torch.Tensor, frames: int | None, chunk: int | None = None) -> None:
+    """Decode latents; those of so many frames all at once, or a chunk at a time."""
+    if frames is None:
+        vae.decode(latents, return_dict=False)
+        return
+    decoded = [vae.decode(part, num_frames=len(part)).sample for part in torch.split(latents, chunk or frames)]
+    torch.cat(decoded)
 
 
 def after_matrix_products() -> None:
@@ -97,6 +107,11 @@ class ComponentsOnly:
 
     def __init__(self, **components: Any) -> None:
         self.components = components
+        self.vae: Any = None
+
+    def decode_latents(self, latents: torch.Tensor, num_frames: int | None, decode_chunk_size: Any = None) -> None:
+        """As pipelines of videos do, with `vae`, the one at hand."""
+        decode_all(self.vae, latents, num_frames, decode_chunk_size)
 
     def set_progress_bar_config(self, **_: Any) -> None:
         """Nothing to show."""

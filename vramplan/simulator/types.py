@@ -47,13 +47,14 @@ class SimulatedUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedLatents:
-    """What a VAE was given to decode: shape and torch dtype name."""
+    """What a VAE was given to decode: shape and torch dtype name, and the frames it was told these are, if it was."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     component: str
     shape: tuple[int, ...]
     dtype: str
+    frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

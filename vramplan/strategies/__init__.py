@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vramplan.strategies.base import Decode, Placement, Weights
+from vramplan.strategies.decode_chunk_size import DecodeChunkSize
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
@@ -20,7 +21,7 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     GroupOffload,
     SequentialCpuOffload,
 )
-DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling)
+DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling, DecodeChunkSize)
 REGISTRY: tuple[type[Weights] | type[Placement] | type[Decode], ...] = (*WEIGHTS, *PLACEMENTS, *DECODES)
 
 __all__ = ["DECODES", "PLACEMENTS", "REGISTRY", "WEIGHTS", "Decode", "Placement", "Weights"]
