@@ -239,6 +239,7 @@ def test_refusals_of_a_decode_are_sentences() -> None:
     bare = component("vae", 100 * MIB, role="vae", slicing=False, tiling=None)
     for cls in DECODES:
         assert str(cls().refusal(bare, WORK)).startswith("SomeVae has no ")
+    for cls in (VaeSlicing, VaeTiling):
         assert cls().refusal(SPEC.component("vae"), WORK) is None
         assert list(cls.variants(SPEC.component("vae"), WORK))
 
