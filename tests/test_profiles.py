@@ -46,7 +46,6 @@ VIDEO = {
     "cogvideox-1.5-5b",
     "cogvideox-2b",
     "cogvideox-5b",
-    "consisid",
     "hunyuanvideo",
     "ltx-video",
     "mochi-1-preview",
