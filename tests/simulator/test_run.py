@@ -89,6 +89,18 @@ def test_the_loop_is_the_same_whatever_the_placement(small_pipeline: Callable[..
         assert other.flops == use.flops
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_modules_compute_is_what_their_components_do(small_pipeline: Callable[..., Any], kind: str) -> None:
+    result = simulated(small_pipeline(kind), kind, "resident")
+    for part in {use.component for use in result.uses}:
+        uses = [use for use in result.uses if use.component == part]
+        inside = [module for module in result.modules if module.name.partition(".")[0] == part]
+        assert sum(module.flops for module in inside) == pytest.approx(sum(use.flops for use in uses))
+        assert sum(module.launches for module in inside) == sum(use.launches for use in uses)
+    heaviest = max(result.modules, key=lambda module: module.flops)
+    assert heaviest.name.count(".") > 1
+
+
 def test_tiling_lowers_the_decode(small_pipeline: Callable[..., Any]) -> None:
     pipe = small_pipeline("cogvideox-small")
     plain = simulated(pipe, "cogvideox-small", "resident")

@@ -79,6 +79,7 @@ class Ledger:
         self.operations = 0
         self.short_bytes = 0
         self.costs: dict[tuple[str, str], Cost] = {}
+        self.module_costs: dict[str, Cost] = {}
         self.peaks: dict[SimulatedPhaseName, Peak] = {}
         self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
@@ -132,10 +133,11 @@ class Ledger:
 
     def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0) -> None:
         """Add a kernel to the component that runs."""
-        cost = self.cost
-        cost.flops += flops
-        cost.traffic_bytes += traffic_bytes
-        cost.launches += 1
+        module = self.modules[-1] if self.modules else ""
+        for cost in (self.cost, self.module_costs.setdefault(module, Cost())):
+            cost.flops += flops
+            cost.traffic_bytes += traffic_bytes
+            cost.launches += 1
 
     @property
     def cost(self) -> Cost:

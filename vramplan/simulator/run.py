@@ -22,7 +22,7 @@ from vramplan.simulator.ledger import Cost, Ledger
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.pipeline import Parts
-from vramplan.simulator.types import DecodedLatents, SimulatedPhase, SimulatedUse, Simulation
+from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
 # Denoising steps that are simulated: the second one stands for all that follow.
@@ -222,6 +222,10 @@ def _result(
         operations=ledger.operations,
         wall_seconds=seconds,
         notes=tuple(engine.notes),
+        modules=tuple(
+            SimulatedModule(name=name, flops=cost.flops, traffic_bytes=cost.traffic_bytes, launches=cost.launches)
+            for name, cost in ledger.module_costs.items()
+        ),
     )
 
 

@@ -46,6 +46,18 @@ class SimulatedUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedModule:
+    """What one module computed in the call, its submodules left out; `name` is empty for the pipeline's own code."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    flops: float
+    traffic_bytes: int
+    launches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedLatents:
     """What a VAE was given to decode: shape and torch dtype name, and the frames it was told these are, if it was."""
 
@@ -63,7 +75,7 @@ class Simulation:
 
     `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
     memory, `short_bytes` by how much at least. `to_device_bytes` and `to_host_bytes` crossed the link. `notes`
-    tells what had to be assumed.
+    tells what had to be assumed. `modules` are in the order they first ran.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -85,6 +97,7 @@ class Simulation:
     operations: int
     wall_seconds: float
     notes: tuple[str, ...]
+    modules: tuple[SimulatedModule, ...] = ()
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None where it did not run there."""
