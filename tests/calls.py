@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from vramplan.workload import Workload
+
 # 64 x 64 is the smallest square on which the tiling of every one of their VAEs acts.
 _COMMON: dict[str, Any] = {
     "prompt": "a photo of a red fox in the snow",
@@ -35,3 +37,11 @@ def output_tensor(result: Any) -> torch.Tensor:
     import torch
 
     return torch.as_tensor(result.frames if hasattr(result, "frames") else result.images)
+
+
+def workload_of(kind: str) -> Workload:
+    """The workload of that call."""
+    from vramplan.workload import make_workload
+
+    names = ("height", "width", "num_frames")
+    return make_workload({}, {name: value for name, value in call_kwargs(kind).items() if name in names})

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import pytest
-from calls import call_kwargs
+from calls import workload_of
 
 import vramplan
 from vramplan.hardware import Accelerator, Hardware, Host
@@ -17,7 +17,6 @@ from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.run import SimulationError
 from vramplan.simulator.source import Source
 from vramplan.units import GIB
-from vramplan.workload import Workload, make_workload
 
 SMALL = ("sd15-small", "sdxl-small", "flux-small", "cogvideox-small")
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
@@ -31,11 +30,6 @@ class AsksForMemory(diffusers.FluxPipeline):
         result = super().__call__(*args, **kwargs)
         bytes(result.images.untyped_storage())
         return result
-
-
-def workload_of(kind: str) -> Workload:
-    names = ("height", "width", "num_frames")
-    return make_workload({}, {name: value for name, value in call_kwargs(kind).items() if name in names})
 
 
 def undriveable(small_pipeline: Callable[..., Any]) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import call_kwargs
+from calls import workload_of
 
 import vramplan
 from vramplan.hardware import Accelerator, Hardware, Host
@@ -20,16 +20,11 @@ from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB
-from vramplan.workload import Workload, make_workload
+from vramplan.workload import Workload
 
 SMALL = ("sd15-small", "sdxl-small", "flux-small", "cogvideox-small")
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
-
-
-def workload_of(kind: str) -> Workload:
-    names = ("height", "width", "num_frames")
-    return make_workload({}, {name: value for name, value in call_kwargs(kind).items() if name in names})
 
 
 def simulated(pipe: Any, kind: str, placement: str, decode: tuple[str, ...] = ()) -> Simulation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Kernels:
 
     cublas_bytes: int = 8 * MIB
     convolution_copies: float = 1.0
-    _workspaces: dict[int, Block] | None = None
+    _workspaces: dict[int, Block] | None = field(default=None, init=False)
 
     def after(self, ledger: Ledger, packet: Any, args: Sequence[Any], made: Any) -> None:
         """Account for the workspace of an operation whose result is there already."""

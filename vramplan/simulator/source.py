@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -117,6 +117,9 @@ class Source:
         capacity_bytes: int | None = None,
     ) -> Simulation:
         """One simulation, from the cache where it was made before. Nothing placed means everything resident."""
+        from vramplan.simulator.kernels import Kernels
+        from vramplan.simulator.run import run_simulation
+
         kernels = _kernels(accelerator)
         key = {
             "pipeline": _identity(self.spec),
@@ -127,7 +130,18 @@ class Source:
             "expandable": expandable_segments(),
             "kernels": kernels,
         }
-        return cached(key, lambda: self._run(workload, placed, decodes, kernels, capacity_bytes))
+
+        def make() -> Simulation:
+            return run_simulation(
+                self.parts,
+                workload,
+                placing(placed, decodes),
+                capacity_bytes=capacity_bytes,
+                expandable=expandable_segments(),
+                kernels=Kernels(**kernels),
+            )
+
+        return cached(key, make)
 
     def alone(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
         """One forward of each component by itself, from the cache where that was made before."""
@@ -136,8 +150,7 @@ class Source:
 
         kernels = _kernels(accelerator)
         key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
-        made = Kernels(cublas_bytes=kernels["cublas_bytes"])
-        return cached(key, lambda: traced_alone(self.parts, self.spec, workload, made))
+        return cached(key, lambda: traced_alone(self.parts, self.spec, workload, Kernels(**kernels)))
 
     def decode(
         self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None
@@ -155,23 +168,7 @@ class Source:
             "decodes": [(format_setting(setting), given) for setting, given in here],
             "kernels": kernels,
         }
-        made = Kernels(cublas_bytes=kernels["cublas_bytes"])
-        return cached(key, lambda: run_decode(self.parts, latents, placing([], here), kernels=made))
-
-    def _run(
-        self, workload: Workload, placed: Placed, decodes: Decodes, kernels: Mapping[str, int], capacity: int | None
-    ) -> Simulation:
-        from vramplan.simulator.kernels import Kernels
-        from vramplan.simulator.run import run_simulation
-
-        return run_simulation(
-            self.parts,
-            workload,
-            placing(placed, decodes),
-            capacity_bytes=capacity,
-            expandable=expandable_segments(),
-            kernels=Kernels(cublas_bytes=kernels["cublas_bytes"]),
-        )
+        return cached(key, lambda: run_decode(self.parts, latents, placing([], here), kernels=Kernels(**kernels)))
 
 
 def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
@@ -206,7 +203,7 @@ def _identity(spec: PipelineSpec) -> Any:
 
 
 def _kernels(accelerator: Accelerator | None) -> dict[str, int]:
-    """What is known of the kernels of a card: cuBLAS holds 32 MiB on Hopper and later, 8 MiB before."""
+    """What is known of a card's kernels, as `Kernels` names it: cuBLAS holds 32 MiB on Hopper and later, 8 before."""
     from vramplan.profiles import compute_capability
 
     capability = compute_capability(accelerator.name) if accelerator else None
