@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from torch.nn.modules import module as nn_module
 
 from vramplan.hardware import Accelerator
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.simulator.memo import Memo
 from vramplan.simulator.run import call_inputs
 from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
@@ -75,6 +77,18 @@ def test_offload_does_the_same_with_less(name: str, placement: str) -> None:
         assert offloaded.to_device_bytes > 0
     if "stream" in placement:
         assert offloaded.pinned_peak_bytes > 0
+
+
+@pytest.mark.parametrize("placement", ["resident", "partial_residency"])
+def test_played_back_or_not_makes_no_difference(name: str, placement: str) -> None:
+    played = simulated(name, placement)
+    with patch.object(Memo, "attach", lambda *_: None):
+        run = simulated.__wrapped__(name, placement)
+    if isinstance(run, str):
+        assert played == run
+    else:
+        assert isinstance(played, Simulation)
+        assert replace(played, wall_seconds=0) == replace(run, wall_seconds=0)
 
 
 def test_the_real_call_decodes_what_the_simulated_one_does(name: str) -> None:

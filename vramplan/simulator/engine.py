@@ -214,12 +214,14 @@ class Engine:
         value = tensor.value
         if value is not None:
             return kind(value.item())
-        where = self.ledger.modules[-1] if self.ledger.modules else self.ledger.component
+        where = self.ledger.module or self.ledger.component
         self.note(f"a value was needed where there is none ({where or 'the pipeline'}): 0 was assumed")
         return kind(0)
 
     def note(self, text: str) -> None:
-        """Record an assumption."""
+        """Record an assumption, which names its place: what made it is not played back for another one."""
+        for recorder in self.ledger.recorders:
+            recorder.broken = True
         self.notes[text] = self.notes.get(text, 0) + 1
 
 

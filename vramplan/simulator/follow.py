@@ -41,10 +41,18 @@ def followed(pipe: Any, ledger: Ledger) -> Iterator[list[DecodedLatents]]:
         after.remove()
 
 
+def named_modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Every module of the pipeline once, by its first name, the component's in front."""
+    found: dict[int, tuple[str, torch.nn.Module]] = {}
+    for part, root in modules_of(pipe).items():
+        for name, module in root.named_modules():
+            found.setdefault(id(module), (f"{part}.{name}" if name else part, module))
+    return dict(found.values())
+
+
 class _Follower:
     def __init__(self, pipe: Any, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.names: dict[int, str] = {}
         self.roles: dict[str, Role] = {}
         self.began_denoising = False
         self._denoises = False
@@ -54,8 +62,7 @@ class _Follower:
             library = type(root).__module__.split(".")[0]
             self.roles[part] = role_of(part, library, type(root).__name__)
             self._denoises |= self.roles[part] in ("denoiser", "control")
-            for name, module in root.named_modules():
-                self.names.setdefault(id(module), f"{part}.{name}" if name else part)
+        self.names = {id(module): name for name, module in named_modules(pipe).items()}
 
     def enter(self, module: torch.nn.Module, *_: Any) -> None:
         name = self.names.get(id(module))
@@ -101,9 +108,15 @@ class _Follower:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.push(name)
             if method == "decode" and args:
-                dtype = str(args[0].dtype).removeprefix("torch.")
-                shape, frames = tuple(args[0].shape), kwargs.get("num_frames")
-                self.decoded.append(DecodedLatents(component=name, shape=shape, dtype=dtype, frames=frames))
+                self.decoded.append(
+                    DecodedLatents(
+                        component=name,
+                        shape=tuple(args[0].shape),
+                        stride=args[0].stride(),
+                        dtype=str(args[0].dtype).removeprefix("torch."),
+                        frames=kwargs.get("num_frames"),
+                    )
+                )
             try:
                 return original(*args, **kwargs)
             finally:

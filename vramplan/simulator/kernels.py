@@ -33,7 +33,7 @@ class Kernels:
     def after(self, ledger: Ledger, packet: Any, args: Sequence[Any], made: Any) -> None:
         """Account for the workspace of an operation whose result is there already."""
         if packet in _MATRIX_PRODUCTS:
-            self._hold_cublas(ledger)
+            self.hold_cublas(ledger)
         elif packet is aten.convolution:
             ledger.transient(self._convolution_bytes(args[0], made), "workspace")
 
@@ -41,10 +41,14 @@ class Kernels:
         """Give back what stays allocated from operation to operation."""
         self._workspaces = None
 
-    def _hold_cublas(self, ledger: Ledger) -> None:
+    def hold_cublas(self, ledger: Ledger) -> None:
+        """Take the workspace of matrix products where this stream has none yet: nobody's, as it stays."""
+        for recorder in ledger.recorders:
+            recorder.product()
         self._workspaces = self._workspaces or {}
         if ledger.stream not in self._workspaces and self.cublas_bytes:
-            self._workspaces[ledger.stream] = Block(ledger, self.cublas_bytes, "device", "workspace")
+            with ledger.unrecorded():
+                self._workspaces[ledger.stream] = Block(ledger, self.cublas_bytes, "device", "workspace")
 
     def _convolution_bytes(self, given: torch.Tensor, made: torch.Tensor) -> int:
         if given.dtype not in _HALF or given.dim() not in (4, 5):

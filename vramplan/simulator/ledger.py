@@ -6,7 +6,8 @@ free, as PyTorch's do on a real device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,6 +61,63 @@ class Cost:
     launches: int = 0
     forwards: int = 0
 
+    def add(self, other: Cost) -> None:
+        """Count another one's kernels too."""
+        self.flops += other.flops
+        self.traffic_bytes += other.traffic_bytes
+        self.launches += other.launches
+
+
+# A block that was taken: its number, size, place and kind, and the module (below the recorded one) and operation
+# that asked for it. Bytes that were moved: from where, to where, how many.
+Taken = tuple[int, int, Place, Kind, str, str]
+Moved = tuple[str, str, int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Recorder:
+    """What the forward of one module does to the books, event by event, so that it can be done again.
+
+    A number is the block that is freed; None is the first matrix product, whose workspace stays. `alive` are the
+    numbers of blocks that were taken and not freed, by their id. It is `broken` where a block that was there before
+    goes, or what is booked belongs to another module.
+    """
+
+    name: str
+    events: list[int | Taken | Moved | None] = field(default_factory=list)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    alive: dict[int, int] = field(default_factory=dict)
+    operations: int = 0
+    count: int = 0
+    multiplied: bool = False
+    broken: bool = False
+
+    def took(self, block: Block, module: str, operation: str) -> None:
+        """A block was entered in the books."""
+        self.alive[id(block)] = self.count
+        self.events.append((self.count, block.size, block.place, block.kind, self._inner(module), operation))
+        self.count += 1
+
+    def gave(self, block: Block) -> None:
+        """A block was taken out of the books."""
+        number = self.alive.pop(id(block), None)
+        self.broken |= number is None
+        self.events.append(number)
+
+    def counted(self, module: str, cost: Cost) -> None:
+        """Kernels were added to a module."""
+        self.costs.setdefault(self._inner(module), Cost()).add(cost)
+
+    def product(self) -> None:
+        """A matrix product was made."""
+        if not self.multiplied:
+            self.multiplied = True
+            self.events.append(None)
+
+    def _inner(self, module: str) -> str:
+        self.broken |= not module.startswith(self.name)
+        return module[len(self.name) :]
+
 
 class Ledger:
     """The books of one simulation. `where` is kept up to date by whoever runs it."""
@@ -83,6 +141,21 @@ class Ledger:
         self.peaks: dict[SimulatedPhaseName, Peak] = {}
         self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
+        self.recorders: list[Recorder] = []
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """What is booked inside belongs to no module's forward."""
+        recorders, self.recorders = self.recorders, []
+        try:
+            yield
+        finally:
+            self.recorders = recorders
+
+    @property
+    def module(self) -> str:
+        """The name of the module that runs now; empty outside of all."""
+        return self.modules[-1] if self.modules else ""
 
     def take(self, block: Block) -> None:
         """Enter a block; on the device this may raise DeviceFullError."""
@@ -100,10 +173,12 @@ class Ledger:
             self.pinned_bytes += block.size
             self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
+        for recorder in self.recorders:
+            recorder.took(block, self.module, self.operation)
 
     def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
         self.short_bytes = max(1, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
-        where = self.modules[-1] if self.modules else self.component or "the pipeline"
+        where = self.module or self.component or "the pipeline"
         doing = self.operation or "moving weights"
         return torch.OutOfMemoryError(
             f"simulated device out of memory in {doing} of {where} ({self.phase}): tried to allocate "
@@ -120,6 +195,8 @@ class Ledger:
             self.host_bytes -= block.size
         elif block.place == "pinned":
             self.pinned_bytes -= block.size
+        for recorder in self.recorders:
+            recorder.gave(block)
 
     def transient(self, size: int, kind: Kind) -> None:
         """Allocate and free at once: what a kernel uses while it runs."""
@@ -130,14 +207,19 @@ class Ledger:
         """Count bytes that crossed the link."""
         key = (source, target)
         self.moved_bytes[key] = self.moved_bytes.get(key, 0) + size
+        for recorder in self.recorders:
+            recorder.events.append((source, target, size))
 
     def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0) -> None:
-        """Add a kernel to the component that runs."""
-        module = self.modules[-1] if self.modules else ""
-        for cost in (self.cost, self.module_costs.setdefault(module, Cost())):
-            cost.flops += flops
-            cost.traffic_bytes += traffic_bytes
-            cost.launches += 1
+        """Add a kernel to the component and the module that run."""
+        self.count(self.module, Cost(flops=flops, traffic_bytes=traffic_bytes, launches=1))
+
+    def count(self, module: str, cost: Cost) -> None:
+        """Add kernels to the component that runs, and to this module."""
+        self.cost.add(cost)
+        self.module_costs.setdefault(module, Cost()).add(cost)
+        for recorder in self.recorders:
+            recorder.counted(module, cost)
 
     @property
     def cost(self) -> Cost:
@@ -160,5 +242,5 @@ class Ledger:
             peak.allocated_bytes = allocated
             peak.by_kind = dict(self.on_device)
             peak.component = self.component
-            peak.module = self.modules[-1] if self.modules else ""
+            peak.module = self.module
             peak.operation = self.operation

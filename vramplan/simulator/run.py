@@ -16,9 +16,10 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.dtypes import torch_dtype
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.follow import followed
+from vramplan.simulator.follow import followed, named_modules
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Cost, Ledger
+from vramplan.simulator.memo import Memo
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.pipeline import Parts
@@ -49,10 +50,12 @@ def run_simulation(
     capacity_bytes: int | None = None,
     expandable: bool = False,
     kernels: Kernels | None = None,
+    memo: Memo | None = None,
 ) -> Simulation:
     """Build the pipeline hollow, let `place` put its strategy on it, and make one call of the workload.
 
-    Running out of a given capacity is an answer, not an error. `expandable` is the allocator's setting of that name.
+    Running out of a given capacity is an answer, not an error. `expandable` is the allocator's setting of that name;
+    `memo` is what other simulations of these parts with these kernels have recorded.
 
     Raises:
         SimulationError: the pipeline needs something that a hollow one cannot give.
@@ -62,11 +65,16 @@ def run_simulation(
         pipe(**call_inputs(pipe, workload))
 
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
-    return simulated_call(parts, place, call, allocator, kernels or Kernels())
+    return simulated_call(parts, place, call, allocator, kernels or Kernels(), memo)
 
 
 def run_decode(
-    parts: Parts, latents: Sequence[DecodedLatents], place: Callable[[Any], None], *, kernels: Kernels | None = None
+    parts: Parts,
+    latents: Sequence[DecodedLatents],
+    place: Callable[[Any], None],
+    *,
+    kernels: Kernels | None = None,
+    memo: Memo | None = None,
 ) -> Simulation:
     """Only what the pipeline's VAEs do at the end of a call: decode latents of these shapes.
 
@@ -81,10 +89,11 @@ def run_decode(
             if dtype != vae.dtype:
                 vae.to(dtype)  # as the pipeline had done when it was given latents of that dtype
             pipe.vae = vae
-            pipe.decode_latents(torch.empty(item.shape, dtype=dtype, device="cuda:0"), item.frames)
+            given = torch.empty_strided(item.shape, item.stride, dtype=dtype, device="cuda:0")
+            pipe.decode_latents(given, item.frames)
 
     only = Parts(cls=ComponentsOnly, modules={item.component: parts.modules[item.component] for item in latents})
-    return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels())
+    return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels(), memo)
 
 
 def decode_all(vae: Any, latents: torch.Tensor, frames: int | None, chunk: int | None = None) -> None:
@@ -128,6 +137,7 @@ def simulated_call(
     call: Callable[[Any], None],
     allocator: CachingAllocator,
     kernels: Kernels,
+    memo: Memo | None = None,
 ) -> Simulation:
     """One call of a hollow pipeline, whatever it is: placed, followed, and read.
 
@@ -137,12 +147,14 @@ def simulated_call(
     start = time.perf_counter()
     ledger = Ledger(allocator)
     engine = Engine(ledger, kernels)
+    memo = memo or Memo()
     stopped: str | None = None
     decoded: list[DecodedLatents] = []
     with simulated_devices(engine):
         try:
             pipe = parts.assemble(engine)
             pipe.set_progress_bar_config(disable=True)
+            memo.attach(named_modules(pipe), engine)
             place(pipe)
             with followed(pipe, ledger) as decoded:
                 call(pipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from vramplan.units import MIB
 from vramplan.workload import Workload
 
 if TYPE_CHECKING:
+    from vramplan.simulator.memo import Memo
     from vramplan.simulator.pipeline import Parts
 
 # The simulated device is always this one: what it stands for is a matter of capacity and kernels.
@@ -91,6 +92,7 @@ class Source:
         self.model = model
         self.spec = spec
         self._parts: Parts | None = None
+        self._memos: dict[tuple[int, ...], Memo] = {}
 
     @property
     def parts(self) -> Parts:
@@ -139,9 +141,16 @@ class Source:
                 capacity_bytes=capacity_bytes,
                 expandable=expandable_segments(),
                 kernels=Kernels(**kernels),
+                memo=self._memo(kernels),
             )
 
         return cached(key, make)
+
+    def _memo(self, kernels: Mapping[str, int]) -> Memo:
+        """What simulations with these kernels have recorded."""
+        from vramplan.simulator.memo import Memo
+
+        return self._memos.setdefault(tuple(kernels.values()), Memo())
 
     def alone(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
         """One forward of each component by itself, from the cache where that was made before."""
@@ -168,7 +177,13 @@ class Source:
             "decodes": [(format_setting(setting), given) for setting, given in here],
             "kernels": kernels,
         }
-        return cached(key, lambda: run_decode(self.parts, latents, placing([], here), kernels=Kernels(**kernels)))
+
+        def make() -> Simulation:
+            return run_decode(
+                self.parts, latents, placing([], here), kernels=Kernels(**kernels), memo=self._memo(kernels)
+            )
+
+        return cached(key, make)
 
 
 def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:

@@ -59,12 +59,14 @@ class SimulatedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedLatents:
-    """What a VAE was given to decode: shape and torch dtype name, and the frames it was told these are, if it was."""
+    """What a VAE was given to decode: shape, strides in elements and torch dtype name, and the frames it was told
+    these are, if it was."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     component: str
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: str
     frames: int | None = None
 

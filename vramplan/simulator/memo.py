@@ -1,0 +1,328 @@
+"""A module that runs again on tensors of the same shapes takes the same memory in the same order: it is replayed.
+
+Blocks, tiles and denoising steps repeat each other. The first forward of a kind is run and recorded, event by event;
+the next is played back through the same ledger and allocator, without its operations. What cannot be told to be alike
+is run: a module with hooks inside, with arguments that it may change, or that leaves something behind or lets go of
+something that was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from vramplan.simulator.engine import Engine, label_of, value_of
+from vramplan.simulator.ledger import Block, Cost, Moved, Recorder, Taken
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, storage_key, tensors_in
+
+# A forward that could not be recorded this often is not tried again: state may be there the first time only.
+_MOST_TRIES = 2
+# What is no part of a module's structure: what `torch.nn.Module` and hooks keep on it, and the forward wrapped here.
+_NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}
+_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+# Objects with at most this many attributes are told by them, as attention processors are; larger ones by themselves.
+_FEW = 8
+
+
+class _UnlikeError(Exception):
+    """There is no telling whether this is like anything else."""
+
+
+class _Same:
+    """An object as itself, which it stays as long as something is told by it."""
+
+    __slots__ = ("what",)
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.what is self.what
+
+    def __hash__(self) -> int:
+        return id(self.what)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output:
+    """One tensor that a forward returned: the block or argument it lies in, and how.
+
+    `block` is the number of a block the forward took; else it lies in the memory of the argument at place `argument`,
+    and is that argument itself where it is the `same`.
+    """
+
+    block: int | None
+    argument: int | None
+    same: bool
+    storage: int
+    storage_bytes: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    label: torch.device
+    value: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """A forward that can be played back: its events in the ledger, its costs by module, and what it returned."""
+
+    events: Sequence[int | Taken | Moved | None]
+    costs: Mapping[str, Cost]
+    operations: int
+    outputs: Sequence[Any]
+    nesting: Any
+
+    def play(self, engine: Engine, given: Sequence[torch.Tensor]) -> Any:
+        """The same again, for arguments with these tensors. Raises as the forward would where memory runs out."""
+        ledger = engine.ledger
+        base = ledger.module
+        blocks: dict[int, Block] = {}
+        ledger.modules.append(base)
+        try:
+            for event in self.events:
+                if isinstance(event, int):
+                    del blocks[event]
+                elif event is None:
+                    engine.kernels.hold_cublas(ledger)
+                elif len(event) == 3:
+                    ledger.moved(*event)
+                else:
+                    number, size, place, kind, module, ledger.operation = event
+                    ledger.modules[-1] = base + module
+                    blocks[number] = Block(ledger, size, place, kind)
+        finally:
+            ledger.modules.pop()
+        for module, cost in self.costs.items():
+            ledger.count(base + module, cost)
+        ledger.operations += self.operations
+        storages: dict[int, torch.Tensor] = {}
+        made = [self._made(item, engine, given, blocks, storages) for item in self.outputs]
+        return pytree.tree_unflatten(made, self.nesting)
+
+    @staticmethod
+    def _made(
+        item: Any,
+        engine: Engine,
+        given: Sequence[torch.Tensor],
+        blocks: Mapping[int, Block],
+        storages: dict[int, torch.Tensor],
+    ) -> Any:
+        if not isinstance(item, _Output):
+            return item
+        if item.argument is not None:
+            source = given[item.argument]
+            assert isinstance(source, SimTensor)
+            if item.same:
+                return source
+            storage, block = source.meta, source.block
+        else:
+            assert item.block is not None
+            block = blocks[item.block]
+            if item.storage not in storages:
+                storages[item.storage] = torch.empty(item.storage_bytes, dtype=torch.uint8, device="meta")
+            storage = storages[item.storage]
+        shape = torch.empty(0, dtype=item.dtype, device="meta")
+        shape.set_(storage.untyped_storage(), item.offset, item.shape, item.stride)
+        return make(engine, shape, item.label, block, None if item.value is None else item.value.clone())
+
+
+@dataclass(slots=True)
+class Memo:
+    """What has been recorded, for any number of simulations with the same kernels."""
+
+    recordings: dict[Any, Recording] = field(default_factory=dict)
+    tries: dict[Any, int] = field(default_factory=dict)
+    structures: dict[Any, int] = field(default_factory=dict)
+
+    def attach(self, modules: Mapping[str, torch.nn.Module], engine: Engine) -> None:
+        """Record and replay these modules, by their qualified names; those without children are just run."""
+        for name, module in modules.items():
+            if next(module.children(), None) is not None:
+                module.__dict__["forward"] = self._around(name, module, engine)
+
+    def _around(self, name: str, module: torch.nn.Module, engine: Engine) -> Callable[..., Any]:
+        original = module.forward
+        found: list[tuple[int | None, list[torch.nn.Module]]] = []
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if engine.ledger.module != name:
+                return original(*args, **kwargs)
+            if not found:  # now, as the hooks of an offload come after this one
+                found.append((self._structure(module), list(module.modules())))
+            structure, parts = found[0]
+            with torch._C.DisableTorchFunction():
+                key = _key(structure, parts, args, kwargs)
+                recording = self.recordings.get(key)
+                if recording is not None:
+                    return recording.play(engine, list(tensors_in((args, kwargs))))
+            if key is None:
+                return original(*args, **kwargs)
+            tried = self.tries[key] = self.tries.get(key, 0) + 1
+            if tried > _MOST_TRIES:
+                return original(*args, **kwargs)
+            recorder = Recorder(name=name)
+            made = _recorded(recorder, engine, original, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                if not recorder.broken and key == _key(self._structure(module), parts, args, kwargs):
+                    self._keep(key, recorder, made, list(tensors_in((args, kwargs))))
+            return made
+
+        return forward
+
+    def _keep(self, key: Any, recorder: Recorder, made: Any, given: Sequence[torch.Tensor]) -> None:
+        leaves, nesting = pytree.tree_flatten(made)
+        outputs = _outputs(leaves, given, recorder)
+        if outputs is not None:
+            self.recordings[key] = Recording(
+                events=recorder.events,
+                costs=recorder.costs,
+                operations=recorder.operations,
+                outputs=outputs,
+                nesting=nesting,
+            )
+
+    def _structure(self, module: torch.nn.Module) -> int | None:
+        """A number for all modules that are made alike; None where something in it may do what cannot be replayed."""
+        try:
+            made = _signature(module, outermost=True)
+        except _UnlikeError:
+            return None
+        return self.structures.setdefault(made, len(self.structures))
+
+
+def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
+    """Classes and attributes of a module and all in it, without its tensors."""
+    own = vars(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise _UnlikeError
+    if not outermost and ("_hf_hook" in own or "_diffusers_hook" in own):
+        raise _UnlikeError
+    plain = tuple((name, _attribute(value)) for name, value in own.items() if name not in _NOT_STRUCTURE)
+    children = tuple((name, _signature(child)) for name, child in module.named_children())
+    return type(module), plain, children
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, torch.Tensor):
+        raise _UnlikeError
+    if isinstance(value, tuple | list):
+        return tuple(map(_attribute, value))
+    made: Any = type(value).__new__
+    if made is object.__new__ and hasattr(value, "__dict__"):  # all of it is in its attributes
+        attributes = vars(value)
+        if len(attributes) <= _FEW and all(isinstance(item, _PLAIN) for item in attributes.values()):
+            return type(value), tuple(attributes.items())
+    return _Same(value)
+
+
+def _recorded(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What the forward returns; the recorder has what it did."""
+    ledger = engine.ledger
+    before = ledger.operations
+    ledger.recorders.append(recorder)
+    try:
+        made = original(*args, **kwargs)
+    finally:
+        ledger.recorders.remove(recorder)
+    recorder.operations = ledger.operations - before
+    return made
+
+
+def _key(structure: int | None, parts: Sequence[torch.nn.Module], args: Any, kwargs: Any) -> Any:
+    """What a forward depends on; None where that cannot be told."""
+    if structure is None:
+        return None
+    try:
+        return structure, _weights(parts), _arguments((args, kwargs), {})
+    except _UnlikeError:
+        return None
+
+
+def _weights(parts: Sequence[torch.nn.Module]) -> Any:
+    """Where all tensors of a module are, and what they are like."""
+    found = []
+    for part in parts:
+        for tensors in (part._parameters, part._buffers):
+            for tensor in tensors.values():
+                if tensor is None:
+                    continue
+                if not isinstance(tensor, SimTensor):
+                    raise _UnlikeError
+                meta = tensor.meta
+                known = None if tensor.stored is None else _Same(tensor.stored)
+                found.append((tensor.label, tensor.block.place, meta.dtype, meta.shape, meta.stride(), known))
+    return tuple(found)
+
+
+def _arguments(given: Any, seen: dict[int, int]) -> Any:
+    """What matters of arguments: shapes, places, values as far as they are known, and which share their memory.
+
+    Raises:
+        _UnlikeError: an object, or a list that the module may change.
+    """
+    if isinstance(given, torch.Tensor):
+        value = value_of(given)
+        if value is not None and value.numel() > VALUE_LIMIT:
+            raise _UnlikeError
+        known = None if value is None else _digest(value)
+        shared = seen.setdefault(id(given.block), len(seen)) if isinstance(given, SimTensor) else None
+        meta = given.meta if isinstance(given, SimTensor) else given
+        return meta.shape, meta.stride(), meta.storage_offset(), meta.dtype, label_of(given), shared, known
+    if isinstance(given, _PLAIN):
+        return type(given), given
+    if type(given) is tuple:
+        return tuple(_arguments(item, seen) for item in given)
+    if type(given) is dict:
+        return tuple((name, _arguments(item, seen)) for name, item in given.items())
+    raise _UnlikeError
+
+
+def _digest(value: torch.Tensor) -> bytes:
+    plain = value.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    return hashlib.blake2b(plain.numpy().data, digest_size=16).digest()
+
+
+def _outputs(leaves: Sequence[Any], given: Sequence[torch.Tensor], recorder: Recorder) -> list[Any] | None:
+    """What a forward returned, as it can be made again; None where it cannot be, or where more than this is left."""
+    blocks = {id(tensor.block): place for place, tensor in enumerate(given) if isinstance(tensor, SimTensor)}
+    same = {id(tensor): place for place, tensor in enumerate(given)}
+    found: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, SimTensor):
+            if not isinstance(leaf, _PLAIN):
+                return None
+            found.append(leaf)
+            continue
+        block = recorder.alive.get(id(leaf.block))
+        argument = same.get(id(leaf), blocks.get(id(leaf.block)))
+        if block is None and argument is None:
+            return None
+        value = leaf.value
+        found.append(
+            _Output(
+                block=block,
+                argument=argument,
+                same=id(leaf) in same,
+                storage=storage_key(leaf.meta),
+                storage_bytes=leaf.meta.untyped_storage().nbytes(),
+                shape=tuple(leaf.meta.shape),
+                stride=leaf.meta.stride(),
+                offset=int(leaf.meta.storage_offset()),
+                dtype=leaf.meta.dtype,
+                label=leaf.label,
+                value=None if value is None else value.clone(),
+            )
+        )
+    left = {item.block for item in found if isinstance(item, _Output) and item.block is not None}
+    return found if left == set(recorder.alive.values()) else None
