@@ -174,10 +174,10 @@ def test_views_share_the_memory_they_shared() -> None:
 def test_memory_runs_out_in_the_same_place() -> None:
     told = []
     for memo in (Memo(), None):
-        with world_of(Block, memo, 34 * MIB) as world:
+        with world_of(Block, memo, 64 * MIB) as world:
             kept = [world.call("one", torch.zeros(512, SIZE, device="cuda"))]
             with pytest.raises(torch.OutOfMemoryError) as error:
-                kept += [world.call("two", torch.zeros(512, SIZE, device="cuda")) for _ in range(9)]
+                kept += [world.call("two", torch.zeros(512, SIZE, device="cuda")) for _ in range(40)]
         told.append((str(error.value), world.books()[:2], len(kept)))
     assert told[0] == told[1]
 
