@@ -314,11 +314,14 @@ def _peer(case: Case, name: str) -> dict[str, Any]:
 
 
 def _idle(case: Case, chosen: Candidate) -> dict[str, Any]:
-    """VRAM left idle while anything is offloaded."""
+    """VRAM left idle while anything is offloaded, and the share of the call's time that room for all of it would save:
+    more than any use of what is idle could."""
     offloaded = [name for name, setting in chosen.placement.items() if not isinstance(setting, Resident)]
     idle = case.vram_gib - chosen.demand.vram_reserved_bytes / GIB if offloaded else 0.0
     beyond = idle > max(IDLE_GIB, IDLE_SHARE * case.vram_gib)
-    return {"idle_gib": _rounded(idle), "idle_beyond": beyond}
+    seconds = case.subject.price(dict.fromkeys(chosen.placement, Resident()), chosen.decode).seconds_per_call
+    worth = 1 - seconds / chosen.demand.seconds_per_call
+    return {"idle_gib": _rounded(idle), "idle_beyond": beyond, "idle_worth": _rounded(worth)}
 
 
 def told(candidate: Candidate) -> dict[str, Any]:
@@ -526,7 +529,7 @@ def _idle_remark(case: Mapping[str, Any]) -> str:
         return ""
     placed = case["chosen"]["placement"]
     away = ", ".join(f"{name} {setting}" for name, setting in placed.items() if setting != "resident")
-    return f"{case['pipeline']}: {case['idle_gib']:g} GiB idle, with {away}"
+    return f"{case['pipeline']}: {case['idle_gib']:g} GiB idle, with {away}; worth at most {case['idle_worth']:.1%}"
 
 
 def _line(cells: Iterable[Any]) -> str:
