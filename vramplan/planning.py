@@ -12,7 +12,9 @@ from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.machine import choose_machine
 from vramplan.models import describe
+from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
@@ -36,6 +38,8 @@ from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload
 
 if TYPE_CHECKING:
+    import torch
+
     from vramplan.simulator.source import Source
 
 
@@ -78,7 +82,7 @@ def plan(
     budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
     budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
     told = parse_fixed(settings or {}, described.spec)
-    weights = weight_settings(described.spec, told) if told.weights or allow == "lossy" else []
+    weights = weight_settings(described.spec, told, allow)
     figures = _figures(model, described.spec, work, accelerator if simulate else None, weights)
     outcome = decide(
         described.spec,
@@ -199,23 +203,25 @@ def _lightened(source: Source, weights: Mapping[str, Weights]) -> PipelineSpec:
     """The spec with these settings on its weights: what they weigh, and how they can be cut."""
     spec = source.spec
     made = {
-        name: describe_component(name, setting.lightened(source.parts.modules[name]))
+        name: describe_component(name, lightened(source.parts.modules[name], setting))
         for name, setting in weights.items()
     }
-    return replace(
-        spec,
-        components=tuple(
-            replace(
-                component,
-                weight_bytes=made[component.name].weight_bytes,
-                dtype_bytes=made[component.name].dtype_bytes,
-                geometry=made[component.name].geometry,
-            )
-            if component.name in made
-            else component
-            for component in spec.components
-        ),
-    )
+
+    def light(component: Component) -> Component:
+        other = made.get(component.name)
+        if other is None:
+            return component
+        sizes = {key: getattr(other, key) for key in ("weight_bytes", "dtype_bytes", "geometry")}
+        return marked(replace(component, **sizes), other.quantized)
+
+    return replace(spec, components=tuple(map(light, spec.components)))
+
+
+def lightened(module: torch.nn.Module, setting: Weights) -> torch.nn.Module:
+    """A copy of the module under a setting of weights, without data."""
+    copy = weightless_copy(module)
+    setting.lighten(copy)
+    return copy
 
 
 def confirmed(decision: Decision, simulation: Simulation) -> Decision:

@@ -175,7 +175,7 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
     """A function that puts the settings on a hollow pipeline through their own diffusers calls."""
 
     def place(pipe: Any) -> None:
-        put_on(pipe, placed, decodes, DEVICE)
+        put_on(pipe, placed, decodes, DEVICE, hollow=True)
         if all(setting.axis == "weights" for setting, _ in placed):
             pipe.to(DEVICE)
 

@@ -10,10 +10,11 @@ from vramplan.strategies.model_cpu_offload import ModelCpuOffload
 from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
+from vramplan.strategies.torchao import Torchao
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
-WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting,)
+WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting, Torchao)
 PLACEMENTS: tuple[type[Placement], ...] = (
     Resident,
     ModelCpuOffload,
