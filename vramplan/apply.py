@@ -131,7 +131,8 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, _accelerator(plan, target))
-    before = _Snapshot.of(pipe, rounded={name for setting, names in placed if setting.axis == "weights" for name in names})
+    rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
+    before = _Snapshot.of(pipe, rounded=rounded)
     calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
         put_on(pipe, placed, decodes, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vramplan._version import __version__
 from vramplan.errors import UsageError, VramplanError
@@ -12,9 +12,6 @@ from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.machine import choose_machine
 from vramplan.models import describe
-from vramplan.pipeline.build import weightless_copy
-from vramplan.pipeline.component import describe_component
-from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
@@ -31,16 +28,12 @@ from vramplan.planner.candidates import Refused, parse_fixed, weight_settings
 from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
 from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
 from vramplan.planner.footprint import AssumedFootprint, Footprint
+from vramplan.planner.forms import Forms
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality, Weights
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload
-
-if TYPE_CHECKING:
-    import torch
-
-    from vramplan.simulator.source import Source
 
 
 def plan(
@@ -165,7 +158,8 @@ def _figures(
     from vramplan.simulator.source import Source, simulated_footprint, traced_footprint
 
     source = Source(model, spec)
-    light = [(setting, _lightened(source, setting)) for setting in weights]
+    forms = Forms(source)
+    light = [(setting, forms.spec(setting)) for setting in weights]
     if accelerator is None or spec.device_map is not None:
         assumed = AssumedFootprint(spec=spec, workload=work)
         return _Figures(
@@ -179,14 +173,13 @@ def _figures(
     except SimulationError as error:
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
-        others = tuple(Lighter(weights=setting, spec=other, footprint=traced) for setting, other in light)
+        others = tuple(
+            Lighter(weights=setting, spec=other, footprint=forms.footprint(setting, traced, traced.plain))
+            for setting, other in light
+        )
         return _Figures(footprint=traced, lighter=others, notes=(note,))
     lighter = tuple(
-        Lighter(
-            weights=setting,
-            spec=other,
-            footprint=simulated_footprint(source, work, accelerator, grouped({}, setting)),
-        )
+        Lighter(weights=setting, spec=other, footprint=forms.footprint(setting, footprint, footprint.plain))
         for setting, other in light
     )
 
@@ -197,31 +190,6 @@ def _figures(
         return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
 
     return _Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
-
-
-def _lightened(source: Source, weights: Mapping[str, Weights]) -> PipelineSpec:
-    """The spec with these settings on its weights: what they weigh, and how they can be cut."""
-    spec = source.spec
-    made = {
-        name: describe_component(name, lightened(source.parts.modules[name], setting))
-        for name, setting in weights.items()
-    }
-
-    def light(component: Component) -> Component:
-        other = made.get(component.name)
-        if other is None:
-            return component
-        sizes = {key: getattr(other, key) for key in ("weight_bytes", "dtype_bytes", "geometry")}
-        return marked(replace(component, **sizes), other.quantized)
-
-    return replace(spec, components=tuple(map(light, spec.components)))
-
-
-def lightened(module: torch.nn.Module, setting: Weights) -> torch.nn.Module:
-    """A copy of the module under a setting of weights, without data."""
-    copy = weightless_copy(module)
-    setting.lighten(copy)
-    return copy
 
 
 def confirmed(decision: Decision, simulation: Simulation) -> Decision:

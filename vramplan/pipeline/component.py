@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
-from vramplan.pipeline.quantized import marked, quantization_of
+from vramplan.pipeline.quantized import element_count, marked, quantization_of
 from vramplan.pipeline.tiles import tiling_of
 from vramplan.pipeline.types import Component, Role
 
@@ -54,7 +54,7 @@ def describe_component(
         class_name=type(module).__name__,
         role=role,
         weight_bytes=sum(sizes.values()),
-        parameter_count=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        parameter_count=sum({id(p): element_count(p) for p in module.parameters()}.values()),
         dtype=dtype,
         dtype_bytes=sizes,
         geometry=measure(module),

@@ -119,7 +119,8 @@ def _items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
 
 
 def _pinned_bytes(module: torch.nn.Module) -> int:
-    return sum(power_of_two(tensor_bytes(tensor)) for tensor in tensors_of(module))
+    pieces = (piece for tensor in tensors_of(module) for piece in inner_tensors(tensor) or [tensor])
+    return sum(power_of_two(tensor_bytes(piece)) for piece in pieces)
 
 
 def _block_lists(module: torch.nn.Module, names: frozenset[str]) -> Iterable[list[torch.nn.Module]]:

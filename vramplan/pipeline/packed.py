@@ -7,10 +7,12 @@ charges the packed weights while they lie, and the unpacked copy while it is use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 from torch.nn import functional
+
+from vramplan.pipeline.geometry import tensor_bytes
+from vramplan.pipeline.quantized import kind_of
 
 # bitsandbytes quantizes 4-bit weights in blocks of 64, each with a scale, and keeps a table of their 16 values
 # (0.50, `functional.quantize_4bit`).
@@ -24,7 +26,9 @@ Layout = Mapping[str, tuple[int, torch.dtype]]
 class PackedLinear(torch.nn.Linear):
     """A linear layer with a packed weight. `quantized` says by what, as `Component.quantized` does."""
 
-    quantized: ClassVar[str]
+    quantized: str
+    packed: torch.nn.Parameter
+    scale: torch.nn.Parameter
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         """In place of `linear`, whose weight and bias are on one device."""
@@ -38,6 +42,10 @@ class PackedLinear(torch.nn.Linear):
     def layout(self, weight: torch.Tensor) -> Layout:
         """The tensors kept in place of this weight: how many elements, and of which dtype."""
         raise NotImplementedError
+
+    def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
+        """Another plain layer, packed as this one."""
+        return type(self)(linear)
 
 
 class TorchaoInt8(PackedLinear):
@@ -138,6 +146,50 @@ class BitsandbytesInt8(PackedLinear):
         stats, codes = rows[:, 0].to(torch.float32), rows.to(torch.int8)
         _ = rows.abs() >= _OUTLIER
         return codes, stats
+
+
+class PackedOtherwise(PackedLinear):
+    """A layer quantized in a way that nothing more is known of: so many bytes, unpacked whole."""
+
+    def __init__(self, linear: torch.nn.Linear, quantized: str, size_bytes: int) -> None:
+        """In place of `linear`."""
+        self.__dict__["size_bytes"] = size_bytes
+        super().__init__(linear)
+        self.size_bytes, self.quantized = size_bytes, quantized
+
+    def layout(self, weight: torch.Tensor) -> Layout:
+        """So many bytes."""
+        return {"weight": (0, weight.dtype), "packed": (self.__dict__["size_bytes"], torch.uint8)}
+
+    def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
+        """Another plain layer of the same size, packed as this one."""
+        return PackedOtherwise(linear, self.quantized, self.size_bytes)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The weight in the dtype of the input, then the product."""
+        codes = self.packed[:1].expand(self.out_features, self.in_features)
+        unpacked = codes.to(input.dtype, memory_format=torch.contiguous_format)
+        return functional.linear(input, unpacked, None if self.bias is None else self.bias.to(input.dtype))
+
+
+_STAND_INS: Mapping[str, type[PackedLinear]] = {
+    cls.quantized: cls for cls in (TorchaoInt8, TorchaoFloat8, BitsandbytesNf4, BitsandbytesInt8)
+}
+
+
+def stand_in(layer: torch.nn.Module) -> PackedLinear | None:
+    """What stands for a layer that a library has quantized, without data; None for any other."""
+    weight = layer._parameters.get("weight")
+    kind = kind_of(weight) if weight is not None and isinstance(layer, torch.nn.Linear) else ""
+    if weight is None or not kind or not isinstance(layer, torch.nn.Linear):
+        return None
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype, device="meta")
+    if layer.bias is not None:
+        plain.bias = torch.nn.Parameter(torch.empty_like(layer.bias, device="meta"), requires_grad=False)
+    cls = _STAND_INS.get(kind)
+    made = PackedOtherwise(plain, kind, tensor_bytes(weight)) if cls is None else cls(plain)
+    return made.eval()
 
 
 def pack(module: torch.nn.Module, cls: type[PackedLinear], chosen: Callable[[str, torch.nn.Linear], bool]) -> None:

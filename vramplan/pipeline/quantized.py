@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vramplan.pipeline.types import Component
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 _TORCHAO = {"Int8Tensor": "int8", "Float8Tensor": "float8"}
 
 _KEPT_BESIDE = "keeps scales beside its weights, which {} does not move along (diffusers 0.42)"
-# What fails for the tensors of a library, by the field of `Component` that says so. Of a library that is not named
-# nothing but whole components is known to work.
+# What fails for the tensors of a library, or of one kind of it, by the field of `Component` that says so. Of a library
+# that is not named nothing but moving whole components is known to work.
 _LIMITS: Mapping[str, Mapping[str, str]] = {
     "torchao": {"disk_offload_refusal": "torchao's tensors cannot be written to safetensors files: leave disk out"},
     "bitsandbytes": {
         "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
         "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
     },
+    "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
 }
 _UNKNOWN = {
     "group_offload_refusal": "weights quantized by {} are only moved whole: what group offloading makes of them is "
@@ -38,7 +40,8 @@ def marked(component: Component, quantized: str) -> Component:
     if not quantized:
         return component
     library = quantized.partition(" ")[0]
-    limits = _LIMITS.get(library) or {field: reason.format(library) for field, reason in _UNKNOWN.items()}
+    known = {**_LIMITS.get(library, {}), **_LIMITS.get(quantized, {})}
+    limits = known or {field: reason.format(library) for field, reason in _UNKNOWN.items()}
     reasons: dict[str, Any] = {field: f"{component.class_name}: {reason}" for field, reason in limits.items()}
     return replace(component, quantized=quantized, **reasons)
 
@@ -50,8 +53,8 @@ def quantization_of(module: torch.nn.Module) -> str:
 
 
 def _kinds(module: torch.nn.Module) -> Iterable[str]:
-    kind = getattr(type(module), "quantized", None)
-    if kind is not None:
+    kind = getattr(module, "quantized", None)
+    if isinstance(kind, str):  # a stand-in says so itself
         yield kind
         return
     for tensor in module.parameters(recurse=False):
@@ -77,8 +80,18 @@ def kind_of(tensor: torch.Tensor) -> str:
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What a wrapper of several tensors consists of; empty for any other."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)  # what torch asks every wrapper for: torchao's, quanto's
-    return [getattr(tensor, name) for name in flatten()[0]] if flatten is not None else []
+    names = getattr(type(tensor), "tensor_data_names", ())
+    flatten = getattr(
+        tensor, "__tensor_flatten__", None
+    )  # what torch asks every wrapper for, optional tensors included
+    return [getattr(tensor, name) for name in (flatten()[0] if flatten is not None else names)]
+
+
+def element_count(tensor: torch.Tensor) -> int:
+    """The weights that a parameter stands for: bitsandbytes and GGUF pack several into one element."""
+    state = getattr(tensor, "quant_state", None) if type(tensor).__name__ == "Params4bit" else None
+    shape = state.shape if state is not None else getattr(tensor, "quant_shape", tensor.shape)
+    return prod(shape)
 
 
 def beside_bytes(tensor: torch.Tensor) -> int:
@@ -91,5 +104,5 @@ def beside_bytes(tensor: torch.Tensor) -> int:
 
 def _state_bytes(state: Any) -> int:
     tensors = (state.absmax, state.code, getattr(state, "offset", None))
-    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    own: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
     return own + (_state_bytes(state.state2) if state.state2 is not None else 0)

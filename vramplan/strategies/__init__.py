@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vramplan.strategies.base import Decode, Placement, Weights
+from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
@@ -14,7 +15,7 @@ from vramplan.strategies.torchao import Torchao
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
-WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting, Torchao)
+WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting, Torchao, Bitsandbytes)
 PLACEMENTS: tuple[type[Placement], ...] = (
     Resident,
     ModelCpuOffload,

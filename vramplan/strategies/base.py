@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from vramplan.hardware.types import Accelerator
@@ -139,6 +140,37 @@ class Weights(Protocol):
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """The same as lines of Python on an object called `pipe`."""
+
+
+class Record(Protocol):
+    """What is known of a component that is to be loaded: what a plan's record of it says."""
+
+    @property
+    def name(self) -> str:
+        """In the pipeline."""
+
+    @property
+    def class_name(self) -> str:
+        """Of the module."""
+
+    @property
+    def library(self) -> str:
+        """diffusers or transformers."""
+
+    @property
+    def dtype(self) -> str:
+        """To load in and compute with."""
+
+
+@runtime_checkable
+class AtLoad(Weights, Protocol):
+    """Weights that take their form while the pipeline is loaded; a live one cannot be given it."""
+
+    def load(self, options: dict[str, Any], record: Record, folder: Path) -> None:
+        """Add to the arguments of `from_pretrained`; what is under `quant_mapping` becomes one configuration."""
+
+    def load_code(self, options: dict[str, str], record: Record, source: str) -> list[str]:
+        """The same with text for values; lines to come before are returned."""
 
 
 @runtime_checkable

@@ -41,8 +41,8 @@ class Torchao:
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Both, for denoisers and large text encoders."""
-        return (cls(), cls(type="float8")) if worth_quantizing(component) else ()
+        """int8, for denoisers and large text encoders: float8 weighs as much, rounds more, and takes longer."""
+        return (cls(),) if worth_quantizing(component) else ()
 
     def refusal(self, component: Component) -> str | None:
         """What is rounded already, layers that are used without a call, and what torchao cannot make."""
