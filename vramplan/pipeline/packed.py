@@ -90,12 +90,14 @@ class TorchaoFloat8(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`Float8Tensor`'s `linear`, weight only."""
-        made = torch.matmul(input, self._unpacked().to(self.weight.dtype))
+        made = torch.matmul(input, self._unpacked(self.weight.dtype))
         return made if self.bias is None else made + self.bias
 
-    def _unpacked(self) -> torch.Tensor:
+    def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """Both copies in float32 are there until the last one is made, as in torchao's `_dequantize_affine_float8`."""
         wide = self.packed.view(self.out_features, self.in_features).t().to(torch.float32)
-        return wide * self.scale
+        scaled = wide * self.scale
+        return scaled.to(dtype)
 
 
 class BitsandbytesNf4(PackedLinear):
