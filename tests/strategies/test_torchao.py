@@ -152,6 +152,30 @@ def test_files_cannot_hold_its_tensors() -> None:
         )
 
 
+def forms(pipe: Any, allow: Any) -> set[str]:
+    from vramplan.planner.candidates import parse_fixed, weight_settings
+
+    spec = spec_from_pipeline(pipe)
+    found = weight_settings(spec, parse_fixed({}, spec), allow)
+    return {format_setting(setting) for form in found for setting in form.values()}
+
+
+def test_weights_are_rounded_no_more_than_is_allowed() -> None:
+    pipe = small()
+    assert forms(pipe, None) == forms(pipe, "lossless") == set()
+    assert forms(pipe, "near_lossless") == {"torchao"}
+    assert forms(pipe, "lossy") == {"torchao", "layerwise_casting"}
+
+
+def test_large_text_encoders_are_rounded_with_the_denoiser_or_not_at_all() -> None:
+    from vramplan.models import describe
+    from vramplan.planner.candidates import parse_fixed, weight_settings
+
+    spec = describe("flux.1-dev").spec
+    found = weight_settings(spec, parse_fixed({}, spec), "near_lossless")
+    assert [set(form) for form in found] == [{"transformer"}, {"transformer", "text_encoder_2"}]
+
+
 def test_it_is_not_undone_and_holds_no_weights_of_before() -> None:
     import gc
     import weakref
