@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,7 +131,8 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, _accelerator(plan, target))
-    before = _Snapshot.of(pipe)
+    rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
+    before = _Snapshot.of(pipe, rounded=rounded)
     calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
         put_on(pipe, placed, decodes, target)
@@ -185,11 +186,13 @@ class _Snapshot:
     attributes: Mapping[str, Any]
 
     @classmethod
-    def of(cls, pipe: Any) -> _Snapshot:
+    def of(cls, pipe: Any, *, rounded: Collection[str] = ()) -> _Snapshot:
+        """Before a plan is applied that rounds some components: their parameters are not held on to."""
         modules = modules_of(pipe)
+        kept = [module for name, module in modules.items() if name not in rounded]
         return cls(
             modules=modules,
-            parameters=[(child, dict(child._parameters)) for module in modules.values() for child in module.modules()],
+            parameters=[(child, dict(child._parameters)) for module in kept for child in module.modules()],
             devices={name: device_of(module) or "cpu" for name, module in modules.items()},
             settings={name: _decode_settings(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},

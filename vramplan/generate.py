@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.errors import UsageError, VramplanError
+from vramplan.loading import load_code, load_options
 from vramplan.planfile import ComponentRecord, Plan
 from vramplan.units import format_bytes
 
@@ -85,8 +86,9 @@ def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> An
             dtype=dtypes,
             local_files_only=True,
             use_safetensors=None if allow_pickle else True,
+            **load_options(plan, folder),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise VramplanError(f"{folder}: diffusers {diffusers.__version__} cannot load it: {reason}") from error
 
@@ -206,12 +208,14 @@ def plan_code(plan: Plan) -> str:
     budget = plan.machine.budget
     limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
     source, vaes = _origin(plan)
+    before, options = load_code(plan, source)
     lines = [
         f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}",
         "import torch",
         f"from diffusers import {plan.model.class_name}",
+        *before,
         "",
-        f"pipe = {plan.model.class_name}.from_pretrained({json.dumps(source)}, dtype={dtype})",
+        f"pipe = {plan.model.class_name}.from_pretrained({json.dumps(source)}, dtype={dtype}{options})",
         *(line for line in calls_of(placed, decodes, plan.machine.device, vaes) if line != "import torch"),
     ]
     return "\n".join(lines)
@@ -258,7 +262,7 @@ def _check_words(plan: Plan) -> None:
         *plan.settings.weights,
         plan.machine.device.replace(":", "_"),
     ]
-    words += [word for record in plan.model.components for word in (record.name, record.dtype)]
+    words += [word for record in plan.model.components for word in (record.name, record.dtype, record.library)]
     for word in words:
         if not word.isidentifier():
             raise VramplanError(f"the plan names {word!r}, which cannot stand in Python code")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vramplan.errors import MismatchError, UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import role_of
-from vramplan.pipeline.types import PipelineSpec
+from vramplan.pipeline.quantized import marked
+from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import Plan, fingerprint
 from vramplan.strategies.base import Decode, Decodes, Placed, Placement, Weights
 from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement, parse_weights
@@ -22,6 +24,7 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
         return
     planned = {record.name: record for record in plan.model.components}
     here = {component.name: component for component in spec.components}
+    loaded = {name for name, text in plan.settings.weights.items() if name in here and _is_so(text, here[name])}
     for name in sorted(planned.keys() | here.keys()):
         if name not in here or name not in planned:
             where = "in the plan, not in this pipeline" if name in planned else "in this pipeline, not in the plan"
@@ -32,10 +35,18 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
             (old.dtype, new.dtype),
             (f"{old.weight_bytes} bytes of weights", f"{new.weight_bytes} bytes of weights"),
         )
-        for before, now in differences:
+        for before, now in differences[:1] if name in loaded else differences:
             if before != now:
                 raise MismatchError(f"{name}: the plan is for {before}, this pipeline has {now}; make the plan again")
-    raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
+    if not loaded:
+        raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
+
+
+def _is_so(text: str, component: Component) -> bool:
+    """Whether a component already has the form that a setting of weights would give it."""
+    return bool(component.quantized) and _parsed(text, component.name, parse_weights, "weights").quantized == (
+        component.quantized
+    )
 
 
 def parse_settings(
@@ -54,12 +65,17 @@ def parse_settings(
     if whole and len({setting.name for setting in placement.values()}) > 1:
         name = sorted(whole)[0]
         raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
-    if spec is not None:
-        placement = _checked(placement, spec, accelerator)
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
     weights = {name: _parsed(text, name, parse_weights, "weights") for name, text in plan.settings.weights.items()}
     if spec is not None:
+        there = {component.name for component in spec.components}
+        weights = {
+            name: setting
+            for name, setting in weights.items()
+            if name not in there or not _is_so(plan.settings.weights[name], spec.component(name))
+        }
         _check_weights(weights, spec)
+        placement = _checked(placement, _under(spec, weights), accelerator)
     return grouped(placement, weights), [(setting, _able(setting, names, spec, plan)) for setting in decode]
 
 
@@ -88,6 +104,12 @@ def _check_weights(weights: Mapping[str, Weights], spec: PipelineSpec) -> None:
         reason = setting.refusal(spec.component(name)) if name in names else f"{spec.class_name} has no such component"
         if reason is not None:
             raise UsageError(f"settings.weights.{name}: {reason}")
+
+
+def _under(spec: PipelineSpec, weights: Mapping[str, Weights]) -> PipelineSpec:
+    """The pipeline once these settings are on it, as far as placements ask."""
+    kinds = {name: setting.quantized for name, setting in weights.items()}
+    return replace(spec, components=tuple(marked(part, kinds.get(part.name, "")) for part in spec.components))
 
 
 def _checked(

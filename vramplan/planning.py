@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vramplan._version import __version__
 from vramplan.errors import UsageError, VramplanError
@@ -12,7 +12,6 @@ from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.machine import choose_machine
 from vramplan.models import describe
-from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
@@ -29,14 +28,12 @@ from vramplan.planner.candidates import Refused, parse_fixed, weight_settings
 from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
 from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
 from vramplan.planner.footprint import AssumedFootprint, Footprint
+from vramplan.planner.forms import Forms
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality, Weights
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload
-
-if TYPE_CHECKING:
-    from vramplan.simulator.source import Source
 
 
 def plan(
@@ -78,7 +75,7 @@ def plan(
     budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
     budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
     told = parse_fixed(settings or {}, described.spec)
-    weights = weight_settings(described.spec, told) if told.weights or allow == "lossy" else []
+    weights = weight_settings(described.spec, told, allow)
     figures = _figures(model, described.spec, work, accelerator if simulate else None, weights)
     outcome = decide(
         described.spec,
@@ -161,7 +158,8 @@ def _figures(
     from vramplan.simulator.source import Source, simulated_footprint, traced_footprint
 
     source = Source(model, spec)
-    light = [(setting, _lightened(source, setting)) for setting in weights]
+    forms = Forms(source)
+    light = [(setting, forms.spec(setting)) for setting in weights]
     if accelerator is None or spec.device_map is not None:
         assumed = AssumedFootprint(spec=spec, workload=work)
         return _Figures(
@@ -175,14 +173,13 @@ def _figures(
     except SimulationError as error:
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
-        others = tuple(Lighter(weights=setting, spec=other, footprint=traced) for setting, other in light)
+        others = tuple(
+            Lighter(weights=setting, spec=other, footprint=forms.footprint(setting, traced, traced.plain))
+            for setting, other in light
+        )
         return _Figures(footprint=traced, lighter=others, notes=(note,))
     lighter = tuple(
-        Lighter(
-            weights=setting,
-            spec=other,
-            footprint=simulated_footprint(source, work, accelerator, grouped({}, setting)),
-        )
+        Lighter(weights=setting, spec=other, footprint=forms.footprint(setting, footprint, footprint.plain))
         for setting, other in light
     )
 
@@ -193,29 +190,6 @@ def _figures(
         return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
 
     return _Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
-
-
-def _lightened(source: Source, weights: Mapping[str, Weights]) -> PipelineSpec:
-    """The spec with these settings on its weights: what they weigh, and how they can be cut."""
-    spec = source.spec
-    made = {
-        name: describe_component(name, setting.lightened(source.parts.modules[name]))
-        for name, setting in weights.items()
-    }
-    return replace(
-        spec,
-        components=tuple(
-            replace(
-                component,
-                weight_bytes=made[component.name].weight_bytes,
-                dtype_bytes=made[component.name].dtype_bytes,
-                geometry=made[component.name].geometry,
-            )
-            if component.name in made
-            else component
-            for component in spec.components
-        ),
-    )
 
 
 def confirmed(decision: Decision, simulation: Simulation) -> Decision:

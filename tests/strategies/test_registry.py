@@ -42,6 +42,8 @@ def all_variants() -> list[Any]:
 def test_names_are_unique_and_diffusers_own() -> None:
     assert [cls.name for cls in REGISTRY] == [
         "layerwise_casting",
+        "torchao",
+        "bitsandbytes",
         "resident",
         "model_cpu_offload",
         "partial_residency",
@@ -58,7 +60,7 @@ def test_a_strategy_keeps_its_contract(cls: Any) -> None:
     kinds = {"weights": (WEIGHTS, Weights), "placement": (PLACEMENTS, Placement), "decode": (DECODES, Decode)}
     registered, protocol = kinds[cls.axis]
     assert cls in registered
-    assert cls.quality in QUALITIES
+    assert cls().quality in QUALITIES
     assert isinstance(cls(), protocol)
     assert is_dataclass(cls)
     assert cls.__doc__

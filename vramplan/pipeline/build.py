@@ -38,15 +38,23 @@ def component_class(library: str, class_name: str) -> Any:
 
 
 def weightless_copy(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module, live or weightless, on the meta device. Tied tensors stay tied."""
+    """A copy of a module, live or weightless, on the meta device. Tied tensors stay tied.
+
+    Quantized layers become stand-ins.
+    """
     import copy
 
     import torch
 
-    memo: dict[int, Any] = {}
+    from vramplan.pipeline.packed import stand_in
+    from vramplan.pipeline.quantized import kind_of
+
+    memo: dict[int, Any] = {id(layer): made for layer in module.modules() if (made := stand_in(layer)) is not None}
     for tensor in (*module.parameters(), *module.buffers()):
-        made: torch.Tensor = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = torch.nn.Parameter(made, False) if isinstance(tensor, torch.nn.Parameter) else made
+        if kind_of(tensor):
+            continue
+        bare = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = torch.nn.Parameter(bare, False) if isinstance(tensor, torch.nn.Parameter) else bare
     return copy.deepcopy(module, memo)
 
 

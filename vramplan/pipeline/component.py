@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
+from vramplan.pipeline.quantized import element_count, marked, quantization_of
 from vramplan.pipeline.tiles import tiling_of
 from vramplan.pipeline.types import Component, Role
 
@@ -47,13 +48,13 @@ def describe_component(
     role = role_of(name, library, type(module).__name__)
     sizes = bytes_by_dtype(module)
     dtype = next((kind for kind in sizes if "float" in kind), next(iter(sizes), "float32"))
-    return Component(
+    component = Component(
         name=name,
         library=library,
         class_name=type(module).__name__,
         role=role,
         weight_bytes=sum(sizes.values()),
-        parameter_count=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        parameter_count=sum({id(p): element_count(p) for p in module.parameters()}.values()),
         dtype=dtype,
         dtype_bytes=sizes,
         geometry=measure(module),
@@ -70,6 +71,7 @@ def describe_component(
         hooks=hooks_of(module) if live else (),
         converted_at_load=converted_at_load,
     )
+    return marked(component, quantization_of(module))
 
 
 def device_of(module: torch.nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vramplan.pipeline.quantized import beside_bytes, inner_tensors
 from vramplan.pipeline.types import Geometry
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """The bytes a tensor holds; those of its inner tensors where it is a quantized wrapper (torchao)."""
-    names = getattr(type(tensor), "tensor_data_names", None)
-    if names:
-        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    """The bytes a tensor holds; where it is quantized those of its inner tensors, and of the scales beside it."""
+    inner = inner_tensors(tensor)
+    if inner:
+        return sum(map(tensor_bytes, inner))
+    return tensor.numel() * tensor.element_size() + beside_bytes(tensor)
 
 
 def module_bytes(module: torch.nn.Module) -> int:
@@ -118,7 +119,8 @@ def _items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
 
 
 def _pinned_bytes(module: torch.nn.Module) -> int:
-    return sum(power_of_two(tensor_bytes(tensor)) for tensor in tensors_of(module))
+    pieces = (piece for tensor in tensors_of(module) for piece in inner_tensors(tensor) or [tensor])
+    return sum(power_of_two(tensor_bytes(piece)) for piece in pieces)
 
 
 def _block_lists(module: torch.nn.Module, names: frozenset[str]) -> Iterable[list[torch.nn.Module]]:

@@ -73,7 +73,8 @@ class Component:
     """One module of a pipeline: what it weighs, how it can be cut, and what may be done with it.
 
     `weight_bytes` counts parameters and buffers as they are once loaded, each tied tensor once.
-    `device` and `hooks` are those of a live module; None and empty for one that is not loaded.
+    `device` and `hooks` are those of a live module; None and empty for one that is not loaded. `quantized` says
+    by what its weights are, library first (`torchao int8`), empty where they are plain.
     """
 
     name: str
@@ -93,10 +94,21 @@ class Component:
     block_offload_refusal: str | None = None
     leaf_offload_refusal: str | None = None
     sequential_offload_refusal: str | None = None
+    disk_offload_refusal: str | None = None
     move_refusal: str | None = None
+    quantized: str = ""
     device: str | None = None
     hooks: tuple[str, ...] = ()
     converted_at_load: bool = False
+
+    @property
+    def quantization_refusal(self) -> str | None:
+        """Why no library can quantize this component, as a sentence; None where one can."""
+        if self.quantized:
+            return f"the weights of {self.class_name} are quantized already ({self.quantized})"
+        if "layerwise_casting" in self.hooks:
+            return f"the weights of {self.class_name} are cast by layerwise casting already"
+        return self.leaf_offload_refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.demand import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
 from vramplan.strategies import DECODES, PLACEMENTS, WEIGHTS, Decode, Placement, Weights
-from vramplan.strategies.base import Hold
+from vramplan.strategies.base import QUALITIES, Hold, Quality
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import PLAIN, STORED, format_setting, parse_decode, parse_placement, parse_weights
 from vramplan.strategies.vae_tiling import VaeTiling
@@ -107,20 +107,29 @@ def _component_weights(name: str, text: str, spec: PipelineSpec) -> dict[str, We
     return {name: setting}
 
 
-def weight_settings(spec: PipelineSpec, fixed: Fixed) -> list[dict[str, Weights]]:
-    """What may be done to weights: the same to every denoiser; just what was fixed by hand where it was."""
+def weight_settings(spec: PipelineSpec, fixed: Fixed, allow: Quality | None) -> list[dict[str, Weights]]:
+    """What may be done to weights: just what was fixed by hand where it was, else what `allow` names.
+
+    The same is done to every denoiser, or to those and to every text encoder that is worth it.
+    """
     if fixed.weights is not None:
         return [dict(fixed.weights)] if fixed.weights else []
-    found: list[dict[str, Weights]] = []
+    able: dict[Weights, list[Component]] = {}
     for cls in WEIGHTS:
-        able = {
-            component.name: setting
-            for component in spec.components
-            for setting in cls.variants(component)
-            if setting.refusal(component) is None
-        }
-        found += [able] if able else []
+        for component in spec.components:
+            for setting in cls.variants(component):
+                if setting.refusal(component) is None and is_allowed(setting.quality, allow):
+                    able.setdefault(setting, []).append(component)
+    found: list[dict[str, Weights]] = []
+    for setting, components in able.items():
+        heads = {component.name: setting for component in components if component.role != "text_encoder"}
+        found += [form for form in (heads, {c.name: setting for c in components}) if form and form not in found]
     return found
+
+
+def is_allowed(quality: Quality, allow: Quality | None) -> bool:
+    """Whether the user let weights be changed this much: without a word, not at all."""
+    return allow is not None and QUALITIES.index(quality) <= QUALITIES.index(allow)
 
 
 def _check_name(where: str, name: str, spec: PipelineSpec) -> None:

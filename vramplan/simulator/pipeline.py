@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from vramplan.errors import VramplanError
-from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.pipeline.build import build_weightless, component_class, weightless_copy
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.quantized import quantization_of
 from vramplan.simulator.engine import CPU, Engine
 from vramplan.simulator.tensor import SimTensor
 
@@ -49,6 +50,7 @@ def parts_from_live(pipe: Any) -> Parts:
     """The parts of a live pipeline. Its modules are only read."""
     modules = modules_of(pipe)
     others = {name: part for name, part in pipe.components.items() if name not in modules}
+    modules |= {name: weightless_copy(part) for name, part in modules.items() if quantization_of(part)}
     settings = {
         name: value
         for name, value in dict(pipe.config).items()

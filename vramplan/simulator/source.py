@@ -29,10 +29,8 @@ DEVICE = "cuda:0"
 _ROOM = 1 << 50
 
 
-def simulated_footprint(
-    source: Source, workload: Workload, accelerator: Accelerator, weights: Placed = ()
-) -> SimulatedFootprint:
-    """The planner's figures for a model with these settings of weights.
+def simulated_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
+    """The planner's figures for a model with its weights as they are stored.
 
     Raises:
         SimulationError: the pipeline cannot be driven.
@@ -42,7 +40,7 @@ def simulated_footprint(
     must_tile = [vae for vae in spec.vaes if vae.tiling is not None and vae.tiling.required]
 
     tiled = [(setting, vaes) for setting in _tilings(must_tile)]
-    plain = source.run(workload, weights, tiled, accelerator=accelerator)
+    plain = source.run(workload, [], tiled, accelerator=accelerator)
 
     return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(source, plain, accelerator))
 
@@ -190,7 +188,7 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
     """A function that puts the settings on a hollow pipeline through their own diffusers calls."""
 
     def place(pipe: Any) -> None:
-        put_on(pipe, placed, decodes, DEVICE)
+        put_on(pipe, placed, decodes, DEVICE, hollow=True)
         if all(setting.axis == "weights" for setting, _ in placed):
             pipe.to(DEVICE)
 
@@ -211,7 +209,7 @@ def _identity(spec: PipelineSpec) -> Any:
     return [
         spec.class_name,
         [
-            [c.name, c.class_name, dict(c.config), dict(c.dtype_bytes), c.parameter_count]
+            [c.name, c.class_name, dict(c.config), dict(c.dtype_bytes), c.parameter_count, c.quantized]
             for c in sorted(spec.components, key=lambda component: component.name)
         ],
     ]

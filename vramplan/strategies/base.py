@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.units import GIB
 from vramplan.workload import Workload
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 Quality = Literal["lossless", "near_lossless", "lossy"]
 QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
 Axis = Literal["weights", "placement", "decode"]
+# Text encoders below weigh little beside any denoiser that has one: CLIP's are 0.2 and 1.3 GiB, T5-XXL 8.9 GiB.
+_LARGE_ENCODER = 1 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +113,14 @@ class Weights(Protocol):
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
-    quality: ClassVar[Quality]
+
+    @property
+    def quality(self) -> Quality:
+        """What it does to the picture."""
+
+    @property
+    def quantized(self) -> str:
+        """What `Component.quantized` is under this setting; empty where weights stay plain tensors."""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
@@ -117,8 +129,8 @@ class Weights(Protocol):
     def refusal(self, component: Component) -> str | None:
         """Why this setting cannot be, as a sentence; None when it can."""
 
-    def lightened(self, module: torch.nn.Module) -> torch.nn.Module:
-        """A copy of the module under this setting, without its weights."""
+    def lighten(self, module: torch.nn.Module) -> None:
+        """Give a module without data, hollow or on the meta device, the form it has under this setting, in place."""
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Make it so on a live pipeline, through diffusers' own call."""
@@ -128,6 +140,37 @@ class Weights(Protocol):
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """The same as lines of Python on an object called `pipe`."""
+
+
+class Record(Protocol):
+    """What is known of a component that is to be loaded: what a plan's record of it says."""
+
+    @property
+    def name(self) -> str:
+        """In the pipeline."""
+
+    @property
+    def class_name(self) -> str:
+        """Of the module."""
+
+    @property
+    def library(self) -> str:
+        """diffusers or transformers."""
+
+    @property
+    def dtype(self) -> str:
+        """To load in and compute with."""
+
+
+@runtime_checkable
+class AtLoad(Weights, Protocol):
+    """Weights that take their form while the pipeline is loaded; a live one cannot be given it."""
+
+    def load(self, options: dict[str, Any], record: Record, folder: Path) -> None:
+        """Add to the arguments of `from_pretrained`; what is under `quant_mapping` becomes one configuration."""
+
+    def load_code(self, options: dict[str, str], record: Record, source: str) -> list[str]:
+        """The same with text for values; lines to come before are returned."""
 
 
 @runtime_checkable
@@ -160,12 +203,32 @@ Placed = Sequence[tuple[Weights | Placement, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
 
 
-def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
-    """Put settings on a pipeline, live or simulated, each through its own diffusers calls."""
+def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str, *, hollow: bool = False) -> None:
+    """Put settings on a pipeline, each through its own diffusers calls.
+
+    A `hollow` one has no data that could be rounded: its weights only take the form they would have.
+    """
     for decode, names in decodes:
         decode.apply(pipe, names)
     for setting, names in placed:
-        setting.apply(pipe, names, device)
+        if hollow and isinstance(setting, Weights):
+            for name in names:
+                setting.lighten(pipe.components[name])
+        else:
+            setting.apply(pipe, names, device)
+
+
+def worth_quantizing(component: Component) -> bool:
+    """Whether rounding the component saves much: denoisers, and text encoders that weigh as much as one."""
+    large = component.role == "text_encoder" and component.weight_bytes >= _LARGE_ENCODER
+    return large or component.role in ("denoiser", "control")
+
+
+def missing_package(name: str) -> str | None:
+    """What to install, where a package that a setting needs is not."""
+    if find_spec(name) is None:
+        return f"{name} is not installed: pip install {name}, or vramplan[quantization]"
+    return None
 
 
 def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:

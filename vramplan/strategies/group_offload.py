@@ -85,6 +85,7 @@ class GroupOffload:
             or self._stream_refusal(component, accelerator)
             or self._cut_refusal(component)
             or component.group_offload_refusal
+            or (component.disk_offload_refusal if self.disk else None)
             or offload_refusal(component, spec, accelerator)
         )
 

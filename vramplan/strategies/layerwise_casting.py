@@ -24,6 +24,7 @@ class LayerwiseCasting:
     name: ClassVar[str] = "layerwise_casting"
     axis: ClassVar[Axis] = "weights"
     quality: ClassVar[Quality] = "lossy"
+    quantized: ClassVar[str] = ""
 
     storage: Literal["float8_e4m3fn", "float8_e5m2"] = "float8_e4m3fn"
 
@@ -36,17 +37,15 @@ class LayerwiseCasting:
         """Only classes of diffusers have it, and only weights of 16 bits or more can be stored in 8."""
         if component.library != "diffusers":
             return f"{component.class_name} is no model of diffusers: it has no layerwise casting"
+        if component.quantized:
+            return component.quantization_refusal
         if component.element_bytes < 2 or "layerwise_casting" in component.hooks:
             return f"the weights of {component.class_name} are stored in 8 bits already"
         return None
 
-    def lightened(self, module: torch.nn.Module) -> torch.nn.Module:
-        """A copy of the module as it is between two forwards, without its weights."""
-        from vramplan.pipeline.build import weightless_copy
-
-        copy = weightless_copy(module)
-        self._cast(copy)
-        return copy
+    def lighten(self, module: torch.nn.Module) -> None:
+        """As it is between two forwards: hooks cast hollow weights as they do real ones."""
+        self._cast(module)
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Component by component, before anything is hooked or moved."""

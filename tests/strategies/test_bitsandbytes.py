@@ -1,0 +1,209 @@
+"""bitsandbytes: stand-ins weigh what its own modules do, plans load it, and a live pipeline is refused.
+
+There is no accelerator here, and diffusers quantizes no model of its own without one (0.42, `validate_environment`).
+What is real: bitsandbytes' modules on the CPU, and a text encoder that transformers loads with it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_pipeline import build
+
+import vramplan
+from vramplan.errors import UsageError, VramplanError
+from vramplan.generate import load_pipeline, plan_code
+from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.loading import load_options
+from vramplan.pipeline.build import weightless_copy
+from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.geometry import module_bytes
+from vramplan.pipeline.live import modules_of
+from vramplan.planned import check_match, parse_settings
+from vramplan.planner.forms import lightened
+from vramplan.strategies.bitsandbytes import Bitsandbytes
+from vramplan.units import GIB
+
+bnb = pytest.importorskip("bitsandbytes")
+
+CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
+MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
+SIZE = {"height": 64, "width": 64}
+BOTH = ["nf4", "int8"]
+
+
+def quantized_layer(linear: torch.nn.Linear, type_: str) -> torch.nn.Module:
+    """The library's own module, quantized as loading does: when it is moved."""
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    if type_ == "nf4":
+        made = bnb.nn.Linear4bit(*sizes, compute_dtype=linear.weight.dtype, quant_type="nf4", compress_statistics=False)
+        made.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4", compress_statistics=False)
+    else:
+        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.bias = linear.bias
+    return made.to("cpu").eval()
+
+
+def quantized(module: torch.nn.Module, type_: str) -> torch.nn.Module:
+    """A live copy in which bitsandbytes' modules stand where diffusers puts them."""
+    from diffusers.quantizers.bitsandbytes.utils import _replace_with_bnb_linear
+    from transformers import BitsAndBytesConfig
+
+    live = copy.deepcopy(module)
+    config = BitsAndBytesConfig(load_in_4bit=True) if type_ == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
+    replaced, _ = _replace_with_bnb_linear(copy.deepcopy(module), [], [], config)
+    for path, layer in replaced.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            parent, _, name = path.rpartition(".")
+            setattr(live.get_submodule(parent), name, quantized_layer(live.get_submodule(path), type_))
+    return live
+
+
+@pytest.mark.parametrize("type_", BOTH)
+@pytest.mark.parametrize("kind", ["flux-small", "sdxl-small"])
+def test_the_stand_ins_weigh_what_bitsandbytes_makes(kind: str, type_: Any) -> None:
+    setting = Bitsandbytes(type=type_)
+    name = "unet" if kind == "sdxl-small" else "transformer"
+    module = modules_of(build(kind))[name].to(torch.bfloat16)
+    real, light = quantized(module, type_), lightened(module, setting)
+    assert module_bytes(light) == module_bytes(real) < module_bytes(module)
+    assert module_bytes(weightless_copy(real)) == module_bytes(real)
+    ours, theirs = describe_component(name, light), describe_component(name, real, live=True)
+    assert ours.quantized == theirs.quantized == setting.quantized
+    assert ours.geometry.blocks == theirs.geometry.blocks
+    assert theirs.dtype == "bfloat16"
+    assert theirs.parameter_count == describe_component(name, module).parameter_count
+
+
+@pytest.mark.parametrize("type_", BOTH)
+def test_running_once_does_not_change_what_it_weighs(type_: Any) -> None:
+    """The first forward of Linear8bitLt moves its scales from the weight to the module; Linear4bit packs them anew
+    where the CPU has AVX512 for bfloat16, which is switched off here."""
+    layer = quantized_layer(torch.nn.Linear(64, 32, dtype=torch.bfloat16), type_)
+    before = module_bytes(layer)
+    given = torch.ones((2, 64), dtype=torch.bfloat16)
+    layer.support_avx512bf16_for_cpu = False
+    made = layer(given)
+    assert module_bytes(layer) == before
+    light = weightless_copy(torch.nn.Sequential(layer))
+    assert light(given.to("meta")).shape == made.shape
+    assert light(given.to("meta")).dtype == made.dtype
+
+
+def folder_plan(folder: Path, **settings: str) -> Any:
+    told = {"placement": "resident"} | settings
+    return vramplan.plan(folder, device=MACHINE, dtype="bf16", settings=told, simulate=False, **SIZE)
+
+
+@pytest.mark.parametrize("type_", BOTH)
+def test_a_text_encoder_is_loaded_quantized_and_the_plan_applied_to_it(
+    type_: str, small_folder: Any, tmp_path: Path
+) -> None:
+    folder = small_folder("flux-small")
+    plan = folder_plan(folder, **{"weights.text_encoder_2": f"bitsandbytes:type={type_}"})
+    pipe = load_pipeline(plan, folder)
+    kind = bnb.nn.Linear4bit if type_ == "nf4" else bnb.nn.Linear8bitLt
+    replaced = {path for path, layer in pipe.text_encoder_2.named_modules() if isinstance(layer, kind)}
+    assert replaced
+    assert not any(isinstance(layer, kind) for layer in pipe.transformer.modules())
+    plain = load_pipeline(folder_plan(folder), folder).text_encoder_2
+    light = lightened(plain, Bitsandbytes(type=type_))
+    assert {path for path, layer in light.named_modules() if hasattr(layer, "quantized")} == replaced
+    assert module_bytes(light) == module_bytes(pipe.text_encoder_2)
+    if type_ == "nf4":
+        applied = vramplan.apply_plan(pipe, plan, device="cpu")
+        ids = torch.arange(1, 8).unsqueeze(0)
+        assert torch.isfinite(pipe.text_encoder_2(ids).last_hidden_state).all()
+        assert applied.undo() is pipe
+
+
+def test_a_pipeline_loaded_otherwise_is_not_what_was_planned(small_folder: Any) -> None:
+    from vramplan.errors import MismatchError
+    from vramplan.pipeline.live import spec_from_pipeline
+
+    folder = small_folder("flux-small")
+    nf4 = folder_plan(folder, **{"weights.text_encoder_2": "bitsandbytes"})
+    loaded = spec_from_pipeline(load_pipeline(nf4, folder))
+    check_match(loaded, nf4)
+    placed, _ = parse_settings(nf4, loaded, CARD)
+    assert all(setting.axis == "placement" for setting, _ in placed)
+    with pytest.raises(MismatchError, match="text_encoder_2: the plan is for"):
+        check_match(loaded, folder_plan(folder))
+    unquantized = spec_from_pipeline(load_pipeline(folder_plan(folder), folder))
+    with pytest.raises(UsageError, match="load it with `vramplan apply`"):
+        parse_settings(nf4, unquantized, CARD)
+
+
+def test_each_library_gets_its_own_configuration(small_folder: Any) -> None:
+    import diffusers
+    import transformers
+
+    folder = small_folder("flux-small")
+    names = {"weights.transformer": "bitsandbytes:type=int8", "weights.text_encoder_2": "bitsandbytes"}
+    plan = folder_plan(folder, **names)
+    mapping = load_options(plan, folder)["quantization_config"].quant_mapping
+    assert type(mapping["transformer"]) is diffusers.BitsAndBytesConfig
+    assert mapping["transformer"].load_in_8bit
+    assert type(mapping["text_encoder_2"]) is transformers.BitsAndBytesConfig
+    assert mapping["text_encoder_2"].bnb_4bit_quant_type == "nf4"
+    assert mapping["text_encoder_2"].bnb_4bit_compute_dtype is torch.bfloat16  # not float32, its default
+    assert plan.quality == "lossy"
+    code = plan_code(plan)
+    compile(code, "<plan>", "exec")
+    start, end = code.index("quantization_config=") + len("quantization_config="), code.index("\npipe.")
+    scope = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
+    scope["PipelineQuantizationConfig"] = diffusers.PipelineQuantizationConfig
+    coded = eval(code[start : end - 1], scope)
+    assert {name: item.to_dict() for name, item in coded.quant_mapping.items()} == {
+        name: item.to_dict() for name, item in mapping.items()
+    }
+
+
+def test_without_an_accelerator_diffusers_says_why(small_folder: Any) -> None:
+    if torch.cuda.is_available() or torch.xpu.is_available() or torch.mps.is_available():
+        pytest.skip("there is an accelerator")
+    folder = small_folder("flux-small")
+    with pytest.raises(VramplanError, match="A GPU is needed for quantization"):
+        load_pipeline(folder_plan(folder, **{"weights.transformer": "bitsandbytes"}), folder)
+
+
+@pytest.mark.parametrize(
+    ("placement", "words"),
+    [
+        ("group_offload:type=leaf", "which group offloading does not move along"),
+        ("partial_residency:streamed=3", "which group offloading does not move along"),
+    ],
+)
+def test_offloading_parts_of_it_is_refused(placement: str, words: str, small_folder: Any) -> None:
+    settings = {"weights.transformer": "bitsandbytes", "placement.transformer": placement}
+    with pytest.raises(UsageError, match=words):
+        vramplan.plan(small_folder("flux-small"), device=MACHINE, settings=settings, simulate=False, **SIZE)
+
+
+def test_group_offloading_leaves_its_scales_behind() -> None:
+    """The reason for that refusal: diffusers sets `data` of parameters and buffers: the scales are no part of it."""
+    layer = quantized_layer(torch.nn.Linear(64, 32), "nf4")
+    assert [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())] == ["weight", "bias"]
+    scales = layer.weight.quant_state.absmax
+    layer.weight.data = layer.weight.data.clone()  # what ModuleGroup._transfer_tensor_to_device does, with `to`
+    assert layer.weight.quant_state.absmax is scales
+
+
+def test_a_live_pipeline_is_refused_with_the_way_to_go() -> None:
+    with pytest.raises(UsageError, match="plan for its folder and load it with `vramplan apply`"):
+        vramplan.plan(build("flux-small"), device=MACHINE, settings={"weights.transformer": "bitsandbytes"}, **SIZE)
+
+
+def test_without_the_package_it_is_refused_with_the_command(small_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_folder("flux-small")
+    plan = folder_plan(folder, **{"weights.transformer": "bitsandbytes"})
+    monkeypatch.setattr("vramplan.strategies.base.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="bitsandbytes is not installed: pip install bitsandbytes"):
+        folder_plan(folder, **{"weights.transformer": "bitsandbytes"})
+    with pytest.raises(UsageError, match="bitsandbytes is not installed"):
+        load_pipeline(plan, folder)

@@ -1,0 +1,108 @@
+"""Recognise quantized weights: by whom, how many bytes they hold, and what cannot be done with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from vramplan.pipeline.types import Component
+
+if TYPE_CHECKING:
+    import torch
+
+# The classes of quantized parameters, and how torchao's are called among its settings.
+_TORCHAO = {"Int8Tensor": "int8", "Float8Tensor": "float8"}
+
+_KEPT_BESIDE = "keeps scales beside its weights, which {} does not move along (diffusers 0.42)"
+# What fails for the tensors of a library, or of one kind of it, by the field of `Component` that says so. Of a library
+# that is not named nothing but moving whole components is known to work.
+_LIMITS: Mapping[str, Mapping[str, str]] = {
+    "torchao": {"disk_offload_refusal": "torchao's tensors cannot be written to safetensors files: leave disk out"},
+    "bitsandbytes": {
+        "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
+        "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
+    },
+    "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
+}
+_UNKNOWN = {
+    "group_offload_refusal": "weights quantized by {} are only moved whole: what group offloading makes of them is "
+    "not known",
+    "sequential_offload_refusal": "weights quantized by {} are only moved whole: what sequential offloading makes of "
+    "them is not known",
+}
+
+
+def marked(component: Component, quantized: str) -> Component:
+    """The component as one whose weights are `quantized`: with what can no longer be done with it."""
+    if not quantized:
+        return component
+    library = quantized.partition(" ")[0]
+    known = {**_LIMITS.get(library, {}), **_LIMITS.get(quantized, {})}
+    limits = known or {field: reason.format(library) for field, reason in _UNKNOWN.items()}
+    reasons: dict[str, Any] = {field: f"{component.class_name}: {reason}" for field, reason in limits.items()}
+    return replace(component, quantized=quantized, **reasons)
+
+
+def quantization_of(module: torch.nn.Module) -> str:
+    """By what most of the quantized weights are, as `torchao int8`; empty where none is."""
+    found = Counter(kind for child in module.modules() for kind in _kinds(child))
+    return found.most_common(1)[0][0] if found else ""
+
+
+def _kinds(module: torch.nn.Module) -> Iterable[str]:
+    kind = getattr(module, "quantized", None)
+    if isinstance(kind, str):  # a stand-in says so itself
+        yield kind
+        return
+    for tensor in module.parameters(recurse=False):
+        kind = kind_of(tensor)
+        if kind:
+            yield kind
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """By what one parameter is quantized, empty for a plain one."""
+    cls = type(tensor)
+    if hasattr(cls, "tensor_data_names"):
+        plain = getattr(tensor, "act_quant_kwargs", None) is None
+        return f"torchao {_TORCHAO[cls.__name__] if plain and cls.__name__ in _TORCHAO else cls.__name__}"
+    if cls.__name__ == "Params4bit":
+        return f"bitsandbytes {getattr(tensor, 'quant_type', 'nf4')}"
+    if cls.__name__ == "Int8Params":
+        return "bitsandbytes int8"
+    if cls.__name__ == "GGUFParameter":
+        return "gguf"
+    return "quanto" if "quanto" in cls.__module__.split(".") else ""
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a wrapper of several tensors consists of; empty for any other."""
+    names = getattr(type(tensor), "tensor_data_names", ())
+    flatten = getattr(
+        tensor, "__tensor_flatten__", None
+    )  # what torch asks every wrapper for, optional tensors included
+    return [getattr(tensor, name) for name in (flatten()[0] if flatten is not None else names)]
+
+
+def element_count(tensor: torch.Tensor) -> int:
+    """The weights that a parameter stands for: bitsandbytes and GGUF pack several into one element."""
+    state = getattr(tensor, "quant_state", None) if type(tensor).__name__ == "Params4bit" else None
+    shape = state.shape if state is not None else getattr(tensor, "quant_shape", tensor.shape)
+    return prod(shape)
+
+
+def beside_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the scales that bitsandbytes keeps in attributes of a parameter, 0 for any other."""
+    if type(tensor).__name__ == "Int8Params":
+        return 4 * int(tensor.shape[0])  # SCB, which the first forward moves to the module
+    state = getattr(tensor, "quant_state", None) if type(tensor).__name__ == "Params4bit" else None
+    return _state_bytes(state) if state is not None else 0
+
+
+def _state_bytes(state: Any) -> int:
+    tensors = (state.absmax, state.code, getattr(state, "offset", None))
+    own: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return own + (_state_bytes(state.state2) if state.state2 is not None else 0)

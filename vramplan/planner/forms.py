@@ -1,0 +1,82 @@
+"""A pipeline with something done to its weights: its components then, and what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vramplan.pipeline.build import weightless_copy
+from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.dtypes import torch_dtype
+from vramplan.pipeline.quantized import marked
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.planner.footprint import Footprint
+from vramplan.strategies.base import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from vramplan.simulator.source import Source
+    from vramplan.simulator.types import Simulation
+    from vramplan.simulator.unpacking import Unpacking
+
+# What a setting changes of a component: what it weighs, and how it can be cut.
+_SIZES = ("weight_bytes", "dtype_bytes", "geometry")
+
+
+class Forms:
+    """The forms of one model's weights. Each component is made and measured once under each setting."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._modules: dict[tuple[str, Weights], torch.nn.Module] = {}
+        self._components: dict[tuple[str, Weights], Component] = {}
+        self._unpacking: dict[tuple[str, Weights], Unpacking] = {}
+
+    def spec(self, weights: Mapping[str, Weights]) -> PipelineSpec:
+        """The pipeline under these settings."""
+        spec = self.source.spec
+        light = [
+            self._component(component, weights[component.name]) if component.name in weights else component
+            for component in spec.components
+        ]
+        return replace(spec, components=tuple(light))
+
+    def footprint(self, weights: Mapping[str, Weights], plain: Footprint, simulation: Simulation) -> Footprint:
+        """What the pipeline needs under these settings: what it needs as it is stored, read off that simulation, and
+        what unpacking its weights takes."""
+        from vramplan.simulator.unpacking import UnpackingFootprint
+
+        parts = {name: self._unpacked(name, setting, simulation) for name, setting in weights.items()}
+        return UnpackingFootprint(plain=plain, parts=parts)
+
+    def _component(self, component: Component, setting: Weights) -> Component:
+        key = (component.name, setting)
+        if key not in self._components:
+            other = describe_component(component.name, self._module(*key))
+            sizes = {field: getattr(other, field) for field in _SIZES}
+            self._components[key] = marked(replace(component, **sizes), other.quantized)
+        return self._components[key]
+
+    def _unpacked(self, name: str, setting: Weights, simulation: Simulation) -> Unpacking:
+        from vramplan.simulator.unpacking import unpacking
+
+        key = (name, setting)
+        if key not in self._unpacking:
+            dtype = torch_dtype(self.source.spec.component(name).dtype)
+            self._unpacking[key] = unpacking(name, self._module(*key), dtype, simulation)
+        return self._unpacking[key]
+
+    def _module(self, name: str, setting: Weights) -> torch.nn.Module:
+        key = (name, setting)
+        if key not in self._modules:
+            self._modules[key] = lightened(self.source.parts.modules[name], setting)
+        return self._modules[key]
+
+
+def lightened(module: torch.nn.Module, setting: Weights) -> torch.nn.Module:
+    """A copy of the module under a setting of weights, without data."""
+    copy = weightless_copy(module)
+    setting.lighten(copy)
+    return copy

@@ -1,0 +1,104 @@
+"""bitsandbytes: the weights of linear layers rounded to 8 or 4 bits while they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from vramplan.pipeline.types import Component
+from vramplan.strategies.base import Axis, Quality, Record, missing_package, worth_quantizing
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bitsandbytes:
+    """`BitsAndBytesConfig` of diffusers or transformers, for the component that is loaded with it.
+
+    int8 (LLM.int8(), Dettmers et al. 2022: "without performance degradation") is taken to be nearly lossless, nf4
+    lossy: it has 16 values for the weights of a block. A live pipeline cannot be quantized so.
+    """
+
+    name: ClassVar[str] = "bitsandbytes"
+    axis: ClassVar[Axis] = "weights"
+
+    type: Literal["nf4", "int8"] = "nf4"
+
+    @property
+    def quality(self) -> Quality:
+        """By the bits that are left."""
+        return "near_lossless" if self.type == "int8" else "lossy"
+
+    @property
+    def quantized(self) -> str:
+        """As `Component.quantized`."""
+        return f"{self.name} {self.type}"
+
+    @classmethod
+    def variants(cls, component: Component) -> Iterable[Self]:
+        """nf4, for denoisers and large text encoders: int8 weighs what torchao's does, and takes more to run."""
+        return (cls(),) if worth_quantizing(component) else ()
+
+    def refusal(self, component: Component) -> str | None:
+        """What is loaded already, whatever it is."""
+        if component.quantization_refusal:
+            return component.quantization_refusal
+        if component.device is not None:
+            return (
+                f"bitsandbytes quantizes {component.name} while it is loaded, and this pipeline is loaded already: "
+                "plan for its folder and load it with `vramplan apply`"
+            )
+        return missing_package(self.name)
+
+    def lighten(self, module: torch.nn.Module) -> None:
+        """Stand-ins for the layers that the module's library replaces."""
+        from vramplan.pipeline.packed import BitsandbytesInt8, BitsandbytesNf4, pack
+
+        pack(module, BitsandbytesInt8 if self.type == "int8" else BitsandbytesNf4, _replaced(module))
+
+    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
+        """Nothing: what was not loaded so was refused."""
+
+    def remove(self, pipe: Any, names: Sequence[str]) -> None:
+        """Nothing can be put back."""
+
+    def code(self, names: Sequence[str], device: str) -> list[str]:
+        """Nothing after loading."""
+        return []
+
+    def load(self, options: dict[str, Any], record: Record, folder: Path) -> None:
+        """The component's own configuration, of the library it is of."""
+        import importlib
+
+        import torch
+
+        config = importlib.import_module(record.library).BitsAndBytesConfig
+        kinds = {"load_in_8bit": True} if self.type == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        computed = {} if self.type == "int8" else {"bnb_4bit_compute_dtype": getattr(torch, record.dtype)}
+        options.setdefault("quant_mapping", {})[record.name] = config(**kinds, **computed)
+
+    def load_code(self, options: dict[str, str], record: Record, source: str) -> list[str]:
+        """The same as text."""
+        how = "load_in_8bit=True"
+        if self.type == "nf4":
+            how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{record.dtype}'
+        line = f'"{record.name}": {record.library}.BitsAndBytesConfig({how})'
+        options["quant_mapping"] = ", ".join(filter(None, (options.get("quant_mapping"), line)))
+        return [f"import {record.library}"]
+
+
+def _replaced(module: torch.nn.Module) -> Callable[[str, torch.nn.Linear], bool]:
+    """Which linear layers loading replaces: transformers 5.23 leaves output layers and tied ones, both libraries leave
+    what a class keeps in float32 (diffusers 0.42, `_replace_with_bnb_linear`)."""
+    kept = list(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if hasattr(module, "get_output_embeddings"):
+        import torch
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        patterns = HfQuantizer.get_modules_to_not_convert(module, None, kept)
+        return lambda path, linear: type(linear) is torch.nn.Linear and should_convert_module(path, patterns)
+    return lambda path, _: not any(f"{key}." in path or key == path for key in kept)
