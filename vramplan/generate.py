@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.errors import UsageError, VramplanError
-from vramplan.planfile import ComponentRecord, Plan
+from vramplan.planfile import Plan
 from vramplan.units import format_bytes
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -37,24 +37,29 @@ def run_plan(
         VramplanError: the pipeline cannot be loaded or the result not written.
         MismatchError: the plan is for another pipeline or device.
     """
-    from vramplan.apply import applied_to, apply_plan
+    from vramplan.apply import applied_to
     from vramplan.recover import recovering_call
     from vramplan.report import measured_text
+    from vramplan.staged import load_applied
     from vramplan.verify import current_rss_bytes, measured
 
     folder = model_folder(plan, model)
     say(f"loading {folder}")
     before = current_rss_bytes()
-    pipe = load_pipeline(plan, folder, allow_pickle=allow_pickle)
+    _quieten()
+
+    def arguments(pipe: Any) -> dict[str, Any]:
+        return call_arguments(pipe, plan, prompt or "", negative_prompt, seed)
+
+    loaded = load_applied(plan, folder, None if prompt is None else arguments, allow_pickle=allow_pickle, say=say)
+    applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not progress_shown())
-    applied = apply_plan(pipe, plan)
     lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")
-    arguments = call_arguments(pipe, plan, prompt, negative_prompt, seed)
-    with measured(applied.device) as took:
-        result = recovering_call(pipe, arguments, say=say) if recover else pipe(**arguments)
+    with measured(applied.device) as took, loaded.watched():
+        result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
     took.ram_bytes -= before
     if output:
         lines += [f"wrote {path}" for path in write_result(result, Path(output))]
@@ -62,46 +67,19 @@ def run_plan(
     return "\n".join([*lines, "", measured_text(last.plan, took)])
 
 
-def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> Any:
-    """The plan's pipeline from a local folder, in the plan's dtypes. Nothing is downloaded, no code is run.
-
-    Raises:
-        VramplanError: the folder is not that pipeline, or is damaged.
-    """
+def _quieten() -> None:
+    """No progress bars of the libraries' own where nobody sees them."""
     import diffusers
     import transformers
 
-    from vramplan.pipeline.dtypes import torch_dtype
-    from vramplan.pipeline.folder import pipeline_class, read_index
-
-    cls = pipeline_class(folder, read_index(folder))
     if not progress_shown():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    dtypes = {record.name: torch_dtype(_known_dtype(record)) for record in plan.model.components}
-    try:
-        return cls.from_pretrained(  # type: ignore[attr-defined]
-            folder,
-            dtype=dtypes,
-            local_files_only=True,
-            use_safetensors=None if allow_pickle else True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise VramplanError(f"{folder}: diffusers {diffusers.__version__} cannot load it: {reason}") from error
 
 
 def progress_shown() -> bool:
     """Whether somebody is there to see a progress bar: standard error is a terminal."""
     return sys.stderr.isatty()
-
-
-def _known_dtype(record: ComponentRecord) -> str:
-    from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES
-
-    if record.dtype not in SAFETENSORS_DTYPES.values():
-        raise VramplanError(f"model.components: {record.name} has dtype {record.dtype!r}, which is none of torch's")
-    return record.dtype
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:

@@ -210,6 +210,7 @@ def _lightened(source: Source, weights: Mapping[str, Weights]) -> PipelineSpec:
                 weight_bytes=made[component.name].weight_bytes,
                 dtype_bytes=made[component.name].dtype_bytes,
                 geometry=made[component.name].geometry,
+                cast_from_bytes=component.weight_bytes,
             )
             if component.name in made
             else component

@@ -73,7 +73,9 @@ class Component:
     """One module of a pipeline: what it weighs, how it can be cut, and what may be done with it.
 
     `weight_bytes` counts parameters and buffers as they are once loaded, each tied tensor once.
-    `device` and `hooks` are those of a live module; None and empty for one that is not loaded.
+    `device` and `hooks` are those of a live module; None and empty for one that is not loaded. One that is
+    `converted_at_load` gets weights of its own in RAM, others stay in pages of their files until they are moved;
+    `cast_from_bytes` is what it weighs before something is done to its weights, 0 where nothing is.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Component:
     device: str | None = None
     hooks: tuple[str, ...] = ()
     converted_at_load: bool = False
+    cast_from_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +122,8 @@ class PipelineSpec:
 
     `sequence` is `model_cpu_offload_seq` split at its arrows, None where the class has none, less the
     names that are not components of this pipeline. `excluded` is `_exclude_from_cpu_offload`.
-    `frees_hooks` says whether its call ends by sending every component back (`maybe_free_model_hooks`).
+    `frees_hooks` says whether its call ends by sending every component back (`maybe_free_model_hooks`);
+    `encode_refusal` why its prompt cannot be encoded apart from the rest, None where it can.
     """
 
     class_name: str
@@ -131,6 +135,7 @@ class PipelineSpec:
     video: bool
     frees_hooks: bool = True
     device_map: Mapping[str, str] | None = None
+    encode_refusal: str | None = None
     family: str | None = None
     notes: tuple[str, ...] = ()
 

@@ -84,6 +84,11 @@ class Ledger:
         self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
 
+    def start_loading(self) -> None:
+        """What is booked next is weights being moved to the device, by no component that runs."""
+        self.phase, self.component, self.operation = "load", "", ""
+        self.modules.clear()
+
     def take(self, block: Block) -> None:
         """Enter a block; on the device this may raise DeviceFullError."""
         if block.place == "device":

@@ -32,7 +32,9 @@ class Hold:
     `moved_in_bytes` and `moved_out_bytes` cross the link on each forward, behind its compute where they are
     `overlapped`; `waited_bytes` cross it with nothing behind; `disk_bytes` are kept in files and read from
     there on each forward; `pauses` counts the transfers a forward waits
-    for; `rate` is the share of the link's pinned rate those transfers reach.
+    for; `rate` is the share of the link's pinned rate those transfers reach. `read_bytes` are read from the model's
+    files anew for each call: all else here then holds only while the component encodes the prompt, with none loaded
+    yet of those that read nothing.
     """
 
     running_bytes: int
@@ -48,6 +50,12 @@ class Hold:
     overlapped: bool = False
     pauses: int = 0
     rate: float = 1.0
+    read_bytes: int = 0
+
+    @property
+    def freed(self) -> bool:
+        """Whether the component is nowhere any more once the prompt is encoded."""
+        return self.read_bytes > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +76,16 @@ class Picture:
 
 @runtime_checkable
 class Placement(Protocol):
-    """How much of a component is on the device, and when."""
+    """How much of a component is on the device, and when.
+
+    A `shared` one is for all components of a role, or for none of them.
+    """
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
     quality: ClassVar[Quality]
     whole_pipeline: ClassVar[bool]
+    shared: ClassVar[bool]
 
     @property
     def ladder(self) -> str:
@@ -158,6 +170,39 @@ class Decode(Protocol):
 # Settings with the components each is for, in the order to apply them: weights first, then placements.
 Placed = Sequence[tuple[Weights | Placement, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
+
+
+def split_sharing(
+    placement: Mapping[str, Placement], components: Iterable[Component]
+) -> tuple[tuple[str, str], str] | None:
+    """Two components of a role of which only the first has a shared setting, and what that is; None where none do."""
+    by_role: dict[str, list[str]] = {}
+    for component in components:
+        by_role.setdefault(component.role, []).append(component.name)
+    for names in by_role.values():
+        told = {name: placement[name] for name in names if name in placement}
+        shared = [name for name, setting in told.items() if setting.shared]
+        others = [name for name in told if name not in shared]
+        if shared and others:
+            return (shared[0], others[0]), told[shared[0]].name
+    return None
+
+
+def freed_first(placed: Placed, spec: PipelineSpec) -> tuple[list[Any], list[Any]]:
+    """The settings of components that encode the prompt and are gone before the others are loaded; and all others.
+
+    What is done to the weights of such a component goes with it.
+    """
+    freed = {
+        name
+        for setting, names in placed
+        if isinstance(setting, Placement)
+        for name in names
+        if setting.hold(spec.component(name), spec).freed
+    }
+    first = [(setting, [name for name in names if name in freed]) for setting, names in placed]
+    rest = [(setting, [name for name in names if name not in freed]) for setting, names in placed]
+    return [item for item in first if item[1]], [item for item in rest if item[1]]
 
 
 def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:

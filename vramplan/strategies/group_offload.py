@@ -35,6 +35,7 @@ class GroupOffload:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     type: Literal["block", "leaf"] = "block"
     blocks: int = 1

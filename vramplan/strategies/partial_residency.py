@@ -36,6 +36,7 @@ class PartialResidency:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     streamed: int = 0
     low_cpu_mem_usage: bool = False

@@ -19,6 +19,7 @@ class Resident(WithoutOptions):
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """Refused only where a device map has already placed the component."""
