@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.planfile import Plan
 from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from vramplan.encode import Encoded
+    from vramplan.strategies.base import Placed
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _VIDEOS = (".mp4", ".gif")
@@ -170,29 +173,40 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def plan_code(plan: Plan) -> str:
-    """The plan as a script of plain diffusers calls, its loading included."""
-    from vramplan.planned import calls_of, parse_settings
+    """The plan as a script of plain diffusers calls, its loading included.
+
+    Raises:
+        UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
+        VramplanError: a name in the plan cannot stand in code.
+    """
+    from vramplan.planned import parse_settings
+    from vramplan.script import Script
 
     _check_words(plan)
     placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
-    dtypes = {record.dtype for record in plan.model.components}
-    if len(dtypes) == 1:
-        dtype = f"torch.{dtypes.pop()}"
-    else:
-        pairs = ", ".join(f'"{record.name}": torch.{record.dtype}' for record in plan.model.components)
-        dtype = "{" + pairs + "}"
     budget = plan.machine.budget
     limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
     source, vaes = _origin(plan)
-    lines = [
-        f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}",
-        "import torch",
-        f"from diffusers import {plan.model.class_name}",
-        "",
-        f"pipe = {plan.model.class_name}.from_pretrained({json.dumps(source)}, dtype={dtype})",
-        *(line for line in calls_of(placed, decodes, plan.machine.device, vaes) if line != "import torch"),
-    ]
-    return "\n".join(lines)
+    encoded = _hollow_encoded(plan, placed)
+    script = Script(plan=plan, source=source, placed=placed, decodes=decodes, vaes=vaes, encoded=encoded)
+    return "\n".join([f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}", *script.lines()])
+
+
+def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
+    """What encoding the prompt is given and gives in this plan, read off a pipeline without weights."""
+    from vramplan.models import describe
+    from vramplan.script import PROMPT
+    from vramplan.simulator.run import run_encode
+    from vramplan.simulator.source import Source
+    from vramplan.strategies.base import freed_first
+
+    first = [name for _, names in freed_first(placed)[0] for name in names]
+    if not first:
+        return None
+    dtypes = {record.dtype for record in plan.model.components}
+    model = plan.model.source.removeprefix("profile:")
+    spec = describe(model, dtype=dtypes.pop() if len(dtypes) == 1 else None).spec
+    return run_encode(Source(model, spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
 
 
 def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
@@ -233,6 +247,7 @@ def _check_words(plan: Plan) -> None:
     words = [
         plan.model.class_name,
         *plan.settings.placement,
+        *(word for record in plan.model.components for word in (record.class_name, record.library)),
         *plan.settings.weights,
         plan.machine.device.replace(":", "_"),
     ]

@@ -210,8 +210,8 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
 
     companions = [component for component in spec.components if component not in heads]
     wanted = [(component, options(component)) for component in companions]
-    together = [_thinned(_without_dominated(pool, spec)) for pool in _sharing(wanted)]
-    apart = [(component, [setting for setting in usable if not setting.shared]) for component, usable in wanted]
+    together = [_thinned(_without_dominated(pool, spec)) for pool in _freeing(wanted)]
+    apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
     most = _MOST_COMPANION_CHOICES - sum(prod(map(len, pool)) for pool in together)
     pools = [_thinned(_without_dominated(apart, spec), most), *together]
     per_head = {component.name: options(component) for component in heads}
@@ -223,14 +223,14 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
             yield [tuple({**placed, **mix} for placed in rungs) for mix in mixes]
 
 
-def _sharing(wanted: Choices) -> Iterable[Choices]:
-    """For each shared setting the choices where every component of a role has it, and the others what they had."""
-    settings = dict.fromkeys(setting for _, usable in wanted for setting in usable if setting.shared)
-    for shared in settings:
-        role = next(component.role for component, usable in wanted if shared in usable)
-        if all(shared in usable for component, usable in wanted if component.role == role):
+def _freeing(wanted: Choices) -> Iterable[Choices]:
+    """For each setting that frees: every component of a role under it, and the choices of all others."""
+    settings = dict.fromkeys(setting for _, usable in wanted for setting in usable if setting.freed)
+    for freeing in settings:
+        role = next(component.role for component, usable in wanted if freeing in usable)
+        if all(freeing in usable for component, usable in wanted if component.role == role):
             yield [
-                (component, [shared] if component.role == role else [s for s in usable if not s.shared])
+                (component, [freeing] if component.role == role else [s for s in usable if not s.freed])
                 for component, usable in wanted
             ]
 

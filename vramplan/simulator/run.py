@@ -96,6 +96,30 @@ def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[S
     return [(first.place, begin), (drop_and_place, lambda pipe: call_encoded(pipe, encoded[0]))]
 
 
+def run_encode(parts: Parts, arguments: Callable[[Any], Mapping[str, Any]], names: Sequence[str]) -> Encoded:
+    """What encoding the prompt is given and gives in a call of a hollow pipeline with these arguments.
+
+    Raises:
+        SimulationError: the pipeline needs something that a hollow one cannot give.
+        EncodeError: its prompt cannot be encoded apart from the rest of the call.
+    """
+    ledger = Ledger(CachingAllocator())
+    engine = Engine(ledger, Kernels())
+    with simulated_devices(engine):
+        try:
+            pipe = parts.assemble(engine)
+            pipe.set_progress_bar_config(disable=True)
+            for name in names:
+                pipe.components[name].to("cuda:0")
+            return encode(pipe, arguments(pipe), names)
+        except VramplanError:
+            raise
+        except Exception as error:
+            raise SimulationError(_where(error, ledger)) from error
+        finally:
+            engine.kernels.release()
+
+
 def run_decode(
     parts: Parts, latents: Sequence[DecodedLatents], place: Callable[[Any], None], *, kernels: Kernels | None = None
 ) -> Simulation:
@@ -181,10 +205,11 @@ def simulated_stages(
         try:
             pipe = parts.assemble(engine)
             pipe.set_progress_bar_config(disable=True)
-            for place, call in stages:
+            for stage, (place, call) in enumerate(stages):
                 ledger.start_loading()
                 place(pipe)
                 with followed(pipe, ledger) as decoded:
+                    ledger.phase = "denoise" if stage else ledger.phase  # the prompt is encoded by then
                     call(pipe)
         except torch.OutOfMemoryError as error:
             stopped = str(error)

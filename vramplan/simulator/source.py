@@ -121,7 +121,7 @@ class Source:
         from vramplan.simulator.run import First, run_simulation
 
         kernels = _kernels(accelerator)
-        first, rest = freed_first(placed, self.spec)
+        first, rest = freed_first(placed)
         key = {
             "pipeline": _identity(self.spec),
             "workload": asdict(workload),

@@ -78,14 +78,19 @@ class Picture:
 class Placement(Protocol):
     """How much of a component is on the device, and when.
 
-    A `shared` one is for all components of a role, or for none of them.
+    Under one that is `freed` a component is gone, for good, once the prompt is encoded and before others are loaded;
+    it is for all components of a role, or for none of them.
     """
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
     quality: ClassVar[Quality]
     whole_pipeline: ClassVar[bool]
-    shared: ClassVar[bool]
+    freed: ClassVar[bool]
+
+    @property
+    def direct(self) -> bool:
+        """Whether weights can be loaded straight to the device."""
 
     @property
     def ladder(self) -> str:
@@ -172,34 +177,28 @@ Placed = Sequence[tuple[Weights | Placement, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
 
 
-def split_sharing(
+def half_freed(
     placement: Mapping[str, Placement], components: Iterable[Component]
 ) -> tuple[tuple[str, str], str] | None:
-    """Two components of a role of which only the first has a shared setting, and what that is; None where none do."""
+    """Two components of a role of which only the first is freed, and by which setting; None where there are none."""
     by_role: dict[str, list[str]] = {}
     for component in components:
         by_role.setdefault(component.role, []).append(component.name)
     for names in by_role.values():
         told = {name: placement[name] for name in names if name in placement}
-        shared = [name for name, setting in told.items() if setting.shared]
-        others = [name for name in told if name not in shared]
-        if shared and others:
-            return (shared[0], others[0]), told[shared[0]].name
+        freed = [name for name, setting in told.items() if setting.freed]
+        others = [name for name in told if name not in freed]
+        if freed and others:
+            return (freed[0], others[0]), told[freed[0]].name
     return None
 
 
-def freed_first(placed: Placed, spec: PipelineSpec) -> tuple[list[Any], list[Any]]:
+def freed_first(placed: Placed) -> tuple[list[Any], list[Any]]:
     """The settings of components that encode the prompt and are gone before the others are loaded; and all others.
 
     What is done to the weights of such a component goes with it.
     """
-    freed = {
-        name
-        for setting, names in placed
-        if isinstance(setting, Placement)
-        for name in names
-        if setting.hold(spec.component(name), spec).freed
-    }
+    freed = {name for setting, names in placed if isinstance(setting, Placement) and setting.freed for name in names}
     first = [(setting, [name for name in names if name in freed]) for setting, names in placed]
     rest = [(setting, [name for name in names if name not in freed]) for setting, names in placed]
     return [item for item in first if item[1]], [item for item in rest if item[1]]

@@ -24,7 +24,7 @@ class EncodeFirst:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
-    shared: ClassVar[bool] = True
+    freed: ClassVar[bool] = True
 
     leaf: bool = False
 
@@ -32,6 +32,11 @@ class EncodeFirst:
     def ladder(self) -> str:
         """None."""
         return ""
+
+    @property
+    def direct(self) -> bool:
+        """Only whole."""
+        return not self.leaf
 
     @property
     def _meanwhile(self) -> Placement:
