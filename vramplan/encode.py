@@ -181,7 +181,10 @@ def _same(one: Any, other: Any) -> bool:
         return (one is None) == (other is None)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return type(one) is not torch.Tensor or torch.equal(one, other)
+    if type(one) is not torch.Tensor:
+        return True
+    bits, others = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(bits, others)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A failed or interrupted load leaves nothing: what was loaded is held by nobody e
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,7 @@ def load_components(
         stand_in = SimpleNamespace(components={name: module})
         for setting in stages.of(name):
             setting.apply(stand_in, [name], device)
+        let_go()
         modules[name] = module
     return modules
 
@@ -190,9 +192,17 @@ def check_prompt(stages: Staged, prompt: object) -> None:
 
 
 def let_go() -> None:
-    """Give back the memory of what nobody holds any more."""
+    """Give back the memory of what nobody holds any more.
+
+    glibc keeps what it freed: 1.2 GiB of it after converting a 3.2 GiB UNet to float32 (measured), 0.05 GiB once told.
+    """
+    import ctypes
+
     import torch
 
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
