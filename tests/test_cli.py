@@ -349,7 +349,10 @@ class TestCode:
         ok("plan", "stable-diffusion-1.5", "--device", "cpu", "-o", "plan.yaml")
         script = ok("code", "plan.yaml").stdout
         compile(script, "script", "exec")
-        assert 'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float16)' in script
+        assert (
+            'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="unet", dtype=torch.float16)'
+            in script
+        )
 
 
 class TestApply:

@@ -105,7 +105,7 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     target = device or plan.machine.device
     if earlier is not None and earlier.plan == plan and earlier.device == target:
         return earlier
-    _check_device(target, plan)
+    check_device(target, plan)
     with _earlier_off(pipe):
         return _applied_anew(pipe, plan, target)
 
@@ -130,12 +130,29 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     spec = spec_from_pipeline(pipe)
     check_match(spec, plan)
     refuse_hooked(spec)
-    placed, decodes = parse_settings(plan, spec, _accelerator(plan, target))
+    placed, decodes = parse_settings(plan, spec, planned_accelerator(plan, target))
+    return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, still=placed)
+
+
+def finish_applying(
+    pipe: Any,
+    plan: Plan,
+    target: str,
+    *,
+    placed: Placed,
+    decodes: Decodes,
+    still: Placed,
+    devices: Mapping[str, str] | None = None,
+) -> Applied:
+    """Put on a checked pipeline what is `still` to be put of the settings `placed`, and all of `decodes`.
+
+    `devices` says where components go back to when it is undone, where that is not where they are now.
+    """
     rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
-    before = _Snapshot.of(pipe, rounded=rounded)
+    before = _Snapshot.of(pipe, devices, rounded=rounded)
     calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
-        put_on(pipe, placed, decodes, target)
+        put_on(pipe, still, decodes, target)
     except BaseException:
         before.restore(pipe, placed)
         raise
@@ -152,7 +169,8 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     return applied
 
 
-def _check_device(device: str, plan: Plan) -> None:
+def check_device(device: str, plan: Plan) -> None:
+    """Raises MismatchError where torch has no such device here."""
     import torch
 
     kind, _, index = device.partition(":")
@@ -167,7 +185,7 @@ def _check_device(device: str, plan: Plan) -> None:
         raise MismatchError(f"the plan is for {device}{card}; here are {torch.accelerator.device_count()} devices")
 
 
-def _accelerator(plan: Plan, device: str) -> Accelerator | None:
+def planned_accelerator(plan: Plan, device: str) -> Accelerator | None:
     """What settings are checked against: the planned card, or the CPU standing in for one on request."""
     planned = plan.machine.accelerator
     if planned is None or device.partition(":")[0] != "cpu":
@@ -186,14 +204,14 @@ class _Snapshot:
     attributes: Mapping[str, Any]
 
     @classmethod
-    def of(cls, pipe: Any, *, rounded: Collection[str] = ()) -> _Snapshot:
+    def of(cls, pipe: Any, devices: Mapping[str, str] | None = None, *, rounded: Collection[str] = ()) -> _Snapshot:
         """Before a plan is applied that rounds some components: their parameters are not held on to."""
         modules = modules_of(pipe)
         kept = [module for name, module in modules.items() if name not in rounded]
         return cls(
             modules=modules,
             parameters=[(child, dict(child._parameters)) for module in kept for child in module.modules()],
-            devices={name: device_of(module) or "cpu" for name, module in modules.items()},
+            devices=devices or {name: device_of(module) or "cpu" for name, module in modules.items()},
             settings={name: _decode_settings(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
         )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
-from vramplan.loading import load_code, load_options
-from vramplan.planfile import ComponentRecord, Plan
+from vramplan.planfile import Plan
 from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from vramplan.encode import Encoded
+    from vramplan.strategies.base import Placed
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _VIDEOS = (".mp4", ".gif")
@@ -38,24 +40,29 @@ def run_plan(
         VramplanError: the pipeline cannot be loaded or the result not written.
         MismatchError: the plan is for another pipeline or device.
     """
-    from vramplan.apply import applied_to, apply_plan
+    from vramplan.apply import applied_to
     from vramplan.recover import recovering_call
     from vramplan.report import measured_text
+    from vramplan.staged import load_applied
     from vramplan.verify import current_rss_bytes, measured
 
     folder = model_folder(plan, model)
     say(f"loading {folder}")
     before = current_rss_bytes()
-    pipe = load_pipeline(plan, folder, allow_pickle=allow_pickle)
+    _quieten()
+
+    def arguments(pipe: Any) -> dict[str, Any]:
+        return call_arguments(pipe, plan, prompt or "", negative_prompt, seed)
+
+    loaded = load_applied(plan, folder, None if prompt is None else arguments, allow_pickle=allow_pickle, say=say)
+    applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not progress_shown())
-    applied = apply_plan(pipe, plan)
     lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")
-    arguments = call_arguments(pipe, plan, prompt, negative_prompt, seed)
-    with measured(applied.device) as took:
-        result = recovering_call(pipe, arguments, say=say) if recover else pipe(**arguments)
+    with measured(applied.device) as took, loaded.watched():
+        result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
     took.ram_bytes -= before
     if output:
         lines += [f"wrote {path}" for path in write_result(result, Path(output))]
@@ -63,47 +70,19 @@ def run_plan(
     return "\n".join([*lines, "", measured_text(last.plan, took)])
 
 
-def load_pipeline(plan: Plan, folder: Path, *, allow_pickle: bool = False) -> Any:
-    """The plan's pipeline from a local folder, in the plan's dtypes. Nothing is downloaded, no code is run.
-
-    Raises:
-        VramplanError: the folder is not that pipeline, or is damaged.
-    """
+def _quieten() -> None:
+    """No progress bars of the libraries' own where nobody sees them."""
     import diffusers
     import transformers
 
-    from vramplan.pipeline.dtypes import torch_dtype
-    from vramplan.pipeline.folder import pipeline_class, read_index
-
-    cls = pipeline_class(folder, read_index(folder))
     if not progress_shown():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    dtypes = {record.name: torch_dtype(_known_dtype(record)) for record in plan.model.components}
-    try:
-        return cls.from_pretrained(  # type: ignore[attr-defined]
-            folder,
-            dtype=dtypes,
-            local_files_only=True,
-            use_safetensors=None if allow_pickle else True,
-            **load_options(plan, folder),
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise VramplanError(f"{folder}: diffusers {diffusers.__version__} cannot load it: {reason}") from error
 
 
 def progress_shown() -> bool:
     """Whether somebody is there to see a progress bar: standard error is a terminal."""
     return sys.stderr.isatty()
-
-
-def _known_dtype(record: ComponentRecord) -> str:
-    from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES
-
-    if record.dtype not in SAFETENSORS_DTYPES.values():
-        raise VramplanError(f"model.components: {record.name} has dtype {record.dtype!r}, which is none of torch's")
-    return record.dtype
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
@@ -194,31 +173,40 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def plan_code(plan: Plan) -> str:
-    """The plan as a script of plain diffusers calls, its loading included."""
-    from vramplan.planned import calls_of, parse_settings
+    """The plan as a script of plain diffusers calls, its loading included.
+
+    Raises:
+        UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
+        VramplanError: a name in the plan cannot stand in code.
+    """
+    from vramplan.planned import parse_settings
+    from vramplan.script import Script
 
     _check_words(plan)
     placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
-    dtypes = {record.dtype for record in plan.model.components}
-    if len(dtypes) == 1:
-        dtype = f"torch.{dtypes.pop()}"
-    else:
-        pairs = ", ".join(f'"{record.name}": torch.{record.dtype}' for record in plan.model.components)
-        dtype = "{" + pairs + "}"
     budget = plan.machine.budget
     limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
     source, vaes = _origin(plan)
-    before, options = load_code(plan, source)
-    lines = [
-        f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}",
-        "import torch",
-        f"from diffusers import {plan.model.class_name}",
-        *before,
-        "",
-        f"pipe = {plan.model.class_name}.from_pretrained({json.dumps(source)}, dtype={dtype}{options})",
-        *(line for line in calls_of(placed, decodes, plan.machine.device, vaes) if line != "import torch"),
-    ]
-    return "\n".join(lines)
+    encoded = _hollow_encoded(plan, placed)
+    script = Script(plan=plan, source=source, placed=placed, decodes=decodes, vaes=vaes, encoded=encoded)
+    return "\n".join([f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}", *script.lines()])
+
+
+def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
+    """What encoding the prompt is given and gives in this plan, read off a pipeline without weights."""
+    from vramplan.models import describe
+    from vramplan.script import PROMPT
+    from vramplan.simulator.run import run_encode
+    from vramplan.simulator.source import Source
+    from vramplan.strategies.base import freed_first
+
+    first = [name for _, names in freed_first(placed)[0] for name in names]
+    if not first:
+        return None
+    dtypes = {record.dtype for record in plan.model.components}
+    model = plan.model.source.removeprefix("profile:")
+    spec = describe(model, dtype=dtypes.pop() if len(dtypes) == 1 else None).spec
+    return run_encode(Source(model, spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
 
 
 def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
@@ -259,6 +247,7 @@ def _check_words(plan: Plan) -> None:
     words = [
         plan.model.class_name,
         *plan.settings.placement,
+        *(word for record in plan.model.components for word in (record.class_name, record.library)),
         *plan.settings.weights,
         plan.machine.device.replace(":", "_"),
     ]

@@ -12,7 +12,7 @@ from vramplan.pipeline.component import role_of
 from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import Plan, fingerprint
-from vramplan.strategies.base import Decode, Decodes, Placed, Placement, Weights
+from vramplan.strategies.base import Decode, Decodes, Placed, Placement, Weights, half_freed
 from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement, parse_weights
 
 
@@ -120,6 +120,10 @@ def _checked(
         told = f"{name} is not placed" if name in names else f"{spec.class_name} has no such component"
         raise UsageError(f"settings.placement.{name}: {told}")
     completed = {name: setting.complete(spec.component(name)) for name, setting in placement.items()}
+    torn = half_freed(completed, spec.components)
+    if torn is not None:
+        (one, other), setting_name = torn
+        raise UsageError(f"settings.placement.{one}: {setting_name} must be on {other} too, or on neither")
     for name, setting in completed.items():
         reason = setting.refusal(spec.component(name), spec, accelerator)
         if reason is not None and (accelerator is not None or setting.name != "resident"):

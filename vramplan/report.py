@@ -91,6 +91,7 @@ def plan_text(plan: Plan) -> str:
         ("for", f"{work.width} x {work.height}{frames}{batch}, {work.num_inference_steps} steps"),
         ("chosen", settings_text(plan.settings)),
         ("fits", fits_sentence(plan.projected, plan.machine.budget)),
+        *_loading_row(plan),
         ("speed", _speed(plan)),
         ("quality", plan.quality.replace("_", " ")),
         ("why", plan.reason),
@@ -99,6 +100,14 @@ def plan_text(plan: Plan) -> str:
     lines += ["", _table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan))]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _loading_row(plan: Plan) -> list[tuple[str, str]]:
+    """What loading takes of RAM at most, where it takes some."""
+    load = plan.projected.load
+    if load is None or not load.ram_bytes:
+        return []
+    return [("loading", f"at most {format_bytes(load.ram_bytes)} of RAM, while {load.component} is loaded")]
 
 
 def _speed(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from vramplan.planner.decide import Decision, Outcome, decide, worst_quality
 from vramplan.planner.demand import Pricer
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.profiles import load_pipeline_profile, pipeline_names
+from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.vae_slicing import VaeSlicing
@@ -86,6 +87,23 @@ WORKS = st.builds(
 VRAM = st.integers(2, 160).map(lambda halves: halves * GIB // 2)
 
 
+def test_with_little_ram_the_prompt_is_encoded_first() -> None:
+    """16 GiB of RAM and 24 of VRAM: encoder and transformer fit neither together on the card nor in RAM."""
+    spec = text_to_image(encoder=9 * GIB, denoiser=19 * GIB)
+    outcome = choose(spec, 24 * GIB, ram=6 * GIB)
+    assert {type(setting) for setting in outcome.chosen.placement.values()} == {EncodeFirst, Resident}
+    assert "encode_first" not in str(choose(spec, 32 * GIB, ram=6 * GIB).chosen.placement)
+
+
+def test_who_cannot_be_loaded_says_which_component_and_both_numbers() -> None:
+    parts = [
+        replace(part, converted_at_load=True) for part in text_to_image(encoder=9 * GIB, denoiser=8 * GIB).components
+    ]
+    outcome = choose(pipeline(*parts), 24 * GIB, ram=4 * GIB)
+    told = [item.reason for item in outcome.decisions if "loading" in item.reason and item.verdict == "rejected"]
+    assert any(re.match(r"loading \w+ needs [\d.]+ GiB of RAM, 4.00 GiB may be used: short by", text) for text in told)
+
+
 class TestAnyPipeline:
     @QUICK
     @given(specs(), WORKS, VRAM, VRAM, st.sampled_from(["lossless", "near_lossless"]))
@@ -97,6 +115,19 @@ class TestAnyPipeline:
         except NothingFitsError:
             return
         large = choose(spec, more, work=work, allow=allow).chosen.demand.seconds_per_call
+        assert large <= small * 1.01  # times count to their third digit
+
+    @QUICK
+    @given(specs(), WORKS, VRAM, st.integers(1, 64), st.integers(1, 64))
+    def test_more_ram_never_makes_a_plan_slower_that_converts_while_loading(self, spec, work, vram, one, other) -> None:
+        less, more = sorted((one, other))
+        loaded = [replace(part, converted_at_load=True) for part in spec.components]
+        spec = replace(spec, components=tuple(loaded))
+        try:
+            small = choose(spec, vram, work=work, ram=less * GIB, allow="lossless").chosen.demand.seconds_per_call
+        except NothingFitsError:
+            return
+        large = choose(spec, vram, work=work, ram=more * GIB, allow="lossless").chosen.demand.seconds_per_call
         assert large <= small * 1.01  # times count to their third digit
 
     @QUICK

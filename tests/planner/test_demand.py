@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from planner.specs import GIB, MIB, WORK, card, component, geometry, pipeline, text_to_image
 
 from vramplan.pipeline.types import PipelineSpec, Use
-from vramplan.planner.demand import Demand, price
+from vramplan.planner.demand import DISK_BYTES_PER_S, Demand, price
 from vramplan.planner.footprint import AssumedFootprint, Estimate
+from vramplan.planner.loading import LoadDemand
+from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
 from vramplan.strategies.resident import Resident
@@ -23,6 +26,11 @@ def demand_of(spec: PipelineSpec, setting: Any, decode: Any = (), work: Workload
     placement = {part.name: setting for part in spec.components}
     footprint = options.pop("footprint", AssumedFootprint(spec=spec, workload=work))
     return price(spec, work, placement, decode, footprint=footprint, **({"accelerator": card()} | options))
+
+
+def priced(spec: PipelineSpec, placement: Any) -> Demand:
+    footprint = AssumedFootprint(spec=spec, workload=WORK)
+    return price(spec, WORK, placement, (), footprint=footprint, accelerator=card())
 
 
 def test_the_peak_is_the_highest_moment_and_not_the_sum() -> None:
@@ -73,14 +81,55 @@ def test_pinned_copies_and_the_largest_transient_are_charged() -> None:
     spec = pipeline(component("transformer", 8 * GIB, blocks=8), component("transformer_2", 4 * GIB, blocks=8))
     demand = demand_of(spec, GroupOffload(stream=True))
     assert demand.pinned_bytes == sum(part.geometry.pinned_bytes for part in spec.components)
-    assert demand.ram_bytes == demand.pinned_bytes + 8 * GIB
+    first, second = (part.geometry.pinned_bytes for part in spec.components)
+    # loaded one after another, the smaller one beside the first one's pinned copies
+    assert demand.ram_bytes == max(first + 8 * GIB, first + second + 4 * GIB)
+    live = pipeline(*(replace(part, device="cpu") for part in spec.components))
+    assert demand_of(live, GroupOffload(stream=True)).ram_bytes == demand.pinned_bytes + 8 * GIB
 
 
 def test_what_is_converted_while_loading_is_charged_once() -> None:
     parts = [replace(part, converted_at_load=True) for part in text_to_image().components]
     spec = pipeline(*parts)
-    assert demand_of(spec, Resident()).ram_bytes == spec.weight_bytes
     assert demand_of(spec, ModelCpuOffload()).ram_bytes == spec.weight_bytes
+
+
+def test_what_is_converted_on_its_way_to_the_device_is_there_in_part() -> None:
+    parts = [replace(part, converted_at_load=True) for part in text_to_image(denoiser=8 * GIB).components]
+    demand = demand_of(pipeline(*parts), Resident())
+    assert demand.load == LoadDemand(component="transformer", ram_bytes=2 * GIB)
+    assert demand.ram_bytes == 2 * GIB
+    assert demand_of(text_to_image(), Resident()).ram_bytes == 0
+
+
+def test_what_something_is_done_to_passes_through_ram() -> None:
+    parts = [
+        replace(part, cast_from_bytes=2 * part.weight_bytes) for part in text_to_image(denoiser=8 * GIB).components
+    ]
+    assert demand_of(pipeline(*parts), Resident()).ram_bytes == 8 * GIB
+    converted = [replace(part, converted_at_load=True) for part in parts]
+    assert demand_of(pipeline(*converted), Resident()).ram_bytes == 16 * GIB
+
+
+def test_encoding_first_never_holds_the_encoder_beside_the_rest() -> None:
+    spec = text_to_image(encoder=10 * GIB, denoiser=8 * GIB)
+    first = {"text_encoder": EncodeFirst(), "transformer": Resident(), "vae": Resident()}
+    demand = priced(spec, first)
+    encode, denoise, decode = demand.phases
+    assert (encode.weights_bytes, encode.on_device) == (10 * GIB, ("text_encoder",))
+    assert denoise.weights_bytes == decode.weights_bytes == spec.weight_bytes - 10 * GIB
+    assert denoise.on_device == decode.on_device == ("transformer", "vae")
+    assert demand.ram_bytes == 0
+    resident = priced(spec, {**first, "text_encoder": Resident()})
+    assert demand.seconds_per_call - resident.seconds_per_call == pytest.approx(10 * GIB / DISK_BYTES_PER_S)
+
+
+def test_ram_is_that_of_the_larger_of_both_times() -> None:
+    spec = text_to_image(encoder=10 * GIB, denoiser=8 * GIB)
+    placed = {"text_encoder": EncodeFirst(leaf=True), "transformer": GroupOffload(type="leaf"), "vae": Resident()}
+    assert priced(spec, placed).ram_bytes == 10 * GIB
+    both = {**placed, "text_encoder": GroupOffload(type="leaf")}
+    assert priced(spec, both).ram_bytes == 18 * GIB
 
 
 def test_an_excluded_component_is_resident_and_charged() -> None:

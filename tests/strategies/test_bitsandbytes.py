@@ -6,6 +6,7 @@ What is real: bitsandbytes' modules on the CPU, and a text encoder that transfor
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from make_pipeline import build
 
 import vramplan
 from vramplan.errors import UsageError, VramplanError
-from vramplan.generate import load_pipeline, plan_code
+from vramplan.generate import plan_code
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.loading import load_options
+from vramplan.loading import assemble, load_component
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import modules_of
 from vramplan.planned import check_match, parse_settings
 from vramplan.planner.forms import lightened
+from vramplan.staged import load_applied, stages_of
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.units import GIB
 
@@ -100,6 +102,24 @@ def folder_plan(folder: Path, **settings: str) -> Any:
     return vramplan.plan(folder, device=MACHINE, dtype="bf16", settings=told, simulate=False, **SIZE)
 
 
+def load_pipeline(plan: Any, folder: Path) -> Any:
+    """The plan's pipeline as it is loaded, before anything is placed."""
+    stages = stages_of(plan, folder, "cpu")
+    modules = {
+        part.name: load_component(
+            folder,
+            part.name,
+            part.library,
+            part.class_name,
+            dtype=part.dtype,
+            device=None,
+            options=stages.options(part.name),
+        )
+        for part in stages.spec.components
+    }
+    return assemble(folder, modules)
+
+
 @pytest.mark.parametrize("type_", BOTH)
 def test_a_text_encoder_is_loaded_quantized_and_the_plan_applied_to_it(
     type_: str, small_folder: Any, tmp_path: Path
@@ -146,7 +166,9 @@ def test_each_library_gets_its_own_configuration(small_folder: Any) -> None:
     folder = small_folder("flux-small")
     names = {"weights.transformer": "bitsandbytes:type=int8", "weights.text_encoder_2": "bitsandbytes"}
     plan = folder_plan(folder, **names)
-    mapping = load_options(plan, folder)["quantization_config"].quant_mapping
+    stages = stages_of(plan, folder, "cpu")
+    mapping = {name: stages.options(name)["quantization_config"] for name in ("transformer", "text_encoder_2")}
+    assert stages.options("vae") == {}
     assert type(mapping["transformer"]) is diffusers.BitsAndBytesConfig
     assert mapping["transformer"].load_in_8bit
     assert type(mapping["text_encoder_2"]) is transformers.BitsAndBytesConfig
@@ -154,12 +176,14 @@ def test_each_library_gets_its_own_configuration(small_folder: Any) -> None:
     assert mapping["text_encoder_2"].bnb_4bit_compute_dtype is torch.bfloat16  # not float32, its default
     assert plan.quality == "lossy"
     code = plan_code(plan)
-    compile(code, "<plan>", "exec")
-    start, end = code.index("quantization_config=") + len("quantization_config="), code.index("\npipe.")
     scope = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
-    scope["PipelineQuantizationConfig"] = diffusers.PipelineQuantizationConfig
-    coded = eval(code[start : end - 1], scope)
-    assert {name: item.to_dict() for name, item in coded.quant_mapping.items()} == {
+    coded = {}
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        if "quantization_config" in given:
+            name = ast.literal_eval(given["subfolder"])
+            coded[name] = eval(ast.unparse(given["quantization_config"]), scope)
+    assert {name: item.to_dict() for name, item in coded.items()} == {
         name: item.to_dict() for name, item in mapping.items()
     }
 
@@ -168,8 +192,9 @@ def test_without_an_accelerator_diffusers_says_why(small_folder: Any) -> None:
     if torch.cuda.is_available() or torch.xpu.is_available() or torch.mps.is_available():
         pytest.skip("there is an accelerator")
     folder = small_folder("flux-small")
-    with pytest.raises(VramplanError, match="A GPU is needed for quantization"):
-        load_pipeline(folder_plan(folder, **{"weights.transformer": "bitsandbytes"}), folder)
+    plan = folder_plan(folder, **{"weights.transformer": "bitsandbytes"})
+    with pytest.raises(VramplanError, match=r"transformer: .* A GPU is needed for quantization"):
+        load_applied(plan, folder, None, device="cpu", say=print)
 
 
 @pytest.mark.parametrize(

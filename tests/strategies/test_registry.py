@@ -48,6 +48,7 @@ def test_names_are_unique_and_diffusers_own() -> None:
         "model_cpu_offload",
         "partial_residency",
         "group_offload",
+        "encode_first",
         "sequential_cpu_offload",
         "vae_slicing",
         "vae_tiling",

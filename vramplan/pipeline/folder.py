@@ -131,7 +131,8 @@ def _component(
     module = build_weightless(library, class_name, config)
     stored_dtype = stored.dtype if stored else "float32"
     cast_as_loaded(module, dtype or stored_dtype)
-    component = describe_component(name, module, library=library, converted_at_load=dtype not in (None, stored_dtype))
+    converted = stored is None or dtype not in (None, stored_dtype)  # pickles may be read whole
+    component = describe_component(name, module, library=library, converted_at_load=converted)
     return component, _disagreement(folder, module, stored)
 
 

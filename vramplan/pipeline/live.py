@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vramplan.encode import encode_refusal
 from vramplan.pipeline.classes import class_facts
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -50,6 +51,7 @@ def assemble(
         video=facts.video,
         frees_hooks=facts.frees_hooks,
         device_map=_several_devices(device_map),
+        encode_refusal=encode_refusal(cls),
         family=family,
         notes=notes,
     )

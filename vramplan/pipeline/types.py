@@ -74,7 +74,9 @@ class Component:
 
     `weight_bytes` counts parameters and buffers as they are once loaded, each tied tensor once.
     `device` and `hooks` are those of a live module; None and empty for one that is not loaded. `quantized` says
-    by what its weights are, library first (`torchao int8`), empty where they are plain.
+    by what its weights are, library first (`torchao int8`), empty where they are plain. One that is
+    `converted_at_load` gets weights of its own in RAM, others stay in pages of their files until they are moved;
+    `cast_from_bytes` is what it weighs before something is done to its weights, 0 where nothing is.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Component:
     device: str | None = None
     hooks: tuple[str, ...] = ()
     converted_at_load: bool = False
+    cast_from_bytes: int = 0
 
     @property
     def quantization_refusal(self) -> str | None:
@@ -131,7 +134,8 @@ class PipelineSpec:
 
     `sequence` is `model_cpu_offload_seq` split at its arrows, None where the class has none, less the
     names that are not components of this pipeline. `excluded` is `_exclude_from_cpu_offload`.
-    `frees_hooks` says whether its call ends by sending every component back (`maybe_free_model_hooks`).
+    `frees_hooks` says whether its call ends by sending every component back (`maybe_free_model_hooks`);
+    `encode_refusal` why its prompt cannot be encoded apart from the rest, None where it can.
     """
 
     class_name: str
@@ -143,6 +147,7 @@ class PipelineSpec:
     video: bool
     frees_hooks: bool = True
     device_map: Mapping[str, str] | None = None
+    encode_refusal: str | None = None
     family: str | None = None
     notes: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
 Ladder = tuple[Mapping[str, Placement], ...]
+Choices = Sequence[tuple[Component, list[Placement]]]
 
 # Companions of the denoiser weigh on the choice one by one only while there are few of them.
 _MOST_COMPANION_CHOICES = 512
@@ -217,16 +218,34 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
         return usable
 
     companions = [component for component in spec.components if component not in heads]
-    by_companion = _thinned(
-        [(component, _undominated(component, spec, options(component))) for component in companions]
-    )
+    wanted = [(component, options(component)) for component in companions]
+    together = [_thinned(_without_dominated(pool, spec)) for pool in _freeing(wanted)]
+    apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
+    most = _MOST_COMPANION_CHOICES - sum(prod(map(len, pool)) for pool in together)
+    pools = [_thinned(_without_dominated(apart, spec), most), *together]
     per_head = {component.name: options(component) for component in heads}
     names = [component.name for component in companions]
     for leading in _ladders(per_head[heads[0].name]):
         rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
         if rungs:
-            mixes = (dict(zip(names, mix, strict=True)) for mix in product(*by_companion))
+            mixes = (dict(zip(names, mix, strict=True)) for pool in pools for mix in product(*pool))
             yield [tuple({**placed, **mix} for placed in rungs) for mix in mixes]
+
+
+def _freeing(wanted: Choices) -> Iterable[Choices]:
+    """For each setting that frees: every component of a role under it, and the choices of all others."""
+    settings = dict.fromkeys(setting for _, usable in wanted for setting in usable if setting.freed)
+    for freeing in settings:
+        role = next(component.role for component, usable in wanted if freeing in usable)
+        if all(freeing in usable for component, usable in wanted if component.role == role):
+            yield [
+                (component, [freeing] if component.role == role else [s for s in usable if not s.freed])
+                for component, usable in wanted
+            ]
+
+
+def _without_dominated(choices: Choices, spec: PipelineSpec) -> Choices:
+    return [(component, _undominated(component, spec, usable)) for component, usable in choices]
 
 
 def _ladders(settings: Sequence[Placement]) -> list[list[Placement]]:
@@ -283,11 +302,11 @@ def _costs(hold: Hold) -> tuple[float, ...]:
     return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
 
 
-def _thinned(choices: Sequence[tuple[Component, list[Placement]]]) -> list[list[Placement]]:
+def _thinned(choices: Choices, most: int = _MOST_COMPANION_CHOICES) -> list[list[Placement]]:
     """At most so many mixes: the lightest companions keep only their first and their smallest choice, where needed."""
     kept = [options for _, options in choices]
     for place in sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes):
-        if prod(map(len, kept)) <= _MOST_COMPANION_CHOICES:
+        if prod(map(len, kept)) <= most:
             break
         kept[place] = kept[place][:1] + kept[place][-1:] if len(kept[place]) > 1 else kept[place]
     return kept

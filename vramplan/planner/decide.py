@@ -246,7 +246,10 @@ def _shortage(demand: Demand, budget: Budget) -> tuple[int, str] | None:
         where = f"{phase.name} ({phase.component})"
         found.append(_short(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
     if demand.ram_bytes > budget.ram_bytes:
-        found.append(_short("the plan", "RAM", demand.ram_bytes, budget.ram_bytes))
+        load = demand.load
+        loading = load is not None and load.ram_bytes == demand.ram_bytes
+        where = f"loading {load.component}" if load is not None and loading else "the plan"
+        found.append(_short(where, "RAM", demand.ram_bytes, budget.ram_bytes))
     if budget.disk_bytes is not None and demand.disk_bytes > budget.disk_bytes:
         found.append(_short("the plan", "disk", demand.disk_bytes, budget.disk_bytes))
     return (sum(size for size, _ in found), "; ".join(text for _, text in found)) if found else None

@@ -9,6 +9,7 @@ from typing import Literal
 from vramplan.hardware.types import Accelerator, Budget, Rates
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
 from vramplan.planner.footprint import Basis, Estimate, Footprint, Work
+from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
 from vramplan.planner.residency import Moment, replay
 from vramplan.strategies.base import Decode, Hold, Placement
 from vramplan.units import format_bytes
@@ -70,7 +71,8 @@ class Demand:
     """The price of a candidate. `basis` is that of its weakest number; weights are always derived.
 
     `transfer_seconds_per_step` is what moving weights takes, whether or not it hides behind compute;
-    `bottleneck` is what most of a step is spent on.
+    `bottleneck` is what most of a step is spent on. `ram_bytes` is the most of running and loading; `load` is the
+    highest moment of loading, None for a pipeline that is loaded already or stays on the CPU.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -86,6 +88,7 @@ class Demand:
     bottleneck: Bottleneck
     basis: Basis
     phases: tuple[PhaseDemand, ...]
+    load: LoadDemand | None = None
 
 
 def price(
@@ -114,8 +117,8 @@ class Pricer:
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
         self._components = {component.name: component for component in spec.components}
         self._skips = any(use.optional for use in spec.uses)
-        self._loading = sum(component.weight_bytes for component in spec.components if component.converted_at_load)
         self._holds: dict[tuple[str, Placement], Hold] = {}
+        self._loads: dict[tuple[str, Placement], Load] = {}
         self._decodes: dict[tuple[Decode, ...], dict[Use, _Need]] = {}
 
     def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
@@ -130,12 +133,13 @@ class Pricer:
         step, call = clock.time(moments, self.steps)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
-        ram, pinned = self._host(holds)
         here = self.accelerator is not None
+        load = self._load(placement) if here else None
+        ram, pinned = _host(holds, applying=load is None)
         return Demand(
             vram_allocated_bytes=allocated if here else 0,
             vram_reserved_bytes=reserved if here else 0,
-            ram_bytes=ram if here else allocated,
+            ram_bytes=max(ram, load.ram_bytes if load else 0) if here else allocated,
             pinned_bytes=pinned if here else 0,
             disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
             seconds_per_step=step,
@@ -144,6 +148,7 @@ class Pricer:
             bottleneck=clock.bottleneck(moments),
             basis=_weakest(needs),
             phases=phases,
+            load=load,
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, _Need]:
@@ -177,12 +182,32 @@ class Pricer:
             reserved_bytes=moment.weights_bytes + workspace + need.activation.reserved_bytes,
         )
 
-    def _host(self, holds: Mapping[str, Hold]) -> tuple[int, int]:
-        """RAM and the pinned part of it: what offloading holds, or what converting while loading needs."""
-        pinned = sum(hold.pinned_bytes for hold in holds.values())
-        held = pinned + sum(hold.host_bytes for hold in holds.values())
-        transient = max((hold.host_transient_bytes for hold in holds.values()), default=0)
-        return max(held + transient, self._loading), pinned
+    def _load(self, placement: Mapping[str, Placement]) -> LoadDemand | None:
+        loads = {}
+        for name, setting in placement.items():
+            if self._components[name].device is not None:
+                return None
+            found = self._loads.get((name, setting))
+            if found is None:
+                found = load_of(self._components[name], setting, self._hold(name, setting))
+                self._loads[name, setting] = found
+            loads[name] = found
+        return load_demand(loads)
+
+
+def _host(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
+    """RAM and the pinned part of it, at the higher of two times: while what goes first encodes, and from then on.
+
+    With `applying`, what that takes beside, of the component that takes most; what is on disk is read all along.
+    """
+    held, pinned = [0, 0], [0, 0]
+    transient = 0
+    for hold in holds.values():
+        pinned[hold.freed] += hold.pinned_bytes
+        held[hold.freed] += hold.pinned_bytes + hold.host_bytes
+        if applying or hold.disk_bytes:
+            transient = max(transient, hold.host_transient_bytes)
+    return max(held) + transient, max(pinned)
 
 
 def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
@@ -239,9 +264,10 @@ class _Clock:
         first = sum(self._seconds(moment) for moment in moments if moment.use.in_loop and not moment.repeat)
         step = sum(self._seconds(moment) for moment in moments if moment.repeat)
         rest = sum(self._seconds(moment) for moment in moments if not moment.use.in_loop)
+        read = sum(hold.read_bytes for hold in self.holds.values()) / DISK_BYTES_PER_S
         left = sum(moment.loaded_bytes - moment.sent_back_bytes for moment in moments)
         freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
-        return step, rest + first + step * (steps - 1) + freed
+        return step, rest + first + step * (steps - 1) + freed + read
 
     def transfer(self, moment: Moment) -> float:
         """Seconds of moving weights for this use, waits between the transfers left out."""

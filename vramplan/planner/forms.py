@@ -56,7 +56,8 @@ class Forms:
         if key not in self._components:
             other = describe_component(component.name, self._module(*key))
             sizes = {field: getattr(other, field) for field in _SIZES}
-            self._components[key] = marked(replace(component, **sizes), other.quantized)
+            light = replace(component, **sizes, cast_from_bytes=component.weight_bytes)
+            self._components[key] = marked(light, other.quantized)
         return self._components[key]
 
     def _unpacked(self, name: str, setting: Weights, simulation: Simulation) -> Unpacking:

@@ -2,7 +2,8 @@
 
 Model offload does not hold one component at a time. Its chain sends back only the immediate predecessor,
 and only when the successor runs (accelerate 1.15, `CpuOffload.pre_forward`): a VAE that encoded a picture
-stays beside the denoiser, a text encoder whose successor is left out stays for good.
+stays beside the denoiser, a text encoder whose successor is left out stays for good. Components that are freed once
+the prompt is encoded are never there with others.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
     """The moments of one call under these holds, in order."""
     predecessor = _predecessors(spec.sequence or ())
     idle = {name: hold.idle_bytes for name, hold in holds.items()}
+    there = {freed: sum(idle[name] for name in holds if holds[name].freed == freed) for freed in (True, False)}
     present: dict[str, int] = {}
     moments = []
     for use, repeat in _schedule(spec.uses, skip_optional=skip_optional):
@@ -43,7 +45,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
             sent_back = present.pop(predecessor.get(use.component, ""), 0)
             loaded = 0 if use.component in present else hold.running_bytes
             present[use.component] = hold.running_bytes
-        weights = sum(idle.values()) + sum(present.values())
+        weights = there[hold.freed] + sum(present.values())
         if not hold.lingers:
             weights += hold.running_bytes - idle[use.component]
         moments.append(
@@ -73,4 +75,9 @@ def _schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use
 
 
 def _on_device(holds: Mapping[str, Hold], present: Mapping[str, int], use: Use) -> tuple[str, ...]:
-    return tuple(name for name, hold in holds.items() if hold.idle_bytes or name in present or name == use.component)
+    stage = holds[use.component].freed
+    return tuple(
+        name
+        for name, hold in holds.items()
+        if name == use.component or name in present or (hold.idle_bytes and hold.freed == stage)
+    )

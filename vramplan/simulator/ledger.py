@@ -157,6 +157,11 @@ class Ledger:
         """The name of the module that runs now; empty outside of all."""
         return self.modules[-1] if self.modules else ""
 
+    def start_loading(self) -> None:
+        """What is booked next is weights being moved to the device, by no component that runs."""
+        self.phase, self.component, self.operation = "load", "", ""
+        self.modules.clear()
+
     def take(self, block: Block) -> None:
         """Enter a block; on the device this may raise DeviceFullError."""
         if block.place == "device" and block.size:  # torch asks its allocator for nothing where nothing is needed

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from vramplan.encode import Encoded, call_encoded, encode
 from vramplan.errors import VramplanError
 from vramplan.pipeline.dtypes import torch_dtype
 from vramplan.simulator.allocator import CachingAllocator
@@ -26,9 +28,19 @@ from vramplan.simulator.pipeline import Parts
 from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
+Step = Callable[[Any], None]
+
 # Denoising steps that are simulated: the second one stands for all that follow.
 STEPS = 2
 _PROMPT = "a photograph of an astronaut riding a horse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class First:
+    """Components that encode the prompt before any other is on the device, and what places them."""
+
+    names: Sequence[str]
+    place: Step
 
 
 class SimulationError(VramplanError):
@@ -47,6 +59,7 @@ def run_simulation(
     workload: Workload,
     place: Callable[[Any], None],
     *,
+    first: First | None = None,
     capacity_bytes: int | None = None,
     expandable: bool = False,
     kernels: Kernels | None = None,
@@ -54,8 +67,9 @@ def run_simulation(
 ) -> Simulation:
     """Build the pipeline hollow, let `place` put its strategy on it, and make one call of the workload.
 
-    Running out of a given capacity is an answer, not an error. `expandable` is the allocator's setting of that name;
-    `memo` is what other simulations of these parts with these kernels have recorded.
+    With `first` those components encode the prompt before all that, and are dropped. Running out of a given capacity
+    is an answer, not an error. `expandable` is the allocator's setting of that name; `memo` is what other simulations
+    of these parts with these kernels have recorded.
 
     Raises:
         SimulationError: the pipeline needs something that a hollow one cannot give.
@@ -65,7 +79,48 @@ def run_simulation(
         pipe(**call_inputs(pipe, workload))
 
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
-    return simulated_call(parts, place, call, allocator, kernels or Kernels(), memo)
+    stages = [(place, call)] if first is None else _encode_first(first, workload, place)
+    return simulated_stages(parts, stages, allocator, kernels or Kernels(), memo or Memo())
+
+
+def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[Step, Step]]:
+    """Encoding the prompt with nothing but the encoders on the device, and the rest of the call without them."""
+    encoded: list[Encoded] = []
+
+    def begin(pipe: Any) -> None:
+        encoded.append(encode(pipe, call_inputs(pipe, workload), first.names))
+
+    def drop_and_place(pipe: Any) -> None:
+        for name in first.names:
+            setattr(pipe, name, None)
+        gc.collect()
+        place(pipe)
+
+    return [(first.place, begin), (drop_and_place, lambda pipe: call_encoded(pipe, encoded[0]))]
+
+
+def run_encode(parts: Parts, arguments: Callable[[Any], Mapping[str, Any]], names: Sequence[str]) -> Encoded:
+    """What encoding the prompt is given and gives in a call of a hollow pipeline with these arguments.
+
+    Raises:
+        SimulationError: the pipeline needs something that a hollow one cannot give.
+        EncodeError: its prompt cannot be encoded apart from the rest of the call.
+    """
+    ledger = Ledger(CachingAllocator())
+    engine = Engine(ledger, Kernels())
+    with simulated_devices(engine):
+        try:
+            pipe = parts.assemble(engine)
+            pipe.set_progress_bar_config(disable=True)
+            for name in names:
+                pipe.components[name].to("cuda:0")
+            return encode(pipe, arguments(pipe), names)
+        except VramplanError:
+            raise
+        except Exception as error:
+            raise SimulationError(_where(error, ledger)) from error
+        finally:
+            engine.kernels.release()
 
 
 def run_decode(
@@ -144,10 +199,16 @@ def simulated_call(
     Raises:
         SimulationError: the call needs something that a hollow pipeline cannot give.
     """
+    return simulated_stages(parts, [(place, call)], allocator, kernels, memo or Memo())
+
+
+def simulated_stages(
+    parts: Parts, stages: Sequence[tuple[Step, Step]], allocator: CachingAllocator, kernels: Kernels, memo: Memo
+) -> Simulation:
+    """The same for a call in stages, each placed before it is made."""
     start = time.perf_counter()
     ledger = Ledger(allocator)
     engine = Engine(ledger, kernels)
-    memo = memo or Memo()
     stopped: str | None = None
     decoded: list[DecodedLatents] = []
     with simulated_devices(engine):
@@ -155,9 +216,12 @@ def simulated_call(
             pipe = parts.assemble(engine)
             pipe.set_progress_bar_config(disable=True)
             memo.attach(named_modules(pipe), engine)
-            place(pipe)
-            with followed(pipe, ledger) as decoded:
-                call(pipe)
+            for stage, (place, call) in enumerate(stages):
+                ledger.start_loading()
+                place(pipe)
+                with followed(pipe, ledger) as decoded:
+                    ledger.phase = "denoise" if stage else ledger.phase  # the prompt is encoded by then
+                    call(pipe)
         except torch.OutOfMemoryError as error:
             stopped = str(error)
         except Exception as error:

@@ -15,7 +15,7 @@ from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import Decode, Decodes, Placed, put_on
+from vramplan.strategies.base import Decode, Decodes, Placed, freed_first, put_on
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB
 from vramplan.workload import Workload
@@ -118,9 +118,10 @@ class Source:
     ) -> Simulation:
         """One simulation, from the cache where it was made before. Nothing placed means everything resident."""
         from vramplan.simulator.kernels import Kernels
-        from vramplan.simulator.run import run_simulation
+        from vramplan.simulator.run import First, run_simulation
 
         kernels = _kernels(accelerator)
+        first, rest = freed_first(placed)
         key = {
             "pipeline": _identity(self.spec),
             "workload": asdict(workload),
@@ -135,7 +136,10 @@ class Source:
             return run_simulation(
                 self.parts,
                 workload,
-                placing(placed, decodes),
+                placing(rest, decodes),
+                first=First(names=[n for _, names in first for n in names], place=placing(first, ()))
+                if first
+                else None,
                 capacity_bytes=capacity_bytes,
                 expandable=expandable_segments(),
                 kernels=Kernels(**kernels),

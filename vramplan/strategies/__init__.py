@@ -5,6 +5,7 @@ from __future__ import annotations
 from vramplan.strategies.base import Decode, Placement, Weights
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize
+from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
@@ -21,6 +22,7 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     ModelCpuOffload,
     PartialResidency,
     GroupOffload,
+    EncodeFirst,
     SequentialCpuOffload,
 )
 DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling, DecodeChunkSize)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from vramplan.hardware.types import Accelerator
@@ -37,7 +36,9 @@ class Hold:
     `moved_in_bytes` and `moved_out_bytes` cross the link on each forward, behind its compute where they are
     `overlapped`; `waited_bytes` cross it with nothing behind; `disk_bytes` are kept in files and read from
     there on each forward; `pauses` counts the transfers a forward waits
-    for; `rate` is the share of the link's pinned rate those transfers reach.
+    for; `rate` is the share of the link's pinned rate those transfers reach. `read_bytes` are read from the model's
+    files anew for each call: all else here then holds only while the component encodes the prompt, with none loaded
+    yet of those that read nothing.
     """
 
     running_bytes: int
@@ -53,6 +54,12 @@ class Hold:
     overlapped: bool = False
     pauses: int = 0
     rate: float = 1.0
+    read_bytes: int = 0
+
+    @property
+    def freed(self) -> bool:
+        """Whether the component is nowhere any more once the prompt is encoded."""
+        return self.read_bytes > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +80,21 @@ class Picture:
 
 @runtime_checkable
 class Placement(Protocol):
-    """How much of a component is on the device, and when."""
+    """How much of a component is on the device, and when.
+
+    Under one that is `freed` a component is gone, for good, once the prompt is encoded and before others are loaded;
+    it is for all components of a role, or for none of them.
+    """
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
     quality: ClassVar[Quality]
     whole_pipeline: ClassVar[bool]
+    freed: ClassVar[bool]
+
+    @property
+    def direct(self) -> bool:
+        """Whether weights can be loaded straight to the device."""
 
     @property
     def ladder(self) -> str:
@@ -166,11 +182,11 @@ class Record(Protocol):
 class AtLoad(Weights, Protocol):
     """Weights that take their form while the pipeline is loaded; a live one cannot be given it."""
 
-    def load(self, options: dict[str, Any], record: Record, folder: Path) -> None:
-        """Add to the arguments of `from_pretrained`; what is under `quant_mapping` becomes one configuration."""
+    def load(self, record: Record) -> dict[str, Any]:
+        """More arguments for the component's `from_pretrained`."""
 
-    def load_code(self, options: dict[str, str], record: Record, source: str) -> list[str]:
-        """The same with text for values; lines to come before are returned."""
+    def load_code(self, record: Record) -> tuple[str, str]:
+        """A line to come before, and the same arguments as text, each after a comma."""
 
 
 @runtime_checkable
@@ -201,6 +217,33 @@ class Decode(Protocol):
 # Settings with the components each is for, in the order to apply them: weights first, then placements.
 Placed = Sequence[tuple[Weights | Placement, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
+
+
+def half_freed(
+    placement: Mapping[str, Placement], components: Iterable[Component]
+) -> tuple[tuple[str, str], str] | None:
+    """Two components of a role of which only the first is freed, and by which setting; None where there are none."""
+    by_role: dict[str, list[str]] = {}
+    for component in components:
+        by_role.setdefault(component.role, []).append(component.name)
+    for names in by_role.values():
+        told = {name: placement[name] for name in names if name in placement}
+        freed = [name for name, setting in told.items() if setting.freed]
+        others = [name for name in told if name not in freed]
+        if freed and others:
+            return (freed[0], others[0]), told[freed[0]].name
+    return None
+
+
+def freed_first(placed: Placed) -> tuple[list[Any], list[Any]]:
+    """The settings of components that encode the prompt and are gone before the others are loaded; and all others.
+
+    What is done to the weights of such a component goes with it.
+    """
+    freed = {name for setting, names in placed if isinstance(setting, Placement) and setting.freed for name in names}
+    first = [(setting, [name for name in names if name in freed]) for setting, names in placed]
+    rest = [(setting, [name for name in names if name not in freed]) for setting, names in placed]
+    return [item for item in first if item[1]], [item for item in rest if item[1]]
 
 
 def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str, *, hollow: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from vramplan.pipeline.types import Component
@@ -69,7 +68,7 @@ class Bitsandbytes:
         """Nothing after loading."""
         return []
 
-    def load(self, options: dict[str, Any], record: Record, folder: Path) -> None:
+    def load(self, record: Record) -> dict[str, Any]:
         """The component's own configuration, of the library it is of."""
         import importlib
 
@@ -78,16 +77,14 @@ class Bitsandbytes:
         config = importlib.import_module(record.library).BitsAndBytesConfig
         kinds = {"load_in_8bit": True} if self.type == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         computed = {} if self.type == "int8" else {"bnb_4bit_compute_dtype": getattr(torch, record.dtype)}
-        options.setdefault("quant_mapping", {})[record.name] = config(**kinds, **computed)
+        return {"quantization_config": config(**kinds, **computed)}
 
-    def load_code(self, options: dict[str, str], record: Record, source: str) -> list[str]:
+    def load_code(self, record: Record) -> tuple[str, str]:
         """The same as text."""
         how = "load_in_8bit=True"
         if self.type == "nf4":
             how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{record.dtype}'
-        line = f'"{record.name}": {record.library}.BitsAndBytesConfig({how})'
-        options["quant_mapping"] = ", ".join(filter(None, (options.get("quant_mapping"), line)))
-        return [f"import {record.library}"]
+        return f"import {record.library}", f", quantization_config={record.library}.BitsAndBytesConfig({how})"
 
 
 def _replaced(module: torch.nn.Module) -> Callable[[str, torch.nn.Linear], bool]:

@@ -35,6 +35,8 @@ class GroupOffload:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    freed: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
 
     type: Literal["block", "leaf"] = "block"
     blocks: int = 1

@@ -19,6 +19,8 @@ class ModelCpuOffload(WithoutOptions):
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = True
+    freed: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What `enable_model_cpu_offload` would raise, and what it would let pass to no good."""

@@ -36,6 +36,8 @@ class PartialResidency:
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    freed: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
 
     streamed: int = 0
     low_cpu_mem_usage: bool = False

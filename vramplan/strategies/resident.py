@@ -19,6 +19,8 @@ class Resident(WithoutOptions):
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
+    freed: ClassVar[bool] = False
+    direct: ClassVar[bool] = True
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """Refused only where a device map has already placed the component."""

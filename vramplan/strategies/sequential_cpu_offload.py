@@ -25,6 +25,8 @@ class SequentialCpuOffload(WithoutOptions):
     axis: ClassVar[Axis] = "placement"
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = True
+    freed: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What `enable_sequential_cpu_offload` would raise, and weights its hooks would never load."""
