@@ -256,6 +256,8 @@ def _check_words(plan: Plan) -> None:
         plan.model.class_name,
         *plan.settings.placement,
         *plan.settings.weights,
+        *plan.settings.attention,
+        *plan.settings.compile,
         plan.machine.device.replace(":", "_"),
     ]
     words += [word for record in plan.model.components for word in (record.name, record.dtype)]

@@ -94,6 +94,9 @@ class Component:
     leaf_offload_refusal: str | None = None
     sequential_offload_refusal: str | None = None
     move_refusal: str | None = None
+    attention_slicing_refusal: str | None = None
+    attention_backend_refusal: str | None = None
+    compile_refusal: str | None = None
     device: str | None = None
     hooks: tuple[str, ...] = ()
     converted_at_load: bool = False
