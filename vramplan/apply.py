@@ -16,7 +16,8 @@ from vramplan.planned import calls_of, check_match, parse_settings
 from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
-from vramplan.strategies.base import Decodes, Placed, Quality, put_on
+from vramplan.strategies.base import Decodes, Execution, Placed, Quality, put_on
+from vramplan.strategies.kernel_state import State, kernel_state, restore_kernels
 
 _MARK = "_vramplan_applied"
 # What settings leave on a pipeline object: diffusers' offload calls (0.42, pipeline_utils.py), and a chunk size.
@@ -195,12 +196,13 @@ def planned_accelerator(plan: Plan, device: str) -> Accelerator | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
-    """What has to be put back: where each module was, and the settings on VAEs and pipeline."""
+    """What has to be put back: where each module was, its kernels, and the settings on VAEs and pipeline."""
 
     modules: Mapping[str, Any]
     parameters: Sequence[tuple[Any, Mapping[str, Any]]]
     devices: Mapping[str, str]
     settings: Mapping[str, Mapping[str, Any]]
+    kernels: Mapping[str, State]
     attributes: Mapping[str, Any]
 
     @classmethod
@@ -213,6 +215,7 @@ class _Snapshot:
             parameters=[(child, dict(child._parameters)) for module in kept for child in module.modules()],
             devices=devices or {name: device_of(module) or "cpu" for name, module in modules.items()},
             settings={name: _decode_settings(module) for name, module in modules.items()},
+            kernels={name: kernel_state(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
         )
 
@@ -224,12 +227,14 @@ class _Snapshot:
         here = modules_of(pipe)
         kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
         for setting, names in placed:
-            setting.remove(pipe, [name for name in names if name in kept])
+            if not isinstance(setting, Execution):
+                setting.remove(pipe, [name for name in names if name in kept])
         for child, parameters in self.parameters:
             _tie_again(child, parameters)
         for name, module in kept.items():
             module.to(self.devices[name])
             vars(module).update(self.settings[name])
+            restore_kernels(self.kernels[name])
         for name, value in self.attributes.items():
             if value is _ABSENT:
                 pipe.__dict__.pop(name, None)
@@ -249,7 +254,9 @@ def _tie_again(child: Any, parameters: Mapping[str, Any]) -> None:
 
 
 def _decode_settings(module: Any) -> dict[str, Any]:
-    """The plain attributes that slicing and tiling change."""
+    """The plain attributes that slicing, tiling and frame-wise decoding change."""
     return {
-        name: value for name, value in vars(module).items() if name.startswith(("tile_", "use_tiling", "use_slicing"))
+        name: value
+        for name, value in vars(module).items()
+        if name.startswith(("tile_", "use_tiling", "use_slicing", "use_framewise"))
     }

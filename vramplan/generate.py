@@ -249,6 +249,8 @@ def _check_words(plan: Plan) -> None:
         *plan.settings.placement,
         *(word for record in plan.model.components for word in (record.class_name, record.library)),
         *plan.settings.weights,
+        *plan.settings.attention,
+        *plan.settings.compile,
         plan.machine.device.replace(":", "_"),
     ]
     words += [word for record in plan.model.components for word in (record.name, record.dtype, record.library)]

@@ -16,7 +16,7 @@ from typing import Any
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.loading import Load, load_of, load_order
-from vramplan.strategies.base import AtLoad, Decodes, Placed, Placement, Weights, missing_package
+from vramplan.strategies.base import AtLoad, Decodes, Execution, Placed, Placement, Weights, missing_package
 from vramplan.units import format_bytes
 
 Say = Callable[[str], None]
@@ -46,11 +46,10 @@ class Staged:
 
     @property
     def whole(self) -> Placed:
-        """Placements of the pipeline as one, once all of it is loaded, with what is done to weights before."""
-        found = [item for item in self.placed if isinstance(item[0], Placement) and item[0].whole_pipeline]
-        return [*(item for item in self.placed if item[0].axis == "weights"), *found] if found else []
+        """All settings, once all of it is loaded, where the placement is one of the pipeline as one."""
+        return self.placed if any(isinstance(s, Placement) and s.whole_pipeline for s, _ in self.placed) else []
 
-    def of(self, name: str) -> Iterable[Weights | Placement]:
+    def of(self, name: str) -> Iterable[Weights | Placement | Execution]:
         """The settings to put on a component as soon as it is loaded."""
         return () if self.whole else (setting for setting, names in self.placed if name in names)
 
@@ -72,7 +71,7 @@ class Staged:
 
 def staged(spec: PipelineSpec, placed: Placed, decodes: Decodes) -> Staged:
     """The settings of a pipeline that is still to be loaded, in the order to load and place them."""
-    cast = {name for setting, names in placed if not isinstance(setting, Placement) for name in names}
+    cast = {name for setting, names in placed if setting.axis == "weights" for name in names}
     loads = {}
     for setting, names in placed:
         if not isinstance(setting, Placement):

@@ -68,13 +68,15 @@ class MachineRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What is to be done: one placement per component, how the VAE decodes (nothing: plainly), and what is done
-    to the weights of components (nothing: they stay as they are)."""
+    to the weights, the attention and the blocks of components (nothing: they stay as they are)."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     placement: Mapping[str, str]
     decode: tuple[str, ...] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, str] = field(default_factory=dict)
+    compile: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

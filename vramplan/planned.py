@@ -12,8 +12,16 @@ from vramplan.pipeline.component import role_of
 from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import Plan, fingerprint
-from vramplan.strategies.base import Decode, Decodes, Placed, Placement, Weights, half_freed
-from vramplan.strategies.settings import format_setting, grouped, parse_decode, parse_placement, parse_weights
+from vramplan.planner.candidates import together
+from vramplan.strategies.base import Decode, Decodes, Execution, Placed, Placement, Weights, half_freed
+from vramplan.strategies.settings import (
+    format_setting,
+    grouped,
+    parse_decode,
+    parse_execution,
+    parse_placement,
+    parse_weights,
+)
 
 
 def check_match(spec: PipelineSpec, plan: Plan) -> None:
@@ -51,7 +59,7 @@ def _is_so(text: str, component: Component) -> bool:
 
 def parse_settings(
     plan: Plan, spec: PipelineSpec | None, accelerator: Accelerator | None
-) -> tuple[list[tuple[Weights | Placement, list[str]]], list[tuple[Decode, list[str]]]]:
+) -> tuple[list[tuple[Weights | Placement | Execution, list[str]]], list[tuple[Decode, list[str]]]]:
     """The plan's settings with the components each is for, in the order to apply them.
 
     With a `spec` every setting is checked against it, and refused if it cannot be.
@@ -67,6 +75,7 @@ def parse_settings(
         raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
     weights = {name: _parsed(text, name, parse_weights, "weights") for name, text in plan.settings.weights.items()}
+    execution = {axis: _executions(axis, texts) for axis, texts in _execution_texts(plan).items()}
     if spec is not None:
         there = {component.name for component in spec.components}
         weights = {
@@ -76,7 +85,11 @@ def parse_settings(
         }
         _check_weights(weights, spec)
         placement = _checked(placement, _under(spec, weights), accelerator)
-    return grouped(placement, weights), [(setting, _able(setting, names, spec, plan)) for setting in decode]
+        for axis, settings in execution.items():
+            _check_execution(axis, settings, placement, spec, accelerator)
+    return grouped(placement, weights, together(*execution.values())), [
+        (setting, _able(setting, names, spec, plan)) for setting in decode
+    ]
 
 
 def vae_names(plan: Plan) -> list[str]:
@@ -96,6 +109,33 @@ def _parsed(text: str, where: str, parse: Any, axis: str = "placement") -> Any:
         return parse(text)
     except UsageError as error:
         raise UsageError(f"settings.{'decode' if where == 'decode' else f'{axis}.{where}'}: {error}") from None
+
+
+def _execution_texts(plan: Plan) -> dict[str, Mapping[str, str]]:
+    return {"attention": plan.settings.attention, "compile": plan.settings.compile}
+
+
+def _executions(axis: str, texts: Mapping[str, str]) -> dict[str, Execution]:
+    def parse(text: str) -> Execution:
+        return parse_execution(text, axis)
+
+    return {name: _parsed(text, name, parse, axis) for name, text in texts.items()}
+
+
+def _check_execution(
+    axis: str,
+    settings: Mapping[str, Execution],
+    placement: Mapping[str, Placement],
+    spec: PipelineSpec,
+    accelerator: Accelerator | None,
+) -> None:
+    names = [component.name for component in spec.components]
+    for name, setting in settings.items():
+        if name not in names:
+            raise UsageError(f"settings.{axis}.{name}: {spec.class_name} has no such component")
+        reason = setting.refusal(spec.component(name), accelerator) or setting.beside(placement[name])
+        if reason is not None:
+            raise UsageError(f"settings.{axis}.{name}: {reason}")
 
 
 def _check_weights(weights: Mapping[str, Weights], spec: PipelineSpec) -> None:

@@ -21,17 +21,17 @@ from vramplan.planfile import (
     ModelRecord,
     Plan,
     Projected,
-    Settings,
     fingerprint,
 )
-from vramplan.planner.candidates import Refused, parse_fixed, weight_settings
+from vramplan.planner.candidates import Fixed, Refused, execution_settings, parse_fixed, weight_settings
 from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
 from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.forms import Forms
+from vramplan.recorded import settings_of
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality, Weights
-from vramplan.strategies.settings import format_setting, grouped
+from vramplan.strategies.settings import grouped
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload
 
@@ -74,9 +74,9 @@ def plan(
     refuse_hooked(described.spec)
     budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
     budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
-    told = parse_fixed(settings or {}, described.spec)
+    told = parse_fixed(settings or {}, described.spec, accelerator)
     weights = weight_settings(described.spec, told, allow)
-    figures = _figures(model, described.spec, work, accelerator if simulate else None, weights)
+    figures = _figures(model, described.spec, work, accelerator if simulate else None, weights, told)
     outcome = decide(
         described.spec,
         work,
@@ -104,17 +104,18 @@ def _written(
 ) -> Plan:
     """The outcome as a plan."""
     chosen = outcome.chosen
+    unknown = [setting.unknown for settings in chosen.execution.values() for setting in settings]
     return Plan(
         schema_version=SCHEMA_VERSION,
         vramplan_version=__version__,
         model=_model_record(spec),
         workload=work,
         machine=machine,
-        settings=_settings(chosen),
+        settings=settings_of(chosen),
         quality=chosen.quality,
         projected=chosen.demand,
         reason=chosen.reason,
-        notes=notes,
+        notes=tuple(dict.fromkeys((*notes, *filter(None, unknown)))),
         refused=_once(outcome.refused),
         candidates=tuple(_considered(decision) for decision in outcome.decisions),
     )
@@ -152,12 +153,17 @@ def _figures(
     work: Workload,
     accelerator: Accelerator | None,
     weights: Sequence[Mapping[str, Weights]],
+    told: Fixed,
 ) -> _Figures:
-    """What the planner counts with, for the weights as they are stored and with each of these settings."""
+    """What the planner counts with, for the weights as they are stored and with each of these settings.
+
+    What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
+    pipeline, where it lowers what a denoiser needs.
+    """
     from vramplan.simulator.run import SimulationError
     from vramplan.simulator.source import Source, simulated_footprint, traced_footprint
 
-    source = Source(model, spec)
+    source, execution = Source(model, spec), told.execution
     forms = Forms(source)
     light = [(setting, forms.spec(setting)) for setting in weights]
     if accelerator is None or spec.device_map is not None:
@@ -165,28 +171,48 @@ def _figures(
         return _Figures(
             footprint=assumed,
             lighter=tuple(
-                Lighter(weights=setting, spec=other, footprint=replace(assumed, spec=other)) for setting, other in light
+                Lighter(weights=setting, execution=execution, spec=other, footprint=replace(assumed, spec=other))
+                for setting, other in light
             ),
         )
     try:
-        footprint = simulated_footprint(source, work, accelerator)
+        footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
     except SimulationError as error:
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
         others = tuple(
-            Lighter(weights=setting, spec=other, footprint=forms.footprint(setting, traced, traced.plain))
+            Lighter(
+                weights=setting,
+                execution=execution,
+                spec=other,
+                footprint=forms.footprint(setting, traced, traced.plain),
+            )
             for setting, other in light
         )
         return _Figures(footprint=traced, lighter=others, notes=(note,))
     lighter = tuple(
-        Lighter(weights=setting, spec=other, footprint=forms.footprint(setting, footprint, footprint.plain))
+        Lighter(
+            weights=setting,
+            execution=execution,
+            spec=other,
+            footprint=forms.footprint(setting, footprint, footprint.plain),
+        )
         for setting, other in light
+    )
+    tried = (
+        (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
+        for item in execution_settings(spec, told, accelerator)
+    )
+    lighter += tuple(
+        Lighter(weights={}, execution=item, spec=spec, footprint=sliced)
+        for item, sliced in tried
+        if sliced.denoising_bytes < footprint.denoising_bytes
     )
 
     def simulated(decision: Decision, capacity: int) -> Simulation:
         vaes = [component.name for component in spec.vaes]
         decodes = [(setting, vaes) for setting in decision.decode]
-        placed = grouped(decision.placement, decision.weights)
+        placed = grouped(decision.placement, decision.weights, decision.execution)
         return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
 
     return _Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
@@ -285,17 +311,9 @@ def _model_record(spec: PipelineSpec) -> ModelRecord:
     )
 
 
-def _settings(decision: Decision) -> Settings:
-    return Settings(
-        placement={name: format_setting(setting) for name, setting in decision.placement.items()},
-        decode=tuple(map(format_setting, decision.decode)),
-        weights={name: format_setting(setting) for name, setting in decision.weights.items()},
-    )
-
-
 def _considered(decision: Decision) -> Considered:
     return Considered(
-        settings=_settings(decision),
+        settings=settings_of(decision),
         verdict=decision.verdict,
         reason=decision.reason,
         projected=projected(decision.demand),

@@ -221,6 +221,21 @@ def compute_capability(accelerator_name: str) -> float | None:
     return None if found is None else float(found.compute_capability)
 
 
+def math_dtypes(accelerator: Accelerator) -> tuple[str, ...]:
+    """The dtypes for which torch has no fused attention on this card and computes it step by step.
+
+    bfloat16 before compute capability 8.0: flash attention needs that, and the memory-efficient kernel takes float16
+    and float32 there (torch 2.13, sdp_utils.cpp `less_than_sm80_mem_efficient_dtypes`).
+    """
+    capability = compute_capability(accelerator.name)
+    return ("bfloat16",) if capability is not None and capability < 8.0 else ()
+
+
+def holds_scores(accelerator: Accelerator, dtype: str) -> bool:
+    """Whether torch's attention holds the scores of all tokens against all on this device."""
+    return not accelerator.fuses_attention or dtype in math_dtypes(accelerator)
+
+
 def _by_driver_name(name: str) -> DeviceProfile | None:
     """Case does not matter, and neither does a leading `NVIDIA`, which drivers before 470 leave out."""
     return _matching("devices", DeviceProfile, _bare(name), lambda profile: map(_bare, profile.match))

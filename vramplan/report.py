@@ -146,8 +146,9 @@ def settings_text(settings: Settings) -> str:
         placed = next(iter(groups))
     else:
         placed = "; ".join(f"{', '.join(names)}: {text}" for text, names in groups.items())
-    weights = "".join(f" + {name}: {text}" for name, text in settings.weights.items())
-    return placed + weights + "".join(f" + {text}" for text in settings.decode)
+    others = (settings.weights, settings.attention, settings.compile)
+    more = "".join(f" + {name}: {text}" for axis in others for name, text in axis.items())
+    return placed + more + "".join(f" + {text}" for text in settings.decode)
 
 
 def explain_text(plan: Plan) -> str:

@@ -98,7 +98,8 @@ class Script:
             if record.name not in wanted:
                 continue
             settings = [setting for setting, names in placed if record.name in names]
-            direct = len(settings) == 1 and isinstance(settings[0], Placement) and settings[0].direct
+            cast = any(setting.axis == "weights" for setting in settings)
+            direct = [s for s in settings if isinstance(s, Placement) and s.direct and not cast]
             where = f', device_map="{self._device}"' if direct and not self._device.startswith("cpu") else ""
             for setting in settings:
                 if isinstance(setting, AtLoad):
@@ -106,7 +107,7 @@ class Script:
                     yield line
                     where += options
             yield self._component(record, where)
-            for setting in () if direct else settings:
+            for setting in (setting for setting in settings if setting not in direct):
                 yield from setting.code([record.name], self._device)
 
     def _component(self, record: ComponentRecord, where: str) -> str:

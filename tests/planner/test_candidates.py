@@ -154,7 +154,10 @@ class TestByHand:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            ({"attention": "sage"}, "the axes are weights.COMPONENT, placement, placement.COMPONENT and decode"),
+            (
+                {"attention": "sage"},
+                "the axes are weights.COMPONENT, attention.COMPONENT, placement, placement.COMPONENT, ",
+            ),
             ({"decode.vae": "vae_tiling"}, "the axes are"),
             ({"": "resident"}, "the axes are"),
             ({"placement.unet": "resident"}, "SomePipeline has no unet, only text_encoder, transformer, vae"),

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from planner.specs import GIB, MIB, WORK, card, component, pipeline, text_to_image
 
 from vramplan.errors import UsageError
-from vramplan.strategies import DECODES, PLACEMENTS, REGISTRY, WEIGHTS, Decode, Placement, Weights
+from vramplan.strategies import (
+    DECODES,
+    EXECUTIONS,
+    PLACEMENTS,
+    REGISTRY,
+    WEIGHTS,
+    Decode,
+    Execution,
+    Placement,
+    Weights,
+)
 from vramplan.strategies.base import QUALITIES, Hold, Picture
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.settings import format_setting, parse_decode, parse_placement
@@ -52,13 +62,18 @@ def test_names_are_unique_and_diffusers_own() -> None:
         "sequential_cpu_offload",
         "vae_slicing",
         "vae_tiling",
+        "framewise_decoding",
         "decode_chunk_size",
+        "attention_slicing",
+        "attention_backend",
+        "compile_repeated_blocks",
     ]
 
 
 @pytest.mark.parametrize("cls", REGISTRY)
 def test_a_strategy_keeps_its_contract(cls: Any) -> None:
-    kinds = {"weights": (WEIGHTS, Weights), "placement": (PLACEMENTS, Placement), "decode": (DECODES, Decode)}
+    kinds: dict[str, Any] = {"weights": (WEIGHTS, Weights), "placement": (PLACEMENTS, Placement)}
+    kinds |= {"decode": (DECODES, Decode), "attention": (EXECUTIONS, Execution), "compile": (EXECUTIONS, Execution)}
     registered, protocol = kinds[cls.axis]
     assert cls in registered
     assert cls().quality in QUALITIES

@@ -57,6 +57,14 @@ class Accelerator:
         """Whether copies can overlap compute (diffusers' `use_stream`): CUDA, ROCm and XPU."""
         return self.kind in ("cuda", "rocm", "xpu")
 
+    @property
+    def fuses_attention(self) -> bool:
+        """Whether torch's attention has a kernel here that never holds the scores of all tokens against all.
+
+        Metal's holds them in the dtype of the queries, for more than 8 of these (torch 2.13, Attention.mm `sdpa`).
+        """
+        return self.kind != "mps"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
 from vramplan.pipeline.quantized import element_count, marked, quantization_of
 from vramplan.pipeline.tiles import tiling_of
@@ -67,6 +68,9 @@ def describe_component(
         leaf_offload_refusal=_leaf_refusal(module),
         sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
+        attention_slicing_refusal=attention_slicing_refusal(role, module),
+        attention_backend_refusal=attention_backend_refusal(role, module),
+        compile_refusal=compile_refusal(role, module),
         device=device_of(module) if live else None,
         hooks=hooks_of(module) if live else (),
         converted_at_load=converted_at_load,

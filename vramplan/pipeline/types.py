@@ -99,6 +99,9 @@ class Component:
     disk_offload_refusal: str | None = None
     move_refusal: str | None = None
     quantized: str = ""
+    attention_slicing_refusal: str | None = None
+    attention_backend_refusal: str | None = None
+    compile_refusal: str | None = None
     device: str | None = None
     hooks: tuple[str, ...] = ()
     converted_at_load: bool = False

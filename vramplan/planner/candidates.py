@@ -11,10 +11,18 @@ from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.demand import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
-from vramplan.strategies import DECODES, PLACEMENTS, WEIGHTS, Decode, Placement, Weights
+from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import QUALITIES, Hold, Quality
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import PLAIN, STORED, format_setting, parse_decode, parse_placement, parse_weights
+from vramplan.strategies.settings import (
+    PLAIN,
+    STORED,
+    format_setting,
+    parse_decode,
+    parse_execution,
+    parse_placement,
+    parse_weights,
+)
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
@@ -28,12 +36,25 @@ _MOST_COMPANION_CHOICES = 512
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
     """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open, and so are
-    `weights`."""
+    `weights` and `attention`; nothing is compiled that is not named."""
 
     everywhere: Placement | None = None
     placement: Mapping[str, Placement] = field(default_factory=dict)
     decode: tuple[Decode, ...] | None = None
     weights: Mapping[str, Weights] | None = None
+    attention: Mapping[str, Execution] | None = None
+    compile: Mapping[str, Execution] = field(default_factory=dict)
+
+    @property
+    def execution(self) -> dict[str, tuple[Execution, ...]]:
+        """Settings of attention and compiling, by component."""
+        return together(self.attention or {}, self.compile)
+
+
+def together(*axes: Mapping[str, Execution]) -> dict[str, tuple[Execution, ...]]:
+    """The settings of several axes, by component."""
+    names = dict.fromkeys(name for settings in axes for name in settings)
+    return {name: tuple(settings[name] for settings in axes if name in settings) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +79,7 @@ class Row:
     ladders: tuple[Ladder, ...]
     decode: tuple[Decode, ...]
     weights: Mapping[str, Weights] = field(default_factory=dict)
+    execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
 
     @property
     def placements(self) -> tuple[Mapping[str, Placement], ...]:
@@ -65,7 +87,9 @@ class Row:
         return tuple(placement for ladder in self.ladders for placement in ladder)
 
 
-def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec) -> Fixed:
+def parse_fixed(
+    settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec, accelerator: Accelerator | None = None
+) -> Fixed:
     """`{"placement.transformer": "group_offload:type=leaf", "decode": ["vae_slicing"]}` as settings.
 
     Raises:
@@ -75,6 +99,7 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
     placement: dict[str, Placement] = {}
     decode: list[Decode] | None = None
     weights: dict[str, Weights] | None = None
+    execution: dict[str, dict[str, Execution]] = {}
     for key, value in settings.items():
         axis, _, name = key.partition(".")
         texts = [value] if isinstance(value, str) else list(value)
@@ -88,12 +113,31 @@ def parse_fixed(settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec)
             placement[name] = _component_placement(name, texts[-1], spec)
         elif axis == "weights":
             weights = (weights or {}) | _component_weights(name, texts[-1], spec)
+        elif axis in ("attention", "compile") and (name or texts[-1] == PLAIN):
+            execution.setdefault(axis, {}).update(_component_execution(axis, name, texts[-1], spec, accelerator))
         else:
-            raise UsageError(f"--set {key}: the axes are weights.COMPONENT, placement, placement.COMPONENT and decode")
+            raise UsageError(
+                f"--set {key}: the axes are weights.COMPONENT, attention.COMPONENT, placement, placement.COMPONENT, "
+                "compile.COMPONENT and decode"
+            )
     if everywhere is not None and everywhere.whole_pipeline and placement:
         raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
     told = None if decode is None else tuple(decode)
-    return Fixed(everywhere=everywhere, placement=placement, decode=told, weights=weights)
+    return Fixed(everywhere=everywhere, placement=placement, decode=told, weights=weights, **execution)
+
+
+def _component_execution(
+    axis: str, name: str, text: str, spec: PipelineSpec, accelerator: Accelerator | None
+) -> dict[str, Execution]:
+    """The setting for one component; `plain`, with or without a component, leaves it as it is."""
+    if text == PLAIN:
+        return {}
+    _check_name(f"{axis}.{name}", name, spec)
+    setting = parse_execution(text, axis)
+    reason = setting.refusal(spec.component(name), accelerator)
+    if reason is not None:
+        raise UsageError(f"{axis}.{name}: {reason}")
+    return {name: setting}
 
 
 def _component_weights(name: str, text: str, spec: PipelineSpec) -> dict[str, Weights]:
@@ -131,6 +175,20 @@ def weight_settings(spec: PipelineSpec, fixed: Fixed, allow: Quality | None) -> 
 def is_allowed(quality: Quality, allow: Quality | None) -> bool:
     """Whether the user let weights be changed this much: without a word, not at all."""
     return allow is not None and QUALITIES.index(quality) <= QUALITIES.index(allow)
+
+
+def execution_settings(
+    spec: PipelineSpec, fixed: Fixed, accelerator: Accelerator | None
+) -> list[dict[str, tuple[Execution, ...]]]:
+    """What may be tried unasked: the same for every denoiser, beside what is compiled; nothing where it was fixed."""
+    if fixed.attention is not None or fixed.weights or accelerator is None:
+        return []
+    by_setting: dict[Execution, dict[str, Execution]] = {}
+    for cls in EXECUTIONS:
+        for component in spec.components:
+            for setting in cls.variants(component, accelerator):
+                by_setting.setdefault(setting, {})[component.name] = setting
+    return [together(attention, fixed.compile) for attention in by_setting.values()]
 
 
 def _check_name(where: str, name: str, spec: PipelineSpec) -> None:
@@ -178,6 +236,8 @@ def _placement_groups(
 ) -> Iterable[list[Ladder]]:
     def allowed(component: Component, setting: Placement) -> bool:
         reason = setting.refusal(component, spec, accelerator)
+        beside = (other.beside(setting) for other in fixed.execution.get(component.name, ()))
+        reason = reason or next(filter(None, beside), None)
         if reason is not None:
             text = format_setting(setting)
             refused.setdefault((text, reason), Refused(setting=text, component=component.name, reason=reason))
@@ -326,7 +386,7 @@ def _decodes(
     found = [()]
     options = [list(cls.variants(vae, workload)) for cls in DECODES]
     usable = [[s for s in settings if not _decode_refusals((s,), vae, workload, refused)] for settings in options]
-    together = [tuple(mix) for mix in product(*filter(None, usable))] if any(usable) else []
+    together = _together(usable)
     if must_tile:
         return _tiled(together, vae, refused)
     if spec.video:
@@ -335,6 +395,15 @@ def _decodes(
     if workload.num_images_per_prompt == 1:  # slicing a single picture changes nothing
         return found + [mix for mix in alone if mix[0].quality != "lossless"]
     return found + list(dict.fromkeys([*alone, *together]))
+
+
+def _together(usable: Sequence[Sequence[Decode]]) -> list[tuple[Decode, ...]]:
+    """One setting of each lossless strategy, with one setting of one that is not: a second one would save little."""
+    lossless = [settings for settings in usable if settings and settings[0].quality == "lossless"]
+    changing: list[tuple[Decode, ...]] = [
+        (setting,) for settings in usable for setting in settings if setting.quality != "lossless"
+    ]
+    return [(*mix, *last) for last in changing or [()] for mix in product(*lossless)] if any(usable) else []
 
 
 def _tiled(

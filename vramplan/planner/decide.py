@@ -13,7 +13,7 @@ from vramplan.planner.candidates import Fixed, Ladder, Refused, Row, rows
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.unlock import unlocks
-from vramplan.strategies.base import QUALITIES, Decode, Placement, Quality, Weights
+from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.units import format_bytes
@@ -30,6 +30,7 @@ class Decision:
     placement: Mapping[str, Placement]
     decode: tuple[Decode, ...]
     weights: Mapping[str, Weights] = field(default_factory=dict)
+    execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
     demand: Demand
     verdict: Verdict
     reason: str
@@ -38,7 +39,12 @@ class Decision:
     @property
     def quality(self) -> Quality:
         """That of its least faithful setting."""
-        return worst_quality([*self.weights.values(), *self.placement.values(), *self.decode])
+        return self.quality_beside({})
+
+    def quality_beside(self, told: Mapping[str, tuple[Execution, ...]]) -> Quality:
+        """That of its least faithful setting, what was told of attention and compiling by hand left out."""
+        execution = [item for name, items in self.execution.items() for item in items if item not in told.get(name, ())]
+        return worst_quality([*self.weights.values(), *execution, *self.placement.values(), *self.decode])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +67,17 @@ _WORTH_A_TRY = 0.99
 _LAST_RESORT: tuple[Quality, ...] = ("lossless", "near_lossless")
 
 
-def worst_quality(settings: Sequence[Weights | Placement | Decode]) -> Quality:
+def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) -> Quality:
     """The least faithful quality among settings."""
     return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lighter:
-    """The pipeline with something done to its weights: what that is, its components then, and what they need."""
+    """The pipeline with something done to its weights or attention: that, its components then, what they need."""
 
     weights: Mapping[str, Weights]
+    execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
     spec: PipelineSpec
     footprint: Footprint
 
@@ -90,7 +97,8 @@ def decide(
 ) -> Outcome:
     """Price every candidate and choose.
 
-    `lighter` are other forms of the pipeline's weights to consider; where `fixed` names weights, the only ones.
+    `lighter` are other forms of the pipeline's weights and attention to consider; where `fixed` names weights, the
+    only ones.
 
     With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
     that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
@@ -101,24 +109,24 @@ def decide(
         NothingFitsError: with the deficit of the nearest candidate.
         UsageError: a setting fixed by hand that cannot be.
     """
-    stored = Lighter(weights={}, spec=spec, footprint=footprint)
+    stored = Lighter(weights={}, execution=fixed.execution, spec=spec, footprint=footprint)
     found: list[Row] = []
     refused: list[Refused] = []
     pricers = []
     for form in lighter if fixed.weights else (stored, *lighter):
         ours, not_ours = rows(form.spec, workload, fixed, accelerator)
-        found += [replace(row, weights=form.weights) for row in ours]
+        found += [replace(row, weights=form.weights, execution=form.execution) for row in ours]
         refused += [item for item in not_ours if item not in refused]
-        pricers.append((form.weights, Pricer(form.spec, workload, form.footprint, accelerator)))
+        pricers.append((form, Pricer(form.spec, workload, form.footprint, accelerator)))
     if not found:
         raise UsageError(_impossible(refused, fixed))
-    chooser = _Chooser(pricers, budget, prefer)
+    chooser = _Chooser(pricers, budget, prefer, fixed)
     pool = [(row, chooser.best(row)) for row in found]
     default = (*_LAST_RESORT, "lossy") if fixed.weights else _LAST_RESORT  # what is set by hand is allowed
     for limit in (allow,) if allow else default:
         chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
         if chosen is not None:
-            others = [_told(item, chosen, limit, prefer) for _, item in pool if item is not chosen]
+            others = [_told(item, chosen, limit, chooser) for _, item in pool if item is not chosen]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
             told = _choose(chosen, others, lambda demand: unlocks(demand, budget, workload, accelerator))
             return Outcome(decisions=(told, *others), refused=tuple(refused))
@@ -129,9 +137,14 @@ def decide(
 class _Chooser:
     """Finds the best candidate of a row within a budget."""
 
-    pricers: Sequence[tuple[Mapping[str, Weights], Pricer]]
+    pricers: Sequence[tuple[Lighter, Pricer]]
     budget: Budget
     prefer: Prefer
+    fixed: Fixed
+
+    def asks_for(self, item: Decision) -> int:
+        """The place of the quality that has to be allowed for it: what was set by hand is."""
+        return _index_of(item.quality_beside(self.fixed.execution))
 
     def best(self, row: Row, vram_bytes: int | None = None) -> Decision:
         """The best of the row, within less VRAM than the budget's where that is given."""
@@ -143,7 +156,8 @@ class _Chooser:
     def _highest_rung(self, ladder: Ladder, row: Row, budget: Budget) -> Decision:
         """The last rung within the VRAM; the first one where none is, or where memory is what counts."""
 
-        pricer = next(pricer for weights, pricer in self.pricers if weights == row.weights)
+        of_row = ((form.weights, form.execution) == (row.weights, row.execution) for form, _ in self.pricers)
+        pricer = next(pricer for (_, pricer), its in zip(self.pricers, of_row, strict=True) if its)
 
         def judged(rung: int) -> Decision:
             return _judge(row, ladder[rung], pricer(ladder[rung], row.decode), budget)
@@ -178,7 +192,9 @@ def _first_confirmed(
     done: list[tuple[Row, Decision]] = []
     waiting = list(pool)
     while True:
-        able = [entry for entry in waiting if entry[1].verdict == "fits" and _index(entry[1]) <= _index_of(limit)]
+        able = [
+            entry for entry in waiting if entry[1].verdict == "fits" and chooser.asks_for(entry[1]) <= _index_of(limit)
+        ]
         if not able:
             return None, [*done, *waiting]
         row, item = entry = min(able, key=lambda entry: rank(entry[1], chooser.prefer))
@@ -231,6 +247,7 @@ def _judge(row: Row, placement: Mapping[str, Placement], demand: Demand, budget:
         placement=placement,
         decode=row.decode,
         weights=row.weights,
+        execution=row.execution,
         demand=demand,
         verdict="rejected" if short else "fits",
         reason=short[1] if short else "",
@@ -285,16 +302,16 @@ def _index_of(quality: Quality) -> int:
     return QUALITIES.index(quality)
 
 
-def _told(item: Decision, chosen: Decision, limit: Quality, prefer: Prefer) -> Decision:
+def _told(item: Decision, chosen: Decision, limit: Quality, chooser: _Chooser) -> Decision:
     """A candidate that was not chosen, with the reason."""
     if item.verdict == "rejected":
         return item
-    if _index(item) > _index_of(limit):
+    if chooser.asks_for(item) > _index_of(limit):
         gain = chosen.demand.seconds_per_call / max(item.demand.seconds_per_call, 1e-9)
         buys = f", {gain:.1f}x as fast" if gain > 1.05 else ""
         words = item.quality.replace("_", " ")
         return _with(item, "rejected", f"fits{buys}, but is only {words}: --allow {item.quality}")
-    if prefer == "memory":
+    if chooser.prefer == "memory":
         more = item.demand.vram_reserved_bytes - chosen.demand.vram_reserved_bytes
         return _with(item, "fits", f"{format_bytes(max(0, more))} more memory than the chosen one")
     slower = item.demand.seconds_per_call / max(chosen.demand.seconds_per_call, 1e-9)

@@ -35,6 +35,11 @@ class SimulatedFootprint:
         """What is used for what the simulated call left out."""
         return AssumedFootprint(spec=self.spec, workload=self.workload)
 
+    @property
+    def denoising_bytes(self) -> int:
+        """The most that denoising needs beside weights."""
+        return max((use.need_bytes for use in self.plain.uses if use.phase == "denoise"), default=0)
+
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes beside weights while the use runs, and while the pipeline works around it."""
         simulation = self._for(use, decode)

@@ -23,11 +23,14 @@ class Kernels:
     `cublas_bytes` stays allocated from the first matrix product on: 8 MiB, 32 MiB on Hopper
     (CUBLAS_WORKSPACE_CONFIG, PyTorch CUDA semantics, torch 2.13). `convolution_copies` is how often a
     half-precision convolution holds its input and output again, to change their layout: 1 reproduces FLUX.1's
-    published peaks at batch 1; assumed until it is fitted.
+    published peaks at batch 1; assumed until it is fitted. Attention in one of `math_dtypes` is computed step by step;
+    where it is not `fused_attention`, its kernel holds the scores.
     """
 
     cublas_bytes: int = 8 * MIB
     convolution_copies: float = 1.0
+    math_dtypes: tuple[str, ...] = ()
+    fused_attention: bool = True
     _workspaces: dict[int, Block] | None = field(default=None, init=False)
 
     def after(self, ledger: Ledger, packet: Any, args: Sequence[Any], made: Any) -> None:
@@ -63,6 +66,11 @@ def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     """Floating-point operations of attention: the scores, and their product with the values."""
     rows = query.numel() // query.shape[-1]
     return 2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def scores_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
+    """The scores of every query against every key, in the queries' dtype."""
+    return query.numel() // query.shape[-1] * key.shape[-2] * query.element_size()
 
 
 def attention_scratch_bytes(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> int:

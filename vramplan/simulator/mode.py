@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import CPU, META, Engine, label_of, normalized, value_of
-from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes
+from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes, scores_bytes
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, mapped, tensors_in
 
 
@@ -164,10 +164,12 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The fused kernel the device would choose: no matrix of all against all, whatever the CPU would do."""
-    label = label_of(query)
+    """The kernel the device would choose: a fused one has no matrix of all against all, whatever the CPU would do."""
+    label, kernels = label_of(query), engine.kernels
     if label.type != "cuda":
         return func(query, key, value, attn_mask, *args, **kwargs)
+    if str(query.dtype).removeprefix("torch.") in kernels.math_dtypes:
+        return _attention_by_steps(query, key, value, attn_mask, *args, **kwargs)
     if query.dim() > 3:  # laid out as (batch, length, heads, size) and shown transposed
         shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
         result = torch.empty(shape, dtype=query.dtype, device="meta").transpose(-3, -2)
@@ -176,8 +178,26 @@ def _attention(
     engine.ledger.operation = "scaled_dot_product_attention"
     engine.ledger.operations += 1
     made = engine.new(result, label)
-    engine.ledger.transient(attention_scratch_bytes(query, key, attn_mask), "workspace")
-    engine.ledger.count_kernel(flops=attention_flops(query, key, value))
+    scores = 0 if kernels.fused_attention else scores_bytes(query, key)
+    engine.ledger.transient(scores or attention_scratch_bytes(query, key, attn_mask), "workspace")
+    engine.ledger.count_kernel(flops=attention_flops(query, key, value), traffic_bytes=2 * scores)
+    return made
+
+
+def _attention_by_steps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Torch's own way where there is no fused kernel: in float32, the scores and their softmax side by side."""
+    steps = torch.ops.aten._scaled_dot_product_attention_math
+    told = {"scale": scale, "enable_gqa": enable_gqa}
+    made: torch.Tensor = steps(query, key, value, attn_mask, dropout_p, is_causal, None, **told)[0]
     return made
 
 

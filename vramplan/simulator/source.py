@@ -15,7 +15,7 @@ from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import Decode, Decodes, Placed, freed_first, put_on
+from vramplan.strategies.base import Decode, Decodes, Execution, Placed, freed_first, put_on
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB
 from vramplan.workload import Workload
@@ -29,8 +29,10 @@ DEVICE = "cuda:0"
 _ROOM = 1 << 50
 
 
-def simulated_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
-    """The planner's figures for a model with its weights as they are stored.
+def simulated_footprint(
+    source: Source, workload: Workload, accelerator: Accelerator, unplaced: Placed = ()
+) -> SimulatedFootprint:
+    """The planner's figures for a model with these settings, none of which is a placement.
 
     Raises:
         SimulationError: the pipeline cannot be driven.
@@ -40,7 +42,7 @@ def simulated_footprint(source: Source, workload: Workload, accelerator: Acceler
     must_tile = [vae for vae in spec.vaes if vae.tiling is not None and vae.tiling.required]
 
     tiled = [(setting, vaes) for setting in _tilings(must_tile)]
-    plain = source.run(workload, [], tiled, accelerator=accelerator)
+    plain = source.run(workload, unplaced, tiled, accelerator=accelerator)
 
     return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(source, plain, accelerator))
 
@@ -121,6 +123,9 @@ class Source:
         from vramplan.simulator.run import First, run_simulation
 
         kernels = _kernels(accelerator)
+        placed = [
+            (setting, names) for setting, names in placed if not isinstance(setting, Execution) or setting.simulated
+        ]
         first, rest = freed_first(placed)
         key = {
             "pipeline": _identity(self.spec),
@@ -193,7 +198,7 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
 
     def place(pipe: Any) -> None:
         put_on(pipe, placed, decodes, DEVICE, hollow=True)
-        if all(setting.axis == "weights" for setting, _ in placed):
+        if not any(setting.axis == "placement" for setting, _ in placed):
             pipe.to(DEVICE)
 
     return place
@@ -219,9 +224,13 @@ def _identity(spec: PipelineSpec) -> Any:
     ]
 
 
-def _kernels(accelerator: Accelerator | None) -> dict[str, int]:
+def _kernels(accelerator: Accelerator | None) -> dict[str, Any]:
     """What is known of a card's kernels, as `Kernels` names it: cuBLAS holds 32 MiB on Hopper and later, 8 before."""
-    from vramplan.profiles import compute_capability
+    from vramplan.profiles import compute_capability, math_dtypes
 
     capability = compute_capability(accelerator.name) if accelerator else None
-    return {"cublas_bytes": (32 if capability is not None and capability >= 9.0 else 8) * MIB}
+    return {
+        "cublas_bytes": (32 if capability is not None and capability >= 9.0 else 8) * MIB,
+        "math_dtypes": math_dtypes(accelerator) if accelerator else (),
+        "fused_attention": accelerator.fuses_attention if accelerator else True,
+    }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from vramplan.strategies.base import Decode, Placement, Weights
+from vramplan.strategies.attention_backend import AttentionBackend
+from vramplan.strategies.attention_slicing import AttentionSlicing
+from vramplan.strategies.base import Decode, Execution, Placement, Weights
 from vramplan.strategies.bitsandbytes import Bitsandbytes
+from vramplan.strategies.compile_repeated_blocks import CompileRepeatedBlocks
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize
 from vramplan.strategies.encode_first import EncodeFirst
+from vramplan.strategies.framewise_decoding import FramewiseDecoding
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
@@ -25,7 +29,9 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     EncodeFirst,
     SequentialCpuOffload,
 )
-DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling, DecodeChunkSize)
-REGISTRY: tuple[type[Weights] | type[Placement] | type[Decode], ...] = (*WEIGHTS, *PLACEMENTS, *DECODES)
+DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling, FramewiseDecoding, DecodeChunkSize)
+EXECUTIONS: tuple[type[Execution], ...] = (AttentionSlicing, AttentionBackend, CompileRepeatedBlocks)
+Strategy = type[Weights] | type[Placement] | type[Decode] | type[Execution]
+REGISTRY: tuple[Strategy, ...] = (*WEIGHTS, *PLACEMENTS, *DECODES, *EXECUTIONS)
 
-__all__ = ["DECODES", "PLACEMENTS", "REGISTRY", "WEIGHTS", "Decode", "Placement", "Weights"]
+__all__ = ["DECODES", "EXECUTIONS", "PLACEMENTS", "REGISTRY", "WEIGHTS", "Decode", "Execution", "Placement", "Weights"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Quality = Literal["lossless", "near_lossless", "lossy"]
 QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
-Axis = Literal["weights", "placement", "decode"]
+Axis = Literal["weights", "attention", "placement", "compile", "decode"]
 # Text encoders below weigh little beside any denoiser that has one: CLIP's are 0.2 and 1.3 GiB, T5-XXL 8.9 GiB.
 _LARGE_ENCODER = 1 * GIB
 
@@ -190,6 +190,39 @@ class AtLoad(Weights, Protocol):
 
 
 @runtime_checkable
+class Execution(Protocol):
+    """How a component's operations are carried out: the same work, by other kernels."""
+
+    name: ClassVar[str]
+    axis: ClassVar[Axis]
+    simulated: ClassVar[bool]
+
+    @property
+    def quality(self) -> Quality:
+        """What the other kernels do to the picture."""
+
+    @property
+    def unknown(self) -> str:
+        """What the figures of a plan leave out of this setting, as a phrase; empty where they leave out nothing."""
+
+    @classmethod
+    def variants(cls, component: Component, accelerator: Accelerator) -> Iterable[Self]:
+        """The settings worth trying unasked: only those whose figures are known."""
+
+    def refusal(self, component: Component, accelerator: Accelerator | None) -> str | None:
+        """Why this setting cannot be here, as a sentence; None when it can."""
+
+    def beside(self, placement: Placement) -> str | None:
+        """Why this setting cannot be on a component under that placement; None when it can."""
+
+    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
+        """Make it so on a live pipeline, through diffusers' own call. `kernel_state` is what puts it back."""
+
+    def code(self, names: Sequence[str], device: str) -> list[str]:
+        """The same as lines of Python on an object called `pipe`."""
+
+
+@runtime_checkable
 class Decode(Protocol):
     """How much of a picture the VAE works on at a time."""
 
@@ -214,8 +247,8 @@ class Decode(Protocol):
         """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
-# Settings with the components each is for, in the order to apply them: weights first, then placements.
-Placed = Sequence[tuple[Weights | Placement, Sequence[str]]]
+# Settings with the components each is for, in the order to apply them: see `settings.grouped`.
+Placed = Sequence[tuple[Weights | Placement | Execution, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
 
 

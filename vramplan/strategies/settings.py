@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vramplan.errors import UsageError
-from vramplan.strategies import DECODES, PLACEMENTS, WEIGHTS, Decode, Placement, Weights
+from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 
 PLAIN = "plain"
 STORED = "stored"
+_ORDER = ("weights", "attention", "placement", "compile")
 
 
-def format_setting(setting: Weights | Placement | Decode) -> str:
+def format_setting(setting: Weights | Placement | Decode | Execution) -> str:
     """The setting as text, options at their default left out."""
     options = [
         f"{field.name}={_format_value(getattr(setting, field.name))}"
@@ -45,19 +46,29 @@ def parse_decode(text: str) -> Decode:
     return found
 
 
+def parse_execution(text: str, axis: str) -> Execution:
+    """The setting of attention or compiling that text stands for. Raises UsageError as `parse_placement` does."""
+    found = _parse(text, {cls.name: cls for cls in EXECUTIONS if cls.axis == axis})
+    assert isinstance(found, Execution)
+    return found
+
+
 def grouped(
-    placement: Mapping[str, Placement], weights: Mapping[str, Weights] | None = None
-) -> list[tuple[Weights | Placement, list[str]]]:
+    placement: Mapping[str, Placement],
+    weights: Mapping[str, Weights] | None = None,
+    execution: Mapping[str, Sequence[Execution]] | None = None,
+) -> list[tuple[Weights | Placement | Execution, list[str]]]:
     """Equal settings together, with the components of each, in the order to apply them.
 
-    Weights come first, as hooks hold on to them; then hooks; residents last: a pipeline with groups skips those
-    in `to`.
+    Weights come first, as hooks hold on to them; then attention; then hooks, of which residents last: a pipeline with
+    groups skips those in `to`; compiling comes when everything that is compiled is in place.
     """
-    groups: dict[Weights | Placement, list[str]] = {}
-    for settings in (weights or {}, placement):
-        for name, setting in settings.items():
-            groups.setdefault(setting, []).append(name)
-    return sorted(groups.items(), key=lambda item: (item[0].axis != "weights", item[0].name == "resident"))
+    groups: dict[Weights | Placement | Execution, list[str]] = {}
+    settings: list[tuple[str, Weights | Placement | Execution]] = [*(weights or {}).items(), *placement.items()]
+    settings += [(name, setting) for name, several in (execution or {}).items() for setting in several]
+    for name, setting in settings:
+        groups.setdefault(setting, []).append(name)
+    return sorted(groups.items(), key=lambda item: (_ORDER.index(item[0].axis), item[0].name == "resident"))
 
 
 def _parse(text: str, known: dict[str, Any]) -> Any:
