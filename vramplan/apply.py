@@ -191,7 +191,7 @@ class _Snapshot:
             modules=modules,
             parameters=[(child, dict(child._parameters)) for module in modules.values() for child in module.modules()],
             devices={name: device_of(module) or "cpu" for name, module in modules.items()},
-            settings={name: _decode_settings(module) for name, module in modules.items()},
+            settings={name: decode_settings(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
         )
 
@@ -227,8 +227,8 @@ def _tie_again(child: Any, parameters: Mapping[str, Any]) -> None:
             child._parameters[name] = before
 
 
-def _decode_settings(module: Any) -> dict[str, Any]:
-    """The plain attributes that slicing and tiling change."""
+def decode_settings(module: Any) -> dict[str, Any]:
+    """The plain attributes of a module that slicing and tiling change."""
     return {
         name: value for name, value in vars(module).items() if name.startswith(("tile_", "use_tiling", "use_slicing"))
     }

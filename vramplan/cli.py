@@ -144,12 +144,11 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file.")
 def detect(form: str, as_json: bool, output: str | None, **machine: str | None) -> None:
     """Say what this machine has and what may be used of it."""
-    from vramplan.hardware import make_budget
-    from vramplan.machine import choose_machine
+    from vramplan.machine import choose_machine, known_budget
     from vramplan.report import hardware_dict, hardware_text, to_yaml
 
     hardware, accelerator = choose_machine(machine.pop("device"))
-    budget = make_budget(hardware, accelerator=accelerator, **machine)
+    budget = known_budget(hardware, accelerator, machine)
     content = hardware_dict(hardware, budget)
     if output:
         _write(output, to_yaml(content) + "\n")

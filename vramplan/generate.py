@@ -38,9 +38,10 @@ def run_plan(
         MismatchError: the plan is for another pipeline or device.
     """
     from vramplan.apply import applied_to, apply_plan
+    from vramplan.calibration.recording import calibrating
     from vramplan.recover import recovering_call
     from vramplan.report import measured_text
-    from vramplan.verify import current_rss_bytes, measured
+    from vramplan.verify import current_rss_bytes
 
     folder = model_folder(plan, model)
     say(f"loading {folder}")
@@ -53,9 +54,8 @@ def run_plan(
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")
     arguments = call_arguments(pipe, plan, prompt, negative_prompt, seed)
-    with measured(applied.device) as took:
+    with calibrating(pipe, ram_before_bytes=before, say=say) as took:
         result = recovering_call(pipe, arguments, say=say) if recover else pipe(**arguments)
-    took.ram_bytes -= before
     if output:
         lines += [f"wrote {path}" for path in write_result(result, Path(output))]
     last = applied_to(pipe) or applied

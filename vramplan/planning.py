@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan._version import __version__
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import detect, make_budget
-from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
-from vramplan.machine import choose_machine
+from vramplan.hardware import detect
+from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -27,8 +27,9 @@ from vramplan.planfile import (
 )
 from vramplan.planner.candidates import Refused, parse_fixed, weight_settings
 from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
-from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
+from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence, weakest_basis
 from vramplan.planner.footprint import AssumedFootprint, Footprint
+from vramplan.residuals import Basis
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality, Weights
 from vramplan.strategies.settings import format_setting, grouped
@@ -75,11 +76,13 @@ def plan(
     if work.num_frames > 1 and not described.spec.video:
         raise UsageError(f"{described.spec.class_name} makes pictures: leave the number of frames out")
     refuse_hooked(described.spec)
-    budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
-    budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
+    amounts = {"vram": vram, "ram": ram, "margin": margin, **held_bytes(described.spec)}
+    known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
     told = parse_fixed(settings or {}, described.spec)
     weights = weight_settings(described.spec, told) if told.weights or allow == "lossy" else []
     figures = _figures(model, described.spec, work, accelerator if simulate else None, weights)
+    basis = figures.basis(described.spec)
+    budget = known_budget(hardware, accelerator, amounts, basis=basis, pipeline=described.spec.class_name)
     outcome = decide(
         described.spec,
         work,
@@ -131,6 +134,11 @@ class _Figures:
     lighter: tuple[Lighter, ...] = ()
     simulated: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
+
+    def basis(self, spec: PipelineSpec) -> Basis:
+        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
+        uses = [use for use in spec.uses if use.phase != "decode"]
+        return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
         """What has the last word on a decision within this budget; nothing without a simulation."""
@@ -257,23 +265,13 @@ def refuse_hooked(spec: PipelineSpec) -> None:
             )
 
 
-def _give_back_held(budget: Budget, spec: PipelineSpec, *, absolute_vram: bool, absolute_ram: bool) -> Budget:
-    """A live pipeline's own weights count as used now, but they are what is to be placed."""
-    held_vram = _held(spec.components, on_host=False)
-    held_ram = _held(spec.components, on_host=True)
-    given = []
-    if held_vram and budget.vram_bytes is not None and not absolute_vram:
-        given.append(_given_back("vram", held_vram))
-    if held_ram and not absolute_ram:
-        given.append(_given_back("ram", held_ram))
-    vram = sum(-item.size_bytes for item in given if item.memory == "vram")
-    ram = sum(-item.size_bytes for item in given if item.memory == "ram")
-    return replace(
-        budget,
-        vram_bytes=None if budget.vram_bytes is None else budget.vram_bytes + vram,
-        ram_bytes=budget.ram_bytes + ram,
-        deductions=(*budget.deductions, *given),
-    )
+def held_bytes(spec: PipelineSpec) -> dict[str, int]:
+    """What a live pipeline's own weights take now of VRAM and RAM, as `make_budget` names it: they are what is to be
+    placed, so that they do not count as used."""
+    return {
+        "held_vram_bytes": _held(spec.components, on_host=False),
+        "held_ram_bytes": _held(spec.components, on_host=True),
+    }
 
 
 def _held(components: Sequence[Component], *, on_host: bool) -> int:
@@ -281,15 +279,6 @@ def _held(components: Sequence[Component], *, on_host: bool) -> int:
         component.weight_bytes
         for component in components
         if component.device not in (None, "meta") and (component.device == "cpu") == on_host
-    )
-
-
-def _given_back(memory: Any, size: int) -> Deduction:
-    return Deduction(
-        memory=memory,
-        name="this pipeline",
-        size_bytes=-size,
-        reason="its weights are there already and are what is being placed",
     )
 
 
@@ -377,7 +366,8 @@ def fits_now(plan: Plan) -> tuple[bool, str]:
             False,
             f"the plan is for {planned.name}, but {device} is {accelerator.name}: make a plan for it",
         )
-    budget = make_budget(hardware, accelerator=accelerator if planned else None)
+    here = accelerator if planned else None
+    budget = known_budget(hardware, here, {}, basis=plan.projected.basis, pipeline=plan.model.class_name)
     sentence = fits_sentence(plan.projected, budget)
     short_vram = (budget.vram_bytes or 0) < plan.projected.vram_reserved_bytes
     short_ram = budget.ram_bytes < plan.projected.ram_bytes

@@ -204,6 +204,8 @@ def measured_text(plan: Plan, measured: Measured) -> str:
         _versus("RAM", demand.ram_bytes, measured.ram_bytes),
     ]
     rows = [row for row in rows if row is not None]
+    if measured.seconds_per_step is not None:
+        rows.append(("a step", _seconds(demand.seconds_per_step), _seconds(measured.seconds_per_step), ""))
     rows.append(("time", _seconds(demand.seconds_per_call), _seconds(measured.seconds), ""))
     return _table(("", "projected", "measured", "difference"), [row for row in rows if row is not None])
 
