@@ -69,7 +69,7 @@ def test_more_memory_never_leaves_less(sizes: list[int], share: float, least: in
 
 
 def test_nothing_is_kept_where_projections_were_never_too_low() -> None:
-    error = error_of([residual(GIB * (n + 1), -0.02) for n in range(9)], "simulated", "published")
+    error = error_of([residual(GIB * (n + 1), -0.02) for n in range(9)], "simulated", "published measurements")
     assert error is not None
     assert (error.share, error.least_bytes) == (0.0, 0)
     assert error.reason == "simulated peaks were never too low in all 9 published measurements"
@@ -77,13 +77,13 @@ def test_nothing_is_kept_where_projections_were_never_too_low() -> None:
 
 def test_few_measurements_can_only_raise_the_bound() -> None:
     error = ProjectionError(share=0.01, least_bytes=100 * MIB, reason="published")
-    assert raised(error, [], "simulated", "own") is error
-    assert raised(error, [residual(GIB, 0.005)], "simulated", "own") is error
-    worse = raised(error, [residual(GIB, -0.2), residual(10 * GIB, 0.08)], "simulated", "own")
+    assert raised(error, [], "simulated", "measurements here") is error
+    assert raised(error, [residual(GIB, 0.005)], "simulated", "measurements here") is error
+    worse = raised(error, [residual(GIB, -0.2), residual(10 * GIB, 0.08)], "simulated", "measurements here")
     assert worse.share == pytest.approx(0.08)
     assert worse.least_bytes == pytest.approx(0.8 * GIB, rel=1e-6)
     assert "8.0%" in worse.reason
-    assert "all 2 own" in worse.reason
+    assert "all 2 measurements here" in worse.reason
 
 
 @pytest.mark.parametrize("basis", ["simulated", "derived", "assumed"])

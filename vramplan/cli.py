@@ -23,6 +23,7 @@ FORMATS = ("auto", "human", "json", "yaml")
 
 _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
+_SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against measured."
 
 
 def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
@@ -273,6 +274,21 @@ def check(plan_file: str) -> None:
     from vramplan.planfile import load_plan
 
     click.echo(_check_machine(load_plan(plan_file)))
+
+
+@main.command()
+@click.option("--device", help="A device of this machine (cuda:1); the first one where left out.")
+@click.option("--pipeline/--no-pipeline", default=True, show_default=True, help=_SAMPLE)
+@_format_options
+@_pass_told
+def calibrate(obj: Mapping[str, bool], /, device: str | None, form: str, *, pipeline: bool, as_json: bool) -> None:
+    """Measure this machine's accelerator, and keep what is found for the plans to come."""
+    from vramplan.calibration.calibrate import calibrate as measure
+    from vramplan.report import probe_dict, probe_text
+
+    say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
+    record = measure(device, pipeline=pipeline, say=say)
+    _print(probe_dict(record), lambda: probe_text(record), form, as_json=as_json)
 
 
 @main.command()

@@ -54,7 +54,7 @@ def upper_bound(values: Sequence[float], coverage: float = COVERAGE) -> float | 
     return sorted(values)[place - 1] if 0 < place <= len(values) else None
 
 
-def error_of(residuals: Sequence[Residual], basis: Basis, whose: str) -> ProjectionError | None:
+def error_of(residuals: Sequence[Residual], basis: Basis, measurements: str) -> ProjectionError | None:
     """The bound that these measurements give; None where there are too few of them.
 
     The bound on bytes holds where a projection is so small that a share of it is nothing.
@@ -63,34 +63,34 @@ def error_of(residuals: Sequence[Residual], basis: Basis, whose: str) -> Project
     size = upper_bound([item.measured_bytes - item.projected_bytes for item in residuals])
     if share is None or size is None:
         return None
-    return _told(residuals, basis, whose, max(0.0, share), max(0, int(size)))
+    return _told(residuals, basis, measurements, max(0.0, share), max(0, int(size)))
 
 
-def raised(error: ProjectionError, residuals: Sequence[Residual], basis: Basis, whose: str) -> ProjectionError:
+def raised(error: ProjectionError, residuals: Sequence[Residual], basis: Basis, measurements: str) -> ProjectionError:
     """The bound, and no less than the worst of a few measurements that are too few for a bound of their own."""
     share = max(map(_share, residuals), default=0.0)
     size = max((item.measured_bytes - item.projected_bytes for item in residuals), default=0)
     if share <= error.share:
         return error
-    return _told(residuals, basis, whose, share, max(error.least_bytes, size))
+    return _told(residuals, basis, measurements, share, max(error.least_bytes, size))
 
 
 def bundled_error(basis: Basis) -> ProjectionError:
     """The bound from published measurements (`profiles/residuals.json`, made by benchmarks/accuracy.py)."""
     kind = "simulated" if basis == "measured" else basis
-    error = error_of(_bundled()[kind], kind, "published")
+    error = error_of(_bundled()[kind], kind, "published measurements")
     assert error is not None, f"too few published measurements of {kind} peaks"
     return error
 
 
-def _told(residuals: Sequence[Residual], basis: str, whose: str, share: float, size: int) -> ProjectionError:
+def _told(residuals: Sequence[Residual], basis: str, measurements: str, share: float, size: int) -> ProjectionError:
     within = sum(
         item.measured_bytes <= max(item.projected_bytes * (1 + share) + 1, item.projected_bytes + size)
         for item in residuals
     )
     of_all = f"all {within}" if within == len(residuals) else f"{within} of {len(residuals)}"
     low = f"at most {share:.1%} or {format_bytes(size)} too low" if share or size else "never too low"
-    reason = f"{basis} peaks were {low} in {of_all} {whose} measurements"
+    reason = f"{basis} peaks were {low} in {of_all} {measurements}"
     return ProjectionError(share=share, least_bytes=size, reason=reason)
 
 

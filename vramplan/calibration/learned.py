@@ -9,7 +9,7 @@ from functools import cache
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.hardware.types import Accelerator, Rates
-from vramplan.residuals import Basis, ProjectionError, Residual, bundled_error, error_of, needed, raised
+from vramplan.residuals import Basis, ProjectionError, Residual, bundled_error, error_of, raised
 
 SOFTWARE = ("torch", "diffusers", "transformers", "accelerate")
 # What decides how much memory the same settings take. The others change no hook and no kernel.
@@ -42,26 +42,28 @@ def versions() -> dict[str, str]:
 def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None = None) -> Learned:
     """What holds for plans of this basis on this device.
 
-    From so many different plans measured here on (`needed`), those of the same pipeline class first, they decide
-    alone. Fewer of them can only raise what published measurements say.
+    From so many different plans of the same pipeline class on (`needed`), measured here, they decide alone. Fewer of
+    them, and those of other classes, can only raise what published measurements say: how far the projection of one
+    architecture is off tells little of another's.
     """
-    published = bundled_error(basis)
+    error = bundled_error(basis)
     if accelerator is None:
-        return Learned(error=published)
+        return Learned(error=error)
     records = read_store().records
     calls = [item for item in records if isinstance(item, CallRecord) and _counts(item, accelerator, basis)]
-    name = accelerator.name
-    for whose, rows in (
-        (f"{pipeline}'s on this {name}", [item for item in calls if item.pipeline == pipeline]),
-        (f"this {name}'s own", calls),
-    ):
-        own = list(_one_for_each_plan(rows))
-        if len(own) >= needed():
-            error = error_of(own, basis, whose)
-            break
-    else:
-        error = raised(published, own, basis, whose)
-    return Learned(error=error or published, context_bytes=_context(accelerator, records))
+    own = list(_one_for_each_plan([item for item in calls if item.pipeline == pipeline]))
+    here = f"on this {accelerator.name}"
+    ours, all_of_them = f"measurements of {pipeline} {here}", f"measurements {here}"
+    decided = error_of(own, basis, ours)
+    if decided is None:
+        every = list(_one_for_each_plan(calls))
+        bound = error_of(every, basis, all_of_them)
+        if bound is None:
+            error = raised(error, every, basis, all_of_them)
+        elif bound.share > error.share:
+            error = bound
+        decided = raised(error, own, basis, ours)
+    return Learned(error=decided, context_bytes=_context(accelerator, records))
 
 
 def with_measured_rates(accelerator: Accelerator) -> Accelerator:
