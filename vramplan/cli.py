@@ -217,9 +217,11 @@ def explain(plan_file: str, form: str, as_json: bool) -> None:
     show_default=True,
     help="Where memory runs out, make the call again under a smaller plan.",
 )
+@click.option("--replan", is_flag=True, help="Where the plan no longer fits, make another for the same wishes.")
 @_pass_told
-def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **given: Any) -> None:
+def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
+    from vramplan.drift import current_plan
     from vramplan.generate import check_output, run_plan
     from vramplan.planfile import load_plan
 
@@ -228,9 +230,9 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **give
     loaded = load_plan(plan_file)
     if output:
         check_output(output, loaded)
-    _check_machine(loaded)
     say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
-    click.echo(run_plan(loaded, output=output, say=say, **given))
+    current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
+    click.echo(run_plan(current, output=output, say=say, **given))
 
 
 @main.command()
@@ -271,9 +273,13 @@ def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
 @click.argument("plan_file", type=click.Path())
 def check(plan_file: str) -> None:
     """Say whether a plan would still fit this machine now. Exit code 4 if not."""
+    from vramplan.drift import drift_of
     from vramplan.planfile import load_plan
 
-    click.echo(_check_machine(load_plan(plan_file)))
+    found = drift_of(load_plan(plan_file))
+    if found.broken is not None:
+        raise MismatchError(found.broken)
+    click.echo("\n".join([found.sentence, *(f"changed since it was planned: {text}" for text in found.changes)]))
 
 
 @main.command()
@@ -323,16 +329,6 @@ def show_profile(name: str) -> None:
 
     kind: ProfileKind = "devices" if name.lower() in device_names() else "pipelines"
     click.echo(profile_path(kind, name).read_text(encoding="utf-8").rstrip())
-
-
-def _check_machine(loaded: Any) -> str:
-    """A sentence on how the plan fits this machine now. Raises MismatchError where it does not."""
-    from vramplan.planning import fits_now
-
-    fits, sentence = fits_now(loaded)
-    if not fits:
-        raise MismatchError(sentence)
-    return sentence
 
 
 def _fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:

@@ -37,7 +37,7 @@ def run_plan(
         VramplanError: the pipeline cannot be loaded or the result not written.
         MismatchError: the plan is for another pipeline or device.
     """
-    from vramplan.apply import applied_to, apply_plan
+    from vramplan.apply import applied_anyway, applied_to
     from vramplan.calibration.recording import calibrating
     from vramplan.recover import recovering_call
     from vramplan.report import measured_text
@@ -48,7 +48,7 @@ def run_plan(
     before = current_rss_bytes()
     pipe = load_pipeline(plan, folder, allow_pickle=allow_pickle)
     pipe.set_progress_bar_config(disable=not progress_shown())
-    applied = apply_plan(pipe, plan)
+    applied = applied_anyway(pipe, plan)
     lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vramplan._version import __version__
+from vramplan.calibration.learned import versions
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
@@ -16,6 +16,7 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
+    Asked,
     ComponentRecord,
     Considered,
     MachineRecord,
@@ -27,7 +28,7 @@ from vramplan.planfile import (
 )
 from vramplan.planner.candidates import Refused, parse_fixed, weight_settings
 from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
-from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence, weakest_basis
+from vramplan.planner.demand import Demand, PhaseDemand, weakest_basis
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.residuals import Basis
 from vramplan.simulator.types import Simulation
@@ -100,13 +101,21 @@ def plan(
         accelerator=accelerator,
         host=hardware.host,
         budget=budget,
+        software=versions(),
     )
+    fixed = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (settings or {}).items()}
+    asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=fixed)
     notes = (*_notes(described.spec, accelerator, hardware), *figures.notes)
-    return _written(described.spec, work, machine, outcome, notes)
+    return _written(described.spec, work, machine, outcome, notes, asked)
 
 
 def _written(
-    spec: PipelineSpec, work: Workload, machine: MachineRecord, outcome: Outcome, notes: tuple[str, ...]
+    spec: PipelineSpec,
+    work: Workload,
+    machine: MachineRecord,
+    outcome: Outcome,
+    notes: tuple[str, ...],
+    asked: Asked,
 ) -> Plan:
     """The outcome as a plan."""
     chosen = outcome.chosen
@@ -116,6 +125,7 @@ def _written(
         model=_model_record(spec),
         workload=work,
         machine=machine,
+        asked=asked,
         settings=_settings(chosen),
         quality=chosen.quality,
         projected=chosen.demand,
@@ -348,30 +358,3 @@ def _notes(spec: PipelineSpec, accelerator: Accelerator | None, hardware: Hardwa
 def _once(refused: Sequence[Refused]) -> tuple[Refused, ...]:
     """Each reason once: the same refusal for every number of blocks tells nobody anything."""
     return tuple({item.reason: item for item in reversed(refused)}.values())[::-1]
-
-
-def fits_now(plan: Plan) -> tuple[bool, str]:
-    """Whether the plan's projection still fits this machine, and the sentence that says so with the numbers.
-
-    A plan for the CPU is checked against RAM, one for an accelerator against the one of that device here.
-    """
-    hardware = detect()
-    device = plan.machine.device
-    accelerator = next((item for item in hardware.accelerators if item.device == device), None)
-    planned = plan.machine.accelerator
-    if planned is not None and accelerator is None:
-        return False, f"the plan is for {planned.name} ({device}), which this machine does not have"
-    if planned is not None and accelerator is not None and planned.name != accelerator.name:
-        return (
-            False,
-            f"the plan is for {planned.name}, but {device} is {accelerator.name}: make a plan for it",
-        )
-    here = accelerator if planned else None
-    budget = known_budget(hardware, here, {}, basis=plan.projected.basis, pipeline=plan.model.class_name)
-    sentence = fits_sentence(plan.projected, budget)
-    short_vram = (budget.vram_bytes or 0) < plan.projected.vram_reserved_bytes
-    short_ram = budget.ram_bytes < plan.projected.ram_bytes
-    short_disk = budget.disk_bytes is not None and budget.disk_bytes < plan.projected.disk_bytes
-    if short_vram or short_ram or short_disk:
-        return False, f"the plan no longer fits: it {sentence}; make it again"
-    return True, f"the plan fits: it {sentence}"
