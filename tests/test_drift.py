@@ -60,7 +60,7 @@ def test_less_free_memory_is_told_with_both_numbers(monkeypatch, folder) -> None
     found = drift_of(plan)
     assert found.broken is None
     (change,) = found.changes
-    assert change == "3.39 GiB of VRAM may be used, 7.39 GiB when it was planned"
+    assert change == "3.00 GiB of VRAM may be used, 6.72 GiB when it was planned"
     told: list[str] = []
     assert current_plan(plan, say=told.append) is plan
     assert told == [f"changed since it was planned: {change}"]
@@ -86,7 +86,7 @@ def test_another_driver_is_told(monkeypatch, folder) -> None:
     [
         (None, "which this machine does not have"),
         (replace(CARD, name="another card"), "but cuda:0 is another card"),
-        (replace(CARD, free_bytes=700 * MIB), "the plan no longer fits: it needs"),
+        (replace(CARD, free_bytes=1030 * MIB), "the plan no longer fits: it needs"),
         (replace(CARD, free_bytes=100 * MIB), "the plan no longer fits: no vram is left to use"),
     ],
 )
