@@ -1,9 +1,13 @@
 """Simulated peaks against peaks that others measured and published (`published_peaks.yaml`).
 
-    python benchmarks/accuracy.py [--libraries DIR] [-o FILE.md]
+    python benchmarks/accuracy.py [--libraries DIR] [-o FILE.md] [--residuals profiles/residuals.json]
 
 A row that was measured on other versions of diffusers is simulated on the releases of its day, in a process of its own.
 They are installed under DIR with pip when they are not there yet; without DIR such rows are left out, and it says so.
+
+`--residuals` writes what the margin of a budget is worked out from: projected and measured bytes of every row that
+nothing was fitted on. By basis: `simulated` as above; `derived` and `assumed` are the prices that the planner falls
+back to (components traced one by one, rules of thumb), on the libraries installed here.
 """
 
 from __future__ import annotations
@@ -108,6 +112,7 @@ def take_older_group_offloading() -> None:
 def work_off() -> None:
     """Read rows as JSON lines, write for each its peak or what stopped it, and the versions it ran on."""
     versions = {name: version(name) for name in SHOWN}
+    sys.modules["torchao"] = None  # type: ignore[assignment]  # diffusers 0.33 and 0.34 do not import beside a newer one
     take_older_group_offloading()
     for line in sys.stdin:
         row = json.loads(line)
@@ -177,9 +182,63 @@ def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[s
     return lines
 
 
-def report(told: Mapping[str, Any], folder: Path | None) -> str:
+# ---- what margins are worked out from
+
+
+def priced_bytes(row: Row, basis: str) -> int | None:
+    """The row's peak as the planner prices it without simulating the call; None for what has no such price."""
+    from vramplan.hardware.types import Accelerator
+    from vramplan.models import describe
+    from vramplan.planner.demand import price
+    from vramplan.planner.footprint import AssumedFootprint
+    from vramplan.simulator.source import Source, traced_footprint
+    from vramplan.strategies.settings import parse_decode, parse_placement
+    from vramplan.workload import make_workload
+
+    if row.keys() & {"layerwise_casting", "before"}:
+        return None
+    described = describe(row["model"], dtype=row.get("loads"))
+    spec, work = described.spec, make_workload(described.defaults, row.get("workload", {}))
+    card = Accelerator(kind="cuda", index=0, name=row.get("gpu", "any"), total_bytes=80 * GIB, free_bytes=None)
+    told = row["placement"]
+    texts = {part.name: told if isinstance(told, str) else told[part.name] for part in spec.components}
+    placed = {name: parse_placement(text).complete(spec.component(name)) for name, text in texts.items()}
+    assumed = AssumedFootprint(spec=spec, workload=work)
+    footprint = assumed if basis == "assumed" else traced_footprint(Source(row["model"], spec), work, card)
+    decode = [parse_decode(text) for text in row.get("decode", ())]
+    demand = price(spec, work, placed, decode, footprint=footprint, accelerator=card)
+    return demand.vram_reserved_bytes if row["metric"] == "reserved" else demand.vram_allocated_bytes
+
+
+def residuals(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Projected and measured bytes of every row that nothing was fitted on, by basis."""
+    projections = []
+    for basis in ("simulated", "derived", "assumed"):
+        for row in rows:
+            if row.get("fitted") or "gib" not in found.get(row["id"], {}):
+                continue
+            click.echo(f"{basis} {row['id']}", err=True)
+            projected = found[row["id"]]["gib"] * GIB if basis == "simulated" else priced_bytes(row, basis)
+            if projected is not None:
+                item = {"basis": basis, "projected_bytes": round(projected), "measured_bytes": round(row["gib"] * GIB)}
+                projections.append(item | {"row": row["id"], "metric": row["metric"], "source": row["source"]})
+    return {
+        "about": "Peaks that others measured and published, and what was projected for them. Made by "
+        "`python benchmarks/accuracy.py --libraries DIR --residuals FILE` from benchmarks/published_peaks.yaml.",
+        "torch": version("torch"),
+        "projections": projections,
+    }
+
+
+def write_residuals(path: Path, content: Mapping[str, Any]) -> None:
+    """One projection to a line."""
+    lines = ",\n".join(f"    {json.dumps(item)}" for item in content["projections"])
+    head = {key: value for key, value in content.items() if key != "projections"}
+    path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "projections": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+
+
+def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> str:
     rows, unstated = told["rows"], told["unstated"]
-    found = all_found([*rows, *unstated], told["libraries"], folder)
     ran = {name: item for name, item in found.items() if "gib" in item}
     shown = [row for row in rows if row["id"] in ran]
     errors = {row["id"]: abs(ran[row["id"]]["gib"] / row["gib"] - 1) for row in shown if not row.get("fitted")}
@@ -219,19 +278,25 @@ def _why(item: Mapping[str, Any] | None) -> str:
 @click.command()
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--libraries", type=click.Path(file_okay=False, path_type=Path), help="Where older libraries are kept.")
+@click.option("--residuals", "residuals_path", type=click.Path(dir_okay=False, path_type=Path), help="Write them here.")
 @click.option("--only", multiple=True, help="Rows whose name has this in it.")
 @click.option("--work-off", "working", is_flag=True, hidden=True)
-def main(output: Path | None, libraries: Path | None, only: tuple[str, ...], working: bool) -> None:
+def main(
+    output: Path | None, libraries: Path | None, residuals_path: Path | None, only: tuple[str, ...], working: bool
+) -> None:
     if working:
         work_off()
         return
     told = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
     for kind in ("rows", "unstated"):
         told[kind] = [row for row in told[kind] if not only or any(part in row["id"] for part in only)]
-    text = report(told, libraries)
+    found = all_found([*told["rows"], *told["unstated"]], told["libraries"], libraries)
+    text = report(told, found)
     print(text)
     if output:
         output.write_text(text + "\n", encoding="utf-8")
+    if residuals_path:
+        write_residuals(residuals_path, residuals(told["rows"], found))
 
 
 if __name__ == "__main__":

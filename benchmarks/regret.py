@@ -208,13 +208,13 @@ class Case:
     """One pipeline within one budget, at one level of quality; None allows the last resort."""
 
     subject: Subject
-    vram_gib: int
+    vram_gib: float
     ram_gib: int
     allow: Quality | None
 
     @property
     def budget(self) -> Budget:
-        return Budget(vram_bytes=self.vram_gib * GIB, ram_bytes=self.ram_gib * GIB)
+        return Budget(vram_bytes=int(self.vram_gib * GIB), ram_bytes=self.ram_gib * GIB)
 
     def choose(self, confirm: Confirm | None = None) -> tuple[Candidate | None, str, float]:
         """The chosen candidate or why there is none, and the seconds it took."""
@@ -263,7 +263,7 @@ def judged(case: Case) -> dict[str, Any]:
         "failures": _failures(chosen, best),
     }
     quality = chosen.decision.quality if chosen else case.allow or "near_lossless"
-    stock = _fastest_stock(case, quality)
+    stock = fastest_stock(case, quality)
     found["stock"] = {"call": stock[0], "seconds": _rounded(stock[1])} if stock else None
     found["stock_short"] = [call for call, item in case.subject.stock.items() if item.short_bytes(case.budget)]
     if stock and (chosen is None or _digits(stock[1]) < _digits(chosen.demand.seconds_per_call)):
@@ -282,7 +282,7 @@ def _failures(chosen: Candidate | None, best: Ranked | None) -> list[str]:
     return ["not the fastest" if rank[0] > best.rank[0] else "as fast as the best, but not ranked with it"]
 
 
-def _fastest_stock(case: Case, quality: Quality) -> tuple[str, float] | None:
+def fastest_stock(case: Case, quality: Quality) -> tuple[str, float] | None:
     """The fastest stock call that fits and is at least as faithful."""
     able = [
         (item.demand.seconds_per_call, call)
@@ -369,7 +369,7 @@ def simulated(case: Case) -> dict[str, Any]:
             return decision
 
     chosen, _, took = case.choose(confirm)
-    stock = _fastest_stock(case, chosen.decision.quality if chosen else "near_lossless")
+    stock = fastest_stock(case, chosen.decision.quality if chosen else "near_lossless")
     called = case.subject.stock[stock[0]] if stock else None
     return {
         "chosen": told(chosen) if chosen else None,

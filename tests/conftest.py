@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Simulations are kept for the session, never in the cache of whoever runs the tests.
 os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
+# Nor does what was measured on this machine play a part, or what tests measure.
+os.environ["VRAMPLAN_CALIBRATION"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

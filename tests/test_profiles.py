@@ -292,7 +292,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callabl
     original = yaml.safe_load(profile_path("pipelines", "stable-diffusion-1.5").read_text(encoding="utf-8"))
     path = tmp_path / "pipelines" / "broken.yaml"
     path.parent.mkdir()
-    monkeypatch.setattr(profiles, "_directory", lambda: tmp_path)
+    monkeypatch.setattr(profiles, "facts_directory", lambda: tmp_path)
 
     def write(change: Callable[[dict[str, Any]], object]) -> Path:
         change(original)
@@ -352,7 +352,7 @@ def test_a_file_that_holds_something_else_is_refused(
 ) -> None:
     (tmp_path / "devices").mkdir()
     (tmp_path / "devices" / "odd.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(profiles, "_directory", lambda: tmp_path)
+    monkeypatch.setattr(profiles, "facts_directory", lambda: tmp_path)
     with pytest.raises(VramplanError, match=said) as caught:
         load_device_profile("odd")
     assert "odd.yaml" in str(caught.value)

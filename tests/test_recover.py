@@ -154,3 +154,94 @@ def test_metal_says_it_in_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pipeline_without_a_plan_is_refused() -> None:
     with pytest.raises(VramplanError, match="has applied no plan"):
         recovering_call(build("sd15-small"), {})
+
+
+class TestThePipelinesOwnCall:
+    """`auto_configure(pipe, recover=True)`: from then on `pipe(...)` recovers, until the plan is undone."""
+
+    def configured(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        pipe = build("flux-small")
+        pipe.set_progress_bar_config(disable=True)
+        monkeypatch.setattr(Accelerator, "device", property(lambda self: "cpu"))
+        vramplan.auto_configure(pipe, device=MACHINE, recover=True, **SIZE)
+        return pipe
+
+    def test_it_recovers_and_goes_on_recovering(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        plain = build("flux-small")
+        plain.set_progress_bar_config(disable=True)
+        cls = type(plain)
+        wanted = output_tensor(plain(**call_kwargs("flux-small")))
+        pipe = self.configured(monkeypatch)
+        before, recovers = applied_to(pipe), type(pipe)
+        with monkeypatch.context() as patched:
+            fails(pipe.transformer, 1, patched)
+            assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), wanted)
+        assert "out of memory" in capsys.readouterr().out
+        assert applied_to(pipe) is not before
+        assert type(pipe) is recovers
+        assert type(plain) is cls
+        assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), wanted)
+        assert type(pipe) is recovers
+
+    def test_undo_gives_the_untouched_call_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cls = type(build("flux-small"))
+        own = cls.__call__
+        pipe = self.configured(monkeypatch)
+        assert isinstance(pipe, cls)
+        assert type(pipe).__name__ == cls.__name__
+        assert cls.__call__ is own
+        applied = applied_to(pipe)
+        assert applied is not None
+        applied.undo()
+        assert type(pipe) is cls
+        fails(pipe.transformer, 1, monkeypatch)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe(**call_kwargs("flux-small"))
+
+    def test_arguments_by_position_are_those_of_the_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = self.configured(monkeypatch)
+        told = call_kwargs("flux-small")
+        wanted = output_tensor(pipe(**told))
+        told = call_kwargs("flux-small")
+        assert torch.equal(output_tensor(pipe(told.pop("prompt"), **told)), wanted)
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            pipe(prompt="a", nonsense=1)
+
+    def test_configuring_again_without_it_takes_it_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cls = type(build("flux-small"))
+        pipe = self.configured(monkeypatch)
+        vramplan.auto_configure(pipe, device=MACHINE, **SIZE)
+        assert type(pipe) is cls
+
+    def test_where_configuring_again_fails_it_goes_on_recovering(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = self.configured(monkeypatch)
+        cls, earlier = type(pipe), applied_to(pipe)
+        with pytest.raises(NothingFitsError):
+            vramplan.auto_configure(pipe, device=MACHINE, vram="1MiB", **SIZE)
+        assert type(pipe) is cls
+        assert applied_to(pipe) is earlier
+
+    def test_it_is_saved_under_its_own_name_and_can_be_copied(self, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+        import json
+
+        cls = type(build("flux-small"))
+        pipe = self.configured(monkeypatch)
+        pipe.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == cls.__name__
+
+
+def test_what_was_fixed_by_hand_is_kept_by_the_smaller_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build("flux-small")
+    pipe.set_progress_bar_config(disable=True)
+    fixed = {"decode": "vae_slicing", "placement.vae": "resident"}
+    plan = vramplan.plan(pipe, device=MACHINE, settings=fixed, **SIZE)
+    assert plan.asked.settings == {key: (value,) for key, value in fixed.items()}
+    vramplan.apply_plan(pipe, plan, device="cpu")
+    fails(pipe.transformer, 1, monkeypatch)
+    recovering_call(pipe, call_kwargs("flux-small"), say=lambda line: None)
+    last = applied_to(pipe)
+    assert last is not None
+    assert last.plan != plan
+    assert last.plan.settings.decode == ("vae_slicing",)
+    assert last.plan.settings.placement["vae"] == "resident"
+    assert last.plan.asked == plan.asked

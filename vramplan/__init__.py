@@ -12,6 +12,7 @@ from vramplan._version import __version__
 
 if TYPE_CHECKING:
     from vramplan.apply import Applied, apply_plan, auto_configure
+    from vramplan.calibration.recording import calibrating
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
     from vramplan.hardware import Hardware, detect
     from vramplan.planfile import Plan, dump_plan, load_plan
@@ -25,6 +26,7 @@ _HOMES = {
     "Applied": "vramplan.apply",
     "apply_plan": "vramplan.apply",
     "auto_configure": "vramplan.apply",
+    "calibrating": "vramplan.calibration.recording",
     "MismatchError": "vramplan.errors",
     "NothingFitsError": "vramplan.errors",
     "UsageError": "vramplan.errors",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "auto_configure",
+    "calibrating",
     "detect",
     "dump_plan",
     "load_plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from vramplan.strategies.base import Decodes, Execution, Placed, Quality, put_on
 from vramplan.strategies.kernel_state import State, kernel_state, restore_kernels
 
 _MARK = "_vramplan_applied"
+# On the class of a pipeline whose own call recovers: the class it had before.
+PLAIN = "_vramplan_plain_class"
 # What settings leave on a pipeline object: diffusers' offload calls (0.42, pipeline_utils.py), and a chunk size.
 _PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "decode_latents")
 _ABSENT = object()
@@ -48,6 +51,7 @@ class Applied:
             raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline anew")
         if self.pipe.__dict__.get(_MARK) is self:
             del self.pipe.__dict__[_MARK]
+            self.pipe.__class__ = plain_class(self.pipe)
             self._before.restore(self.pipe, self._placed)
         return self.pipe
 
@@ -62,11 +66,13 @@ def auto_configure(
     allow: Quality | None = None,
     prefer: Prefer = "speed",
     settings: Mapping[str, str | Sequence[str]] | None = None,
+    recover: bool = False,
     **workload: Any,
 ) -> Plan:
     """Detect, plan and apply in one call on a live pipeline; returns the plan, which prints itself.
 
-    The arguments are those of `vramplan.plan`. A plan that vramplan applied before is replaced.
+    The arguments are those of `vramplan.plan`. A plan that vramplan applied before is replaced. With `recover` the
+    pipeline's own call is made as `vramplan.recovering_call` makes it, until the plan is undone.
 
     Raises:
         NothingFitsError: no candidate fits; the pipeline is untouched.
@@ -84,8 +90,17 @@ def auto_configure(
             settings=settings,
             **workload,
         )
-        apply_plan(pipe, plan)
+        applied_anyway(pipe, plan)
+        if recover:
+            from vramplan.recover import recovering
+
+            recovering(pipe)
     return plan
+
+
+def plain_class(pipe: Any) -> type:
+    """The pipeline's class as diffusers has it, also while its own call recovers."""
+    return getattr(type(pipe), PLAIN, type(pipe))
 
 
 def applied_to(pipe: Any) -> Applied | None:
@@ -99,9 +114,28 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     `device` overrides the torch device of the plan; `cpu` runs the offload hooks without an accelerator.
 
     Raises:
-        MismatchError: the plan is for another pipeline, or for a device that is not here.
+        MismatchError: the plan is for another pipeline, for a device that is not here, or no longer fits. What else has
+            changed since it was planned is a warning.
         UsageError: an edited setting that cannot be. In each case the pipeline is as it was.
     """
+    if device is None and applied_to(pipe) is None:
+        check_device(plan.machine.device, plan)
+        _tell_drift(pipe, plan)
+    return applied_anyway(pipe, plan, device=device)
+
+
+def _tell_drift(pipe: Any, plan: Plan) -> None:
+    from vramplan.drift import drift_of
+
+    found = drift_of(plan, spec_from_pipeline(pipe))
+    if found.broken is not None:
+        raise MismatchError(found.broken)
+    for change in found.changes:
+        warnings.warn(f"changed since it was planned: {change}", stacklevel=3)
+
+
+def applied_anyway(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
+    """The plan on a live pipeline, as `apply_plan` does it, without asking whether it still fits."""
     earlier = applied_to(pipe)
     target = device or plan.machine.device
     if earlier is not None and earlier.plan == plan and earlier.device == target:
@@ -114,13 +148,14 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
 @contextmanager
 def _earlier_off(pipe: Any) -> Iterator[None]:
     """What vramplan had applied is off inside the block, and on again if the block fails."""
-    earlier = applied_to(pipe)
+    earlier, cls = applied_to(pipe), type(pipe)
     if earlier is not None:
         earlier.undo()
     try:
         yield
     except BaseException:
         if earlier is not None:
+            pipe.__class__ = cls
             put_on(pipe, earlier._placed, earlier._decodes, earlier.device)
             pipe.__dict__[_MARK] = earlier
         raise
@@ -214,7 +249,7 @@ class _Snapshot:
             modules=modules,
             parameters=[(child, dict(child._parameters)) for module in kept for child in module.modules()],
             devices=devices or {name: device_of(module) or "cpu" for name, module in modules.items()},
-            settings={name: _decode_settings(module) for name, module in modules.items()},
+            settings={name: decode_settings(module) for name, module in modules.items()},
             kernels={name: kernel_state(module) for name, module in modules.items()},
             attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
         )
@@ -253,8 +288,8 @@ def _tie_again(child: Any, parameters: Mapping[str, Any]) -> None:
             child._parameters[name] = before
 
 
-def _decode_settings(module: Any) -> dict[str, Any]:
-    """The plain attributes that slicing, tiling and frame-wise decoding change."""
+def decode_settings(module: Any) -> dict[str, Any]:
+    """The plain attributes of a module that slicing, tiling and frame-wise decoding change."""
     return {
         name: value
         for name, value in vars(module).items()

@@ -23,6 +23,7 @@ FORMATS = ("auto", "human", "json", "yaml")
 
 _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
+_SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against measured."
 
 
 def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
@@ -144,12 +145,11 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file.")
 def detect(form: str, as_json: bool, output: str | None, **machine: str | None) -> None:
     """Say what this machine has and what may be used of it."""
-    from vramplan.hardware import make_budget
-    from vramplan.machine import choose_machine
+    from vramplan.machine import choose_machine, known_budget
     from vramplan.report import hardware_dict, hardware_text, to_yaml
 
     hardware, accelerator = choose_machine(machine.pop("device"))
-    budget = make_budget(hardware, accelerator=accelerator, **machine)
+    budget = known_budget(hardware, accelerator, machine)
     content = hardware_dict(hardware, budget)
     if output:
         _write(output, to_yaml(content) + "\n")
@@ -217,9 +217,11 @@ def explain(plan_file: str, form: str, as_json: bool) -> None:
     show_default=True,
     help="Where memory runs out, make the call again under a smaller plan.",
 )
+@click.option("--replan", is_flag=True, help="Where the plan no longer fits, make another for the same wishes.")
 @_pass_told
-def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **given: Any) -> None:
+def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
+    from vramplan.drift import current_plan
     from vramplan.generate import check_output, run_plan
     from vramplan.planfile import load_plan
 
@@ -228,9 +230,9 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, **give
     loaded = load_plan(plan_file)
     if output:
         check_output(output, loaded)
-    _check_machine(loaded)
     say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
-    click.echo(run_plan(loaded, output=output, say=say, **given))
+    current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
+    click.echo(run_plan(current, output=output, say=say, **given))
 
 
 @main.command()
@@ -271,9 +273,28 @@ def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
 @click.argument("plan_file", type=click.Path())
 def check(plan_file: str) -> None:
     """Say whether a plan would still fit this machine now. Exit code 4 if not."""
+    from vramplan.drift import drift_of
     from vramplan.planfile import load_plan
 
-    click.echo(_check_machine(load_plan(plan_file)))
+    found = drift_of(load_plan(plan_file))
+    if found.broken is not None:
+        raise MismatchError(found.broken)
+    click.echo("\n".join([found.sentence, *(f"changed since it was planned: {text}" for text in found.changes)]))
+
+
+@main.command()
+@click.option("--device", help="A device of this machine (cuda:1); the first one where left out.")
+@click.option("--pipeline/--no-pipeline", default=True, show_default=True, help=_SAMPLE)
+@_format_options
+@_pass_told
+def calibrate(obj: Mapping[str, bool], /, device: str | None, form: str, *, pipeline: bool, as_json: bool) -> None:
+    """Measure this machine's accelerator, and keep what is found for the plans to come."""
+    from vramplan.calibration.calibrate import calibrate as measure
+    from vramplan.report import probe_dict, probe_text
+
+    say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
+    record = measure(device, pipeline=pipeline, say=say)
+    _print(probe_dict(record), lambda: probe_text(record), form, as_json=as_json)
 
 
 @main.command()
@@ -308,16 +329,6 @@ def show_profile(name: str) -> None:
 
     kind: ProfileKind = "devices" if name.lower() in device_names() else "pipelines"
     click.echo(profile_path(kind, name).read_text(encoding="utf-8").rstrip())
-
-
-def _check_machine(loaded: Any) -> str:
-    """A sentence on how the plan fits this machine now. Raises MismatchError where it does not."""
-    from vramplan.planning import fits_now
-
-    fits, sentence = fits_now(loaded)
-    if not fits:
-        raise MismatchError(sentence)
-    return sentence
 
 
 def _fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:

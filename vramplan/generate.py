@@ -41,10 +41,11 @@ def run_plan(
         MismatchError: the plan is for another pipeline or device.
     """
     from vramplan.apply import applied_to
+    from vramplan.calibration.recording import calibrating
     from vramplan.recover import recovering_call
     from vramplan.report import measured_text
     from vramplan.staged import load_applied
-    from vramplan.verify import current_rss_bytes, measured
+    from vramplan.verify import current_rss_bytes
 
     folder = model_folder(plan, model)
     say(f"loading {folder}")
@@ -61,9 +62,8 @@ def run_plan(
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")
-    with measured(applied.device) as took, loaded.watched():
+    with calibrating(pipe, ram_before_bytes=before, say=say) as took, loaded.watched():
         result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
-    took.ram_bytes -= before
     if output:
         lines += [f"wrote {path}" for path in write_result(result, Path(output))]
     last = applied_to(pipe) or applied

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from vramplan.errors import UsageError
-from vramplan.hardware import detect
-from vramplan.hardware.types import Accelerator, Hardware
+from vramplan.hardware import detect, make_budget
+from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.residuals import Basis
 from vramplan.units import format_bytes, parse_amount
 
 
@@ -27,11 +30,32 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
         card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
         return replace(hardware, accelerators=(card,)), card
     if device is None:
-        return hardware, _with_rates(next(iter(hardware.accelerators), None))
+        return _read(hardware, next(iter(hardware.accelerators), None))
     for accelerator in hardware.accelerators:
         if device in (accelerator.device, accelerator.kind, accelerator.uuid):
-            return hardware, _with_rates(accelerator)
+            return _read(hardware, accelerator)
     return _elsewhere(device, hardware)
+
+
+def known_budget(
+    hardware: Hardware,
+    accelerator: Accelerator | None,
+    amounts: Mapping[str, Any],
+    *,
+    basis: Basis = "simulated",
+    pipeline: str | None = None,
+) -> Budget:
+    """The budget for plans of this basis, with what was measured on this machine; `amounts` are `make_budget`'s.
+
+    Raises:
+        UsageError: as `make_budget` does.
+    """
+    from vramplan.calibration.learned import learned
+
+    known = learned(accelerator, basis, pipeline)
+    return make_budget(
+        hardware, accelerator=accelerator, error=known.error, context_bytes=known.context_bytes, **amounts
+    )
 
 
 def _any_card(size: int) -> Accelerator:
@@ -50,9 +74,15 @@ def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
     return replace(hardware, accelerators=(accelerator,)), accelerator
 
 
-def _with_rates(accelerator: Accelerator | None) -> Accelerator | None:
+def _read(hardware: Hardware, accelerator: Accelerator | None) -> tuple[Hardware, Accelerator | None]:
+    """This machine and a card of it, with its rates and what could not be read of earlier measurements."""
+    from vramplan.calibration.learned import with_measured_rates
+    from vramplan.calibration.store import read_store
     from vramplan.profiles import rates_for
 
-    if accelerator is None or accelerator.rates is not None:
-        return accelerator
-    return replace(accelerator, rates=rates_for(accelerator.name))
+    if accelerator is None:
+        return hardware, None
+    notes = read_store().notes
+    if accelerator.rates is None:
+        accelerator = with_measured_rates(replace(accelerator, rates=rates_for(accelerator.name)))
+    return replace(hardware, notes=(*hardware.notes, *notes)), accelerator

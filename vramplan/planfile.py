@@ -15,6 +15,7 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget, Host
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
+from vramplan.planner.decide import Prefer
 from vramplan.planner.demand import Bottleneck, Demand
 from vramplan.strategies.base import Quality
 from vramplan.units import format_bytes
@@ -55,7 +56,8 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineRecord:
-    """The machine a plan is for: the torch device, what it is, and what may be used of it."""
+    """The machine a plan is for: the torch device, what it is, what may be used of it, and the versions of the
+    libraries that its memory depends on."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -63,6 +65,22 @@ class MachineRecord:
     accelerator: Accelerator | None
     host: Host
     budget: Budget
+    software: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was asked for beside model, machine and workload: planning again keeps it. `settings` are the choices that
+    were fixed by hand."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    allow: Quality | None = None
+    prefer: Prefer = "speed"
+    vram: str | None = None
+    ram: str | None = None
+    margin: str | None = None
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +142,7 @@ class Plan:
     quality: Quality
     projected: Demand
     reason: str
+    asked: Asked = field(default_factory=Asked)
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = ()
     candidates: tuple[Considered, ...] = ()

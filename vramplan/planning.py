@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vramplan._version import __version__
+from vramplan.calibration.learned import versions
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import detect, make_budget
-from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
-from vramplan.machine import choose_machine
+from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import (
     SCHEMA_VERSION,
+    Asked,
     ComponentRecord,
     Considered,
     MachineRecord,
@@ -25,10 +26,11 @@ from vramplan.planfile import (
 )
 from vramplan.planner.candidates import Fixed, Refused, execution_settings, parse_fixed, weight_settings
 from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
-from vramplan.planner.demand import Demand, PhaseDemand, fits_sentence
+from vramplan.planner.demand import Demand, PhaseDemand, weakest_basis
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.forms import Forms
 from vramplan.recorded import settings_of
+from vramplan.residuals import Basis
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Quality, Weights
 from vramplan.strategies.settings import grouped
@@ -72,11 +74,13 @@ def plan(
     if work.num_frames > 1 and not described.spec.video:
         raise UsageError(f"{described.spec.class_name} makes pictures: leave the number of frames out")
     refuse_hooked(described.spec)
-    budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
-    budget = _give_back_held(budget, described.spec, absolute_vram=vram is not None, absolute_ram=ram is not None)
+    amounts = {"vram": vram, "ram": ram, "margin": margin, **held_bytes(described.spec)}
+    known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
     told = parse_fixed(settings or {}, described.spec, accelerator)
     weights = weight_settings(described.spec, told, allow)
     figures = _figures(model, described.spec, work, accelerator if simulate else None, weights, told)
+    basis = figures.basis(described.spec)
+    budget = known_budget(hardware, accelerator, amounts, basis=basis, pipeline=described.spec.class_name)
     outcome = decide(
         described.spec,
         work,
@@ -94,13 +98,21 @@ def plan(
         accelerator=accelerator,
         host=hardware.host,
         budget=budget,
+        software=versions(),
     )
+    fixed = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (settings or {}).items()}
+    asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=fixed)
     notes = (*_notes(described.spec, accelerator, hardware), *figures.notes)
-    return _written(described.spec, work, machine, outcome, notes)
+    return _written(described.spec, work, machine, outcome, notes, asked)
 
 
 def _written(
-    spec: PipelineSpec, work: Workload, machine: MachineRecord, outcome: Outcome, notes: tuple[str, ...]
+    spec: PipelineSpec,
+    work: Workload,
+    machine: MachineRecord,
+    outcome: Outcome,
+    notes: tuple[str, ...],
+    asked: Asked,
 ) -> Plan:
     """The outcome as a plan."""
     chosen = outcome.chosen
@@ -111,6 +123,7 @@ def _written(
         model=_model_record(spec),
         workload=work,
         machine=machine,
+        asked=asked,
         settings=settings_of(chosen),
         quality=chosen.quality,
         projected=chosen.demand,
@@ -129,6 +142,11 @@ class _Figures:
     lighter: tuple[Lighter, ...] = ()
     simulated: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
+
+    def basis(self, spec: PipelineSpec) -> Basis:
+        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
+        uses = [use for use in spec.uses if use.phase != "decode"]
+        return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
         """What has the last word on a decision within this budget; nothing without a simulation."""
@@ -257,23 +275,13 @@ def refuse_hooked(spec: PipelineSpec) -> None:
             )
 
 
-def _give_back_held(budget: Budget, spec: PipelineSpec, *, absolute_vram: bool, absolute_ram: bool) -> Budget:
-    """A live pipeline's own weights count as used now, but they are what is to be placed."""
-    held_vram = _held(spec.components, on_host=False)
-    held_ram = _held(spec.components, on_host=True)
-    given = []
-    if held_vram and budget.vram_bytes is not None and not absolute_vram:
-        given.append(_given_back("vram", held_vram))
-    if held_ram and not absolute_ram:
-        given.append(_given_back("ram", held_ram))
-    vram = sum(-item.size_bytes for item in given if item.memory == "vram")
-    ram = sum(-item.size_bytes for item in given if item.memory == "ram")
-    return replace(
-        budget,
-        vram_bytes=None if budget.vram_bytes is None else budget.vram_bytes + vram,
-        ram_bytes=budget.ram_bytes + ram,
-        deductions=(*budget.deductions, *given),
-    )
+def held_bytes(spec: PipelineSpec) -> dict[str, int]:
+    """What a live pipeline's own weights take now of VRAM and RAM, as `make_budget` names it: they are what is to be
+    placed, so that they do not count as used."""
+    return {
+        "held_vram_bytes": _held(spec.components, on_host=False),
+        "held_ram_bytes": _held(spec.components, on_host=True),
+    }
 
 
 def _held(components: Sequence[Component], *, on_host: bool) -> int:
@@ -281,15 +289,6 @@ def _held(components: Sequence[Component], *, on_host: bool) -> int:
         component.weight_bytes
         for component in components
         if component.device not in (None, "meta") and (component.device == "cpu") == on_host
-    )
-
-
-def _given_back(memory: Any, size: int) -> Deduction:
-    return Deduction(
-        memory=memory,
-        name="this pipeline",
-        size_bytes=-size,
-        reason="its weights are there already and are what is being placed",
     )
 
 
@@ -351,29 +350,3 @@ def _notes(spec: PipelineSpec, accelerator: Accelerator | None, hardware: Hardwa
 def _once(refused: Sequence[Refused]) -> tuple[Refused, ...]:
     """Each reason once: the same refusal for every number of blocks tells nobody anything."""
     return tuple({item.reason: item for item in reversed(refused)}.values())[::-1]
-
-
-def fits_now(plan: Plan) -> tuple[bool, str]:
-    """Whether the plan's projection still fits this machine, and the sentence that says so with the numbers.
-
-    A plan for the CPU is checked against RAM, one for an accelerator against the one of that device here.
-    """
-    hardware = detect()
-    device = plan.machine.device
-    accelerator = next((item for item in hardware.accelerators if item.device == device), None)
-    planned = plan.machine.accelerator
-    if planned is not None and accelerator is None:
-        return False, f"the plan is for {planned.name} ({device}), which this machine does not have"
-    if planned is not None and accelerator is not None and planned.name != accelerator.name:
-        return (
-            False,
-            f"the plan is for {planned.name}, but {device} is {accelerator.name}: make a plan for it",
-        )
-    budget = make_budget(hardware, accelerator=accelerator if planned else None)
-    sentence = fits_sentence(plan.projected, budget)
-    short_vram = (budget.vram_bytes or 0) < plan.projected.vram_reserved_bytes
-    short_ram = budget.ram_bytes < plan.projected.ram_bytes
-    short_disk = budget.disk_bytes is not None and budget.disk_bytes < plan.projected.disk_bytes
-    if short_vram or short_ram or short_disk:
-        return False, f"the plan no longer fits: it {sentence}; make it again"
-    return True, f"the plan fits: it {sentence}"

@@ -256,7 +256,8 @@ def _bare(name: str) -> str:
     return name.strip().casefold().removeprefix("nvidia ")
 
 
-def _directory() -> Path:
+def facts_directory() -> Path:
+    """Where the bundled facts are."""
     package = Path(__file__).resolve().parent
     # The wheel carries the facts inside the package; a checkout has them beside it.
     for directory in (package / "_profiles", package.parent / "profiles"):
@@ -266,7 +267,7 @@ def _directory() -> Path:
 
 
 def _files(kind: ProfileKind) -> tuple[Path, ...]:
-    return tuple(sorted((_directory() / kind).glob("*.yaml")))
+    return tuple(sorted((facts_directory() / kind).glob("*.yaml")))
 
 
 def _names(kind: ProfileKind) -> tuple[str, ...]:

@@ -7,13 +7,16 @@ else starts the call anew, with the generators as they were, under the fastest p
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
+from functools import wraps
 from itertools import chain
 from typing import Any
 
-from vramplan.apply import applied_to, apply_plan
+from vramplan.apply import PLAIN, applied_anyway, applied_to, plain_class
+from vramplan.drift import wishes
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.hardware.types import Hardware
 from vramplan.pipeline.component import describe_component
@@ -42,7 +45,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         NothingFitsError: no smaller plan is left; the message says what the smallest one needs.
         VramplanError: vramplan has applied nothing to this pipeline, or what cannot be taken off again.
     """
-    applied = applied_to(pipe)
+    applied, call = applied_to(pipe), plain_class(pipe).__call__
     if applied is None:
         raise VramplanError("vramplan has applied no plan to this pipeline: there is nothing to step down from")
     first, device = applied.plan, applied.device
@@ -51,7 +54,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
     for step in range(_MOST_STEPS + 1):
         try:
             with _decodes_again(pipe, first.workload, vae_names(first), say):
-                return pipe(**arguments)
+                return call(pipe, **arguments)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
@@ -63,7 +66,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         applied.undo()
         _give_memory_back()
         smaller = _smaller(pipe, first, limit)
-        applied = apply_plan(pipe, smaller, device=device)
+        applied = applied_anyway(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
         for generator, state in states:
             generator.set_state(state)
@@ -71,19 +74,42 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
     raise NothingFitsError(f"out of memory under {tried}: {reason}")
 
 
+def recovering(pipe: Any, *, say: Say = print) -> None:
+    """From now on the pipeline's own call is a `recovering_call`, until the plan that is applied to it is undone.
+
+    Python looks a call up on the class: this one object gets a class of its own, derived from the one it has and of
+    the same name. No class that others use is touched.
+    """
+    plain = plain_class(pipe)
+
+    @wraps(plain.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if applied_to(self) is None:  # a copy of the pipeline, or its parts in a simulation
+            return plain.__call__(self, *args, **kwargs)
+        try:
+            return recovering_call(self, _by_name(plain, self, args, kwargs), say=say)
+        finally:
+            if applied_to(self) is not None:  # stepping down has undone the plan that was on
+                self.__class__ = own
+
+    names = {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__, PLAIN: plain}
+    own = type(plain.__name__, (plain,), names)
+    pipe.__class__ = own
+
+
+def _by_name(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by name."""
+    names = list(inspect.signature(cls.__call__).bind_partial(pipe, *args).arguments)[1:]
+    return dict(zip(names, args, strict=True)) | dict(kwargs)
+
+
 def _smaller(pipe: Any, plan: Plan, vram_bytes: int) -> Plan:
-    """The fastest plan within less memory, for the machine, workload and quality of the first one."""
+    """The fastest plan within less memory, for the machine, workload and wishes of the first one."""
     machine = plan.machine
     hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
-    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
-    return make_plan(
-        pipe,
-        device=hardware,
-        vram=str(vram_bytes),
-        ram=str(machine.budget.ram_bytes),
-        allow="lossy" if plan.quality == "lossy" else None,
-        **workload,
-    )
+    limits = {"vram": str(vram_bytes), "ram": str(machine.budget.ram_bytes)}
+    made = make_plan(pipe, device=hardware, **(wishes(plan) | limits))
+    return replace(made, asked=plan.asked)
 
 
 def _settings(plan: Plan) -> str:

@@ -12,12 +12,14 @@ from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
+    from vramplan.calibration.records import ProbeRecord
     from vramplan.planfile import Plan, Settings
     from vramplan.simulator.types import Simulation
     from vramplan.verify import Measured
 
 DETECT_SCHEMA_VERSION = 1
 SIMULATE_SCHEMA_VERSION = 1
+CALIBRATE_SCHEMA_VERSION = 1
 _NUMERIC = ("peak", "workspace", "weights", "activations", "projected", "measured", "difference")
 
 
@@ -205,6 +207,29 @@ def simulation_text(simulation: Simulation) -> str:
     return "\n".join(lines)
 
 
+def probe_dict(record: ProbeRecord) -> dict[str, Any]:
+    """What was measured of a device: the object `calibrate --json` prints."""
+    return {"schema_version": CALIBRATE_SCHEMA_VERSION, **asdict(record)}
+
+
+def probe_text(record: ProbeRecord) -> str:
+    """What was measured of a device for a person, and what could not be."""
+    rates = (
+        ("host to device, page-locked", record.pinned_to_device_bytes_per_s, 1e9, "GB/s"),
+        ("host to device, pageable", record.pageable_to_device_bytes_per_s, 1e9, "GB/s"),
+        ("device to host, page-locked", record.device_to_pinned_bytes_per_s, 1e9, "GB/s"),
+        ("memory of the device", record.memory_bytes_per_s, 1e9, "GB/s"),
+        ("products in half precision", record.half_flops_per_s, 1e12, "TFLOP/s"),
+    )
+    context = "not known" if record.context_bytes is None else format_bytes(record.context_bytes)
+    lines = [f"measured of {record.device}", f"  {'driver context':<28} {context}"]
+    lines += [
+        f"  {name:<28} {'not known' if rate is None else f'{rate / unit:.3g} {word}'}"
+        for name, rate, unit, word in rates
+    ]
+    return "\n".join([*lines, *(f"note: {name}: {reason}" for name, reason in record.notes.items())])
+
+
 def measured_text(plan: Plan, measured: Measured) -> str:
     """Projected against measured, side by side."""
     demand = plan.projected
@@ -214,6 +239,8 @@ def measured_text(plan: Plan, measured: Measured) -> str:
         _versus("RAM", demand.ram_bytes, measured.ram_bytes),
     ]
     rows = [row for row in rows if row is not None]
+    if measured.seconds_per_step is not None:
+        rows.append(("a step", _seconds(demand.seconds_per_step), _seconds(measured.seconds_per_step), ""))
     rows.append(("time", _seconds(demand.seconds_per_call), _seconds(measured.seconds), ""))
     return _table(("", "projected", "measured", "difference"), [row for row in rows if row is not None])
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.errors import NothingFitsError, UsageError
-from vramplan.hardware import make_budget
 from vramplan.hardware.types import Accelerator, Hardware, Host
-from vramplan.machine import choose_machine
+from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
 from vramplan.planfile import Plan, load_plan
 from vramplan.planned import check_match, parse_settings
@@ -93,7 +92,7 @@ def simulate_model(
     roomy = _with_room(hardware, accelerator)
     if accelerator is None:
         return simulate(model, make_plan(model, device=roomy, settings=settings, simulate=False, **options))
-    budget = make_budget(hardware, accelerator=accelerator, vram=vram, ram=ram, margin=margin)
+    budget = known_budget(hardware, accelerator, {"vram": vram, "ram": ram, "margin": margin})
     try:
         if settings:
             raise NothingFitsError("fixed by hand: not for the planner to judge")

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
-    """Peaks and duration of a call. VRAM is None on the CPU; `ram_bytes` is the process's highest so far."""
+    """Peaks and duration of a call. VRAM is None on the CPU; `ram_bytes` is the process's highest so far.
+
+    `seconds_per_step` is of denoising, its first step left out; None where that was not timed.
+    """
 
     seconds: float = 0.0
+    seconds_per_step: float | None = None
     vram_allocated_bytes: int | None = None
     vram_reserved_bytes: int | None = None
     ram_bytes: int = 0

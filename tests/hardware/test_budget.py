@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vramplan.errors import UsageError
 from vramplan.hardware import Accelerator, Budget, Hardware, Host, make_budget
+from vramplan.residuals import ProjectionError, bundled_error
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(kind="cuda", index=0, name="Card 24", total_bytes=24 * GIB, free_bytes=20 * GIB)
@@ -23,14 +24,22 @@ def with_card(**changes: object) -> Hardware:
     return replace(MACHINE, accelerators=(replace(CARD, **changes),))
 
 
+# Five percent, so that the sums can be checked by hand; at least 200 MiB.
+ERROR = ProjectionError(share=0.05, least_bytes=200 * MIB, reason="so far off in measurements")
+OTHERS = 400 * MIB
+
+
 def test_every_byte_between_free_and_the_budget_is_named() -> None:
-    budget = make_budget(MACHINE)
-    assert sizes(budget, "vram") == {"driver context": 512 * MIB, "margin": int(24 * GIB * 0.06)}
+    budget = make_budget(MACHINE, error=ERROR)
+    rest = 20 * GIB - 512 * MIB - OTHERS
+    kept = rest - int(rest / 1.05)
+    assert sizes(budget, "vram") == {"driver context": 512 * MIB, "other programs": OTHERS, "margin": kept}
     assert sizes(budget, "ram") == {"reserve": int(64 * GIB * 0.05)}
-    assert budget.vram_bytes == 20 * GIB - 512 * MIB - int(24 * GIB * 0.06)
+    assert budget.vram_bytes == rest - kept
     assert budget.ram_bytes == 48 * GIB - int(64 * GIB * 0.05)
     assert all(item.reason for item in budget.deductions)
     assert "assumed" in budget.deductions[0].reason
+    assert budget.deductions[2].reason == ERROR.reason
 
 
 def test_small_memories_keep_the_least_margin_and_reserve() -> None:
@@ -38,9 +47,36 @@ def test_small_memories_keep_the_least_margin_and_reserve() -> None:
         accelerators=(replace(CARD, total_bytes=4 * GIB, free_bytes=4 * GIB),),
         host=Host(total_bytes=8 * GIB, available_bytes=6 * GIB),
     )
-    budget = make_budget(small)
-    assert sizes(budget, "vram")["margin"] == 512 * MIB
+    budget = make_budget(small, error=ERROR)
+    assert sizes(budget, "vram")["margin"] == 200 * MIB
     assert sizes(budget, "ram")["reserve"] == GIB
+
+
+def test_without_more_known_the_margin_is_that_of_published_simulated_peaks() -> None:
+    assert make_budget(MACHINE) == make_budget(MACHINE, error=bundled_error("simulated"))
+
+
+@pytest.mark.parametrize(("draws", "kept"), [(True, OTHERS), (None, OTHERS), (False, None)])
+def test_other_programs_need_nothing_of_a_card_that_draws_no_desktop(draws: bool | None, kept: int | None) -> None:
+    budget = make_budget(with_card(drives_display=draws), error=ERROR)
+    assert sizes(budget, "vram").get("other programs") == kept
+
+
+def test_a_measured_context_takes_the_place_of_the_assumed_one() -> None:
+    budget = make_budget(MACHINE, error=ERROR, context_bytes=300 * MIB)
+    assert sizes(budget, "vram")["driver context"] == 300 * MIB
+    assert "measured" in budget.deductions[0].reason
+
+
+def test_what_the_pipeline_holds_already_is_given_back_before_the_margin_is_taken() -> None:
+    """A pipeline that fills its card is no full card, and its projection may be as far off as any."""
+    full = with_card(free_bytes=1 * GIB, drives_display=False)
+    budget = make_budget(full, error=ERROR, held_vram_bytes=19 * GIB, held_ram_bytes=GIB)
+    rest = 20 * GIB - 512 * MIB
+    assert sizes(budget, "vram")["this pipeline"] == -19 * GIB
+    assert budget.vram_bytes == int(rest / 1.05)
+    assert sizes(budget, "ram")["this pipeline"] == -GIB
+    assert sizes(make_budget(full, vram="8GiB", ram="8GiB", held_vram_bytes=GIB, held_ram_bytes=GIB), "vram") == {}
 
 
 def test_the_reserve_is_a_share_of_the_control_group_limit() -> None:
@@ -50,7 +86,7 @@ def test_the_reserve_is_a_share_of_the_control_group_limit() -> None:
 
 def test_a_given_margin_replaces_the_default() -> None:
     assert sizes(make_budget(MACHINE, margin="3GiB"), "vram")["margin"] == 3 * GIB
-    assert sizes(make_budget(MACHINE, margin="25%"), "vram")["margin"] == 6 * GIB
+    assert sizes(make_budget(MACHINE, margin="25%"), "vram") == {"driver context": 512 * MIB, "margin": 6 * GIB}
 
 
 @pytest.mark.parametrize("margin", ["0", "0%", " 0 ", "0MiB"])
@@ -106,9 +142,9 @@ def test_given_ram_is_taken_as_it_is(ram: str, count: int) -> None:
 
 
 def test_unknown_free_memory_is_said() -> None:
-    budget = make_budget(with_card(free_bytes=None))
+    budget = make_budget(with_card(free_bytes=None), error=ERROR)
     assert sizes(budget, "vram")["in use"] == 0
-    assert budget.vram_bytes == 24 * GIB - 512 * MIB - int(24 * GIB * 0.06)
+    assert budget.vram_bytes == int((24 * GIB - 512 * MIB - OTHERS) / 1.05)
 
 
 def test_a_shared_pool_is_limited_by_the_host_and_keeps_more_free() -> None:
@@ -124,8 +160,18 @@ def test_a_shared_pool_that_the_host_does_not_bind_is_not_cut() -> None:
     assert sizes(budget, "vram") == {"margin": int(21 * GIB * 0.20)}
 
 
+def test_a_shared_pool_keeps_no_less_than_projections_were_off() -> None:
+    shared = Hardware(accelerators=(MAC,), host=HOST)
+    far = ProjectionError(share=1.0, least_bytes=0, reason="twice as much")
+    budget = make_budget(shared, error=far)
+    assert budget.vram_bytes == 9 * GIB
+    assert budget.deductions[0].reason == "twice as much"
+
+
 def test_a_full_card_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UsageError, match=r"no vram is left.*0\.50 GiB, less driver context 0\.50 GiB, margin"):
+    with pytest.raises(
+        UsageError, match=r"no vram is left.*0\.50 GiB, less driver context 0\.50 GiB, other programs 0\.39 GiB, margin"
+    ):
         make_budget(with_card(free_bytes=512 * MIB))
 
 
@@ -154,13 +200,14 @@ def machines(draw: st.DrawFn) -> Hardware:
         total_bytes=total,
         free_bytes=draw(st.none() | st.integers(0, total)),
         unified=draw(st.booleans()),
+        drives_display=draw(st.none() | st.booleans()),
     )
     available = draw(st.integers(0, limit or host_total))
     host = Host(total_bytes=host_total, available_bytes=available, limit_bytes=limit)
     return Hardware(accelerators=(card,), host=host)
 
 
-def budget_or_none(machine: Hardware, **amounts: str | None) -> Budget | None:
+def budget_or_none(machine: Hardware, **amounts: object) -> Budget | None:
     """The budget; None where nothing is left, which must be said in no other way."""
     with suppress(UsageError):
         return make_budget(machine, **amounts)
@@ -182,6 +229,34 @@ def test_the_deductions_add_up_to_what_is_missing(machine: Hardware, margin: str
     if card.unified:
         assert budget.vram_bytes <= machine.host.available_bytes
     assert all(item.size_bytes >= 0 for item in budget.deductions)
+
+
+@settings(deadline=None)
+@given(machines(), st.floats(0, 2), st.integers(0, GIB), st.integers(1, 1 << 40))
+def test_what_is_accepted_fits_even_where_it_was_projected_too_low(
+    machine: Hardware, share: float, least: int, projected: int
+) -> None:
+    error = ProjectionError(share=share, least_bytes=least, reason="measured")
+    budget = budget_or_none(machine, error=error)
+    if budget is None or budget.vram_bytes is None or projected > budget.vram_bytes:
+        return
+    card = machine.accelerators[0]
+    free = card.total_bytes if card.free_bytes is None else card.free_bytes
+    others = sum(size for name, size in sizes(budget, "vram").items() if name != "margin")
+    assert max(projected * (1 + share), projected + least) <= (free - others) * (1 + 1e-12) + 1
+
+
+@settings(deadline=None)
+@given(machines(), st.floats(0, 2), st.integers(0, GIB), st.integers(0, 1 << 40))
+def test_more_free_memory_never_gives_less(machine: Hardware, share: float, least: int, more: int) -> None:
+    error = ProjectionError(share=share, least_bytes=least, reason="measured")
+    card = machine.accelerators[0]
+    if card.free_bytes is None:
+        return
+    freer = replace(card, free_bytes=min(card.total_bytes, card.free_bytes + more))
+    less = budget_or_none(machine, error=error)
+    if less is not None:
+        assert make_budget(replace(machine, accelerators=(freer,)), error=error).vram_bytes >= less.vram_bytes
 
 
 @settings(deadline=None)

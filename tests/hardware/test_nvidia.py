@@ -37,6 +37,7 @@ class Card:
     mig: int = real.NVML_DEVICE_MIG_DISABLE
     generation: int = 4
     width: int = 16
+    display: int = real.NVML_FEATURE_DISABLED
 
 
 class FakeNvml(ModuleType):
@@ -99,6 +100,9 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetCurrPcieLinkWidth(self, card: Card) -> object:
         return self._fact(card, "width", card.width)
 
+    def nvmlDeviceGetDisplayActive(self, card: Card) -> object:
+        return self._fact(card, "display", card.display)
+
     def nvmlDeviceGetMaxPcieLinkWidth(self, card: Card) -> object:
         return self._fact(card, "max_width", 16)
 
@@ -149,8 +153,23 @@ def test_a_card_is_read_whether_names_are_text_or_bytes(probe, text: type) -> No
         free_bytes=20 * GIB,
         driver="570.86.10",
         link_bytes_per_s=pytest.approx(31.5e9, rel=0.01),
+        drives_display=False,
     )
     assert card.device == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    ("card", "draws"),
+    [
+        (Card(display=real.NVML_FEATURE_ENABLED), True),
+        (Card(display=real.NVML_FEATURE_DISABLED), False),
+        (Card(failing={"display": UNSUPPORTED}), None),
+    ],
+)
+def test_whether_a_desktop_is_drawn_on_it(probe, card: Card, draws: bool | None) -> None:
+    (found,), notes = probe(card)
+    assert found.drives_display is draws
+    assert notes == []
 
 
 def test_no_library_is_no_fault(probe) -> None:

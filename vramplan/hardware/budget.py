@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
+from vramplan.residuals import ProjectionError, bundled_error
 from vramplan.units import GIB, MIB, format_bytes, parse_amount, parse_bytes
 
-# What a driver takes for its own context and the kernels it loads, once torch first uses the card. Assumed:
-# it differs by card and torch release (huggingface/diffusers#1905), and only a measurement says better.
+# What a driver takes for its own context and the kernels it loads, once torch first uses the card. Assumed: it
+# differs by card and release. No figures by card are published for a torch that loads kernels lazily; one tensor and
+# a convolution net take some 300 MiB since CUDA 11.7 (pytorch/pytorch#107667), 1000 and more before
+# (pytorch/pytorch#55277). `vramplan calibrate` measures it.
 _CONTEXT_BYTES = 512 * MIB
 _CONTEXT_KINDS = ("cuda", "rocm", "xpu")
 
-# What a desktop, a browser or the allocator's fragments may take while the pipeline runs: a choice, between
-# the 1 GiB that llama.cpp's `--fit-target` keeps and the sixteenth, at least 512 MiB, of smaller tools.
-_MARGIN_SHARE, _MARGIN_LEAST = 0.06, 512 * MIB
+# What a desktop and a browser may take more of the card they are drawn on while the pipeline runs: what ComfyUI
+# reserves for them (EXTRA_RESERVED_VRAM, model_management.py, 2024 to 2026). Nobody's measurement is known.
+_OTHERS_BYTES = 400 * MIB
 # Where the pool is the host's too, running out takes the machine down and not the process alone
 # (sgl-project/sglang#37811), so more is kept; unsloth keeps the same.
 _UNIFIED_SHARE, _UNIFIED_LEAST = 0.20, 2 * GIB
@@ -32,6 +37,10 @@ def make_budget(
     vram: str | None = None,
     ram: str | None = None,
     margin: str | None = None,
+    error: ProjectionError | None = None,
+    context_bytes: int | None = None,
+    held_vram_bytes: int = 0,
+    held_ram_bytes: int = 0,
 ) -> Budget:
     """What a plan may use of this machine, in bytes, and what was taken off to get there.
 
@@ -39,12 +48,18 @@ def make_budget(
     holds for `ram`. An amount the user gives is taken as it is, with nothing deducted; `margin` then plays no
     part. On unified memory `vram_bytes` and `ram_bytes` are two views of one pool: they do not add up.
 
+    The margin is what projections may be too low by: a projection within `vram_bytes` that is as far off is still
+    within what is free. What other programs may take is apart from it.
+
     Args:
         hardware: the machine.
         accelerator: the device to plan for; the machine's first one where not given.
         vram: how much device memory may be used: `12GiB`, `-1GiB` (free less that), `85%` (of the total).
         ram: the same for host memory.
-        margin: how much device memory to keep free: `2GiB`, `10%`, `0`.
+        margin: how much device memory to keep free: `2GiB`, `10%`, `0`. Nothing is kept for other programs then.
+        error: how far projections of the plan's kind may be too low; simulated ones where not given.
+        context_bytes: what the driver takes for itself, where that was measured.
+        held_vram_bytes: what the pipeline that is being placed holds already, which is given back; likewise in RAM.
 
     Raises:
         UsageError: not an amount, more than the device has, or nothing is left to use.
@@ -54,9 +69,10 @@ def make_budget(
         raise UsageError(f"vram {vram}: this machine has no accelerator; name one to plan for, or leave vram out")
     taken: list[Deduction] = []
     if device is not None and vram is None:
-        taken += _vram_deductions(device, hardware.host, margin)
+        taken += _vram_deductions(device, hardware.host, context_bytes, held_vram_bytes)
+        taken += _kept_free(device, margin, error or bundled_error("simulated"), _free(device) - _sum(taken))
     if ram is None:
-        taken.append(_reserve(hardware.host))
+        taken += _present([_reserve(hardware.host), _given_back("ram", held_ram_bytes)])
     return Budget(
         vram_bytes=None if device is None else _vram_bytes(device, hardware.host, vram, taken),
         ram_bytes=_ram_bytes(hardware.host, ram, taken),
@@ -104,7 +120,7 @@ def _rest(memory: str, owner: str, start: int, taken: list[Deduction]) -> int:
         UsageError: nothing, with every number.
     """
     ours = [item for item in taken if item.memory == memory]
-    rest = start - sum(item.size_bytes for item in ours)
+    rest = start - _sum(ours)
     if rest <= 0:
         terms = ", ".join(f"{item.name} {format_bytes(item.size_bytes)}" for item in ours)
         message = f"no {memory} is left to use: {owner} has {format_bytes(start)}, less {terms}"
@@ -116,9 +132,24 @@ def _free(device: Accelerator) -> int:
     return device.total_bytes if device.free_bytes is None else device.free_bytes
 
 
-def _vram_deductions(device: Accelerator, host: Host, margin: str | None) -> list[Deduction]:
-    found = [_unknown_free(device), _host_share(device, host), _context(device), _margin(device, margin)]
-    return [item for item in found if item is not None]
+def _sum(items: list[Deduction]) -> int:
+    return sum(item.size_bytes for item in items)
+
+
+def _present(items: list[Deduction | None]) -> list[Deduction]:
+    return [item for item in items if item is not None]
+
+
+def _vram_deductions(device: Accelerator, host: Host, context_bytes: int | None, held_bytes: int) -> list[Deduction]:
+    given = _given_back("vram", held_bytes)
+    return _present([_unknown_free(device), _host_share(device, host), _context(device, context_bytes), given])
+
+
+def _given_back(memory: Literal["vram", "ram"], held_bytes: int) -> Deduction | None:
+    if not held_bytes:
+        return None
+    reason = "its weights are there already and are what is being placed"
+    return Deduction(memory=memory, name="this pipeline", size_bytes=-held_bytes, reason=reason)
 
 
 def _unknown_free(device: Accelerator) -> Deduction | None:
@@ -138,25 +169,39 @@ def _host_share(device: Accelerator, host: Host) -> Deduction | None:
     return Deduction(memory="vram", name="in use by the host", size_bytes=excess, reason=reason)
 
 
-def _context(device: Accelerator) -> Deduction | None:
+def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | None:
     if device.kind not in _CONTEXT_KINDS:
         return None
-    reason = "the driver takes it when torch first uses the device (assumed, not measured)"
-    return Deduction(memory="vram", name="driver context", size_bytes=_CONTEXT_BYTES, reason=reason)
+    size = _CONTEXT_BYTES if measured_bytes is None else measured_bytes
+    known = "assumed, not measured: `vramplan calibrate`" if measured_bytes is None else "measured on this machine"
+    reason = f"the driver takes it when torch first uses the device ({known})"
+    return Deduction(memory="vram", name="driver context", size_bytes=size, reason=reason)
 
 
-def _margin(device: Accelerator, amount: str | None) -> Deduction:
-    if amount is not None:
-        size, reason = (
-            _margin_bytes(amount, device.total_bytes),
-            f"kept free on purpose, as asked for: {amount}",
-        )
-    elif device.unified:
-        size = max(_UNIFIED_LEAST, int(device.total_bytes * _UNIFIED_SHARE))
-        reason = f"kept free for the system and other programs: {_rule(_UNIFIED_SHARE, _UNIFIED_LEAST)}"
-    else:
-        size = max(_MARGIN_LEAST, int(device.total_bytes * _MARGIN_SHARE))
-        reason = f"kept free for other programs and fragments: {_rule(_MARGIN_SHARE, _MARGIN_LEAST)}"
+def _kept_free(device: Accelerator, margin: str | None, error: ProjectionError, rest: int) -> list[Deduction]:
+    """Of what is left: what other programs may take, and what projections may be too low by; or what was asked for."""
+    if margin is not None:
+        asked = f"kept free on purpose, as asked for: {margin}"
+        return [_margin(_margin_bytes(margin, device.total_bytes), asked)]
+    size = error.margin_bytes(max(0, rest))
+    if device.unified:
+        rule = f"kept free for the system and other programs: {_rule(_UNIFIED_SHARE, _UNIFIED_LEAST)}"
+        kept = max(_UNIFIED_LEAST, int(device.total_bytes * _UNIFIED_SHARE))
+        return [_margin(kept, rule) if kept >= size else _margin(size, error.reason)]
+    others = _others(device)
+    return _present([others, _margin(error.margin_bytes(max(0, rest - _sum(_present([others])))), error.reason)])
+
+
+def _others(device: Accelerator) -> Deduction | None:
+    """What a desktop may take more of; nothing on a card that draws none."""
+    if device.drives_display is False:
+        return None
+    drawn = "a desktop is drawn on this card" if device.drives_display else "whether it draws a desktop is not known"
+    reason = f"a desktop, a browser or another program may need it while the pipeline runs: {drawn}"
+    return Deduction(memory="vram", name="other programs", size_bytes=_OTHERS_BYTES, reason=reason)
+
+
+def _margin(size: int, reason: str) -> Deduction:
     return Deduction(memory="vram", name="margin", size_bytes=size, reason=reason)
 
 

@@ -113,7 +113,14 @@ def _card(nvml: Any, host: Host, handle: Any, index: int) -> Accelerator | str:
         unified=unified,
         driver=_text(_ask(nvml, nvml.nvmlSystemGetDriverVersion)),
         link_bytes_per_s=_link_rate(nvml, handle),
+        drives_display=_drives_display(nvml, handle),
     )
+
+
+def _drives_display(nvml: Any, handle: Any) -> bool | None:
+    """Whether a desktop is drawn on the card, with or without a monitor; None where the driver does not say."""
+    active = _ask(nvml, nvml.nvmlDeviceGetDisplayActive, handle)
+    return None if active is None else bool(active)
 
 
 def _memory(nvml: Any, host: Host, handle: Any) -> tuple[int, int, bool]:

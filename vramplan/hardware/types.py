@@ -30,6 +30,7 @@ class Accelerator:
 
     `free_bytes` is what its driver calls free now; None where it does not say. `link_bytes_per_s` is what its
     link to the host carries one way at best, before protocol overhead; None where it was not read.
+    `drives_display` is whether a desktop is drawn on it; None where the driver does not say.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -43,6 +44,7 @@ class Accelerator:
     unified: bool = False
     driver: str | None = None
     link_bytes_per_s: float | None = None
+    drives_display: bool | None = None
     rates: Rates | None = None
 
     @property

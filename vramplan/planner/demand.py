@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from vramplan.hardware.types import Accelerator, Budget, Rates
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
-from vramplan.planner.footprint import Basis, Estimate, Footprint, Work
+from vramplan.planner.footprint import Estimate, Footprint, Work
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
 from vramplan.planner.residency import Moment, replay
+from vramplan.residuals import Basis
 from vramplan.strategies.base import Decode, Hold, Placement
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
@@ -146,7 +147,7 @@ class Pricer:
             seconds_per_call=call,
             transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
             bottleneck=clock.bottleneck(moments),
-            basis=_weakest(needs),
+            basis=weakest_basis(need.activation.basis for need in needs.values()),
             phases=phases,
             load=load,
         )
@@ -220,9 +221,10 @@ def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
     return tuple(found.values())
 
 
-def _weakest(needs: Mapping[Use, _Need]) -> Basis:
+def weakest_basis(bases: Iterable[Basis]) -> Basis:
+    """What the least known of several numbers rests on; weights alone are derived."""
     order: tuple[Basis, ...] = ("assumed", "derived", "simulated", "measured")
-    found = {need.activation.basis for need in needs.values()}
+    found = set(bases)
     return next((basis for basis in order if basis in found), "derived")
 
 

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from vramplan.pipeline.types import Component, PipelineSpec, Use
+from vramplan.residuals import Basis
 from vramplan.strategies.base import Decode, Picture
 from vramplan.units import MIB
 from vramplan.workload import Workload
-
-Basis = Literal["measured", "simulated", "derived", "assumed"]
 
 # Activations live at once, in units of tokens x width x element size. FLUX.1-dev at 1024 x 1024 has
 # 17.4 (0.46 GiB), HunyuanVideo at 121 x 512 x 768 has 17 (5.0 GiB published); 20 is on the safe side.

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vramplan.pipeline.types import PipelineSpec, Use
-from vramplan.planner.footprint import AssumedFootprint, Basis, Estimate, Work
+from vramplan.planner.footprint import AssumedFootprint, Estimate, Work
+from vramplan.residuals import Basis
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Decode
 from vramplan.workload import Workload

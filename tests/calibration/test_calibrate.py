@@ -1,0 +1,137 @@
+"""The probes and their command, for real on the CPU: what they give on a card is not known here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from vramplan.calibration import calibrate as command
+from vramplan.calibration.probes import COPY_BYTES, context_bytes, link_rates, memory_rate, product_rate, seconds
+from vramplan.calibration.records import CallRecord, ProbeRecord
+from vramplan.calibration.sample import measured_plans
+from vramplan.calibration.store import read_store
+from vramplan.cli import main
+from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.units import GIB, MIB
+
+CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=None, driver="570")
+HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
+
+
+def test_rates_are_bytes_over_seconds() -> None:
+    found = link_rates("cpu", 4 * MIB)
+    assert set(found) == {"pageable_to_device_bytes_per_s"}  # nothing is page-locked for the CPU
+    assert 1e6 < found["pageable_to_device_bytes_per_s"] < 1e12
+    assert 1e6 < memory_rate("cpu", 4 * MIB) < 2e12
+    assert 1e6 < product_rate("cpu", 64) < 1e14
+    assert COPY_BYTES == 256 * MIB
+
+
+def test_the_first_ones_do_not_count() -> None:
+    calls: list[int] = []
+    assert 0 <= seconds("cpu", lambda: calls.append(1)) < 1
+    assert len(calls) == 12
+
+
+def test_a_driver_that_does_not_say_what_is_free_leaves_the_context_unknown(monkeypatch) -> None:
+    monkeypatch.setattr("vramplan.calibration.probes.detect", lambda: Hardware(accelerators=(CARD,), host=HOST))
+    assert context_bytes(CARD) is None
+
+
+def test_the_context_is_what_is_gone_beside_torchs_own_memory(monkeypatch) -> None:
+    """The driver's two answers and torch's are told; the kernels in between run for real, on the CPU."""
+    from dataclasses import replace
+
+    answers = iter([6 * GIB, 6 * GIB - 400 * MIB])
+    held = iter([0, 100 * MIB])
+
+    def detect() -> Hardware:
+        return Hardware(accelerators=(replace(CARD, free_bytes=next(answers)),), host=HOST)
+
+    monkeypatch.setattr("vramplan.calibration.probes.detect", detect)
+    monkeypatch.setattr(torch.accelerator.memory, "memory_reserved", lambda device: next(held))
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: "cpu"))
+    assert context_bytes(CARD) == 300 * MIB
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose one card is the CPU."""
+    here = Hardware(accelerators=(CARD,), host=HOST)
+    for module in ("vramplan.machine", "vramplan.calibration.calibrate", "vramplan.calibration.probes"):
+        monkeypatch.setattr(f"{module}.detect", lambda: here)
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: "cpu"))
+    monkeypatch.setattr(command, "_check_torch", lambda accelerator: None)
+    monkeypatch.setattr(command, "link_rates", lambda device: link_rates(device, 4 * MIB))
+    monkeypatch.setattr(command, "memory_rate", lambda device: memory_rate(device, 4 * MIB))
+    monkeypatch.setattr(command, "product_rate", lambda device: product_rate(device, 64))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_what_is_found_is_printed_and_kept() -> None:
+    done = CliRunner().invoke(main, ["calibrate", "--no-pipeline", "--json"])
+    assert done.exit_code == 0, done.output
+    (record,) = read_store().records
+    assert isinstance(record, ProbeRecord)
+    shown = json.loads(done.stdout)
+    assert shown["schema_version"] == 1
+    assert shown["half_flops_per_s"] == record.half_flops_per_s > 0
+    assert (record.device, record.driver, record.context_bytes) == ("a card", "570", None)
+    text = CliRunner().invoke(main, ["calibrate", "--no-pipeline"]).stdout
+    assert "products in half precision" in text
+    assert "driver context               not known" in text
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_probe_that_fails_costs_its_own_number_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: str) -> float:
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(command, "product_rate", broken)
+    record = command.calibrate(pipeline=False, say=lambda text: None)
+    assert record.half_flops_per_s is None
+    assert record.notes == {"half_flops_per_s": "no kernel image is available for this device"}
+    assert record.memory_bytes_per_s
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ((), 1, "no accelerator was found"),
+        (("--device", "cpu"), 1, "no accelerator was found"),
+        (("--device", "rtx-4070"), 2, "is not in this machine"),
+        (("--device", "cuda:7"), 2, "this machine has"),
+    ],
+)
+def test_without_an_accelerator_it_says_so_in_one_line(monkeypatch, options: Any, code: int, words: str) -> None:
+    for module in ("vramplan.machine", "vramplan.calibration.calibrate"):
+        monkeypatch.setattr(f"{module}.detect", lambda: Hardware(accelerators=(), host=HOST))
+    done = CliRunner().invoke(main, ["calibrate", *options])
+    assert done.exit_code == code
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert read_store().records == ()
+
+
+def test_where_nothing_is_kept_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VRAMPLAN_CALIBRATION", "0")
+    done = CliRunner().invoke(main, ["calibrate"])
+    assert done.exit_code == 2
+    assert "keeps nothing" in done.stderr
+
+
+def test_the_sample_is_run_under_every_plan_that_can_be_and_kept(small_pipeline) -> None:
+    """A small real pipeline on the CPU, which has one placement; the others are told with the reason."""
+    pipe = small_pipeline("sd15-small")
+    found = list(measured_plans(pipe, "cpu", height=64, width=64))
+    assert [plan is not None for plan, _ in found] == [True, False, False, False, False]
+    assert "needs an accelerator" in str(found[1][1])
+    (record,) = read_store().records
+    assert isinstance(record, CallRecord)
+    assert record.measured.seconds_per_call > 0
+    assert "_vramplan_applied" not in vars(pipe)

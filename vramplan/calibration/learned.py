@@ -1,0 +1,147 @@
+"""What the store says about a device: how far projections were off, what its driver takes, how fast it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+from vramplan.calibration.records import CallRecord, ProbeRecord
+from vramplan.calibration.store import read_store
+from vramplan.hardware.types import Accelerator, Rates
+from vramplan.residuals import Basis, ProjectionError, Residual, bundled_error, error_of, raised
+
+SOFTWARE = ("torch", "diffusers", "transformers", "accelerate")
+# What decides how much memory the same settings take. The others change no hook and no kernel.
+_DECISIVE = ("torch", "diffusers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """`error` is of published measurements where this machine has too few of its own; `context_bytes` None if not
+    measured here."""
+
+    error: ProjectionError
+    context_bytes: int | None = None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions that are installed of what a projection depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None = None) -> Learned:
+    """What holds for plans of this basis on this device.
+
+    From so many different plans of the same pipeline class on (`needed`), measured here, they decide alone. Fewer of
+    them, and those of other classes, can only raise what published measurements say: how far the projection of one
+    architecture is off tells little of another's.
+    """
+    error = bundled_error(basis)
+    if accelerator is None:
+        return Learned(error=error)
+    records = read_store().records
+    calls = [item for item in records if isinstance(item, CallRecord) and _counts(item, accelerator, basis)]
+    own = list(_one_for_each_plan([item for item in calls if item.pipeline == pipeline]))
+    here = f"on this {accelerator.name}"
+    ours, all_of_them = f"measurements of {pipeline} {here}", f"measurements {here}"
+    decided = error_of(own, basis, ours)
+    if decided is None:
+        every = list(_one_for_each_plan(calls))
+        bound = error_of(every, basis, all_of_them)
+        if bound is None:
+            error = raised(error, every, basis, all_of_them)
+        elif bound.share > error.share:
+            error = bound
+        decided = raised(error, own, basis, ours)
+    return Learned(error=decided, context_bytes=_context(accelerator, records))
+
+
+def with_measured_rates(accelerator: Accelerator) -> Accelerator:
+    """The accelerator with the rates that `vramplan calibrate` measured of it, as it was where there are none.
+
+    The link is the measured one. Peaks of memory and products stay a profile's, whose shares are fitted to them, but
+    products are never taken to be faster than they were measured. Without a profile the measured rates stand for the
+    peaks, and `reached` is the default's: that a pipeline reaches less than one large product is assumed.
+    """
+    from vramplan.planner.demand import DEFAULT_RATES
+
+    probe = _probe(accelerator, read_store().records)
+    if probe is None:
+        return accelerator
+    known = accelerator.rates
+    link = probe.pinned_to_device_bytes_per_s or (known or DEFAULT_RATES).link_bytes_per_s
+    day = probe.time[:10]
+    if known is None:
+        rates = Rates(
+            memory_bytes_per_s=probe.memory_bytes_per_s or DEFAULT_RATES.memory_bytes_per_s,
+            link_bytes_per_s=link,
+            half_flops_per_s=probe.half_flops_per_s or DEFAULT_RATES.half_flops_per_s,
+            reached=DEFAULT_RATES.reached,
+            source=f"measured on {day}",
+        )
+    else:
+        measured = (probe.half_flops_per_s or known.half_flops_per_s) / known.half_flops_per_s
+        source = f"{known.source}; link measured on {day}"
+        rates = replace(known, link_bytes_per_s=link, reached=min(known.reached, measured), source=source)
+    return replace(accelerator, rates=rates)
+
+
+def _counts(item: CallRecord, accelerator: Accelerator, basis: Basis) -> bool:
+    """Whether the call says something about this device, basis and software."""
+    here = versions()
+    return (
+        item.device == accelerator.name
+        and item.basis == basis
+        and all(item.versions.get(name) == here.get(name) for name in _DECISIVE)
+        and bool(item.projected.vram_reserved_bytes)
+        and item.measured.vram_reserved_bytes is not None
+    )
+
+
+def _one_for_each_plan(calls: list[CallRecord]) -> Iterator[Residual]:
+    """The worst of each plan: the same call ten times is one thing that is known, not ten."""
+    found: dict[tuple[str, str, str], Residual] = {}
+    for item in calls:
+        residual = Residual(
+            projected_bytes=item.projected.vram_reserved_bytes or 0,
+            measured_bytes=item.measured.vram_reserved_bytes or 0,
+        )
+        key = (item.pipeline, item.settings, item.shape)
+        worst = found.get(key)
+        if worst is None or _ratio(residual) > _ratio(worst):
+            found[key] = residual
+    yield from found.values()
+
+
+def _ratio(item: Residual) -> float:
+    return item.measured_bytes / item.projected_bytes
+
+
+def _probe(accelerator: Accelerator, records: tuple[object, ...]) -> ProbeRecord | None:
+    """The latest of this device."""
+    found = [item for item in records if isinstance(item, ProbeRecord) and item.device == accelerator.name]
+    return found[-1] if found else None
+
+
+def _context(accelerator: Accelerator, records: tuple[object, ...]) -> int | None:
+    """What the driver took when it was measured last, with this driver and torch."""
+    found = [
+        item.context_bytes
+        for item in records
+        if isinstance(item, ProbeRecord)
+        and item.device == accelerator.name
+        and item.driver == accelerator.driver
+        and item.versions.get("torch") == versions().get("torch")
+        and item.context_bytes
+    ]
+    return found[-1] if found else None

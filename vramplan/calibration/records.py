@@ -1,0 +1,135 @@
+"""What one line of the store holds, and the checks a line has to pass: anybody may have edited it."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+SCHEMA = 1
+_LARGEST, _LONGEST = 1 << 62, 4000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    """Peaks in bytes and times in seconds; None for what a device or a pipeline does not tell."""
+
+    vram_allocated_bytes: int | None
+    vram_reserved_bytes: int | None
+    ram_bytes: int
+    seconds_per_step: float | None
+    seconds_per_call: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRecord:
+    """A call under an applied plan: projected against measured.
+
+    `device` is its name as the driver has it, `card` a hash of its serial number; `shape` is what was generated.
+    """
+
+    time: str
+    device: str
+    card: str | None
+    driver: str | None
+    versions: Mapping[str, str]
+    pipeline: str
+    settings: str
+    shape: str
+    basis: str
+    projected: Took
+    measured: Took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRecord:
+    """What `vramplan calibrate` measured of a device: bytes, bytes per second and operations per second."""
+
+    time: str
+    device: str
+    card: str | None
+    driver: str | None
+    versions: Mapping[str, str]
+    context_bytes: int | None = None
+    pinned_to_device_bytes_per_s: float | None = None
+    pageable_to_device_bytes_per_s: float | None = None
+    device_to_pinned_bytes_per_s: float | None = None
+    memory_bytes_per_s: float | None = None
+    half_flops_per_s: float | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+Record = CallRecord | ProbeRecord
+_KINDS: dict[str, type[Record]] = {"call": CallRecord, "probe": ProbeRecord}
+
+
+def to_line(record: Record) -> str:
+    """The record as one line of JSON."""
+    kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
+    return json.dumps({"schema": SCHEMA, "kind": kind} | asdict(record), allow_nan=False)
+
+
+def from_line(line: str) -> Record | None:
+    """The record in a line; None for one that a later version wrote.
+
+    Raises:
+        ValueError: not a record.
+    """
+    content = json.loads(line, parse_constant=_no_number)
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+        raise ValueError("not a record")
+    if content["schema"] > SCHEMA:
+        return None
+    told = {key: value for key, value in content.items() if key not in ("schema", "kind")}
+    cls = _KINDS.get(str(content.get("kind")))
+    if cls is None:
+        raise ValueError("of no known kind")
+    return typing.cast("Record", _built(cls, told))
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _built(cls: Any, content: Any) -> Any:
+    """The dataclass of a mapping. Not pydantic, whose import takes longer than `vramplan detect` may."""
+    if not isinstance(content, dict) or content.keys() - {item.name for item in fields(cls)}:
+        raise ValueError(f"not a {cls.__name__}")
+    hints = _hints(cls)
+    try:
+        return cls(**{name: _checked(value, hints[name]) for name, value in content.items()})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+@cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _checked(value: Any, hint: Any) -> Any:
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in choices:
+        return None
+    wanted = choices[0]
+    if is_dataclass(wanted):
+        return _built(typing.cast("type[Any]", wanted), value)
+    if wanted is str and isinstance(value, str) and len(value) <= _LONGEST:
+        return value
+    if wanted in (int, float) and _is_size(value, wanted):
+        return wanted(value)
+    if typing.get_origin(wanted) is not None and isinstance(value, dict):
+        return {str(key): _checked(item, str) for key, item in value.items()}
+    raise ValueError(f"{value!r:.60} is no {hint}")
+
+
+def _is_size(value: Any, wanted: type) -> bool:
+    """A number that a size or a time can be."""
+    if isinstance(value, bool) or not isinstance(value, int if wanted is int else int | float):
+        return False
+    return 0 <= value < _LARGEST and math.isfinite(value)
