@@ -1,4 +1,4 @@
-"""Which machine a plan is for: this one, a card of it, or one that a profile describes."""
+"""Which machine a plan is for: this one, a card of it, or one that a profile or a file describes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from vramplan.errors import UsageError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Hardware
+from vramplan.hardwarefile import is_hardware_file, load_hardware
 from vramplan.units import format_bytes, parse_amount
 
 
@@ -17,7 +18,11 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
 
     Raises:
         UsageError: a device that this machine does not have and no profile describes.
+        VramplanError: a file that holds no machine.
     """
+    if isinstance(device, str) and is_hardware_file(device):
+        written = load_hardware(device)
+        return written, _with_rates(next(iter(written.accelerators), None))
     if isinstance(device, Hardware):
         return device, next(iter(device.accelerators), None)
     hardware = detect()
@@ -25,13 +30,27 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
         return replace(hardware, accelerators=()), None
     if device is None and not hardware.accelerators and vram is not None:
         card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
-        return replace(hardware, accelerators=(card,)), card
+        hardware = replace(hardware, accelerators=(card,))
     if device is None:
         return hardware, _with_rates(next(iter(hardware.accelerators), None))
     for accelerator in hardware.accelerators:
         if device in (accelerator.device, accelerator.kind, accelerator.uuid):
             return hardware, _with_rates(accelerator)
     return _elsewhere(device, hardware)
+
+
+def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: str | None) -> Hardware:
+    """The machine with its speed, measured now or before.
+
+    Raises:
+        UsageError: the device is not in this machine, so that nothing can be measured.
+    """
+    from vramplan.hardware.measuring import measure_machine
+
+    names = ("cpu",) if accelerator is None else (accelerator.device, accelerator.kind, accelerator.uuid)
+    if device is not None and device not in names:
+        raise UsageError(f"--measure: {device} is not in this machine; leave --device out to measure what is")
+    return measure_machine(hardware, accelerator)
 
 
 def _any_card(size: int) -> Accelerator:
@@ -51,8 +70,10 @@ def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
 
 
 def _with_rates(accelerator: Accelerator | None) -> Accelerator | None:
+    """The accelerator with what is known of its speed. Whose programs use it now is nobody else's business, and a
+    plan may be passed on."""
     from vramplan.profiles import rates_for
 
-    if accelerator is None or accelerator.rates is not None:
-        return accelerator
-    return replace(accelerator, rates=rates_for(accelerator.name))
+    if accelerator is None:
+        return None
+    return replace(accelerator, rates=accelerator.rates or rates_for(accelerator.name), others=None)

@@ -93,7 +93,9 @@ def _ram_bytes(host: Host, amount: str | None, taken: list[Deduction]) -> int:
 
 
 def _disk_bytes(host: Host) -> int | None:
-    """What is free, less what offloading leaves free."""
+    """What is free, less what offloading leaves free; nothing where the disk is RAM in truth."""
+    if host.disk_in_memory:
+        return 0
     return None if host.disk_free_bytes is None else max(0, host.disk_free_bytes - DISK_LEFT_FREE)
 
 
@@ -117,7 +119,14 @@ def _free(device: Accelerator) -> int:
 
 
 def _vram_deductions(device: Accelerator, host: Host, margin: str | None) -> list[Deduction]:
-    found = [_unknown_free(device), _host_share(device, host), _context(device), _margin(device, margin)]
+    found = [
+        _unknown_free(device),
+        _host_share(device, host),
+        _process_limit(device, host),
+        _display(device),
+        _context(device),
+        _margin(device, margin),
+    ]
     return [item for item in found if item is not None]
 
 
@@ -138,8 +147,27 @@ def _host_share(device: Accelerator, host: Host) -> Deduction | None:
     return Deduction(memory="vram", name="in use by the host", size_bytes=excess, reason=reason)
 
 
+def _process_limit(device: Accelerator, host: Host) -> Deduction | None:
+    """What is free but torch may not take, by the share of the total that the program set for itself."""
+    if device.own is None or device.own.fraction >= 1:
+        return None
+    allowed = int(device.total_bytes * device.own.fraction) - device.own.allocated_bytes
+    reason = f"torch may use {device.own.fraction:.0%} of the total in this process (set_per_process_memory_fraction)"
+    pool = min(_free(device), host.available_bytes) if device.unified else _free(device)
+    excess = max(0, pool - max(0, allowed))
+    return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason)
+
+
+def _display(device: Accelerator) -> Deduction | None:
+    """A deduction of nothing: what a display shows is in use already, and counting it again would be wrong."""
+    if not device.display:
+        return None
+    reason = "the card drives a display, whose memory is not among what is free"
+    return Deduction(memory="vram", name="display", size_bytes=0, reason=reason)
+
+
 def _context(device: Accelerator) -> Deduction | None:
-    if device.kind not in _CONTEXT_KINDS:
+    if device.kind not in _CONTEXT_KINDS or device.own is not None:
         return None
     reason = "the driver takes it when torch first uses the device (assumed, not measured)"
     return Deduction(memory="vram", name="driver context", size_bytes=_CONTEXT_BYTES, reason=reason)
