@@ -21,7 +21,7 @@ The file's keys:
 Sizes may be written `64 GiB`.
 """
 
-# ruff: noqa: N802, N807
+# ruff: noqa: N802
 
 from __future__ import annotations
 

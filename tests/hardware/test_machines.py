@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+import machine_files as machines
 import pytest
 from pydantic import TypeAdapter
 
-import machine_files as machines
 from vramplan.hardware import make_budget
 from vramplan.hardware.types import Hardware
 from vramplan.report_machine import hardware_markdown, hardware_text

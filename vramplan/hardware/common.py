@@ -32,6 +32,7 @@ def in_common(devices: Sequence[Accelerator]) -> Accelerator:
             "uuid": None,
             "total_bytes": min(device.total_bytes for device in devices),
             "free_bytes": min(free, default=None),
+            "free_reason": None if not free else "the least of the devices it may be",
             "identified": False,
         },
     )

@@ -29,7 +29,8 @@ def measure_machine(hardware: Hardware, accelerator: Accelerator | None) -> Hard
     else:
         host = replace(hardware.host, measured=disk)
         accelerators = tuple(
-            replace(item, measured=found) if item.device == accelerator.device else item for item in hardware.accelerators
+            replace(item, measured=found) if item.device == accelerator.device else item
+            for item in hardware.accelerators
         )
     return replace(hardware, host=host, accelerators=accelerators, notes=(*hardware.notes, *notes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from vramplan.hardware.common import in_common
 from vramplan.hardware.nvidia_facts import card_facts
 from vramplan.hardware.nvidia_nvml import ask, import_nvml, opened, text, whole
-from vramplan.hardware.nvidia_order import Unit, cuda_order
+from vramplan.hardware.nvidia_order import Order, Unit, cuda_order
 from vramplan.hardware.own import own_use
 from vramplan.hardware.rooted import at, exists
 from vramplan.hardware.spaced import middle, moved, spaced
@@ -74,7 +75,7 @@ def _devices(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
     units = _units(nvml)
     order = cuda_order([unit.name for unit in units])
     yield from order.notes
-    yield from _hidden_parts(nvml, units)
+    yield from _nothing_visible(nvml, units, order)
     wanted = sorted({position for candidates in order.candidates for position in candidates})
     memories, lost = _memories(nvml, host, [units[position] for position in wanted])
     known = dict(zip(wanted, memories, strict=True))
@@ -128,8 +129,12 @@ class _Card:
         return _Unit(handle=handle, card=self.handle, bus=self.bus, name=name)
 
 
-def _hidden_parts(nvml: Any, units: Sequence[_Unit]) -> Iterator[str]:
-    """A card in MIG mode without instances is no device for anyone."""
+def _nothing_visible(nvml: Any, units: Sequence[_Unit], order: Order) -> Iterator[str]:
+    """Why there is no device although there are cards: a variable, or MIG mode without an instance."""
+    if units and not order.candidates and not order.notes:
+        text = os.environ.get("CUDA_VISIBLE_DEVICES")
+        told = f"CUDA_VISIBLE_DEVICES={text}" if text is not None else "CUDA itself"
+        yield f"nvidia: {told} shows none of the {len(units)} device(s) here"
     count = whole(ask(nvml, "nvmlDeviceGetCount"), most=1024) or 0
     if not units and count:
         yield (
