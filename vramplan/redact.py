@@ -12,7 +12,7 @@ from pathlib import Path
 # Identifiers as drivers, containers and batch systems write them: UUIDs, long hexadecimal numbers, numbers of users
 # and jobs.
 _PATTERNS = (
-    (re.compile(r"\b(?:GPU-|MIG-)*[0-9a-fA-F]{8}(?:[-_][0-9a-fA-F]{4}){3}[-_][0-9a-fA-F]{12}(?:/\d+/\d+)?"), "<uuid>"),
+    (re.compile(r"(?:GPU-|MIG-)*[0-9a-fA-F]{8}(?:[-_][0-9a-fA-F]{4}){3}[-_][0-9a-fA-F]{12}(?:/\d+/\d+)?"), "<uuid>"),
     (re.compile(r"\b(?:GPU|MIG)-[0-9a-zA-Z-]+"), "<uuid>"),
     (re.compile(r"\b(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{16,}\b"), "<id>"),
     (re.compile(r"\b(uid_|user-|user@|job_|step_)\d+"), r"\1<id>"),

@@ -219,12 +219,12 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetMemoryInfo(self, card: Any) -> Any:
         """A list holds one answer for each time it is asked."""
         told = card.get("MemoryInfo", {"error": "NOT_SUPPORTED"})
-        if isinstance(told, list):
+        if isinstance(told, list) and told:
             turn = self.readings.get(id(card), 0)
             self.readings[id(card)] = turn + 1
             told = told[min(turn, len(told) - 1)]
         self._fail(told)
-        return SimpleNamespace(**told)
+        return SimpleNamespace(**told) if isinstance(told, dict) else told
 
     def _answer(self, question: str, card: Any, _rest: Any) -> Any:
         assert self.sessions == 1, f"{question} outside of a session"

@@ -10,7 +10,7 @@ from typing import Any
 
 from vramplan.hardware.own import own_use
 from vramplan.hardware.pcie import link_rate, narrowest_link
-from vramplan.hardware.rooted import as_number, at, entries, exists, number, read, read_bytes, table
+from vramplan.hardware.rooted import as_number, at, entries, exists, number, read, read_bytes, resolved, table
 from vramplan.hardware.spaced import middle, spaced
 from vramplan.hardware.system import is_windows, is_wsl
 from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
@@ -53,7 +53,7 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
 def _cards() -> list[_Card]:
     """AMD's GPUs; `card0-DP-1` and the like are connectors, not cards."""
     links = (link / "device" for link in entries(at("/sys/class/drm"), "card*") if link.name[4:].isdigit())
-    paths = {link.resolve() for link in links if read(link / "vendor") == _VENDOR}
+    paths = {path for link in links if read(link / "vendor") == _VENDOR and (path := resolved(link)) is not None}
     nodes = {_address(node): node for node in entries(at(_TOPOLOGY), "*") if _properties(node).get("simd_count")}
     found = []
     for path in paths:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vramplan.hardware.mounts import mounts
-from vramplan.hardware.rooted import as_number, at, number, read, table
+from vramplan.hardware.rooted import as_number, at, is_folder, number, read, table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,15 +144,15 @@ def _ancestry(version: _Version, point: PurePosixPath, shown: PurePosixPath, pat
 
     A container may show the host's path while only its own group is mounted, at the root: directories that
     are not there are passed over, and the root is always asked. A path outside this process' view
-    (`/../other`) leads nowhere.
+    (`/../other`), or a relative one, leads nowhere.
     """
-    if ".." in path.parts:
+    if ".." in path.parts or not path.is_absolute():
         path = PurePosixPath("/")
     elif shown != PurePosixPath("/") and path.is_relative_to(shown):
         path = PurePosixPath("/") / path.relative_to(shown)
     own = True
     for group in (path, *path.parents):
         directory = at(point / group.relative_to("/"))
-        if directory.is_dir():
+        if is_folder(directory):
             yield _Group(version=version, directory=directory, name=str(group), own=own)
             own = False

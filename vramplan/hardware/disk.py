@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vramplan.hardware.mounts import Mount, mounts
-from vramplan.hardware.rooted import at, exists, read
+from vramplan.hardware.rooted import at, exists, read, resolved
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _VIRTUAL = ("vd", "xvd")  # virtio and Xen
@@ -33,7 +33,10 @@ def offload_folder() -> Path:
 
 def read_disk() -> Disk:
     """The disk of the first folder on the way to the offload folder that exists."""
-    folder = Path(os.path.abspath(offload_folder()))
+    try:
+        folder = Path(os.path.abspath(offload_folder()))
+    except OSError:  # a relative name in a folder that is gone
+        return Disk(free_bytes=None, filesystem=None, in_memory=False, rotational=None)
     folder = next((path for path in (folder, *folder.parents) if exists(at(path))), folder)
     mount = _mount_of(PurePosixPath(folder.as_posix()))
     filesystem = mount.filesystem if mount else None
@@ -48,7 +51,7 @@ def read_disk() -> Disk:
 def _free(folder: Path) -> int | None:
     try:
         return shutil.disk_usage(folder).free
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
@@ -65,9 +68,8 @@ def _rotational(mount: Mount) -> bool | None:
     https://docs.kernel.org/block/queue-sysfs.html
     """
     for link in _devices(mount):
-        try:
-            device = link.resolve()
-        except (OSError, RuntimeError):
+        device = resolved(link)
+        if device is None:
             continue
         for holder in (device, device.parent):  # a partition has no queue of its own
             answer = read(holder / "queue" / "rotational")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vramplan.hardware.own import own_use
 from vramplan.hardware.pcie import link_rate, narrowest_link
-from vramplan.hardware.rooted import at, entries, read
+from vramplan.hardware.rooted import at, entries, read, resolved
 from vramplan.hardware.system import is_windows, is_wsl
 from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
 from vramplan.hardware.types import Accelerator, Host, Pcie, Reading
@@ -46,15 +46,13 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
 def _cards() -> list[Path]:
     """The PCI directories of Intel's GPUs, in bus order."""
     links = (link / "device" for link in entries(at("/sys/class/drm"), "card*") if link.name[4:].isdigit())
-    found = {link.resolve() for link in links if read(link / "vendor") == _VENDOR}
+    found = {path for link in links if read(link / "vendor") == _VENDOR and (path := resolved(link)) is not None}
     return sorted((card for card in found if _driver(card) in _COMPUTE_DRIVERS), key=lambda card: card.name)
 
 
 def _driver(card: Path) -> str:
-    try:
-        return (card / "driver").resolve().name
-    except (OSError, RuntimeError):
-        return ""
+    driver = resolved(card / "driver")
+    return "" if driver is None else driver.name
 
 
 def _is_discrete(card: Path) -> bool:

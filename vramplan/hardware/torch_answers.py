@@ -1,7 +1,4 @@
-"""What torch tells of devices that nothing else reads, asked in a process of its own: it takes time, and a context.
-
-Run as a program it is that process: `python -m vramplan.hardware.torch_answers xpu` prints JSON.
-"""
+"""What torch tells of devices that nothing else reads, asked in a process of its own: it takes time, and a context."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ def ask_torch(room: Room) -> list[dict[str, Any]] | str:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__, room],
+            [sys.executable, "-c", f"from {__name__} import answer; answer()", room],
             capture_output=True,
             text=True,
             timeout=_PATIENCE_SECONDS,
@@ -49,7 +46,7 @@ def ask_torch(room: Room) -> list[dict[str, Any]] | str:
         answers = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
         return f"torch did not answer ({type(error).__name__})"
-    if not isinstance(answers, list) or not all(_is_answer(answer) for answer in answers):
+    if not isinstance(answers, list) or not all(map(_is_answer, answers)):
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         return f"torch did not answer ({last})"
     return answers
@@ -115,12 +112,9 @@ def _text(facts: Any, name: str) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
-def _main() -> None:
+def answer() -> None:
+    """What the other process does: print the devices of the kind its argument names, as JSON."""
     import torch
 
     room: Room = "xpu" if sys.argv[1:] == ["xpu"] else "cuda"
     print(json.dumps(read_devices(torch, room)))
-
-
-if __name__ == "__main__":
-    _main()
