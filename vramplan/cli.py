@@ -160,12 +160,20 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     if measure:
         hardware = measure_here(hardware, accelerator, machine["device"])
     machine.pop("device")
-    budget = make_budget(hardware, accelerator=accelerator, **machine)
+    budget, full = None, None
+    try:
+        budget = make_budget(hardware, accelerator=accelerator, **machine)
+    except UsageError as error:
+        if any(machine.values()):
+            raise
+        full = error  # a machine with nothing left is still to be shown: who uses it is what one wants to know
     content = hardware_dict(hardware, budget)
     if output:
         _write(output, to_yaml(content) + "\n")
     show = hardware_markdown if form == "markdown" else hardware_text
     _print(content, lambda: show(hardware, budget), form, as_json=as_json)
+    if full is not None:
+        raise full
 
 
 @main.command()

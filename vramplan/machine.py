@@ -72,8 +72,8 @@ def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
 def _with_rates(accelerator: Accelerator | None) -> Accelerator | None:
     """The accelerator with what is known of its speed. Whose programs use it now is nobody else's business, and a
     plan may be passed on."""
-    from vramplan.profiles import rates_for
-
     if accelerator is None:
         return None
+    from vramplan.profiles import rates_for
+
     return replace(accelerator, rates=accelerator.rates or rates_for(accelerator.name), others=None)

@@ -13,12 +13,16 @@ DETECT_SCHEMA_VERSION = 1
 _INDENT = " " * 14
 
 
-def hardware_dict(hardware: Hardware, budget: Budget) -> dict[str, Any]:
-    """The machine and what may be used of it: the object `detect --json` prints, and `detect -o` writes."""
-    return {"schema_version": DETECT_SCHEMA_VERSION, **asdict(hardware), "budget": asdict(budget)}
+def hardware_dict(hardware: Hardware, budget: Budget | None) -> dict[str, Any]:
+    """The machine and what may be used of it: the object `detect --json` prints, and `detect -o` writes.
+
+    The budget is None where nothing is left to use.
+    """
+    usable = None if budget is None else asdict(budget)
+    return {"schema_version": DETECT_SCHEMA_VERSION, **asdict(hardware), "budget": usable}
 
 
-def hardware_text(hardware: Hardware, budget: Budget) -> str:
+def hardware_text(hardware: Hardware, budget: Budget | None) -> str:
     """The machine for a person: each memory, what is taken off it and why, and what is left to use."""
     lines = []
     for accelerator in hardware.accelerators:
@@ -27,15 +31,16 @@ def hardware_text(hardware: Hardware, budget: Budget) -> str:
     if not hardware.accelerators:
         lines.append("accelerator   none found: plans are for the CPU")
     lines += _host_lines(hardware.host)
-    lines += ["", "may be used"]
-    if budget.vram_bytes is not None:
-        lines += _budget_lines("VRAM", budget.vram_bytes, [d for d in budget.deductions if d.memory == "vram"])
-    lines += _budget_lines("RAM", budget.ram_bytes, [d for d in budget.deductions if d.memory == "ram"])
+    if budget is not None:
+        lines += ["", "may be used"]
+        if budget.vram_bytes is not None:
+            lines += _budget_lines("VRAM", budget.vram_bytes, [d for d in budget.deductions if d.memory == "vram"])
+        lines += _budget_lines("RAM", budget.ram_bytes, [d for d in budget.deductions if d.memory == "ram"])
     lines += [f"note: {note}" for note in hardware.notes]
     return "\n".join(lines)
 
 
-def hardware_markdown(hardware: Hardware, budget: Budget) -> str:
+def hardware_markdown(hardware: Hardware, budget: Budget | None) -> str:
     """The same as a block to paste into a bug report: nothing in it names the machine, its owner or its devices."""
     from vramplan._version import __version__
     from vramplan.redact import redact
@@ -65,7 +70,8 @@ def _facts(device: Accelerator) -> Iterator[str]:
         yield f"free by {sources} ({device.free_reason})"
     if device.own is not None:
         yield (
-            f"this process has a context there and {format_bytes(device.own.cached_bytes)} in torch's cache, "
+            f"this process has {format_bytes(device.own.allocated_bytes)} in tensors and "
+            f"{format_bytes(device.own.cached_bytes)} in torch's cache, "
             f"and may use {device.own.fraction:.0%} of the total"
         )
     if device.others:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from vramplan.hardware import make_budget
+from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Hardware
 from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_text
 
@@ -99,3 +99,42 @@ def check(hardware: Hardware) -> None:
     assert hardware_dict(hardware, budget)["schema_version"] == 1
     assert hardware_text(hardware, budget)
     assert hardware_markdown(hardware, budget)
+
+
+@pytest.mark.parametrize("name", ["amd-card", "docker-v1-host-path", "gh200", "intel-card", "host-nvme", "jetson-orin"])
+@pytest.mark.parametrize("method", ["read_text", "read_bytes", "glob", "exists", "is_dir", "resolve"])
+def test_what_may_not_be_read_is_not_there(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = machines.load(name)
+    machines.stand_up(machine, monkeypatch, tmp_path)
+    plain = getattr(Path, method)
+
+    def denied(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, denied)
+    hardware = detect()
+    monkeypatch.setattr(Path, method, plain)
+    check(hardware)
+
+
+def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import psutil
+
+    machines.stand_up(machines.load("cpu-server"), monkeypatch, tmp_path)
+    for name in ("virtual_memory", "swap_memory"):
+        monkeypatch.setattr(psutil, name, lambda: 1 / 0)
+    by_pages = detect().host
+    assert by_pages.total_bytes > by_pages.available_bytes > 0
+    assert by_pages.swap_total_bytes is None
+
+    def unknown(_: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr("os.sysconf", unknown)
+    nothing = detect()
+    assert nothing.host.total_bytes == 0
+    assert nothing.notes == ("host: how much memory there is could not be read: say how much may be used with --ram",)

@@ -38,7 +38,10 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
     Without the compute device `/dev/kfd` ROCm sees no card, so nothing is reported.
     """
     cards = _cards()
-    if not cards:
+    if cards and not torch_is_built_for("hip"):
+        # Most processors have a GPU that nobody means to compute on. A torch that could would count it too.
+        cards = [card for card in cards if not _is_built_in(card.path)]
+    elif not cards:
         yield from _through_torch(host)
         return
     if not os.access(at(_KFD), os.R_OK | os.W_OK):
@@ -139,7 +142,7 @@ class _Pool:
         self.shared = False
         self.doubt: str | None = None
         self.total = own = number(card.path / "mem_info_vram_total") or 0
-        self.reason = "the memory less what the driver counts as used, in the middle of three readings"
+        self.reason = "the middle of three readings"
         mapped = number(card.path / "mem_info_gtt_total") or 0
         if not self.built_in:
             return

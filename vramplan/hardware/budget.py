@@ -154,7 +154,9 @@ def _process_limit(device: Accelerator, host: Host) -> Deduction | None:
     allowed = int(device.total_bytes * device.own.fraction) - device.own.allocated_bytes
     reason = f"torch may use {device.own.fraction:.0%} of the total in this process (set_per_process_memory_fraction)"
     pool = min(_free(device), host.available_bytes) if device.unified else _free(device)
-    excess = max(0, pool - max(0, allowed))
+    excess = pool - max(0, allowed)
+    if excess <= 0:
+        return None
     return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason)
 
 
@@ -167,7 +169,7 @@ def _display(device: Accelerator) -> Deduction | None:
 
 
 def _context(device: Accelerator) -> Deduction | None:
-    if device.kind not in _CONTEXT_KINDS or device.own is not None:
+    if device.kind not in _CONTEXT_KINDS or (device.own is not None and device.own.has_context):
         return None
     reason = "the driver takes it when torch first uses the device (assumed, not measured)"
     return Deduction(memory="vram", name="driver context", size_bytes=_CONTEXT_BYTES, reason=reason)

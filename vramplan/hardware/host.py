@@ -12,7 +12,7 @@ from vramplan.hardware.disk import offload_folder, read_disk
 from vramplan.hardware.rooted import as_number, at, read, table
 from vramplan.hardware.system import is_windows, is_wsl, system_name
 from vramplan.hardware.types import Host
-from vramplan.units import KIB, MIB, format_bytes
+from vramplan.units import KIB, MIB
 
 __all__ = ["host_notes", "offload_folder", "read_host"]
 
@@ -65,9 +65,6 @@ def host_notes(host: Host) -> Iterator[str]:
             f"host: weights offloaded to {host.disk_filesystem} would stay in RAM: "
             "name a folder on a disk with VRAMPLAN_OFFLOAD"
         )
-    if host.pinned_limit_bytes is not None:
-        limit = format_bytes(host.pinned_limit_bytes)
-        yield f"host: about {limit} of RAM can be pinned for copies ({host.pinned_source})"
 
 
 def _memory() -> tuple[int, int]:

@@ -12,23 +12,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from vramplan.hardware.types import Measurement
 from vramplan.units import MIB
 
 Direction = Literal["host_to_device_pinned", "host_to_device_pageable", "device_to_host"]
-# 256 MiB is enough to hide the start of a copy (NVIDIA's bandwidthTest goes up to 64 MiB); 5 runs show a spread.
-_COPY_BYTES, _RUNS = 256 * MIB, 5
+# Enough to hide the start of a copy: NVIDIA's bandwidthTest copies 32 MiB. Five runs show a spread.
+_COPY_BYTES, _COPY_BYTES_WITHIN, _RUNS = 128 * MIB, 32 * MIB, 5
 # A product that keeps every unit of a large card busy (about 1.1 Tflop at 8192), and one a processor can do in time.
 _PRODUCT_SIDE = {"cpu": 1024}
 _PRODUCT_SIDE_ELSEWHERE = 8192
-_DISK_BYTES = 256 * MIB
-# One measurement stops here with the runs it has: all five are to take less than 3 s together.
-_SECONDS = 0.4
+_DISK_BYTES = 64 * MIB
+# A measurement starts no run after this time: all five, a warm-up each, are to take less than 3 s together.
+_SECONDS = 0.25
 
 
-def measure_copy(device: str, direction: Direction, *, size_bytes: int = _COPY_BYTES) -> Measurement:
+def measure_copy(device: str, direction: Direction, *, size_bytes: int | None = None) -> Measurement:
     """Bytes per second that one copy between host and device carries.
 
     Raises:
@@ -36,11 +36,12 @@ def measure_copy(device: str, direction: Direction, *, size_bytes: int = _COPY_B
     """
     import torch
 
-    pinned = direction != "host_to_device_pageable" and torch.device(device).type != "cpu"
-    there = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-    here = torch.ones(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+    is_host = torch.device(device).type == "cpu"
+    count = size_bytes or (_COPY_BYTES_WITHIN if is_host else _COPY_BYTES)
+    there = torch.empty(count, dtype=torch.uint8, device=device)
+    here = torch.ones(count, dtype=torch.uint8, pin_memory=direction != "host_to_device_pageable" and not is_host)
     source, target = (there, here) if direction == "device_to_host" else (here, there)
-    rates = _rates(lambda: target.copy_(source), torch, device, size_bytes)
+    rates = _rates(lambda: target.copy_(source), torch, device, count)
     return _measured(direction, "bytes/s", rates)
 
 
@@ -66,13 +67,20 @@ def measure_disk_read(folder: str | Path, *, size_bytes: int = _DISK_BYTES) -> M
         OSError: the folder cannot be written to, or is full.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".vramplan-measure-") as file:
-        block = os.urandom(MIB)  # disks and file systems that compress must not be flattered
-        for _ in range(size_bytes // MIB):
-            file.write(block)
+        written = _fill(file, size_bytes)
+        rates = _until_late(lambda: written / _read_once(file.name), runs=_RUNS)
+    return _measured("disk_read", "bytes/s", rates)
+
+
+def _fill(file: IO[bytes], size_bytes: int) -> int:
+    """The bytes written to the disk itself: fewer than asked for where it is slow. Random, as some disks compress."""
+    start, written = time.perf_counter(), 0
+    while written < size_bytes and (not written or time.perf_counter() - start < _SECONDS):
+        file.write(os.urandom(8 * MIB))
         file.flush()
         os.fsync(file.fileno())
-        rates = _until_late(lambda: size_bytes / _read_once(file.name), runs=3)
-    return _measured("disk_read", "bytes/s", rates)
+        written += 8 * MIB
+    return written
 
 
 def _read_once(name: str) -> float:

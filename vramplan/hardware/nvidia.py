@@ -225,7 +225,7 @@ def _believed(readings: Sequence[Reading], *, shared: bool) -> tuple[int | None,
         return None, None
     least = min(readings, key=lambda reading: reading.free_bytes)
     if len(readings) == 1:
-        return least.free_bytes, "the middle of three readings of the only source"
+        return least.free_bytes, "the middle of three readings"
     return least.free_bytes, f"the least of {len(readings)} sources"
 
 

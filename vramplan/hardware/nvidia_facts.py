@@ -33,7 +33,7 @@ def card_facts(nvml: Any, handle: Any, card: Any, *, is_part: bool) -> dict[str,
     A part of a card has its own name, the rest is its card's.
     """
     capability = _capability(nvml, card)
-    link = None if is_part and handle is card else pcie_link(nvml, card)
+    link = pcie_link(nvml, card)
     return {
         "name": text(ask(nvml, "nvmlDeviceGetName", handle))
         or text(ask(nvml, "nvmlDeviceGetName", card))

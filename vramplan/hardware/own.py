@@ -19,25 +19,28 @@ def running_torch(room: str) -> Any | None:
 
 
 def own_use(room: str, index: int, total_bytes: int) -> tuple[Own | None, tuple[Reading, ...]]:
-    """What this process has on the device, and what its driver calls free from here.
+    """What this process has on the device, and what its driver calls free from here; nothing where it has nothing.
 
-    Asking the driver of a device not yet in use would make a context, which takes hundreds of MiB: so only where
-    there is one.
+    Asking the driver of a device not yet in use would make a context there, which takes hundreds of MiB: so only
+    where tensors are, or were.
     """
     torch = running_torch(room)
     if torch is None or index >= _count(torch):
         return None, ()
-    allocated, cached, fraction = 0, 0, 1.0
+    allocated, reserved, fraction = 0, 0, 1.0
     readings: tuple[Reading, ...] = ()
     with suppress(Exception):
-        allocated = int(torch.memory_allocated(index))
-        cached = int(torch.memory_reserved(index)) - allocated
-    with suppress(Exception):  # older releases of torch do not say
+        allocated, reserved = int(torch.memory_allocated(index)), int(torch.memory_reserved(index))
+    with suppress(Exception):  # not every release says, nor every kind of device
         fraction = float(torch.get_per_process_memory_fraction(index))
-    with suppress(Exception):
-        free = int(torch.mem_get_info(index)[0])
-        readings = (Reading(source="torch", free_bytes=max(0, min(free, total_bytes))),)
-    return Own(allocated_bytes=allocated, cached_bytes=max(0, cached), fraction=fraction), readings
+    if not reserved and fraction >= 1:
+        return None, ()
+    if reserved:
+        with suppress(Exception):
+            free = int(torch.mem_get_info(index)[0])
+            readings = (Reading(source="torch", free_bytes=max(0, min(free, total_bytes))),)
+    cached = max(0, reserved - allocated)
+    return Own(has_context=reserved > 0, allocated_bytes=allocated, cached_bytes=cached, fraction=fraction), readings
 
 
 def own_identities(room: str) -> list[str] | None:

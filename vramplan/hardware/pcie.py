@@ -9,7 +9,7 @@ from vramplan.hardware.types import Pcie
 
 # Bytes per second one way on one lane, after line coding, by PCIe generation (PCI-SIG base specifications:
 # 8b/10b for 1 and 2, 128b/130b for 3 to 5, 242 of 256 bytes of a flit for 6).
-_LANE_RATES = {
+LANE_BYTES_PER_S = {
     1: 2.5e9 * 8 / 10 / 8,
     2: 5e9 * 8 / 10 / 8,
     3: 8e9 * 128 / 130 / 8,
@@ -29,7 +29,7 @@ def link_rate(link: Pcie | None) -> float | None:
     """
     if link is None:
         return None
-    lane = _LANE_RATES.get(link.max_generation or 0)
+    lane = LANE_BYTES_PER_S.get(link.max_generation or 0)
     width = link.width or link.max_width
     return lane * width if lane and width else None
 

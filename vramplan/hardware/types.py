@@ -87,13 +87,14 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
-    """What this very process already has on a device: its context, what its tensors hold, and what torch has cached.
+    """What this very process has on a device: a context or not, what its tensors hold, and what torch has cached.
 
     `fraction` is torch's limit on this process, as a share of the total.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    has_context: bool
     allocated_bytes: int
     cached_bytes: int
     fraction: float
