@@ -215,7 +215,7 @@ def test_markdown_on_the_command_line() -> None:
     assert refused.exit_code != 0
 
 
-def test_detecting_needs_no_torch_and_measuring_does(tmp_path: Path) -> None:
+def test_detecting_needs_no_torch() -> None:
     code = "import sys; from vramplan.cli import main; main({}); print('torch' in sys.modules, file=sys.stderr)"
     plain = subprocess.run(
         [sys.executable, "-c", code.format(["detect", "--json"])], capture_output=True, text=True, check=True
