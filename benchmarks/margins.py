@@ -38,7 +38,7 @@ def main(pipelines: tuple[str, ...], output: Path | None) -> None:
     for name in pipelines or PIPELINES:
         subject = subject_of(name, card)
         for size in CARD_GIB:
-            whole = replace(card, total_bytes=size * GIB, free_bytes=size * GIB, drives_display=False)
+            whole = replace(card, total_bytes=size * GIB, free_bytes=size * GIB, display=False)
             hardware = Hardware(accelerators=(whole,), host=host)
             before = make_budget(hardware, margin=str(max(int(0.06 * size * GIB), 512 * MIB)))
             now = make_budget(hardware)

@@ -115,13 +115,9 @@ class TestDetect:
     def test_json_has_the_keys_scripts_rely_on(self):
         found = json.loads(ok("detect", "--json").stdout)
         assert {"schema_version", "accelerators", "host", "budget"} <= set(found)
-        assert set(found["host"]) == {
-            "total_bytes",
-            "available_bytes",
-            "limit_bytes",
-            "limit_source",
-            "disk_free_bytes",
-        }
+        assert {"total_bytes", "available_bytes", "limit_bytes", "limit_source", "disk_free_bytes"} <= set(
+            found["host"]
+        )
         assert set(found["budget"]) == {"vram_bytes", "ram_bytes", "disk_bytes", "deductions"}
 
     def test_an_accelerator_has_the_keys_scripts_rely_on(self):

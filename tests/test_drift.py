@@ -20,7 +20,7 @@ from vramplan.planfile import Plan, dump_plan, parse_plan
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(
-    kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB, driver="570.1", drives_display=False
+    kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB, driver="570.1", display=False
 )
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
 MODULES = ("vramplan.machine", "vramplan.drift")

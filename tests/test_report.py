@@ -14,14 +14,13 @@ from vramplan.planfile import Settings
 from vramplan.planner.candidates import Refused
 from vramplan.report import (
     explain_text,
-    hardware_dict,
-    hardware_text,
     measured_text,
     plan_text,
     settings_text,
     to_json,
     to_yaml,
 )
+from vramplan.report_machine import hardware_dict, hardware_text
 from vramplan.units import GIB, MIB
 from vramplan.verify import Measured
 

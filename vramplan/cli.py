@@ -105,12 +105,14 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return add
 
 
+_FORMAT = "How to print."
+_json_option = click.option("--json", "as_json", cls=_Option, is_flag=True, help="Short for --format json.")
 _format_options = _options(
-    click.option("--format", "form", cls=_Option, type=click.Choice(FORMATS), default="auto", help="How to print."),
-    click.option("--json", "as_json", cls=_Option, is_flag=True, help="Short for --format json."),
+    click.option("--format", "form", cls=_Option, type=click.Choice(FORMATS), default="auto", help=_FORMAT),
+    _json_option,
 )
 _machine_options = _options(
-    click.option("--device", help="cpu, a device of this machine (cuda:1), or a device profile (rtx-4070)."),
+    click.option("--device", help="cpu, a device here (cuda:1), a device profile (rtx-4070), or a hardware.yaml."),
     click.option("--vram", help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
     click.option("--ram", help="RAM that may be used, likewise."),
     click.option("--margin", help="VRAM kept free on purpose."),
@@ -141,19 +143,37 @@ def main() -> None:
 
 @main.command()
 @_machine_options
-@_format_options
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file.")
-def detect(form: str, as_json: bool, output: str | None, **machine: str | None) -> None:
-    """Say what this machine has and what may be used of it."""
-    from vramplan.machine import choose_machine, known_budget
-    from vramplan.report import hardware_dict, hardware_text, to_yaml
+@click.option("--format", "form", cls=_Option, type=click.Choice((*FORMATS, "markdown")), default="auto", help=_FORMAT)
+@_json_option
+@click.option("--measure", is_flag=True, help="Measure copies, disk and products too. Loads torch; takes seconds once.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file, for --device.")
+def detect(form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None) -> None:
+    """Say what this machine has and what may be used of it.
 
-    hardware, accelerator = choose_machine(machine.pop("device"))
-    budget = known_budget(hardware, accelerator, machine)
+    --format markdown makes a block for a bug report, without names and identifiers.
+    """
+    from vramplan.machine import choose_machine, known_budget, measure_here
+    from vramplan.report import to_yaml
+    from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_text
+
+    hardware, accelerator = choose_machine(machine["device"])
+    if measure:
+        hardware = measure_here(hardware, accelerator, machine["device"])
+    machine.pop("device")
+    budget, full = None, None
+    try:
+        budget = known_budget(hardware, accelerator, machine)
+    except UsageError as error:
+        if any(machine.values()):
+            raise
+        full = error  # a machine with nothing left is still to be shown: who uses it is what one wants to know
     content = hardware_dict(hardware, budget)
     if output:
         _write(output, to_yaml(content) + "\n")
-    _print(content, lambda: hardware_text(hardware, budget), form, as_json=as_json)
+    show = hardware_markdown if form == "markdown" else hardware_text
+    _print(content, lambda: show(hardware, budget), form, as_json=as_json)
+    if full is not None:
+        raise full
 
 
 @main.command()

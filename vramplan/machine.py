@@ -1,4 +1,4 @@
-"""Which machine a plan is for: this one, a card of it, or one that a profile describes."""
+"""Which machine a plan is for: this one, a card of it, or one that a profile or a file describes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from vramplan.errors import UsageError
 from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.hardwarefile import is_hardware_file, load_hardware
 from vramplan.residuals import Basis
 from vramplan.units import format_bytes, parse_amount
 
@@ -20,7 +21,11 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
 
     Raises:
         UsageError: a device that this machine does not have and no profile describes.
+        VramplanError: a file that holds no machine.
     """
+    if isinstance(device, str) and is_hardware_file(device):
+        written = load_hardware(device)
+        return written, next(map(_private, written.accelerators), None)
     if isinstance(device, Hardware):
         return device, next(iter(device.accelerators), None)
     hardware = detect()
@@ -28,7 +33,7 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
         return replace(hardware, accelerators=()), None
     if device is None and not hardware.accelerators and vram is not None:
         card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
-        return replace(hardware, accelerators=(card,)), card
+        hardware = replace(hardware, accelerators=(card,))
     if device is None:
         return _read(hardware, next(iter(hardware.accelerators), None))
     for accelerator in hardware.accelerators:
@@ -58,6 +63,20 @@ def known_budget(
     )
 
 
+def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: str | None) -> Hardware:
+    """The machine with its speed, measured now or before.
+
+    Raises:
+        UsageError: the device is not in this machine, so that nothing can be measured.
+    """
+    from vramplan.hardware.measuring import measure_machine
+
+    names = ("cpu",) if accelerator is None else (accelerator.device, accelerator.kind, accelerator.uuid)
+    if device is not None and device not in names:
+        raise UsageError(f"--measure: {device} is not in this machine; leave --device out to measure what is")
+    return measure_machine(hardware, accelerator)
+
+
 def _any_card(size: int) -> Accelerator:
     name = f"a CUDA device of {format_bytes(size)}"
     return Accelerator(kind="cuda", index=0, name=name, total_bytes=size, free_bytes=size)
@@ -78,11 +97,18 @@ def _read(hardware: Hardware, accelerator: Accelerator | None) -> tuple[Hardware
     """This machine and a card of it, with its rates and what could not be read of earlier measurements."""
     from vramplan.calibration.learned import with_measured_rates
     from vramplan.calibration.store import read_store
-    from vramplan.profiles import rates_for
 
     if accelerator is None:
         return hardware, None
-    notes = read_store().notes
-    if accelerator.rates is None:
-        accelerator = with_measured_rates(replace(accelerator, rates=rates_for(accelerator.name)))
-    return replace(hardware, notes=(*hardware.notes, *notes)), accelerator
+    known = accelerator.rates is not None
+    card = _private(accelerator)
+    notes = (*hardware.notes, *read_store().notes)
+    return replace(hardware, notes=notes), card if known else with_measured_rates(card)
+
+
+def _private(accelerator: Accelerator) -> Accelerator:
+    """The card with what is known of its speed. Whose programs use it now is nobody else's business, and a plan may be
+    passed on."""
+    from vramplan.profiles import rates_for
+
+    return replace(accelerator, rates=accelerator.rates or rates_for(accelerator.name), others=None)

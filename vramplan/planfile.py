@@ -198,7 +198,7 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    content = _read_yaml(text, name)
+    content = read_plain_yaml(text, name)
     _check_schema(content, name)
     try:
         plan = TypeAdapter(Plan).validate_json(json.dumps(content, default=str), strict=True)
@@ -212,7 +212,12 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
     return plan
 
 
-def _read_yaml(text: str, name: str) -> Any:
+def read_plain_yaml(text: str, name: str) -> Any:
+    """The plain values that YAML text holds; `name` is what messages call it.
+
+    Raises:
+        VramplanError: not YAML, or more than plain values: tags, aliases, a key given twice.
+    """
     import yaml
 
     try:

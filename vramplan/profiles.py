@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vramplan.errors import UsageError, VramplanError
+from vramplan.hardware.pcie import LANE_BYTES_PER_S
 from vramplan.hardware.types import Accelerator, AcceleratorKind, Rates
 
 ProfileKind = Literal["pipelines", "devices"]
@@ -17,17 +18,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
 Profile = TypeVar("Profile", "PipelineProfile", "DeviceProfile")
 
-# Bytes per second that one lane carries one way: transfers per second x line coding / 8 bits
-# (PCI Express base specifications 1.0 to 5.0: 8b/10b up to generation 2, 128b/130b from 3 on).
-_LANE_BYTES_PER_S: Mapping[int, float] = {
-    1: 2.5e9 * 8 / 10 / 8,
-    2: 5e9 * 8 / 10 / 8,
-    3: 8e9 * 128 / 130 / 8,
-    4: 16e9 * 128 / 130 / 8,
-    5: 32e9 * 128 / 130 / 8,
-}
-
-# The fraction of that rate which copies from pinned host memory reach after protocol overhead. Assumed:
+# The fraction of a link's rate which copies from pinned host memory reach after protocol overhead. Assumed:
 # the usual measured fraction, as a profile stands for a link that nobody has measured.
 _LINK_EFFICIENCY = 0.8
 
@@ -119,7 +110,7 @@ class LinkProfile:
     @property
     def bytes_per_s(self) -> float:
         """What the link carries one way at best, in bytes per second."""
-        return _LANE_BYTES_PER_S[self.generation] * self.lanes
+        return LANE_BYTES_PER_S[self.generation] * self.lanes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

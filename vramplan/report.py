@@ -8,7 +8,6 @@ from dataclasses import asdict
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from vramplan.simulator.types import Simulation
     from vramplan.verify import Measured
 
-DETECT_SCHEMA_VERSION = 1
 SIMULATE_SCHEMA_VERSION = 1
 CALIBRATE_SCHEMA_VERSION = 1
 _NUMERIC = ("peak", "workspace", "weights", "activations", "projected", "measured", "difference")
@@ -33,50 +31,6 @@ def to_yaml(value: Any) -> str:
     import yaml
 
     return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True).rstrip()
-
-
-def hardware_dict(hardware: Hardware, budget: Budget) -> dict[str, Any]:
-    """The machine and what may be used of it: the object `detect --json` prints."""
-    content = asdict(hardware)
-    return {
-        "schema_version": DETECT_SCHEMA_VERSION,
-        **content,
-        "budget": asdict(budget),
-    }
-
-
-def hardware_text(hardware: Hardware, budget: Budget) -> str:
-    """The machine for a person: each memory, what is taken off it and why, and what is left to use."""
-    lines = []
-    for accelerator in hardware.accelerators:
-        lines.append(_accelerator_line(accelerator))
-    if not hardware.accelerators:
-        lines.append("accelerator   none found: plans are for the CPU")
-    host = hardware.host
-    lines.append(f"RAM           {format_bytes(host.total_bytes)}, {format_bytes(host.available_bytes)} available")
-    if host.limit_bytes is not None:
-        lines.append(f"RAM limit     {format_bytes(host.limit_bytes)} ({host.limit_source})")
-    if host.disk_free_bytes is not None:
-        lines.append(f"disk          {format_bytes(host.disk_free_bytes)} free where weights may be offloaded to")
-    lines += ["", "may be used"]
-    if budget.vram_bytes is not None:
-        lines += _budget_lines("VRAM", budget.vram_bytes, [d for d in budget.deductions if d.memory == "vram"])
-    lines += _budget_lines("RAM", budget.ram_bytes, [d for d in budget.deductions if d.memory == "ram"])
-    lines += [f"note: {note}" for note in hardware.notes]
-    return "\n".join(lines)
-
-
-def _accelerator_line(accelerator: Accelerator) -> str:
-    free = "free unknown" if accelerator.free_bytes is None else f"{format_bytes(accelerator.free_bytes)} free"
-    shared = ", shared with the CPU" if accelerator.unified else ""
-    return f"{accelerator.device:<13} {accelerator.name}: {format_bytes(accelerator.total_bytes)}, {free}{shared}"
-
-
-def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> Iterable[str]:
-    yield f"  {memory:<5} {format_bytes(count):>10}"
-    for item in deductions:
-        sign = "less" if item.size_bytes >= 0 else "plus"
-        yield f"        {sign} {format_bytes(abs(item.size_bytes))} {item.name}: {item.reason}"
 
 
 def plan_text(plan: Plan) -> str:

@@ -43,7 +43,7 @@ def test_enough_plans_of_the_same_pipeline_replace_them() -> None:
 
 def test_better_measurements_tighten_the_margin_to_nothing() -> None:
     keep(*(call(number, -0.01) for number in range(needed())))
-    budget = known_budget(MACHINE, replace(CARD, drives_display=False), {}, pipeline=PIPELINE)
+    budget = known_budget(MACHINE, replace(CARD, display=False), {}, pipeline=PIPELINE)
     assert {item.name: item.size_bytes for item in budget.deductions if item.memory == "vram"} == {
         "driver context": 512 * MIB,
         "margin": 0,

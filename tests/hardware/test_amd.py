@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.hardware import Accelerator, Host, amd
+from vramplan.hardware import Accelerator, Host, Reading, amd, rooted, spaced
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=64 * GIB, available_bytes=48 * GIB)
@@ -12,9 +12,10 @@ DISCRETE, BUILT_IN = bytes([136, 0, 1, 3]), bytes([128, 0, 2, 2])
 class Sysfs:
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.drm = root / "class" / "drm"
+        self.drm = root / "sys" / "class" / "drm"
         self.drm.mkdir(parents=True)
-        self.kfd = root / "kfd"
+        self.kfd = root / "dev" / "kfd"
+        self.kfd.parent.mkdir()
         self.kfd.touch()
 
     def card(self, number: int, address: str, metrics: bytes | None = DISCRETE, **files: object) -> None:
@@ -30,13 +31,15 @@ class Sysfs:
         (self.drm / f"card{number}" / "device").symlink_to(device)
 
     def probe(self) -> list[Accelerator | str]:
-        return list(amd.probe(HOST, drm=self.drm, kfd=self.kfd))
+        return list(amd.probe(HOST))
 
 
 @pytest.fixture
 def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sysfs:
     for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(rooted, "ROOT", tmp_path)
+    monkeypatch.setattr(spaced, "SECONDS", 0.0)
     return Sysfs(tmp_path)
 
 
@@ -50,6 +53,8 @@ def test_a_discrete_card(sysfs: Sysfs) -> None:
             uuid="GPU-5d3f",
             total_bytes=24 * GIB,
             free_bytes=22 * GIB,
+            free_readings=(Reading(source="amdgpu vram", free_bytes=22 * GIB),),
+            free_reason="the middle of three readings",
         )
     ]
 
@@ -61,8 +66,16 @@ def test_a_card_that_tells_little(sysfs: Sysfs) -> None:
     assert (card.name, card.uuid, card.free_bytes) == ("AMD GPU 0x744c", None, None)
 
 
-def test_what_is_no_discrete_amd_card_is_left_out(sysfs: Sysfs) -> None:
-    sysfs.card(0, "0000:0a:00.0", metrics=BUILT_IN, mem_info_vram_total=GIB // 2)
+def test_a_processors_gpu_is_a_device_too(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm counts it, so leaving it out would shift the numbers of the others."""
+    monkeypatch.setattr(amd, "torch_is_built_for", lambda backend: backend == "hip")
+    sysfs.card(0, "0000:0a:00.0", metrics=BUILT_IN, mem_info_vram_total=GIB // 2, mem_info_gtt_total=8 * GIB)
+    note, card = sysfs.probe()
+    assert "up to 8.00 GiB of the host's memory" in note
+    assert (card.total_bytes, card.unified) == (GIB // 2, False)
+
+
+def test_what_is_no_amd_card_is_left_out(sysfs: Sysfs) -> None:
     sysfs.card(1, "0000:0b:00.0", vendor="0x10de")
     sysfs.card(2, "0000:0c:00.0", mem_info_vram_total="")
     (sysfs.drm / "card0-DP-1").mkdir()
@@ -107,5 +120,6 @@ def test_hidden_cards_are_left_out(
     assert [card.index for card in found] == list(range(len(names)))
 
 
-def test_no_drm_at_all(tmp_path: Path) -> None:
-    assert list(amd.probe(HOST, drm=tmp_path / "none", kfd=tmp_path / "none")) == []
+def test_no_drm_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooted, "ROOT", tmp_path)
+    assert list(amd.probe(HOST)) == []

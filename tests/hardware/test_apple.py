@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vramplan.hardware import Accelerator, Host, apple
+from vramplan.hardware import Accelerator, Host, Reading, apple
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)
@@ -14,6 +14,7 @@ HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)
 def mac(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(apple, "metal_working_set", lambda: None)
 
     def answer(output: str) -> None:
         result = subprocess.CompletedProcess([], 0, stdout=output, stderr="")
@@ -40,6 +41,10 @@ def test_a_mac_shares_its_memory(mac: Callable[[str], None]) -> None:
         total_bytes=32 * GIB * 2 // 3,
         free_bytes=20 * GIB,
         unified=True,
+        architecture="M2 Max",
+        native=("float32", "float16", "bfloat16"),
+        free_readings=(Reading(source="available on the host", free_bytes=20 * GIB),),
+        free_reason="the memory is the host's",
     )
 
 
@@ -58,6 +63,19 @@ def test_without_sysctl_the_share_is_assumed(mac: Callable[[str], None], monkeyp
     _, card = apple.probe(HOST)
     assert isinstance(card, Accelerator)
     assert card.name == "Apple GPU"
+
+
+def test_metals_own_answer_is_believed(mac: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    mac("machdep.cpu.brand_string: Apple M2 Max\n")
+    monkeypatch.setattr(apple, "metal_working_set", lambda: 24 * GIB)
+    (card,) = apple.probe(HOST)
+    assert isinstance(card, Accelerator)
+    assert card.total_bytes == 24 * GIB
+
+
+@pytest.mark.skipif(platform.system() == "Darwin", reason="there, Metal answers")
+def test_without_metal_there_is_no_answer() -> None:
+    assert apple.metal_working_set() is None
 
 
 @pytest.mark.parametrize(("memory", "usable_mib"), [(16, 10922), (32, 21845), (64, 49152)])

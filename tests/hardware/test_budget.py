@@ -58,7 +58,7 @@ def test_without_more_known_the_margin_is_that_of_published_simulated_peaks() ->
 
 @pytest.mark.parametrize(("draws", "kept"), [(True, OTHERS), (None, OTHERS), (False, None)])
 def test_other_programs_need_nothing_of_a_card_that_draws_no_desktop(draws: bool | None, kept: int | None) -> None:
-    budget = make_budget(with_card(drives_display=draws), error=ERROR)
+    budget = make_budget(with_card(display=draws), error=ERROR)
     assert sizes(budget, "vram").get("other programs") == kept
 
 
@@ -70,7 +70,7 @@ def test_a_measured_context_takes_the_place_of_the_assumed_one() -> None:
 
 def test_what_the_pipeline_holds_already_is_given_back_before_the_margin_is_taken() -> None:
     """A pipeline that fills its card is no full card, and its projection may be as far off as any."""
-    full = with_card(free_bytes=1 * GIB, drives_display=False)
+    full = with_card(free_bytes=1 * GIB, display=False)
     budget = make_budget(full, error=ERROR, held_vram_bytes=19 * GIB, held_ram_bytes=GIB)
     rest = 20 * GIB - 512 * MIB
     assert sizes(budget, "vram")["this pipeline"] == -19 * GIB
@@ -200,7 +200,7 @@ def machines(draw: st.DrawFn) -> Hardware:
         total_bytes=total,
         free_bytes=draw(st.none() | st.integers(0, total)),
         unified=draw(st.booleans()),
-        drives_display=draw(st.none() | st.booleans()),
+        display=draw(st.none() | st.booleans()),
     )
     available = draw(st.integers(0, limit or host_total))
     host = Host(total_bytes=host_total, available_bytes=available, limit_bytes=limit)

@@ -1,11 +1,11 @@
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from vramplan.hardware import rooted
 from vramplan.hardware.host import read_host
 from vramplan.hardware.types import Host
 from vramplan.units import GIB
@@ -24,13 +24,14 @@ class Tree:
     """A /proc/self/cgroup and a /sys/fs/cgroup made of files."""
 
     def __init__(self, root: Path) -> None:
-        self.self_cgroup = root / "self"
-        self.mount = root / "mount"
-        self.mount.mkdir()
+        self.self_cgroup = root / "proc/self/cgroup"
+        self.self_cgroup.parent.mkdir(parents=True)
+        self.mount = root / "sys/fs/cgroup"
+        self.mount.mkdir(parents=True)
 
     def read(self, *lines: str) -> Host:
         self.self_cgroup.write_text("".join(f"{line}\n" for line in lines))
-        return memory_of(read_host(self_cgroup=self.self_cgroup, mount=self.mount))
+        return memory_of(read_host())
 
     def v2(self, group: str, *, inactive: int = 0, **files: object) -> None:
         self._write(self.mount / group, "memory.", files, f"anon 5\ninactive_file {inactive}\n")
@@ -49,20 +50,27 @@ class Tree:
 
 
 def memory_of(host: Host) -> Host:
-    """Without the disk, which is what it is."""
-    return replace(host, disk_free_bytes=None)
+    """Without the rest, which is what it is."""
+    return Host(
+        total_bytes=host.total_bytes,
+        available_bytes=host.available_bytes,
+        limit_bytes=host.limit_bytes,
+        limit_source=host.limit_source,
+    )
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Tree:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    monkeypatch.setattr(rooted, "ROOT", tmp_path)
     return Tree(tmp_path)
 
 
 UNLIMITED = Host(total_bytes=TOTAL, available_bytes=AVAILABLE)
 
 
-def test_without_control_groups_the_machine_is_all_there_is(tmp_path: Path) -> None:
-    assert memory_of(read_host(self_cgroup=tmp_path / "none", mount=tmp_path / "none")) == UNLIMITED
+def test_without_control_groups_the_machine_is_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooted, "ROOT", tmp_path / "none")
+    assert memory_of(read_host()) == UNLIMITED
 
 
 def test_the_disk_is_the_one_that_weights_would_go_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,22 @@ UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33"]
         ("0,GPU-bb33", [0]),
         ("GPU-b,GPU-bb", []),
         ("MIG-1234", []),
+        ("MIG-GPU-aa11/1/0", []),
+        ("GPU-aa11,MIG-cc44", [0]),
+        ("0" * 400, []),
         ("NoDevFiles", []),
     ],
 )
 def test_the_list_is_read_as_the_driver_reads_it(text: str | None, positions: list[int]) -> None:
     assert visible_positions(text, UUIDS) == positions
+
+
+@pytest.mark.parametrize(
+    ("text", "positions"),
+    [("MIG-bb,MIG-aa", [1, 0]), ("MIG-aa11,GPU-cc", [0]), ("MIG-aa11,0", [0]), ("MIG-GPU-cc/1/0", [3]), ("1", [1])],
+)
+def test_instances_are_named_likewise(text: str, positions: list[int]) -> None:
+    assert visible_positions(text, ["MIG-aa11", "MIG-bb22", "GPU-cc33", "MIG-GPU-cc/1/0"]) == positions
 
 
 def test_a_device_without_identifier_cannot_be_named() -> None:

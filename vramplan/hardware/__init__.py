@@ -2,6 +2,6 @@
 
 from vramplan.hardware.budget import make_budget
 from vramplan.hardware.detect import detect
-from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host, Rates
+from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host, Rates, Reading
 
-__all__ = ["Accelerator", "Budget", "Deduction", "Hardware", "Host", "Rates", "detect", "make_budget"]
+__all__ = ["Accelerator", "Budget", "Deduction", "Hardware", "Host", "Rates", "Reading", "detect", "make_budget"]

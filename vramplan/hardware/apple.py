@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 from collections.abc import Iterator
 
-from vramplan.hardware.types import Accelerator, Host
+from vramplan.hardware.rooted import as_number
+from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import GIB, MIB
 
 _KEYS = ("machdep.cpu.brand_string", "iogpu.wired_limit_mb")
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
-    """The Mac's GPU, with a note that its share of the memory is assumed; nothing elsewhere."""
+    """The Mac's GPU and how much of the memory Metal recommends to use; nothing elsewhere."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return
     answers = _sysctl()
-    limit = int(answers.get("iogpu.wired_limit_mb", "0")) * MIB
-    total = limit or working_set(host.total_bytes)
-    if not limit:
+    # The owner's limit comes first: Metal may have been asked before it was set.
+    limit = (as_number(answers.get("iogpu.wired_limit_mb")) or 0) * MIB
+    total = limit or metal_working_set() or working_set(host.total_bytes)
+    if total == working_set(host.total_bytes) and not limit:
         yield "apple: the GPU's share of memory is assumed; torch.mps.recommended_max_memory() tells Metal's"
+    total = min(total, host.total_bytes) or total
+    available = Reading(source="available on the host", free_bytes=min(total, host.available_bytes))
+    name = answers.get("machdep.cpu.brand_string") or "Apple GPU"
     yield Accelerator(
         kind="mps",
         index=0,
-        name=answers.get("machdep.cpu.brand_string", "Apple GPU"),
+        name=name,
         total_bytes=total,
-        free_bytes=min(total, host.available_bytes),
+        free_bytes=available.free_bytes,
         unified=True,
+        architecture=name.removeprefix("Apple ") if name.startswith("Apple M") else None,
+        native=_native(name),
+        free_readings=(available,),
+        free_reason="the memory is the host's",
     )
 
 
@@ -42,11 +52,44 @@ def working_set(memory_bytes: int) -> int:
     return memory_bytes * 3 // 4 if memory_bytes >= 64 * GIB else memory_bytes * 2 // 3
 
 
+def metal_working_set() -> int | None:
+    """What Metal itself recommends, asked through the Objective-C run-time; None where it does not answer.
+
+    Programs without a window must load CoreGraphics first, or there is no device
+    (https://developer.apple.com/documentation/metal/mtlcreatesystemdefaultdevice()).
+    """
+    try:
+        ctypes.CDLL("/System/Library/Frameworks/CoreGraphics.framework/CoreGraphics")
+        metal = ctypes.CDLL("/System/Library/Frameworks/Metal.framework/Metal")
+        runtime = ctypes.CDLL("/usr/lib/libobjc.A.dylib")
+        metal.MTLCreateSystemDefaultDevice.restype = ctypes.c_void_p
+        runtime.sel_registerName.restype = ctypes.c_void_p
+        runtime.objc_msgSend.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        runtime.objc_msgSend.restype = ctypes.c_uint64
+        device = metal.MTLCreateSystemDefaultDevice()
+        if not device:
+            return None
+        return int(runtime.objc_msgSend(device, runtime.sel_registerName(b"recommendedMaxWorkingSetSize"))) or None
+    except (OSError, AttributeError, ctypes.ArgumentError):
+        return None
+
+
+def _native(name: str) -> tuple[str, ...]:
+    """bfloat16 came with Metal 3.1, in hardware from the M2 on; no chip computes in float8.
+
+    https://developer.apple.com/metal/Metal-Shading-Language-Specification.pdf, and philipturner/metal-flash-attention
+    on the emulation of bfloat16 on the M1.
+    """
+    if not name.startswith("Apple M"):
+        return ("float32", "float16")
+    return ("float32", "float16") if name.split()[1] == "M1" else ("float32", "float16", "bfloat16")
+
+
 def _sysctl() -> dict[str, str]:
     """The keys that this system knows, with their values; a wired limit of 0 is the system's own choice."""
     try:
         result = subprocess.run(["/usr/sbin/sysctl", *_KEYS], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     pairs = (line.partition(": ") for line in result.stdout.splitlines())
     return {key: value.strip() for key, _, value in pairs}

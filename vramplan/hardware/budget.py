@@ -109,7 +109,9 @@ def _ram_bytes(host: Host, amount: str | None, taken: list[Deduction]) -> int:
 
 
 def _disk_bytes(host: Host) -> int | None:
-    """What is free, less what offloading leaves free."""
+    """What is free, less what offloading leaves free; nothing where the disk is RAM in truth."""
+    if host.disk_in_memory:
+        return 0
     return None if host.disk_free_bytes is None else max(0, host.disk_free_bytes - DISK_LEFT_FREE)
 
 
@@ -142,7 +144,8 @@ def _present(items: list[Deduction | None]) -> list[Deduction]:
 
 def _vram_deductions(device: Accelerator, host: Host, context_bytes: int | None, held_bytes: int) -> list[Deduction]:
     given = _given_back("vram", held_bytes)
-    return _present([_unknown_free(device), _host_share(device, host), _context(device, context_bytes), given])
+    shared = [_unknown_free(device), _host_share(device, host), _process_limit(device, host)]
+    return _present([*shared, _context(device, context_bytes), given])
 
 
 def _given_back(memory: Literal["vram", "ram"], held_bytes: int) -> Deduction | None:
@@ -169,8 +172,21 @@ def _host_share(device: Accelerator, host: Host) -> Deduction | None:
     return Deduction(memory="vram", name="in use by the host", size_bytes=excess, reason=reason)
 
 
+def _process_limit(device: Accelerator, host: Host) -> Deduction | None:
+    """What is free but torch may not take, by the share of the total that the program set for itself."""
+    if device.own is None or device.own.fraction >= 1:
+        return None
+    allowed = int(device.total_bytes * device.own.fraction) - device.own.allocated_bytes
+    reason = f"torch may use {device.own.fraction:.0%} of the total in this process (set_per_process_memory_fraction)"
+    pool = min(_free(device), host.available_bytes) if device.unified else _free(device)
+    excess = pool - max(0, allowed)
+    if excess <= 0:
+        return None
+    return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason)
+
+
 def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | None:
-    if device.kind not in _CONTEXT_KINDS:
+    if device.kind not in _CONTEXT_KINDS or (device.own is not None and device.own.has_context):
         return None
     size = _CONTEXT_BYTES if measured_bytes is None else measured_bytes
     known = "assumed, not measured: `vramplan calibrate`" if measured_bytes is None else "measured on this machine"
@@ -194,9 +210,9 @@ def _kept_free(device: Accelerator, margin: str | None, error: ProjectionError, 
 
 def _others(device: Accelerator) -> Deduction | None:
     """What a desktop may take more of; nothing on a card that draws none."""
-    if device.drives_display is False:
+    if device.display is False:
         return None
-    drawn = "a desktop is drawn on this card" if device.drives_display else "whether it draws a desktop is not known"
+    drawn = "a desktop is drawn on this card" if device.display else "whether it draws a desktop is not known"
     reason = f"a desktop, a browser or another program may need it while the pipeline runs: {drawn}"
     return Deduction(memory="vram", name="other programs", size_bytes=_OTHERS_BYTES, reason=reason)
 

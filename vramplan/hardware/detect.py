@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from vramplan.hardware import amd, apple, nvidia
-from vramplan.hardware.host import read_host
+from vramplan.hardware import amd, apple, intel, nvidia
+from vramplan.hardware.host import host_notes, read_host
 from vramplan.hardware.types import Accelerator, Hardware, Host
 
 # A probe gives the accelerators it found and, as text, what it could not read. A new vendor is one more name.
 Probe = Callable[[Host], Iterator[Accelerator | str]]
-PROBES: tuple[Probe, ...] = (nvidia.probe, amd.probe, apple.probe)
+PROBES: tuple[Probe, ...] = (nvidia.probe, amd.probe, intel.probe, apple.probe)
 
 
 def detect() -> Hardware:
     """What this machine has now. Missing hardware is no error; what could not be read is in the notes."""
     host = read_host()
     found = [item for probe in PROBES for item in _survive(probe, host)]
+    accelerators = tuple(item for item in found if isinstance(item, Accelerator))
+    nodes = frozenset(device.memory_node for device in accelerators if device.memory_node is not None)
+    host = read_host(nodes) if nodes else host
     return Hardware(
-        accelerators=tuple(item for item in found if isinstance(item, Accelerator)),
+        accelerators=accelerators,
         host=host,
-        notes=tuple(item for item in found if isinstance(item, str)),
+        notes=(*(item for item in found if isinstance(item, str)), *host_notes(host)),
     )
 
 

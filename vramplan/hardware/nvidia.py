@@ -1,166 +1,249 @@
-"""NVIDIA cards, read through NVML: no CUDA context is made, so what is free stays free."""
+"""NVIDIA cards and what is split off them, read through NVML: no CUDA context is made, so what is free stays free."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vramplan.hardware.types import Accelerator, Host
-from vramplan.hardware.visible import visible_positions
-from vramplan.units import MIB
+from vramplan.hardware.common import in_common
+from vramplan.hardware.nvidia_facts import card_facts
+from vramplan.hardware.nvidia_nvml import ask, import_nvml, opened, text, whole
+from vramplan.hardware.nvidia_order import Order, Unit, cuda_order
+from vramplan.hardware.own import own_use
+from vramplan.hardware.rooted import at, exists
+from vramplan.hardware.spaced import middle, moved, spaced
+from vramplan.hardware.system import is_wsl
+from vramplan.hardware.types import Accelerator, Host, Reading
+from vramplan.units import MIB, format_bytes
 
-# Bytes per second one way on one lane, after line coding, by PCIe generation (PCI-SIG base specifications:
-# 8b/10b for 1 and 2, 128b/130b for 3 to 5, 242 of 256 bytes of a flit for 6).
-_LANE_RATES = {
-    1: 2.5e9 * 8 / 10 / 8,
-    2: 5e9 * 8 / 10 / 8,
-    3: 8e9 * 128 / 130 / 8,
-    4: 16e9 * 128 / 130 / 8,
-    5: 32e9 * 128 / 130 / 8,
-    6: 64e9 * 242 / 256 / 8,
-}
+_KERNEL_DRIVER = "/proc/driver/nvidia/version"
+_MOST_BYTES = 1 << 50  # a petabyte: what is more, or less than nothing, is no memory but a wrong answer
 
-_KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """A card or a MIG instance: its handle, the handle of its card, and its place on the bus."""
+
+    handle: Any
+    card: Any
+    bus: str
+    name: Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Memory:
+    """Bytes in all and, in each reading, free; `shared` where it is the host's."""
+
+    total: int
+    free: list[int | None]
+    shared: bool
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
-    """The NVIDIA cards this process will see, in CUDA's numbering, and notes on what could not be read."""
+    """The NVIDIA devices this process will see, in CUDA's numbering, and notes on what could not be read."""
     try:
-        nvml = _import_nvml()
+        nvml = import_nvml()
     except ImportError:
         yield "nvidia: the module pynvml is missing, no card was looked for: pip install nvidia-ml-py"
         return
     try:
-        nvml.nvmlInit()
+        with opened(nvml):
+            yield from _devices(nvml, host)
+    except nvml.NVMLError_LibraryNotFound:
+        yield from _without_library(host)
     except nvml.NVMLError as error:
-        yield from _no_driver(nvml, error)
-        return
-    try:
-        yield from _cards(nvml, host)
-    except nvml.NVMLError as error:
-        yield f"nvidia: the cards could not be listed ({error})"
-    finally:
-        with suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
-
-
-def _import_nvml() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the retired package of the same module name warns when imported
-        import pynvml
-    return pynvml
-
-
-def _no_driver(nvml: Any, error: Exception) -> Iterator[str]:
-    """Nothing where there is no driver at all: most machines have none, and that is no fault."""
-    if not isinstance(error, nvml.NVMLError_LibraryNotFound):
         yield f"nvidia: the driver does not answer ({error}); see whether nvidia-smi works"
-    elif _KERNEL_DRIVER.exists():
+
+
+def _without_library(host: Host) -> Iterator[Accelerator | str]:
+    """A Jetson, whose older systems have no NVML; else nothing, as most machines have no NVIDIA driver."""
+    from vramplan.hardware.nvidia_jetson import jetson
+
+    board = jetson(host)
+    if board is not None:
+        yield board
+    elif exists(at(_KERNEL_DRIVER)):
         yield (
             "nvidia: a driver is loaded but its library libnvidia-ml was not found; "
             "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
         )
 
 
-def _cards(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    uuids = [_uuid(nvml, position) for position in range(nvml.nvmlDeviceGetCount())]
-    positions = visible_positions(wanted, uuids)
-    yield from _doubts(wanted, len(uuids), len(positions))
-    for index, position in enumerate(positions):
-        try:
-            yield _card(nvml, host, nvml.nvmlDeviceGetHandleByIndex(position), index)
-        except nvml.NVMLError as error:
-            yield f"nvidia: card {index} could not be read ({error}); it is left out"
+def _devices(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
+    units = _units(nvml)
+    order = cuda_order([unit.name for unit in units])
+    yield from order.notes
+    yield from _nothing_visible(nvml, units, order)
+    wanted = sorted({position for candidates in order.candidates for position in candidates})
+    memories, lost = _memories(nvml, host, [units[position] for position in wanted])
+    known = dict(zip(wanted, memories, strict=True))
+    for index, candidates in enumerate(order.candidates):
+        found = [
+            _device(nvml, host, units[position], memory, index)
+            for position in candidates
+            if (memory := known[position]) is not None
+        ]
+        if not found:
+            yield f"nvidia: card {index} could not be read ({lost}); it is left out"
+            continue
+        device = in_common(found)
+        yield from _remarks(nvml, device, [known[position] for position in candidates], units[candidates[0]])
+        yield device
 
 
-def _uuid(nvml: Any, position: int) -> str | None:
-    handle = _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, position)
-    return _text(_ask(nvml, nvml.nvmlDeviceGetUUID, handle)) if handle is not None else None
+def _units(nvml: Any) -> list[_Unit]:
+    """Every whole card, and every instance of those that are split, in PCI order. Raises NVMLError."""
+    cards = [_Card(nvml, position) for position in range(whole(nvml.nvmlDeviceGetCount(), most=1024) or 0)]
+    return [unit for card in sorted(cards, key=lambda card: card.bus) for unit in card.units()]
 
 
-def _doubts(wanted: str | None, count: int, visible: int) -> Iterator[str]:
-    """Notes on where NVML and CUDA may not speak of the same cards."""
-    named = (wanted or "").startswith("GPU-")
-    if "MIG-" in (wanted or ""):
-        yield "nvidia: CUDA_VISIBLE_DEVICES names a MIG instance; MIG instances are not read yet"
-    # One visible card is in doubt too: CUDA_VISIBLE_DEVICES=1 counts in CUDA's order, and identifiers do not.
-    if visible and count > 1 and not named and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+class _Card:
+    """One card of NVML's, which may be split."""
+
+    def __init__(self, nvml: Any, position: int) -> None:
+        self.nvml = nvml
+        self.handle = ask(nvml, "nvmlDeviceGetHandleByIndex", position)
+        pci = ask(nvml, "nvmlDeviceGetPciInfo", self.handle)
+        # Without an address the cards stay in NVML's order, which is the bus' too as far as is known.
+        self.bus = (text(getattr(pci, "busId", None)) or f"{position:08}").lower()
+        self.uuid = text(ask(nvml, "nvmlDeviceGetUUID", self.handle))
+
+    def units(self) -> list[_Unit]:
+        mode = ask(self.nvml, "nvmlDeviceGetMigMode", self.handle)
+        if not (isinstance(mode, Sequence) and mode and mode[0] == 1):
+            return [_Unit(handle=self.handle, card=self.handle, bus=self.bus, name=Unit(uuid=self.uuid))]
+        count = whole(ask(self.nvml, "nvmlDeviceGetMaxMigDeviceCount", self.handle), most=64) or 0
+        found = (ask(self.nvml, "nvmlDeviceGetMigDeviceHandleByIndex", self.handle, slot) for slot in range(count))
+        return [self._part(handle) for handle in found if handle is not None]
+
+    def _part(self, handle: Any) -> _Unit:
+        group = ask(self.nvml, "nvmlDeviceGetGpuInstanceId", handle)
+        compute = ask(self.nvml, "nvmlDeviceGetComputeInstanceId", handle)
+        name = Unit(
+            uuid=text(ask(self.nvml, "nvmlDeviceGetUUID", handle)),
+            is_part=True,
+            old_name=f"MIG-{self.uuid}/{group}/{compute}",
+        )
+        return _Unit(handle=handle, card=self.handle, bus=self.bus, name=name)
+
+
+def _nothing_visible(nvml: Any, units: Sequence[_Unit], order: Order) -> Iterator[str]:
+    """Why there is no device although there are cards: a variable, or MIG mode without an instance."""
+    if units and not order.candidates and not order.notes:
+        text = os.environ.get("CUDA_VISIBLE_DEVICES")
+        told = f"CUDA_VISIBLE_DEVICES={text}" if text is not None else "CUDA itself"
+        yield f"nvidia: {told} shows none of the {len(units)} device(s) here"
+    count = whole(ask(nvml, "nvmlDeviceGetCount"), most=1024) or 0
+    if not units and count:
         yield (
-            f"nvidia: the {count} cards are numbered in PCI bus order here, but CUDA puts the fastest first, "
-            "so an index may mean another card: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+            f"nvidia: all of the {count} card(s) are in MIG mode and have no instance this process may use: "
+            "make one with nvidia-smi mig, or switch MIG off"
         )
 
 
-def _card(nvml: Any, host: Host, handle: Any, index: int) -> Accelerator | str:
-    """The card; a note where it is one that cannot be planned for. An unreadable memory is an NVMLError."""
-    name = _text(_ask(nvml, nvml.nvmlDeviceGetName, handle)) or "NVIDIA GPU"
-    mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
-    if mode and mode[0]:
-        return f"nvidia: {name} (card {index}) is split into MIG instances, which are not read yet"
-    total, free, unified = _memory(nvml, host, handle)
-    return Accelerator(
-        kind="cuda",
-        index=index,
-        name=name,
-        uuid=_text(_ask(nvml, nvml.nvmlDeviceGetUUID, handle)),
-        total_bytes=total,
-        free_bytes=free,
-        unified=unified,
-        driver=_text(_ask(nvml, nvml.nvmlSystemGetDriverVersion)),
-        link_bytes_per_s=_link_rate(nvml, handle),
-        drives_display=_drives_display(nvml, handle),
-    )
+def _memories(nvml: Any, host: Host, units: Sequence[_Unit]) -> tuple[list[_Memory | None], str]:
+    """The memory of each unit, read several times in rounds, None for a lost one; and what the last loss was."""
+    losses = ["it does not answer"]
+
+    def once() -> list[_Memory | None]:
+        return [_memory(nvml, host, unit, losses) for unit in units]
+
+    rounds = spaced(once) if units else []
+    together = []
+    for readings in zip(*rounds, strict=True):
+        good = [reading for reading in readings if reading is not None]
+        free = [value for reading in good for value in reading.free]
+        together.append(replace(good[-1], free=free) if good else None)
+    return together, losses[-1]
 
 
-def _drives_display(nvml: Any, handle: Any) -> bool | None:
-    """Whether a desktop is drawn on the card, with or without a monitor; None where the driver does not say."""
-    active = _ask(nvml, nvml.nvmlDeviceGetDisplayActive, handle)
-    return None if active is None else bool(active)
-
-
-def _memory(nvml: Any, host: Host, handle: Any) -> tuple[int, int, bool]:
-    """Total, free and whether the card shares the host's memory.
+def _memory(nvml: Any, host: Host, unit: _Unit, losses: list[str]) -> _Memory | None:
+    """One reading.
 
     Drivers disagree on chips without memory of their own (GB10, Jetson): some say "not supported"
     (https://docs.nvidia.com/dgx/dgx-spark/known-issues.html), some give the host's total, with a free that
     leaves out the page cache (XuehaiPan/nvitop#208). In both cases the host's own numbers are the true ones.
     """
     try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        memory = nvml.nvmlDeviceGetMemoryInfo(unit.handle)
     except nvml.NVMLError_NotSupported:
-        return host.total_bytes, host.available_bytes, True
-    if abs(memory.total - host.total_bytes) < MIB:
-        return host.total_bytes, host.available_bytes, True
-    return int(memory.total), int(memory.free), False
-
-
-def _link_rate(nvml: Any, handle: Any) -> float | None:
-    """Bytes per second one way.
-
-    The current generation falls while the card idles, so the highest that card and slot agree on is taken
-    (NVIDIA/open-gpu-kernel-modules#731). The width does not fall, and the current one knows an x4 slot.
-    """
-    generation = _ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
-    width = _ask(nvml, nvml.nvmlDeviceGetCurrPcieLinkWidth, handle) or _ask(
-        nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle
-    )
-    rate = _LANE_RATES.get(generation or 0)
-    return rate * width if rate and width else None
-
-
-def _ask(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """NVML's answer, None where it has none: no single fact is worth losing the card for."""
-    try:
-        return question(*arguments)
-    except nvml.NVMLError:
+        return _Memory(total=host.total_bytes, free=[], shared=True)
+    except nvml.NVMLError as error:
+        losses.append(str(error))
         return None
+    total, free = (whole(getattr(memory, name, None), most=_MOST_BYTES) for name in ("total", "free"))
+    if not total:
+        losses.append("it names no memory")
+        return None
+    return _Memory(total=total, free=[free], shared=_is_the_hosts(nvml, unit, total, host))
 
 
-def _text(value: str | bytes | None) -> str | None:
-    """Text from bytes, which the oldest releases of nvidia-ml-py give."""
-    return value.decode() if isinstance(value, bytes) else value
+def _is_the_hosts(nvml: Any, unit: _Unit, total: int, host: Host) -> bool:
+    """Whether the memory is the host's: of the same size, or nearly so (nvitop takes 90 %) and one address space."""
+    one_space = ask(nvml, "nvmlDeviceGetAddressingMode", unit.card) == getattr(
+        nvml, "NVML_DEVICE_ADDRESSING_MODE_ATS", 2
+    )
+    nearly = host.total_bytes * 0.9 <= total <= host.total_bytes
+    return abs(total - host.total_bytes) < MIB or (one_space and nearly)
+
+
+def _device(nvml: Any, host: Host, unit: _Unit, memory: _Memory, index: int) -> Accelerator:
+    facts = card_facts(nvml, unit.handle, unit.card, is_part=unit.name.is_part)
+    total = host.total_bytes if memory.shared else memory.total
+    own, own_readings = own_use("cuda", index, total)
+    nvml_free = middle(memory.free)
+    readings = [] if nvml_free is None else [Reading(source="NVML", free_bytes=min(nvml_free, total))]
+    readings += own_readings
+    if memory.shared:
+        readings.append(Reading(source="available on the host", free_bytes=min(host.available_bytes, total)))
+    free, reason = _believed(readings, shared=memory.shared)
+    if own is not None and free is not None and own.cached_bytes and not memory.shared:
+        free, reason = min(total, free + own.cached_bytes), f"{reason}; with what this process has cached"
+    coherent = facts.pop("one_space") and not memory.shared
+    return Accelerator(
+        kind="cuda",
+        index=index,
+        uuid=unit.name.uuid,
+        total_bytes=total,
+        free_bytes=free,
+        unified=memory.shared,
+        coherent=coherent,
+        free_readings=tuple(readings),
+        free_reason=reason,
+        own=own,
+        **facts,
+    )
+
+
+def _believed(readings: Sequence[Reading], *, shared: bool) -> tuple[int | None, str | None]:
+    """The free bytes to go by, and why."""
+    if shared:
+        return readings[-1].free_bytes, "the memory is the host's, whose file cache the device's driver counts as used"
+    if not readings:
+        return None, None
+    least = min(readings, key=lambda reading: reading.free_bytes)
+    if len(readings) == 1:
+        return least.free_bytes, "the middle of three readings"
+    return least.free_bytes, f"the least of {len(readings)} sources"
+
+
+def _remarks(nvml: Any, device: Accelerator, memories: Sequence[_Memory | None], unit: _Unit) -> Iterator[str]:
+    """What is to be known of the device before its numbers are trusted."""
+    span = moved(memories[0].free) if len(memories) == 1 and memories[0] and not device.unified else None
+    if span:
+        low, high = map(format_bytes, span)
+        yield f"nvidia: what is free on {device.device} moved between {low} and {high} while it was read"
+    if device.spills and is_wsl():
+        yield (
+            f"nvidia: {device.device} is behind Windows: too much memory is no error but goes to host memory, about "
+            "eight times as slow, and WSL2 does not go by the setting against it (microsoft/WSL#11050)"
+        )
+    elif device.spills:
+        yield (
+            f"nvidia: on {device.device} too much memory is no error but goes to host memory, about eight times as "
+            "slow: NVIDIA Control Panel, Manage 3D settings, CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
+        )
+    if device.part == "vGPU":
+        yield f"nvidia: {device.device} is a vGPU: pinned and managed memory may be missing or limited by its host"

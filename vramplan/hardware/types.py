@@ -25,12 +25,93 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What was measured on a machine: the middle of the runs, the least and the most; `what` names it.
+
+    `unit` is `bytes/s` or `operations/s`.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    what: str
+    unit: Literal["bytes/s", "operations/s"]
+    median: float
+    least: float
+    most: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one source calls free."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    source: str
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """Another program on a device. `used_bytes` is None where the driver does not say."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    pid: int
+    name: str | None
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pcie:
+    """A link to the host: generation and lanes now, and the most that device and slot allow together."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    generation: int | None
+    max_generation: int | None
+    width: int | None
+    max_width: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A direct link to another device: what it is called, how many links, and the identity of the other end."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    link: str
+    count: int
+    to: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """What this very process has on a device: a context or not, what its tensors hold, and what torch has cached.
+
+    `fraction` is torch's limit on this process, as a share of the total.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    has_context: bool
+    allocated_bytes: int
+    cached_bytes: int
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
     """One compute device.
 
-    `free_bytes` is what its driver calls free now; None where it does not say. `link_bytes_per_s` is what its
-    link to the host carries one way at best, before protocol overhead; None where it was not read.
-    `drives_display` is whether a desktop is drawn on it; None where the driver does not say.
+    `free_bytes` is what may be taken of it now, by the source that is believed (`free_reason` says why) of all
+    that were asked (`free_readings`); None where none says. `link_bytes_per_s` is what its link to the host
+    carries one way at best, before protocol overhead; None where it was not read. `identified` is false where
+    the device may be any of several, and only what they have in common is said. `part` says of what it is a
+    part. `native` are the torch dtypes it computes in. `coherent` memory is its own but open to the host;
+    `unified` memory is the host's. Where it `spills`, too much memory is no error: it goes to host memory, and
+    everything gets slow. `others` is None where the driver does not say who uses it. `memory_node` is the NUMA
+    node that its memory makes. `display` is whether a desktop is drawn on it; None where the driver does not say.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -44,8 +125,22 @@ class Accelerator:
     unified: bool = False
     driver: str | None = None
     link_bytes_per_s: float | None = None
-    drives_display: bool | None = None
     rates: Rates | None = None
+    identified: bool = True
+    part: str | None = None
+    architecture: str | None = None
+    native: tuple[str, ...] = ()
+    coherent: bool = False
+    spills: bool = False
+    display: bool | None = None
+    free_readings: tuple[Reading, ...] = ()
+    free_reason: str | None = None
+    others: tuple[Process, ...] | None = None
+    own: Own | None = None
+    pcie: Pcie | None = None
+    peers: tuple[Peer, ...] = ()
+    memory_node: int | None = None
+    measured: tuple[Measurement, ...] = ()
 
     @property
     def device(self) -> str:
@@ -70,9 +165,12 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """The memory this process may use: the machine's, or less where a control group limits it.
+    """What this process may use: the machine's memory, or less where a control group limits it.
 
-    `disk_free_bytes` is what is free where weights would be offloaded to; None where it was not read.
+    `swap_total_bytes` and `swap_free_bytes` count what this process may use of it. `pinned_limit_bytes` is None
+    where only the memory itself limits it. `cores_source` says what limits the cores, if anything does. The disk
+    is the one that weights would be offloaded to: `disk_in_memory` where it is RAM in truth, `disk_rotational`
+    None where nothing says.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -82,6 +180,17 @@ class Host:
     limit_bytes: int | None = None
     limit_source: str | None = None
     disk_free_bytes: int | None = None
+    system: str | None = None
+    swap_total_bytes: int | None = None
+    swap_free_bytes: int | None = None
+    pinned_limit_bytes: int | None = None
+    pinned_source: str | None = None
+    cores: int | None = None
+    cores_source: str | None = None
+    disk_filesystem: str | None = None
+    disk_in_memory: bool = False
+    disk_rotational: bool | None = None
+    measured: tuple[Measurement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,24 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}(?![0-9])")
+_NAMES = ("GPU-", "MIG-")
 
 
 def visible_positions(text: str | None, uuids: Sequence[str | None]) -> list[int]:
     """Positions in `uuids` of the devices that stay visible, in the order the program will see them.
 
     `text` is the variable's value, None where it is not set. The grammar is the driver's, as torch reads it
-    (`_parse_visible_devices` in torch/cuda/__init__.py, 2.13): a list of numbers, or of `GPU-` identifiers
-    that may be cut short; the first invalid, negative or ambiguous entry ends it; a repeated one empties it.
+    (`_parse_visible_devices` in torch/cuda/__init__.py, 2.13): a list of numbers, or of `GPU-` or `MIG-`
+    identifiers that may be cut short; the first invalid, negative or ambiguous entry ends it; a repeated one
+    empties it.
     """
     if text is None:
         return list(range(len(uuids)))
-    named = text.startswith("GPU-")
-    asked = [_by_uuid(entry, uuids) if named else _by_number(entry) for entry in text.split(",")]
+    prefix = text[:4]
+    named = names_devices(text)
+    asked = [_by_uuid(entry, prefix, uuids) if named else _by_number(entry) for entry in text.split(",")]
     listed = asked[: asked.index(None)] if None in asked else asked
     if len(set(listed)) < len(listed):
         return []
     return _until_missing(listed, len(uuids))
+
+
+def names_devices(text: str | None) -> bool:
+    """Whether the list names devices by identifier, not by number."""
+    return (text or "").startswith(_NAMES)
 
 
 def _by_number(entry: str) -> int | None:
@@ -31,10 +39,10 @@ def _by_number(entry: str) -> int | None:
     return int(match[0]) if match and int(match[0]) >= 0 else None
 
 
-def _by_uuid(entry: str, uuids: Sequence[str | None]) -> int | None:
+def _by_uuid(entry: str, prefix: str, uuids: Sequence[str | None]) -> int | None:
     """The one device whose identifier starts so."""
     matches = [position for position, uuid in enumerate(uuids) if uuid and uuid.startswith(entry)]
-    return matches[0] if entry.startswith("GPU-") and len(matches) == 1 else None
+    return matches[0] if entry.startswith(prefix) and len(matches) == 1 else None
 
 
 def _until_missing(listed: list[int | None], count: int) -> list[int]:

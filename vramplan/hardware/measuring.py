@@ -1,0 +1,104 @@
+"""Measure a machine once, and keep what was measured with the device and its driver."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vramplan.hardware.disk import offload_folder
+from vramplan.hardware.types import Accelerator, Hardware, Measurement
+
+
+def measure_machine(hardware: Hardware, accelerator: Accelerator | None) -> Hardware:
+    """The machine with the speed of the accelerator, of the processor where there is none, and of the disk.
+
+    Needs torch, and makes a device context in this process. What was measured before of the same device, driver and
+    torch is taken from the user's cache; what cannot be measured leaves a note.
+    """
+    notes: list[str] = []
+    found = _kept(_key(hardware, accelerator), lambda: tuple(_device_speed(accelerator, notes)))
+    disk = () if hardware.host.disk_in_memory else tuple(_disk_speed(notes))
+    if accelerator is None:
+        host, accelerators = replace(hardware.host, measured=(*found, *disk)), hardware.accelerators
+    else:
+        host = replace(hardware.host, measured=disk)
+        accelerators = tuple(
+            replace(item, measured=found) if item.device == accelerator.device else item
+            for item in hardware.accelerators
+        )
+    return replace(hardware, host=host, accelerators=accelerators, notes=(*hardware.notes, *notes))
+
+
+def _device_speed(accelerator: Accelerator | None, notes: list[str]) -> Iterator[Measurement]:
+    from vramplan.hardware import measure
+
+    device = "cpu" if accelerator is None else accelerator.device
+    native = accelerator.native if accelerator is not None else ("float32",)
+    dtype = next((name for name in ("bfloat16", "float16") if name in native), "float32")
+    pinned: tuple[measure.Direction, ...] = ("host_to_device_pinned",) if device != "cpu" else ()
+    works: list[tuple[str, Callable[[], Measurement]]] = [
+        (direction, lambda direction=direction: measure.measure_copy(device, direction))  # type: ignore[misc]
+        for direction in (*pinned, "host_to_device_pageable", "device_to_host")
+    ]
+    works.append((f"the product in {dtype}", lambda: measure.measure_product(device, dtype)))
+    for name, work in works:
+        try:
+            yield work()
+        except Exception as error:  # torch built for another device, a full card, a driver without pinned memory
+            reason = " ".join(str(error).split()) or type(error).__name__
+            notes.append(f"{name.replace('_', ' ')} could not be measured on {device} ({reason})")
+
+
+def _disk_speed(notes: list[str]) -> Iterator[Measurement]:
+    from vramplan.hardware import measure
+
+    folder = offload_folder()
+    folder = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
+    try:
+        yield measure.measure_disk_read(folder)
+    except OSError as error:
+        notes.append(f"the disk could not be measured ({error.strerror or error})")
+
+
+def _key(hardware: Hardware, accelerator: Accelerator | None) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    device = accelerator or hardware.host
+    facts = ("uuid", "name", "driver") if accelerator is not None else ("total_bytes", "cores", "system")
+    return {name: getattr(device, name) for name in facts} | {"torch": version("torch")}
+
+
+def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> tuple[Measurement, ...]:
+    """From the cache, else made and, where anything was, kept. A damaged entry is made again."""
+    from pydantic import TypeAdapter
+
+    from vramplan.files import write_text
+
+    adapter = TypeAdapter(tuple[Measurement, ...])
+    path = _cache_file(key)
+    if path is not None:
+        with suppress(OSError, ValueError):
+            return adapter.validate_json(path.read_bytes(), strict=True)
+    made = make()
+    if path is not None and made:
+        with suppress(Exception):  # a full disk costs the next run some seconds, nothing more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps([asdict(item) for item in made]))
+    return made
+
+
+def _cache_file(key: dict[str, Any]) -> Path | None:
+    """`VRAMPLAN_CACHE` names another folder, or switches the cache off with `0`."""
+    from platformdirs import user_cache_path
+
+    told = os.environ.get("VRAMPLAN_CACHE")
+    if told == "0":
+        return None
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return (Path(told) if told else user_cache_path("vramplan")) / "measurements" / f"{digest}.json"

@@ -1,0 +1,152 @@
+"""What NVML tells of one card beside its memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from vramplan.hardware.nvidia_nvml import ask, text, whole
+from vramplan.hardware.pcie import link_rate
+from vramplan.hardware.rooted import at, read
+from vramplan.hardware.system import is_wsl
+from vramplan.hardware.types import Pcie, Peer, Process
+
+# The last number of links that any card has is 18 (NVIDIA H100 data sheet); NVML_NVLINK_MAX_LINKS is 36.
+_MOST_LINKS = 36
+# The first compute capability that computes in each dtype (CUDA C++ Programming Guide, arithmetic instructions;
+# float8: tensor cores from 8.9 on, PTX ISA, mma).
+_NATIVE_FROM = {
+    "float32": (0, 0),
+    "float16": (5, 3),
+    "bfloat16": (8, 0),
+    "float8_e4m3fn": (8, 9),
+    "float8_e5m2": (8, 9),
+}
+_WITHOUT_HALF = (6, 1)  # GeForce and Tesla P4/P40 of Pascal run float16 at a 64th of the rate: not what is meant
+
+
+def card_facts(nvml: Any, handle: Any, card: Any, *, is_part: bool) -> dict[str, Any]:
+    """The facts by the names Accelerator has for them, and `one_space`: device and host share one address space.
+
+    A part of a card has its own name, the rest is its card's.
+    """
+    capability = _capability(nvml, card)
+    link = pcie_link(nvml, card)
+    return {
+        "name": text(ask(nvml, "nvmlDeviceGetName", handle))
+        or text(ask(nvml, "nvmlDeviceGetName", card))
+        or "NVIDIA GPU",
+        "part": "MIG instance" if is_part else _virtual(nvml, card),
+        "driver": text(ask(nvml, "nvmlSystemGetDriverVersion")),
+        "architecture": None if capability is None else "sm_{}{}".format(*capability),
+        "native": native_dtypes(capability),
+        "display": _display(nvml, card),
+        "spills": is_wsl() or _is_wddm(nvml, card),
+        "others": _others(nvml, handle),
+        "pcie": link,
+        "link_bytes_per_s": link_rate(link),
+        "peers": _peers(nvml, card),
+        "memory_node": whole(ask(nvml, "nvmlDeviceGetNumaNodeId", card), most=4095),
+        "one_space": ask(nvml, "nvmlDeviceGetAddressingMode", card)
+        == getattr(nvml, "NVML_DEVICE_ADDRESSING_MODE_ATS", 2),
+    }
+
+
+def native_dtypes(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """The torch dtypes a card of that compute capability computes in; none where it is not known."""
+    if capability is None:
+        return ()
+    return tuple(
+        name
+        for name, first in _NATIVE_FROM.items()
+        if capability >= first and not (name == "float16" and capability == _WITHOUT_HALF)
+    )
+
+
+def pcie_link(nvml: Any, card: Any) -> Pcie | None:
+    """The link now, and the most that card and slot allow together."""
+
+    def fact(question: str, most: int) -> int | None:
+        return whole(ask(nvml, question, card), most=most) or None
+
+    link = Pcie(
+        generation=fact("nvmlDeviceGetCurrPcieLinkGeneration", 15),
+        max_generation=fact("nvmlDeviceGetMaxPcieLinkGeneration", 15),
+        width=fact("nvmlDeviceGetCurrPcieLinkWidth", 32),
+        max_width=fact("nvmlDeviceGetMaxPcieLinkWidth", 32),
+    )
+    empty = Pcie(generation=None, max_generation=None, width=None, max_width=None)
+    return None if link == empty else link
+
+
+def _capability(nvml: Any, card: Any) -> tuple[int, int] | None:
+    answer = ask(nvml, "nvmlDeviceGetCudaComputeCapability", card)
+    try:
+        major, minor = (whole(part, most=99) for part in answer)
+    except (TypeError, ValueError):
+        return None
+    return None if major is None or minor is None else (major, minor)
+
+
+def _virtual(nvml: Any, card: Any) -> str | None:
+    mode = ask(nvml, "nvmlDeviceGetVirtualizationMode", card)
+    return "vGPU" if mode == getattr(nvml, "NVML_GPU_VIRTUALIZATION_MODE_VGPU", 2) else None
+
+
+def _display(nvml: Any, card: Any) -> bool | None:
+    answer = ask(nvml, "nvmlDeviceGetDisplayActive", card)
+    return answer == 1 if isinstance(answer, int) else None
+
+
+def _is_wddm(nvml: Any, card: Any) -> bool:
+    """Whether Windows manages the memory. Older drivers know only the first version of the question."""
+    for question in ("nvmlDeviceGetDriverModel", "nvmlDeviceGetDriverModel_v1"):
+        answer = ask(nvml, question, card)
+        if isinstance(answer, list | tuple) and answer:
+            return answer[0] in (getattr(nvml, "NVML_DRIVER_WDDM", 0), getattr(nvml, "NVML_DRIVER_MCDM", 2))
+    return False
+
+
+def _others(nvml: Any, handle: Any) -> tuple[Process, ...] | None:
+    """Programs on the card beside this one; None where the driver does not say.
+
+    The amount is missing where Windows manages the memory. In containers the numbers are the host's, or none.
+    """
+    lists = [
+        ask(nvml, question, handle)
+        for question in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+    ]
+    if all(entries is None for entries in lists):
+        return None
+    found: dict[int, Process] = {}
+    for entry in (entry for entries in lists if isinstance(entries, list | tuple) for entry in entries):
+        pid = whole(getattr(entry, "pid", None), most=1 << 32)
+        used = whole(getattr(entry, "usedGpuMemory", None), most=1 << 50)
+        if pid is not None and pid != os.getpid() and pid not in found:
+            found[pid] = Process(pid=pid, name=_program(nvml, pid), used_bytes=used)
+    return tuple(found[pid] for pid in sorted(found))
+
+
+def _program(nvml: Any, pid: int) -> str | None:
+    name = read(at(f"/proc/{pid}/comm")) or text(ask(nvml, "nvmlSystemGetProcessName", pid))
+    return re.split(r"[/\\]", name)[-1] if name else None
+
+
+def _peers(nvml: Any, card: Any) -> tuple[Peer, ...]:
+    """The direct links to other cards, counted by the other end's address."""
+    ends: dict[str, int] = {}
+    for end in _link_ends(nvml, card):
+        ends[end] = ends.get(end, 0) + 1
+    return tuple(Peer(link="NVLink", count=count, to=end) for end, count in sorted(ends.items()))
+
+
+def _link_ends(nvml: Any, card: Any) -> Iterator[str]:
+    for link in range(_MOST_LINKS):
+        state = ask(nvml, "nvmlDeviceGetNvLinkState", card, link)
+        if state is None:  # this card has no more
+            return
+        if state == 1:
+            remote = ask(nvml, "nvmlDeviceGetNvLinkRemotePciInfo", card, link)
+            yield text(getattr(remote, "busId", None)) or "unknown"
