@@ -4,51 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.component import device_of
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.planfile import Plan
 from vramplan.planned import calls_of, check_match, parse_settings
 from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
-from vramplan.strategies.base import Decodes, Placed, Quality, put_on
+from vramplan.snapshot import Before, Snapshot, uninterrupted
+from vramplan.strategies.base import Decodes, Placed, Quality, put_on, unpinned
 
 _MARK = "_vramplan_applied"
-# What settings leave on a pipeline object: diffusers' offload calls (0.42, pipeline_utils.py), and a chunk size.
-_PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "decode_latents")
-_ABSENT = object()
 
 
 @dataclass(slots=True, kw_only=True)
 class Applied:
-    """A plan on a live pipeline. `calls` are the diffusers calls that were made, as lines of Python."""
+    """A plan on a live pipeline. `calls` are the diffusers calls that were made, as lines of Python.
+
+    `notes` tell where it had to be done otherwise than planned.
+    """
 
     pipe: Any
     plan: Plan
     device: str
     calls: tuple[str, ...]
-    _before: _Snapshot = field(repr=False)
+    notes: tuple[str, ...] = ()
+    _before: Before = field(repr=False)
     _placed: Placed = field(repr=False, default=())
     _decodes: Decodes = field(repr=False, default=())
 
     def undo(self) -> Any:
         """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
 
+        Ctrl-C waits until it is done. If it fails, as for want of RAM, no weight is lost and the plan still counts as
+        applied: call it again.
+
         Raises:
             VramplanError: the plan rounded weights, which nothing can put back; the pipeline stays as it is.
         """
+        self._refuse_rounded()
+        with uninterrupted():
+            if self.pipe.__dict__.get(_MARK) is self:
+                self._before.restore(self.pipe, self._placed)
+                del self.pipe.__dict__[_MARK]
+        return self.pipe
+
+    def _refuse_rounded(self) -> None:
         rounded = [setting.name for setting, _ in self._placed if setting.axis == "weights"]
         if rounded:
             raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline anew")
-        if self.pipe.__dict__.get(_MARK) is self:
-            del self.pipe.__dict__[_MARK]
+
+    def _put_on_again(self) -> None:
+        """After an undo that nothing came of, whole or half done."""
+        with uninterrupted():
             self._before.restore(self.pipe, self._placed)
-        return self.pipe
+            self.pipe.__dict__.pop(_MARK, None)
+            with _all_or_nothing(self.pipe, self._placed):
+                put_on(self.pipe, self._placed, self._decodes, self.device)
+                self.pipe.__dict__[_MARK] = self
 
 
 def auto_configure(
@@ -83,8 +100,8 @@ def auto_configure(
             settings=settings,
             **workload,
         )
-        apply_plan(pipe, plan)
-    return plan
+        applied = apply_plan(pipe, plan)
+    return replace(plan, notes=(*plan.notes, *applied.notes)) if applied.notes else plan
 
 
 def applied_to(pipe: Any) -> Applied | None:
@@ -95,7 +112,8 @@ def applied_to(pipe: Any) -> Applied | None:
 def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     """Make the plan so on a live pipeline. Applying it twice is the same as once; another one replaces it.
 
-    `device` overrides the torch device of the plan; `cpu` runs the offload hooks without an accelerator.
+    `device` overrides the torch device of the plan; `cpu` runs the offload hooks without an accelerator. Where weights
+    cannot be pinned, the plan is put on without pinned copies, and `notes` of what is returned tell so.
 
     Raises:
         MismatchError: the plan is for another pipeline, or for a device that is not here.
@@ -114,14 +132,29 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
 def _earlier_off(pipe: Any) -> Iterator[None]:
     """What vramplan had applied is off inside the block, and on again if the block fails."""
     earlier = applied_to(pipe)
-    if earlier is not None:
+    if earlier is None:
+        yield
+        return
+    earlier._refuse_rounded()
+    try:
         earlier.undo()
+        yield
+    except BaseException:
+        if applied_to(pipe) in (None, earlier):  # and not the new one, where it was all on already
+            earlier._put_on_again()
+        raise
+
+
+@contextmanager
+def _all_or_nothing(pipe: Any, placed: Placed) -> Iterator[None]:
+    """The pipeline is as it was, object by object, if the block fails."""
+    rounded = [name for setting, names in placed if setting.axis == "weights" for name in names]
+    snapshot = Snapshot.of(pipe, rounded)
     try:
         yield
     except BaseException:
-        if earlier is not None:
-            put_on(pipe, earlier._placed, earlier._decodes, earlier.device)
-            pipe.__dict__[_MARK] = earlier
+        with uninterrupted():
+            snapshot.put_back()
         raise
 
 
@@ -131,23 +164,31 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, _accelerator(plan, target))
-    before = _Snapshot.of(pipe)
-    calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
     try:
-        put_on(pipe, placed, decodes, target)
-    except BaseException:
-        before.restore(pipe, placed)
-        raise
+        return _put_on(pipe, plan, target, placed, decodes)
+    except (RuntimeError, MemoryError) as error:
+        lighter = unpinned(placed)
+        if lighter == placed:
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    note = f"weights are pinned on the fly (low_cpu_mem_usage=true), which is slower: they could not be once ({reason})"
+    return _put_on(pipe, plan, target, lighter, decodes, note)
+
+
+def _put_on(pipe: Any, plan: Plan, target: str, placed: Placed, decodes: Decodes, *notes: str) -> Applied:
     applied = Applied(
         pipe=pipe,
         plan=plan,
         device=target,
-        calls=calls,
-        _before=before,
+        calls=tuple(calls_of(placed, decodes, target, modules_of(pipe))),
+        notes=notes,
+        _before=Before.of(pipe),
         _placed=placed,
         _decodes=decodes,
     )
-    pipe.__dict__[_MARK] = applied
+    with _all_or_nothing(pipe, placed):
+        put_on(pipe, placed, decodes, target)
+        pipe.__dict__[_MARK] = applied
     return applied
 
 
@@ -172,63 +213,3 @@ def _accelerator(plan: Plan, device: str) -> Accelerator | None:
     if planned is None or device.partition(":")[0] != "cpu":
         return planned
     return Accelerator(kind="mps", index=0, name="cpu", total_bytes=planned.total_bytes, free_bytes=None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Snapshot:
-    """What has to be put back: where each module was, and the settings on VAEs and pipeline."""
-
-    modules: Mapping[str, Any]
-    parameters: Sequence[tuple[Any, Mapping[str, Any]]]
-    devices: Mapping[str, str]
-    settings: Mapping[str, Mapping[str, Any]]
-    attributes: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, pipe: Any) -> _Snapshot:
-        modules = modules_of(pipe)
-        return cls(
-            modules=modules,
-            parameters=[(child, dict(child._parameters)) for module in modules.values() for child in module.modules()],
-            devices={name: device_of(module) or "cpu" for name, module in modules.items()},
-            settings={name: _decode_settings(module) for name, module in modules.items()},
-            attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
-        )
-
-    def restore(self, pipe: Any, placed: Placed) -> None:
-        """Hooks off in any case, whatever of the plan had been reached.
-
-        A component that was taken out or replaced since then is left as it is.
-        """
-        here = modules_of(pipe)
-        kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
-        for setting, names in placed:
-            setting.remove(pipe, [name for name in names if name in kept])
-        for child, parameters in self.parameters:
-            _tie_again(child, parameters)
-        for name, module in kept.items():
-            module.to(self.devices[name])
-            vars(module).update(self.settings[name])
-        for name, value in self.attributes.items():
-            if value is _ABSENT:
-                pipe.__dict__.pop(name, None)
-            else:
-                pipe.__dict__[name] = value
-
-
-def _tie_again(child: Any, parameters: Mapping[str, Any]) -> None:
-    """The very parameters from before, where the same memory is now called by new ones.
-
-    accelerate 1.15 makes a new Parameter for each name when its hooks are taken off: tied ones are tied no more.
-    """
-    for name, before in parameters.items():
-        now = child._parameters.get(name)
-        if before is not None and now is not None and now is not before and now.data_ptr() == before.data_ptr():
-            child._parameters[name] = before
-
-
-def _decode_settings(module: Any) -> dict[str, Any]:
-    """The plain attributes that slicing and tiling change."""
-    return {
-        name: value for name, value in vars(module).items() if name.startswith(("tile_", "use_tiling", "use_slicing"))
-    }

@@ -48,7 +48,7 @@ def run_plan(
     pipe = load_pipeline(plan, folder, allow_pickle=allow_pickle)
     pipe.set_progress_bar_config(disable=not progress_shown())
     applied = apply_plan(pipe, plan)
-    lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
+    lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls), *applied.notes]
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")

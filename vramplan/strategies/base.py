@@ -89,6 +89,9 @@ class Placement(Protocol):
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """Why this setting cannot be, as a sentence; None when it can."""
 
+    def unpinned(self) -> Self:
+        """The same without pinned copies of weights; itself where it has none."""
+
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
         """Where the component's weights are under this setting."""
 
@@ -168,6 +171,11 @@ def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
         setting.apply(pipe, names, device)
 
 
+def unpinned(placed: Placed) -> Placed:
+    """The same settings without pinned copies of weights."""
+    return [(setting.unpinned() if isinstance(setting, Placement) else setting, names) for setting, names in placed]
+
+
 def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
     """Take diffusers' group offloading hooks off; it has no public call for it (0.42)."""
     from diffusers.hooks import HookRegistry
@@ -195,6 +203,10 @@ class WithoutOptions:
         return (cls(),)
 
     def complete(self, component: Component) -> Self:
+        """The setting as it is."""
+        return self
+
+    def unpinned(self) -> Self:
         """The setting as it is."""
         return self
 
