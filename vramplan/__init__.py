@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vramplan._version import __version__
 
 if TYPE_CHECKING:
+    from vramplan.again import changing
     from vramplan.apply import Applied, apply_plan, auto_configure
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
     from vramplan.hardware import Hardware, detect
@@ -25,6 +26,7 @@ _HOMES = {
     "Applied": "vramplan.apply",
     "apply_plan": "vramplan.apply",
     "auto_configure": "vramplan.apply",
+    "changing": "vramplan.again",
     "MismatchError": "vramplan.errors",
     "NothingFitsError": "vramplan.errors",
     "UsageError": "vramplan.errors",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "auto_configure",
+    "changing",
     "detect",
     "dump_plan",
     "load_plan",

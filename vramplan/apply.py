@@ -88,7 +88,7 @@ def auto_configure(
         NothingFitsError: no candidate fits; the pipeline is untouched.
         VramplanError: the pipeline already carries offload hooks of somebody else's, or is no pipeline.
     """
-    with _earlier_off(pipe):
+    with earlier_off(pipe):
         plan = make_plan(
             pipe,
             device=device,
@@ -124,12 +124,12 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     if earlier is not None and earlier.plan == plan and earlier.device == target:
         return earlier
     _check_device(target, plan)
-    with _earlier_off(pipe):
+    with earlier_off(pipe):
         return _applied_anew(pipe, plan, target)
 
 
 @contextmanager
-def _earlier_off(pipe: Any) -> Iterator[None]:
+def earlier_off(pipe: Any) -> Iterator[None]:
     """What vramplan had applied is off inside the block, and on again if the block fails."""
     earlier = applied_to(pipe)
     if earlier is None:
@@ -140,7 +140,8 @@ def _earlier_off(pipe: Any) -> Iterator[None]:
         earlier.undo()
         yield
     except BaseException:
-        if applied_to(pipe) in (None, earlier):  # and not the new one, where it was all on already
+        now = applied_to(pipe)
+        if now is None or now is earlier:  # and not the new one, where it was all on already
             earlier._put_on_again()
         raise
 

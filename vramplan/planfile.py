@@ -23,7 +23,7 @@ from vramplan.workload import Workload, make_workload
 SCHEMA_VERSION = 1
 _BYTES_LINE = re.compile(r"^(\s*(?:- )?\w+_bytes: )(-?\d+)$", re.MULTILINE)
 # A plan has 60,000 characters and 5,000 events at most, six levels, and no number of more than 20 digits.
-_MOST_CHARACTERS = 1 << 20
+_MOST_CHARACTERS = 1 << 19
 _MOST_EVENTS = 50_000
 _MOST_DEPTH = 20
 _MOST_DIGITS = 40
@@ -214,17 +214,18 @@ def _read_yaml(text: str, name: str) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Raises YAMLError for what no plan has: aliases, which can stand for more than memory holds; depth; no end."""
+    """Raises YAMLError for what no plan has: aliases, which can stand for more than memory holds; tags; depth."""
     import yaml
 
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=_parser())):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         problem = "a plan has no aliases" if isinstance(event, yaml.AliasEvent) else ""
+        problem = problem or ("a plan has no tags" if getattr(event, "tag", None) else "")
         problem = problem or ("nested too deep for a plan" if depth > _MOST_DEPTH else "")
         problem = problem or ("too long for a plan" if number > _MOST_EVENTS else "")
         if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 
 def _parser() -> type[Any]:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from vramplan.again import planned_anew
 from vramplan.apply import applied_to, apply_plan
 from vramplan.errors import NothingFitsError, VramplanError
-from vramplan.hardware.types import Hardware
 from vramplan.pipeline.component import describe_component
 from vramplan.planfile import Plan
 from vramplan.planned import vae_names
-from vramplan.planning import plan as make_plan
 from vramplan.strategies import DECODES
 from vramplan.strategies.base import Decode
 from vramplan.strategies.settings import format_setting
@@ -62,28 +60,13 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         say(f"out of memory ({reason}); again within {format_bytes(limit)}")
         applied.undo()
         _give_memory_back()
-        smaller = _smaller(pipe, first, limit)
+        smaller = planned_anew(pipe, first, vram=str(limit))
         applied = apply_plan(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
         for generator, state in states:
             generator.set_state(state)
     tried = f"{_MOST_STEPS + 1} plans, the last within {format_bytes(limit)}"
     raise NothingFitsError(f"out of memory under {tried}: {reason}")
-
-
-def _smaller(pipe: Any, plan: Plan, vram_bytes: int) -> Plan:
-    """The fastest plan within less memory, for the machine, workload and quality of the first one."""
-    machine = plan.machine
-    hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
-    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
-    return make_plan(
-        pipe,
-        device=hardware,
-        vram=str(vram_bytes),
-        ram=str(machine.budget.ram_bytes),
-        allow="lossy" if plan.quality == "lossy" else None,
-        **workload,
-    )
 
 
 def _settings(plan: Plan) -> str:

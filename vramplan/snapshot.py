@@ -164,7 +164,7 @@ class Before:
         A component that was taken out or replaced since then is left as it is.
         """
         here = modules_of(pipe)
-        kept = {name: module for name, module in self.modules.items() if here.get(name) is module}
+        kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
         for setting, names in placed:
             setting.remove(pipe, [name for name in names if name in kept])
         for name, module in kept.items():

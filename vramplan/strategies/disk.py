@@ -13,6 +13,7 @@ import shutil
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def own_folder(module: torch.nn.Module, name: str) -> Iterator[Path]:
         folder.mkdir()
         weakref.finalize(module, shutil.rmtree, folder, True)
         yield folder
+        _return_with_hooks(module)
     except BaseException as error:
         bring_back(module, _unhooked(folder))
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,16 +72,35 @@ def bring_back(module: torch.nn.Module, unhooked: Iterable[Any] = ()) -> None:
     A tensor that two groups hold is taken from the inner one's file, which is written first: the outer one is
     written once the tensor is empty. `unhooked` are groups no hook of the module leads to.
     """
-    from safetensors.torch import load_file
-
     groups = [*unhooked, *_hooked(module)]
     for group in groups:
-        if group._is_offloaded_to_disk and Path(group.safetensors_file_path).exists():  # not, where they are back
-            stored = load_file(group.safetensors_file_path, device="cpu")
-            for key, tensor in group.key_to_tensor.items():
-                tensor.data = stored[key].clone()  # out of the file's mapping, aligned as it was
+        _read(group)
     for folder in {Path(group.safetensors_file_path).parent for group in groups}:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(group: Any) -> None:
+    """The group's weights on the CPU. The file stays, for a second time if this one fails half way."""
+    from safetensors.torch import load_file
+
+    if group._is_offloaded_to_disk and Path(group.safetensors_file_path).exists():  # not, where they are back
+        stored = load_file(group.safetensors_file_path, device="cpu")
+        for key, tensor in group.key_to_tensor.items():
+            tensor.data = stored[key].clone()  # out of the file's mapping, aligned as it was
+
+
+def _return_with_hooks(module: torch.nn.Module) -> None:
+    """Let whoever takes a hook off get the weights back: diffusers does, to load a LoRA, and would lose them (0.42)."""
+    for group in _hooked(module):
+        for child in group.modules if group.offload_leader in group.modules else [group.offload_leader]:
+            hook = child._diffusers_hook.get_hook("group_offloading")
+            hook.deinitalize_hook = partial(_returned, group)
+
+
+def _returned(group: Any, child: torch.nn.Module) -> torch.nn.Module:
+    _read(group)
+    Path(group.safetensors_file_path).unlink(missing_ok=True)
+    return child
 
 
 def _hooked(module: torch.nn.Module) -> Iterator[Any]:
