@@ -62,14 +62,21 @@ def main() -> None:
                     seen.add(row["pipeline"])
                 rows.append(row)
                 _show(row)
+            _keep(args, rows, seen, strategies)
             if args.limit and len(seen) >= args.limit:
                 pool.shutdown(cancel_futures=True)
                 break
     rows = [row for row in rows if row["built"] or row["pipeline"] not in seen]
     print(_summary(rows, strategies))
     print(f"{time.perf_counter() - started:.0f} s")
+    _keep(args, rows, seen, strategies)
+
+
+def _keep(args: argparse.Namespace, rows: Sequence[dict[str, Any]], seen: set[str], strategies: Sequence[str]) -> None:
+    """Write what is known so far: a run that is cut off is not lost."""
     if args.json:
-        Path(args.json).write_text(json.dumps(_record(rows, strategies, args.note), indent=1) + "\n")
+        told = [row for row in rows if row["built"] or row["pipeline"] not in seen]
+        Path(args.json).write_text(json.dumps(_record(told, strategies, args.note), indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:

@@ -265,6 +265,52 @@ def test_a_plan_that_cannot_replace_another_leaves_it_on(subject):
         assert not witness.wrong(objects=False), place
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nmore"), MemoryError()],
+)
+@pytest.mark.parametrize(
+    "subject", [("leaf with stream", "flux-small"), ("block with stream", "flux-small")], indirect=True, ids=" ".join
+)
+def test_weights_that_cannot_be_pinned_are_pinned_on_the_fly_and_it_is_told(subject, monkeypatch, error):
+    pipe, calls = subject.pipe, [0]
+    plain = output(pipe, subject.kind)
+    witness = faults.Witness(pipe, subject.folder)
+
+    def pin(self):
+        calls[0] += 1
+        if calls[0] == 20:
+            raise error
+        return self.clone()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "pin_memory", pin)
+        applied = put_on(subject)
+    assert calls[0] == 20  # and not once more: pinned on the fly, while a forward runs
+    assert type(error).__name__ in applied.notes[0]
+    assert "low_cpu_mem_usage" in applied.notes[0]
+    assert "\n" not in applied.notes[0]
+    assert any("low_cpu_mem_usage=True" in call for call in applied.calls)
+    assert applied.plan is subject.plan
+    assert torch.equal(output(pipe, subject.kind), plain)
+    applied.undo()
+    assert not witness.wrong(objects=False)
+
+
+@pytest.mark.parametrize("subject", [("leaf", "flux-small")], indirect=True, ids=" ".join)
+def test_without_pinned_weights_nothing_is_tried_again(subject, monkeypatch):
+    tried = []
+
+    def fails(*_):
+        tried.append(1)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(vramplan.apply, "put_on", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        put_on(subject)
+    assert len(tried) == 1
+
+
 CHILD = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)

@@ -12,7 +12,7 @@ from vramplan._version import __version__
 
 if TYPE_CHECKING:
     from vramplan.again import changing
-    from vramplan.apply import Applied, apply_plan, auto_configure
+    from vramplan.apply import Applied, applied_to, apply_plan, auto_configure
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
     from vramplan.hardware import Hardware, detect
     from vramplan.planfile import Plan, dump_plan, load_plan
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Applied": "vramplan.apply",
+    "applied_to": "vramplan.apply",
     "apply_plan": "vramplan.apply",
     "auto_configure": "vramplan.apply",
     "changing": "vramplan.again",
@@ -54,6 +55,7 @@ __all__ = [
     "VramplanError",
     "Workload",
     "__version__",
+    "applied_to",
     "apply_plan",
     "auto_configure",
     "changing",
