@@ -113,7 +113,7 @@ def _content(text: str, random: Random) -> str:
     """Well-formed, but with something else at one place of the tree."""
     try:
         content = yaml.load(text, Loader=yaml.CSafeLoader) if len(text) < 100_000 else None
-        yaml.safe_dump(content)
+        yaml.dump(content, Dumper=yaml.CSafeDumper)
     except Exception:  # what earlier mutations left may be anything
         content = None
     if not isinstance(content, dict):
@@ -145,7 +145,7 @@ def _content(text: str, random: Random) -> str:
             {"a": {}},
         )
         here[key] = random.choice((*odd, *_SETTINGS))
-        return yaml.safe_dump(content, sort_keys=False)
+        return yaml.dump(content, Dumper=yaml.CSafeDumper, sort_keys=False)
 
 
 _SETTINGS = (
