@@ -1,7 +1,11 @@
-"""Simulate every pipeline that diffusers' own tests can build offline, under every placement.
+"""Simulate every pipeline that diffusers' own tests can build offline, under every placement; or run it for real.
 
     python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--strategies resident,model,sequential,group]
-                                     [--json FILE] [--limit N] [--jobs N]
+                                     [--json FILE] [--limit N] [--jobs N] [--part 1/4]
+
+`--strategies bits-resident,bits-model,bits-leaf,bits-block` makes each pipeline's call for real on the CPU, applies a
+plan with these placements, and says `ok` only where every tensor of the result is the same, bit for bit, with the
+plan on and after it was undone. `--part` takes every so many files of tests, to run in pieces.
 
 DIR is the `tests` folder of a checkout of diffusers. It may be of another version than the library that is
 installed: files that cannot be imported are told of and left out.
@@ -42,6 +46,8 @@ def main() -> None:
     args = _arguments()
     folder = Path(args.diffusers_tests).resolve()
     files = sorted(path.relative_to(folder) for path in folder.glob("pipelines/**/test_*.py"))
+    part, parts = map(int, args.part.split("/"))
+    files = files[part - 1 :: parts]
     strategies = args.strategies.split(",")
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -56,14 +62,21 @@ def main() -> None:
                     seen.add(row["pipeline"])
                 rows.append(row)
                 _show(row)
+            _keep(args, rows, seen, strategies)
             if args.limit and len(seen) >= args.limit:
                 pool.shutdown(cancel_futures=True)
                 break
     rows = [row for row in rows if row["built"] or row["pipeline"] not in seen]
     print(_summary(rows, strategies))
     print(f"{time.perf_counter() - started:.0f} s")
+    _keep(args, rows, seen, strategies)
+
+
+def _keep(args: argparse.Namespace, rows: Sequence[dict[str, Any]], seen: set[str], strategies: Sequence[str]) -> None:
+    """Write what is known so far: a run that is cut off is not lost."""
     if args.json:
-        Path(args.json).write_text(json.dumps(_record(rows, strategies, args.note), indent=1) + "\n")
+        told = [row for row in rows if row["built"] or row["pipeline"] not in seen]
+        Path(args.json).write_text(json.dumps(_record(told, strategies, args.note), indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json")
     parser.add_argument("--note", default="", help="words to keep with the results, such as the version of the tests")
     parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--part", default="1/1", help="such as 2/5: the second of five")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--trace", action="store_true", help="print the traceback of each failure")
     return parser.parse_args()
@@ -148,7 +162,10 @@ def _row(cls: type, strategies: Sequence[str], trace: bool) -> dict[str, Any]:
     row["built"] = True
     for strategy in strategies:
         start = time.perf_counter()
-        status, reason = _outcome(pipe, inputs, strategy, trace)
+        if strategy.startswith("bits-"):
+            status, reason = _same_bits(pipe, inputs, strategy.removeprefix("bits-"), trace)
+        else:
+            status, reason = _outcome(pipe, inputs, strategy, trace)
         if status == "failed":
             status, reason = _judged(pipe, inputs, reason)
         row[strategy] = {"status": status, "reason": reason, "seconds": round(time.perf_counter() - start, 1)}
@@ -312,6 +329,98 @@ def _places() -> dict[str, Callable[[Any], Place]]:
 _PLACES = _places()
 
 
+# ---- real calls
+
+
+_BITS = {
+    "resident": "resident",
+    "model": "model_cpu_offload",
+    "leaf": "group_offload:type=leaf",
+    "block": "group_offload",
+}
+
+
+def _same_bits(pipe: Any, inputs: Callable[[], dict[str, Any]], name: str, trace: bool) -> tuple[str, str]:
+    """`ok` where the result is the same with a plan and after it was undone; `unfit` where two plain calls differ."""
+    from vramplan.apply import apply_plan
+
+    try:
+        with _quiet(), _alarm():
+            if hasattr(pipe, "set_progress_bar_config"):
+                pipe.set_progress_bar_config(disable=True)
+            plan = _plan(pipe, _BITS[name])
+            if isinstance(plan, str):
+                return "refused", plan
+            plain = _tensors(pipe(**inputs()))
+            if not plain or _differing(plain, _tensors(pipe(**inputs()))):
+                return "unfit", "two plain calls differ" if plain else "the result holds no tensors"
+            applied = apply_plan(pipe, plan, device="cpu")
+            try:
+                planned = _tensors(pipe(**inputs()))
+            finally:
+                applied.undo()
+            undone = _tensors(pipe(**inputs()))
+    except BaseException as error:
+        if trace:
+            traceback.print_exc()
+        return "failed", _line(error)
+    for told, found in (("with the plan", planned), ("after undoing", undone)):
+        if _differing(plain, found):
+            return "failed", f"other bits {told}: {_differing(plain, found)}"
+    return "ok", ""
+
+
+def _plan(pipe: Any, text: str) -> Any:
+    """The plan that places every component so that can be, the others resident; or why none can."""
+    from vramplan import plan
+    from vramplan.errors import VramplanError
+    from vramplan.hardware import Hardware, Host
+    from vramplan.strategies.settings import parse_placement
+
+    spec, setting = _spec(pipe), parse_placement(text)
+    reasons = {c.name: setting.complete(c).refusal(c, spec, _accelerator()) for c in spec.components}
+    able = [name for name, reason in reasons.items() if reason is None]
+    if not able or (setting.whole_pipeline and len(able) < len(reasons)):
+        return next(reason for reason in reasons.values() if reason is not None)
+    settings = {f"placement.{name}": text if name in able else "resident" for name in reasons}
+    settings = {"placement": text} if setting.whole_pipeline else settings
+    machine = Hardware(accelerators=(_accelerator(),), host=Host(total_bytes=1 << 40, available_bytes=1 << 40))
+    try:
+        return plan(pipe, device=machine, settings=settings, simulate=False)
+    except VramplanError as error:
+        return str(error)
+
+
+def _tensors(result: Any) -> list[Any]:
+    """Every tensor of a result, pictures and arrays as tensors too, in order."""
+    import numpy
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        return [result.clone()]
+    if isinstance(result, numpy.ndarray):
+        return [torch.from_numpy(result.copy())]
+    if hasattr(result, "getdata"):
+        return [torch.from_numpy(numpy.array(result))]
+    if isinstance(result, dict):
+        return [tensor for item in result.values() for tensor in _tensors(item)]
+    if isinstance(result, list | tuple):
+        return [tensor for item in result for tensor in _tensors(item)]
+    return []
+
+
+def _differing(one: Sequence[Any], two: Sequence[Any]) -> str:
+    """Where two results differ, empty for nowhere. What is no number is equal to itself."""
+    import torch
+
+    if len(one) != len(two):
+        return f"{len(one)} tensors and {len(two)}"
+    for place, (before, after) in enumerate(zip(one, two, strict=True)):
+        if before.dtype != after.dtype or not torch.equal(before.nan_to_num(), after.nan_to_num()):
+            return f"tensor {place} of {len(one)}"
+    return ""
+
+
 # ---- what is told
 
 
@@ -345,9 +454,8 @@ def _show(row: Mapping[str, Any]) -> None:
     if not row["built"]:
         print(f"{row['pipeline']:48} not built   {row['reason']}", flush=True)
         return
-    for strategy in STRATEGIES:
-        if strategy in row:
-            found = row[strategy]
+    for strategy, found in row.items():
+        if isinstance(found, dict):
             print(f"{row['pipeline']:48} {strategy:11} {found['status']:8} {found['reason']}", flush=True)
 
 

@@ -278,7 +278,7 @@ class TestHostile:
         monkeypatch.setattr("os.system", lambda *_: ran.append("os.system"))
         monkeypatch.setattr(builtins, "print", lambda *_: ran.append("print"))
         message = refused(text.replace("vramplan_version: ", f"vramplan_version: {tag} #", 1))
-        assert "could not determine a constructor" in message
+        assert "a plan has no tags" in message
         assert not ran
 
     def test_aliases_that_would_fill_the_memory_are_refused_at_once(self):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vramplan._version import __version__
 
 if TYPE_CHECKING:
-    from vramplan.apply import Applied, apply_plan, auto_configure
+    from vramplan.again import changing
+    from vramplan.apply import Applied, applied_to, apply_plan, auto_configure
     from vramplan.calibration.recording import calibrating
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
     from vramplan.hardware import Hardware, detect
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Applied": "vramplan.apply",
+    "applied_to": "vramplan.apply",
     "apply_plan": "vramplan.apply",
     "auto_configure": "vramplan.apply",
     "calibrating": "vramplan.calibration.recording",
+    "changing": "vramplan.again",
     "MismatchError": "vramplan.errors",
     "NothingFitsError": "vramplan.errors",
     "UsageError": "vramplan.errors",
@@ -54,9 +57,11 @@ __all__ = [
     "VramplanError",
     "Workload",
     "__version__",
+    "applied_to",
     "apply_plan",
     "auto_configure",
     "calibrating",
+    "changing",
     "detect",
     "dump_plan",
     "load_plan",

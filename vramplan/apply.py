@@ -3,57 +3,73 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.component import device_of
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.planfile import Plan
 from vramplan.planned import calls_of, check_match, parse_settings
 from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
-from vramplan.strategies.base import Decodes, Execution, Placed, Quality, put_on
-from vramplan.strategies.kernel_state import State, kernel_state, restore_kernels
+from vramplan.snapshot import Before, Snapshot, uninterrupted
+from vramplan.strategies.base import Decodes, Placed, Quality, put_on, unpinned
 
 _MARK = "_vramplan_applied"
 # On the class of a pipeline whose own call recovers: the class it had before.
 PLAIN = "_vramplan_plain_class"
-# What settings leave on a pipeline object: diffusers' offload calls (0.42, pipeline_utils.py), and a chunk size.
-_PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "decode_latents")
-_ABSENT = object()
 
 
 @dataclass(slots=True, kw_only=True)
 class Applied:
-    """A plan on a live pipeline. `calls` are the diffusers calls that were made, as lines of Python."""
+    """A plan on a live pipeline. `calls` are the diffusers calls that were made, as lines of Python.
+
+    `notes` tell where it had to be done otherwise than planned.
+    """
 
     pipe: Any
     plan: Plan
     device: str
     calls: tuple[str, ...]
-    _before: _Snapshot = field(repr=False)
+    notes: tuple[str, ...] = ()
+    _before: Before = field(repr=False)
     _placed: Placed = field(repr=False, default=())
     _decodes: Decodes = field(repr=False, default=())
 
     def undo(self) -> Any:
         """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
 
+        Ctrl-C waits until it is done. If it fails, as for want of RAM, no weight is lost and the plan still counts as
+        applied: call it again.
+
         Raises:
             VramplanError: the plan rounded weights, which nothing can put back; the pipeline stays as it is.
         """
+        self._refuse_rounded()
+        with uninterrupted():
+            if self.pipe.__dict__.get(_MARK) is self:
+                self._before.restore(self.pipe, self._placed)
+                self.pipe.__class__ = plain_class(self.pipe)
+                del self.pipe.__dict__[_MARK]
+        return self.pipe
+
+    def _refuse_rounded(self) -> None:
         rounded = [setting.name for setting, _ in self._placed if setting.axis == "weights"]
         if rounded:
             raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline anew")
-        if self.pipe.__dict__.get(_MARK) is self:
-            del self.pipe.__dict__[_MARK]
-            self.pipe.__class__ = plain_class(self.pipe)
+
+    def _put_on_again(self) -> None:
+        """After an undo that nothing came of, whole or half done."""
+        with uninterrupted():
             self._before.restore(self.pipe, self._placed)
-        return self.pipe
+            self.pipe.__dict__.pop(_MARK, None)
+            with _all_or_nothing(self.pipe, self._placed):
+                put_on(self.pipe, self._placed, self._decodes, self.device)
+                self.pipe.__dict__[_MARK] = self
 
 
 def auto_configure(
@@ -78,7 +94,7 @@ def auto_configure(
         NothingFitsError: no candidate fits; the pipeline is untouched.
         VramplanError: the pipeline already carries offload hooks of somebody else's, or is no pipeline.
     """
-    with _earlier_off(pipe):
+    with earlier_off(pipe):
         plan = make_plan(
             pipe,
             device=device,
@@ -90,12 +106,12 @@ def auto_configure(
             settings=settings,
             **workload,
         )
-        applied_anyway(pipe, plan)
+        applied = applied_anyway(pipe, plan)
         if recover:
             from vramplan.recover import recovering
 
             recovering(pipe)
-    return plan
+    return replace(plan, notes=(*plan.notes, *applied.notes)) if applied.notes else plan
 
 
 def plain_class(pipe: Any) -> type:
@@ -111,7 +127,8 @@ def applied_to(pipe: Any) -> Applied | None:
 def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     """Make the plan so on a live pipeline. Applying it twice is the same as once; another one replaces it.
 
-    `device` overrides the torch device of the plan; `cpu` runs the offload hooks without an accelerator.
+    `device` overrides the torch device of the plan; `cpu` runs the offload hooks without an accelerator. Where weights
+    cannot be pinned, the plan is put on without pinned copies, and `notes` of what is returned tell so.
 
     Raises:
         MismatchError: the plan is for another pipeline, for a device that is not here, or no longer fits. What else has
@@ -141,23 +158,39 @@ def applied_anyway(pipe: Any, plan: Plan, *, device: str | None = None) -> Appli
     if earlier is not None and earlier.plan == plan and earlier.device == target:
         return earlier
     check_device(target, plan)
-    with _earlier_off(pipe):
+    with earlier_off(pipe):
         return _applied_anew(pipe, plan, target)
 
 
 @contextmanager
-def _earlier_off(pipe: Any) -> Iterator[None]:
+def earlier_off(pipe: Any) -> Iterator[None]:
     """What vramplan had applied is off inside the block, and on again if the block fails."""
     earlier, cls = applied_to(pipe), type(pipe)
-    if earlier is not None:
+    if earlier is None:
+        yield
+        return
+    earlier._refuse_rounded()
+    try:
         earlier.undo()
+        yield
+    except BaseException:
+        now = applied_to(pipe)
+        if now is None or now is earlier:  # and not the new one, where it was all on already
+            earlier._put_on_again()
+            pipe.__class__ = cls
+        raise
+
+
+@contextmanager
+def _all_or_nothing(pipe: Any, placed: Placed) -> Iterator[None]:
+    """The pipeline is as it was, object by object, if the block fails."""
+    rounded = [name for setting, names in placed if setting.axis == "weights" for name in names]
+    snapshot = Snapshot.of(pipe, rounded)
     try:
         yield
     except BaseException:
-        if earlier is not None:
-            pipe.__class__ = cls
-            put_on(pipe, earlier._placed, earlier._decodes, earlier.device)
-            pipe.__dict__[_MARK] = earlier
+        with uninterrupted():
+            snapshot.put_back()
         raise
 
 
@@ -167,7 +200,15 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
     check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, planned_accelerator(plan, target))
-    return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, still=placed)
+    try:
+        return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, still=placed)
+    except (RuntimeError, MemoryError) as error:
+        lighter = unpinned(placed)
+        if lighter == placed:
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    note = f"weights are pinned on the fly (low_cpu_mem_usage=true), which is slower: they could not be once ({reason})"
+    return finish_applying(pipe, plan, target, placed=lighter, decodes=decodes, still=lighter, notes=(note,))
 
 
 def finish_applying(
@@ -179,29 +220,26 @@ def finish_applying(
     decodes: Decodes,
     still: Placed,
     devices: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Applied:
     """Put on a checked pipeline what is `still` to be put of the settings `placed`, and all of `decodes`.
 
-    `devices` says where components go back to when it is undone, where that is not where they are now.
+    `devices` says where components go back to when it is undone, of a pipeline that was placed while it was loaded.
     """
     rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
-    before = _Snapshot.of(pipe, devices, rounded=rounded)
-    calls = tuple(calls_of(placed, decodes, target, modules_of(pipe)))
-    try:
-        put_on(pipe, still, decodes, target)
-    except BaseException:
-        before.restore(pipe, placed)
-        raise
     applied = Applied(
         pipe=pipe,
         plan=plan,
         device=target,
-        calls=calls,
-        _before=before,
+        calls=tuple(calls_of(placed, decodes, target, modules_of(pipe))),
+        notes=notes,
+        _before=Before.of(pipe, rounded, devices),
         _placed=placed,
         _decodes=decodes,
     )
-    pipe.__dict__[_MARK] = applied
+    with _all_or_nothing(pipe, still):
+        put_on(pipe, still, decodes, target)
+        pipe.__dict__[_MARK] = applied
     return applied
 
 
@@ -227,71 +265,3 @@ def planned_accelerator(plan: Plan, device: str) -> Accelerator | None:
     if planned is None or device.partition(":")[0] != "cpu":
         return planned
     return Accelerator(kind="mps", index=0, name="cpu", total_bytes=planned.total_bytes, free_bytes=None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Snapshot:
-    """What has to be put back: where each module was, its kernels, and the settings on VAEs and pipeline."""
-
-    modules: Mapping[str, Any]
-    parameters: Sequence[tuple[Any, Mapping[str, Any]]]
-    devices: Mapping[str, str]
-    settings: Mapping[str, Mapping[str, Any]]
-    kernels: Mapping[str, State]
-    attributes: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, pipe: Any, devices: Mapping[str, str] | None = None, *, rounded: Collection[str] = ()) -> _Snapshot:
-        """Before a plan is applied that rounds some components: their parameters are not held on to."""
-        modules = modules_of(pipe)
-        kept = [module for name, module in modules.items() if name not in rounded]
-        return cls(
-            modules=modules,
-            parameters=[(child, dict(child._parameters)) for module in kept for child in module.modules()],
-            devices=devices or {name: device_of(module) or "cpu" for name, module in modules.items()},
-            settings={name: decode_settings(module) for name, module in modules.items()},
-            kernels={name: kernel_state(module) for name, module in modules.items()},
-            attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
-        )
-
-    def restore(self, pipe: Any, placed: Placed) -> None:
-        """Hooks off in any case, whatever of the plan had been reached.
-
-        A component that was taken out or replaced since then is left as it is.
-        """
-        here = modules_of(pipe)
-        kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
-        for setting, names in placed:
-            if not isinstance(setting, Execution):
-                setting.remove(pipe, [name for name in names if name in kept])
-        for child, parameters in self.parameters:
-            _tie_again(child, parameters)
-        for name, module in kept.items():
-            module.to(self.devices[name])
-            vars(module).update(self.settings[name])
-            restore_kernels(self.kernels[name])
-        for name, value in self.attributes.items():
-            if value is _ABSENT:
-                pipe.__dict__.pop(name, None)
-            else:
-                pipe.__dict__[name] = value
-
-
-def _tie_again(child: Any, parameters: Mapping[str, Any]) -> None:
-    """The very parameters from before, where the same memory is now called by new ones.
-
-    accelerate 1.15 makes a new Parameter for each name when its hooks are taken off: tied ones are tied no more.
-    """
-    for name, before in parameters.items():
-        now = child._parameters.get(name)
-        if before is not None and now is not None and now is not before and now.data_ptr() == before.data_ptr():
-            child._parameters[name] = before
-
-
-def decode_settings(module: Any) -> dict[str, Any]:
-    """The plain attributes of a module that slicing, tiling and frame-wise decoding change."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name.startswith(("tile_", "use_tiling", "use_slicing", "use_framewise"))
-    }

@@ -58,7 +58,7 @@ def run_plan(
     loaded = load_applied(plan, folder, None if prompt is None else arguments, allow_pickle=allow_pickle, say=say)
     applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not progress_shown())
-    lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls)]
+    lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls), *applied.notes]
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
     say(f"generating on {applied.device}")

@@ -10,19 +10,16 @@ import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import wraps
 from itertools import chain
 from typing import Any
 
+from vramplan.again import planned_anew
 from vramplan.apply import PLAIN, applied_anyway, applied_to, plain_class
-from vramplan.drift import wishes
 from vramplan.errors import NothingFitsError, VramplanError
-from vramplan.hardware.types import Hardware
 from vramplan.pipeline.component import describe_component
 from vramplan.planfile import Plan
 from vramplan.planned import vae_names
-from vramplan.planning import plan as make_plan
 from vramplan.strategies import DECODES
 from vramplan.strategies.base import Decode
 from vramplan.strategies.settings import format_setting
@@ -65,7 +62,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         say(f"out of memory ({reason}); again within {format_bytes(limit)}")
         applied.undo()
         _give_memory_back()
-        smaller = _smaller(pipe, first, limit)
+        smaller = planned_anew(pipe, first, vram=str(limit))
         applied = applied_anyway(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
         for generator, state in states:
@@ -101,15 +98,6 @@ def _by_name(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     """The arguments of a call, all by name."""
     names = list(inspect.signature(cls.__call__).bind_partial(pipe, *args).arguments)[1:]
     return dict(zip(names, args, strict=True)) | dict(kwargs)
-
-
-def _smaller(pipe: Any, plan: Plan, vram_bytes: int) -> Plan:
-    """The fastest plan within less memory, for the machine, workload and wishes of the first one."""
-    machine = plan.machine
-    hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
-    limits = {"vram": str(vram_bytes), "ram": str(machine.budget.ram_bytes)}
-    made = make_plan(pipe, device=hardware, **(wishes(plan) | limits))
-    return replace(made, asked=plan.asked)
 
 
 def _settings(plan: Plan) -> str:

@@ -26,7 +26,7 @@ from vramplan.strategies import EXECUTIONS
 from vramplan.strategies.attention_backend import AttentionBackend
 from vramplan.strategies.attention_slicing import AttentionSlicing
 from vramplan.strategies.compile_repeated_blocks import CompileRepeatedBlocks
-from vramplan.strategies.kernel_state import kernel_state
+from vramplan.strategies.kernel_state import KernelState
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
@@ -142,6 +142,10 @@ def test_every_setting_can_be_written_and_read(cls: Any) -> None:
     assert cls().unknown == "" or len(cls().unknown) > 20
 
 
+def kernel_state(module: torch.nn.Module) -> list[KernelState]:
+    return [KernelState.of(child) for child in module.modules()]
+
+
 @pytest.mark.parametrize("cls", EXECUTIONS)
 def test_code_and_applying_leave_the_same(cls: Any) -> None:
     pipes = [Pipe(transformer=tiny_unet() if cls is AttentionSlicing else tiny_flux()) for _ in range(2)]
@@ -150,9 +154,9 @@ def test_code_and_applying_leave_the_same(cls: Any) -> None:
     setting.apply(pipes[0], ["transformer"], "cpu")
     exec("\n".join(setting.code(["transformer"], "cpu")), {"pipe": pipes[1]})
     applied_, coded = (kernel_state(pipe.components["transformer"]) for pipe in pipes)
-    assert [(name, type(value)) for _, name, value in applied_] == [(name, type(value)) for _, name, value in coded]
-    backends = [[value for _, name, value in state if name == "_attention_backend"] for state in (applied_, coded)]
-    assert backends[0] == backends[1]
+    assert [(type(s.compiled), type(s.processor), s.backend) for s in applied_] == [
+        (type(s.compiled), type(s.processor), s.backend) for s in coded
+    ]
     assert kernel_state(pipes[0].components["transformer"]) != before
     assert Registry._active_backend is active  # nothing is set for other models of the process
 
@@ -232,15 +236,14 @@ def test_compiled_blocks_compute_the_same_and_are_given_up_again() -> None:
         "txt_ids": torch.zeros(8, 3),
         "return_dict": False,
     }
-    from vramplan.strategies.kernel_state import restore_kernels
-
     before = kernel_state(flux)
     with torch.no_grad():
         plain = flux(**given)[0]
         CompileRepeatedBlocks().apply(Pipe(transformer=flux), ["transformer"], "cpu")
         assert flux.transformer_blocks[0]._compiled_call_impl is not None
         torch.testing.assert_close(flux(**given)[0], plain, rtol=1e-4, atol=1e-5)
-        restore_kernels(before)
+        for state, module in zip(before, flux.modules(), strict=True):
+            state.restore(module)
         assert torch.equal(flux(**given)[0], plain)
     torch._dynamo.reset()
 

@@ -11,9 +11,9 @@ import torch
 from pipeline.small_vaes import VAES, small_vae
 from planner.specs import card, component, pipeline
 
-from vramplan.apply import _decode_settings
 from vramplan.pipeline.component import describe_component
 from vramplan.planner.candidates import Fixed, rows
+from vramplan.snapshot import decode_settings
 from vramplan.strategies.framewise_decoding import FramewiseDecoding
 from vramplan.strategies.settings import format_setting
 from vramplan.workload import Workload
@@ -49,7 +49,7 @@ def test_hunyuan_decodes_shorter_stretches_to_as_many_frames() -> None:
     whole = decoded(vae, given)
     assert max(seen) == 5  # 16 frames are 4 latents, and the one before
     seen.clear()
-    before = _decode_settings(vae)
+    before = decode_settings(vae)
     FramewiseDecoding().apply(SimpleNamespace(components={"vae": vae}), ["vae"])
     shorter = decoded(vae, given)
     assert max(seen) == 3
@@ -132,7 +132,7 @@ def test_the_code_does_what_applying_does() -> None:
     pipes = [SimpleNamespace(components={"vae": vae}, vae=vae) for vae in (small_vae(HUNYUAN), small_vae(HUNYUAN))]
     FramewiseDecoding().apply(pipes[0], ["vae"])
     exec("\n".join(FramewiseDecoding().code(["vae"], pipes[1].components)), {"pipe": pipes[1]})
-    assert _decode_settings(pipes[0].vae) == _decode_settings(pipes[1].vae)
+    assert decode_settings(pipes[0].vae) == decode_settings(pipes[1].vae)
 
 
 def test_candidates_take_stretches_or_tiles() -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from vramplan.apply import Applied, applied_to, decode_settings
+from vramplan.apply import Applied, applied_to
 from vramplan.calibration.learned import versions
 from vramplan.calibration.records import CallRecord, Took
 from vramplan.calibration.store import append
@@ -17,6 +17,7 @@ from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.live import modules_of
 from vramplan.planfile import Plan
+from vramplan.snapshot import decode_settings
 from vramplan.verify import Measured, current_rss_bytes, measured
 
 Say = Callable[[str], None]

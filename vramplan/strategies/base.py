@@ -110,6 +110,9 @@ class Placement(Protocol):
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """Why this setting cannot be, as a sentence; None when it can."""
 
+    def unpinned(self) -> Self:
+        """The same without pinned copies of weights; itself where it has none."""
+
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
         """Where the component's weights are under this setting."""
 
@@ -307,6 +310,11 @@ def missing_package(name: str) -> str | None:
     return None
 
 
+def unpinned(placed: Placed) -> Placed:
+    """The same settings without pinned copies of weights."""
+    return [(setting.unpinned() if isinstance(setting, Placement) else setting, names) for setting, names in placed]
+
+
 def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
     """Take diffusers' group offloading hooks off; it has no public call for it (0.42)."""
     from diffusers.hooks import HookRegistry
@@ -334,6 +342,10 @@ class WithoutOptions:
         return (cls(),)
 
     def complete(self, component: Component) -> Self:
+        """The setting as it is."""
+        return self
+
+    def unpinned(self) -> Self:
         """The setting as it is."""
         return self
 

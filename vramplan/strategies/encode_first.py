@@ -52,6 +52,10 @@ class EncodeFirst:
         """The setting as it is."""
         return self
 
+    def unpinned(self) -> Self:
+        """The setting as it is."""
+        return self
+
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """A pipeline that is loaded already, one that does not take its prompt encoded, and what `leaf` cannot do."""
         if component.role != "text_encoder":

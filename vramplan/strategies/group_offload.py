@@ -80,6 +80,10 @@ class GroupOffload:
             return self
         return replace(self, within="/".join(component.geometry.block_modules))
 
+    def unpinned(self) -> Self:
+        """With streams, pinned on the fly."""
+        return replace(self, low_cpu_mem_usage=self.stream)
+
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """Combinations that diffusers rejects, and those it lets pass that are silently wrong."""
         return (

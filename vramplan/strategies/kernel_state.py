@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-# An object, the name of one of its attributes, and its value.
-State = list[tuple[Any, str, Any]]
 
+@dataclass(frozen=True, slots=True)
+class KernelState:
+    """A module's compiled call, its attention processor, and the backend that is set on that; None for none."""
 
-def kernel_state(module: torch.nn.Module) -> State:
-    """Each submodule's compiled call, its attention processor, and the backend that is set on that."""
-    found: State = []
-    for child in module.modules():
-        found.append((child, "_compiled_call_impl", child._compiled_call_impl))
-        processor: Any = getattr(child, "processor", None)
-        if processor is not None:
-            found.append((child, "processor", processor))
-        if hasattr(processor, "_attention_backend"):
-            found.append((processor, "_attention_backend", processor._attention_backend))
-    return found
+    compiled: Any
+    processor: Any
+    backend: Any
 
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> KernelState:
+        """That of the module itself, without the modules in it."""
+        processor = getattr(module, "processor", None)
+        return cls(module._compiled_call_impl, processor, getattr(processor, "_attention_backend", None))
 
-def restore_kernels(state: Iterable[tuple[Any, str, Any]]) -> None:
-    """Every attribute that is another object now as it was."""
-    for holder, name, value in state:
-        if getattr(holder, name) is not value:
-            setattr(holder, name, value)
+    def restore(self, module: torch.nn.Module) -> None:
+        """Whatever is another object now as it was."""
+        module._compiled_call_impl = self.compiled
+        if self.processor is not None and getattr(module, "processor", None) is not self.processor:
+            module.processor = self.processor
+        if hasattr(self.processor, "_attention_backend"):
+            self.processor._attention_backend = self.backend

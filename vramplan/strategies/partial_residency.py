@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -71,6 +71,10 @@ class PartialResidency:
     def complete(self, component: Component) -> Self:
         """The setting as it is."""
         return self
+
+    def unpinned(self) -> Self:
+        """Pinned on the fly."""
+        return replace(self, low_cpu_mem_usage=True)
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What keeps groups of blocks off the component, and numbers of blocks it does not have."""
