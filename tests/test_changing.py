@@ -35,7 +35,7 @@ PLACEMENTS = {
 def _card(monkeypatch, tmp_path):
     """The CPU stands in for the card; what needs streams does without them there."""
     monkeypatch.setenv("VRAMPLAN_OFFLOAD", str(tmp_path / "offload"))
-    monkeypatch.setattr(vramplan.apply, "_accelerator", lambda plan, device: plan.machine.accelerator)
+    monkeypatch.setattr(vramplan.apply, "planned_accelerator", lambda plan, device: plan.machine.accelerator)
 
 
 def small(kind):

@@ -109,8 +109,8 @@ def _card(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    monkeypatch.setattr(vramplan.apply, "_check_device", lambda *_: None)
-    monkeypatch.setattr(vramplan.apply, "_accelerator", lambda plan, device: plan.machine.accelerator)
+    monkeypatch.setattr(vramplan.apply, "check_device", lambda *_: None)
+    monkeypatch.setattr(vramplan.apply, "planned_accelerator", lambda plan, device: plan.machine.accelerator)
 
 
 @pytest.fixture

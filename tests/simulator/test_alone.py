@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -42,7 +43,7 @@ def test_alone_a_component_takes_what_it_takes_in_the_call(small_pipeline: Calla
     source = Source(pipe, spec := describe(pipe).spec)
     plain = source.run(work, [], [], accelerator=None)
     alone = traced_alone(source.parts, spec, work, Kernels())
-    assert alone.decoded == plain.decoded
+    assert [replace(item, stride=()) for item in alone.decoded] == [replace(item, stride=()) for item in plain.decoded]
     assert {use.component for use in alone.uses} == {use.component for use in spec.uses}
     for use in alone.uses:
         whole = plain.use(use.phase, use.component)

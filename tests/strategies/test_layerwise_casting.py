@@ -116,7 +116,7 @@ def test_a_plan_with_weights_survives_its_file() -> None:
         ({"weights.nothing": "layerwise_casting"}, "has no nothing, only"),
         ({"weights.transformer": "int3"}, "'int3' is not a strategy here"),
         ({"weights.transformer": "layerwise_casting:storage=int8"}, "use one of float8_e4m3fn, float8_e5m2"),
-        ({"wait": "layerwise_casting"}, "the axes are weights.COMPONENT, placement"),
+        ({"wait": "layerwise_casting"}, "the axes are weights.COMPONENT, attention.COMPONENT, placement"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(settings: Any, words: str) -> None:

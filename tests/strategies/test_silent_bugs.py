@@ -20,6 +20,7 @@ from vramplan.planner.decide import decide
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.planning import refuse_hooked
 from vramplan.strategies.base import offload_refusal
+from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload, forget_device
@@ -291,12 +292,13 @@ def test_unified_memory() -> None:
     reason = offload_refusal(spec.component("transformer"), spec, shared)
     assert reason == "Apple M4 shares one memory with the CPU: offloading frees nothing"
     found, _ = rows(spec, WORK, Fixed(), shared)
-    assert {s for row in found for placement in row.placements for s in placement.values()} == {Resident()}
+    placed = {setting for row in found for placement in row.placements for setting in placement.values()}
+    assert placed == {Resident(), EncodeFirst()}, "what is gone is free in the one memory"
 
 
-def test_eight_bit_weights_are_only_resident() -> None:
+def test_eight_bit_weights_are_only_resident_or_gone() -> None:
     spec = with_part(component("text_encoder", role="text_encoder", blocks=4, move_refusal="it stays"))
-    assert settings_of(spec, "text_encoder") == {Resident()}
+    assert settings_of(spec, "text_encoder") == {Resident(), EncodeFirst()}
 
 
 def test_sequential_offload_on_the_cpu_itself() -> None:

@@ -281,7 +281,8 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
 
 
 def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Lower is better. Times are equal up to their third digit; then the simpler plan, then less to hide, then memory.
+    """Lower is better. Times are equal up to their third digit; then what changes less, then the simpler plan, then less
+    to hide, then memory.
 
     RAM before VRAM: of two that are equally fast the one that offloads less is the simpler.
     """
@@ -289,9 +290,10 @@ def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     time, vram = float(f"{demand.seconds_per_call:.3g}"), demand.vram_reserved_bytes
     hidden = float(f"{demand.transfer_seconds_per_step:.3g}")
     offloaded = sum(setting != Resident() for setting in decision.placement.values())
+    changed = _index(decision), len(decision.weights)
     if prefer == "speed":
-        return time, _index(decision), offloaded, hidden, demand.ram_bytes, vram
-    return vram or demand.ram_bytes, time, _index(decision), offloaded, hidden, demand.ram_bytes
+        return time, *changed, offloaded, hidden, demand.ram_bytes, vram
+    return vram or demand.ram_bytes, time, *changed, offloaded, hidden, demand.ram_bytes
 
 
 def _index(decision: Decision) -> int:
