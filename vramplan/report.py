@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,19 @@ def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> I
     for item in deductions:
         sign = "less" if item.size_bytes >= 0 else "plus"
         yield f"        {sign} {format_bytes(abs(item.size_bytes))} {item.name}: {item.reason}"
+
+
+def profiles_text(names: Mapping[str, Sequence[str]], own: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+    """The profiles' names by kind. `own` holds the user's, by kind and name, each with the mistakes in its file."""
+    return "\n".join(
+        line for kind in names for line in (kind, *(_profile_line(name, own[kind]) for name in names[kind]))
+    )
+
+
+def _profile_line(name: str, own: Mapping[str, Sequence[str]]) -> str:
+    if name not in own:
+        return f"  {name}"
+    return f"  {name}  yours" + (f", cannot be used: {own[name][0]}" if own[name] else "")
 
 
 def plan_text(plan: Plan) -> str:
