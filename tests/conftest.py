@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Simulations are kept for the session, never in the cache of whoever runs the tests.
 os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
+# The profiles of whoever runs the tests would stand in for bundled ones.
+os.environ["VRAMPLAN_PROFILES"] = str(Path(os.environ["VRAMPLAN_CACHE"]) / "profiles")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
