@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 # Nor does what was measured on this machine play a part, or what tests measure.
 os.environ["VRAMPLAN_CALIBRATION"] = tempfile.mkdtemp(prefix="vramplan-tests-")
+# The profiles of whoever runs the tests would stand in for bundled ones.
+os.environ["VRAMPLAN_PROFILES"] = str(Path(os.environ["VRAMPLAN_CACHE"]) / "profiles")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

@@ -252,7 +252,7 @@ class TestBadInput:
         assert "has no model_index.json" in failed(1, "plan", "./empty")
         assert "no such folder" in failed(1, "plan", "./none")
         failed(1, "plan", "file.txt")
-        assert "no such folder, and no bundled pipeline profile" in failed(2, "plan", "no-such-model")
+        assert "no such folder, and no pipeline profile" in failed(2, "plan", "no-such-model")
 
     def test_an_output_into_a_missing_folder(self, sd15, here):
         for command in (("plan", sd15, *CARD), ("detect",)):
@@ -477,4 +477,4 @@ class TestProfiles:
 
     @pytest.mark.parametrize("name", ["nonsense", "../profiles/devices/rtx-4070", ""])
     def test_an_unknown_one_is_refused(self, name):
-        assert "no bundled" in failed(2, "profiles", "show", name)
+        assert "no pipeline profile" in failed(2, "profiles", "show", name)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vramplan.profiles import facts_directory
+from vramplan.profile_files import bundled_directory
 from vramplan.residuals import (
     COVERAGE,
     ProjectionError,
@@ -22,7 +22,7 @@ from vramplan.residuals import (
 )
 from vramplan.units import GIB, MIB
 
-ROWS = json.loads((facts_directory() / "residuals.json").read_text(encoding="utf-8"))["projections"]
+ROWS = json.loads((bundled_directory() / "residuals.json").read_text(encoding="utf-8"))["projections"]
 
 
 def residual(projected: int, share: float) -> Residual:
@@ -100,7 +100,7 @@ def test_the_bundled_bound_covers_its_share_of_the_published_rows(basis) -> None
 def test_every_row_is_of_the_published_table_and_has_its_source() -> None:
     import yaml
 
-    table = facts_directory().parent / "benchmarks" / "published_peaks.yaml"
+    table = bundled_directory().parent / "benchmarks" / "published_peaks.yaml"
     published = {row["id"]: row for row in yaml.safe_load(table.read_text(encoding="utf-8"))["rows"]}
     simulated = {row["row"] for row in ROWS if row["basis"] == "simulated"}
     assert simulated == {name for name, row in published.items() if not row.get("fitted")}

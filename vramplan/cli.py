@@ -329,26 +329,42 @@ def code(plan_file: str) -> None:
 
 @main.group()
 def profiles() -> None:
-    """The bundled facts about pipelines and devices."""
+    """The facts about pipelines and devices: bundled ones, and your own, which win."""
 
 
 @profiles.command("list")
 def list_profiles() -> None:
-    """Name every bundled profile."""
-    from vramplan.profiles import device_names, pipeline_names
+    """Name every profile; yours are marked."""
+    from vramplan.profiles import device_names, own_profiles, pipeline_names
+    from vramplan.report import profiles_text
 
-    click.echo("\n".join(["pipelines", *(f"  {name}" for name in pipeline_names())]))
-    click.echo("\n".join(["devices", *(f"  {name}" for name in device_names())]))
+    names = {"pipelines": pipeline_names(), "devices": device_names()}
+    own = {"pipelines": own_profiles("pipelines"), "devices": own_profiles("devices")}
+    click.echo(profiles_text(names, own))
 
 
 @profiles.command("show")
 @click.argument("name")
 def show_profile(name: str) -> None:
-    """Print a bundled profile, sources included."""
-    from vramplan.profiles import ProfileKind, device_names, profile_path
+    """Print a profile, sources included."""
+    from vramplan.profile_files import ProfileKind
+    from vramplan.profiles import device_names, profile_path
 
-    kind: ProfileKind = "devices" if name.lower() in device_names() else "pipelines"
+    kind: ProfileKind = "devices" if name.casefold() in map(str.casefold, device_names()) else "pipelines"
     click.echo(profile_path(kind, name).read_text(encoding="utf-8").rstrip())
+
+
+@profiles.command("check")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def check_profile_file(file: Path) -> None:
+    """Say what is wrong with a profile you wrote, a line for each mistake. Exit code 2 if anything is."""
+    from vramplan.profiles import check_profile
+
+    kind, found = check_profile(file)
+    if found:
+        click.echo("\n".join(found))
+        raise UsageError(f"{file}: {len(found)} mistake{'s' if len(found) > 1 else ''}, listed above: correct the file")
+    click.echo(f"{file}: a {kind.removesuffix('s')} profile that can be used")
 
 
 def _fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:

@@ -83,14 +83,15 @@ def _any_card(size: int) -> Accelerator:
 
 
 def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
-    """A card this machine does not hold, with the host memory of this machine."""
-    from vramplan.profiles import device_accelerator, load_device_profile
+    """A card this machine does not hold, with the host memory of this machine, or the one it shares with its own."""
+    from vramplan.profiles import device_accelerator, device_host, load_device_profile
 
     if device.partition(":")[0] in ("cuda", "xpu", "mps", "rocm"):
         names = ", ".join(item.device for item in hardware.accelerators) or "none, so the plan would be for cpu"
         raise UsageError(f"device {device}: this machine has {names}")
-    accelerator = device_accelerator(load_device_profile(device))
-    return replace(hardware, accelerators=(accelerator,)), accelerator
+    profile = load_device_profile(device)
+    accelerator = device_accelerator(profile)
+    return replace(hardware, accelerators=(accelerator,), host=device_host(profile, hardware.host)), accelerator
 
 
 def _read(hardware: Hardware, accelerator: Accelerator | None) -> tuple[Hardware, Accelerator | None]:
@@ -111,4 +112,5 @@ def _private(accelerator: Accelerator) -> Accelerator:
     passed on."""
     from vramplan.profiles import rates_for
 
-    return replace(accelerator, rates=accelerator.rates or rates_for(accelerator.name), others=None)
+    rates = accelerator.rates or rates_for(accelerator.name, accelerator.total_bytes)
+    return replace(accelerator, rates=rates, others=None)

@@ -1,21 +1,28 @@
-"""The bundled facts: what well-known pipelines are made of, and what well-known devices can do."""
+"""The facts: what well-known pipelines are made of, and what well-known devices can do.
+
+Bundled ones, and the user's own (`profile_files`), which win over a bundled one of the same name.
+"""
 
 from __future__ import annotations
 
 import difflib
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Gt
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.pcie import LANE_BYTES_PER_S
-from vramplan.hardware.types import Accelerator, AcceleratorKind, Rates
+from vramplan.hardware.types import Accelerator, AcceleratorKind, Host, Rates
+from vramplan.profile_files import ProfileKind, is_users, mentions, mistakes, profile_files, read_document, read_profile
 
-ProfileKind = Literal["pipelines", "devices"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
+Count = Annotated[int, Gt(0)]
+Amount = Annotated[float, Gt(0)]
 Profile = TypeVar("Profile", "PipelineProfile", "DeviceProfile")
 
 # The fraction of a link's rate which copies from pinned host memory reach after protocol overhead. Assumed:
@@ -105,7 +112,7 @@ class LinkProfile:
     __pydantic_config__ = _STRICT
 
     generation: PcieGeneration
-    lanes: int
+    lanes: Count
 
     @property
     def bytes_per_s(self) -> float:
@@ -117,9 +124,14 @@ class LinkProfile:
 class DeviceProfile:
     """What a device can do. Rates are peaks, in 10^9 bytes and 10^12 operations per second.
 
-    `match` holds the names its driver reports; `memory_bytes` is what a program can get of an idle device;
-    `half_tflops` is dense, with float32 accumulation; `native` names the torch dtypes it computes in;
-    `unconfirmed` marks a profile with recalled figures, which its `source` names.
+    `match` holds the names its driver reports, which models of several memory sizes may share; `memory_bytes`
+    is what a program can get of an idle device; `half_tflops` is dense, with float32 accumulation; `native`
+    names the torch dtypes it computes in; `compute_capability` is CUDA's.
+
+    One of three says how it is reached from the host: `link` over PCI Express, `link_gb_per_s` over another
+    link (one way), and `pool_bytes` where there is none, as both share a memory of that size.
+
+    `unconfirmed` marks a profile with recalled or assumed figures, which its `source` names.
     """
 
     __pydantic_config__ = _STRICT
@@ -128,35 +140,55 @@ class DeviceProfile:
     title: str
     kind: AcceleratorKind
     match: tuple[str, ...]
-    memory_bytes: int
-    memory_gb_per_s: float
-    half_tflops: float
-    link: LinkProfile
+    memory_bytes: Count
+    memory_gb_per_s: Amount
+    half_tflops: Amount
+    link: LinkProfile | None = None
+    link_gb_per_s: Amount | None = None
+    pool_bytes: Count | None = None
     native: tuple[str, ...]
-    compute_capability: str
+    compute_capability: str | None = None
     source: str
     unconfirmed: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what no device is like."""
+        if [self.link, self.link_gb_per_s, self.pool_bytes].count(None) != 2:
+            raise ValueError(
+                "give one of link (PCI Express), link_gb_per_s (any other) and pool_bytes (the host's too)"
+            )
+        if self.pool_bytes is not None and self.memory_bytes > self.pool_bytes:
+            raise ValueError("memory_bytes is more than pool_bytes, the memory it is a part of")
+        if self.compute_capability is not None and not re.fullmatch(r"\d+\.\d", self.compute_capability):
+            raise ValueError('compute_capability is not of the form "8.9", in quotes')
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """What its link carries one way at best, in bytes per second; None where there is no link."""
+        if self.link is not None:
+            return self.link.bytes_per_s
+        return None if self.link_gb_per_s is None else self.link_gb_per_s * 1e9
+
 
 def pipeline_names() -> tuple[str, ...]:
-    """The names of the bundled pipeline profiles, sorted."""
-    return _names("pipelines")
+    """The names of the pipeline profiles, sorted."""
+    return tuple(sorted(profile_files("pipelines")))
 
 
 def device_names() -> tuple[str, ...]:
-    """The names of the bundled device profiles, sorted."""
-    return _names("devices")
+    """The names of the device profiles, sorted."""
+    return tuple(sorted(profile_files("devices")))
 
 
 def profile_path(kind: ProfileKind, name: str) -> Path:
-    """The file of a bundled profile; case does not matter.
+    """The file of a profile; case does not matter.
 
     Raises:
         UsageError: no profile has that name; the message suggests the nearest ones.
     """
     path = _find(kind, name)
     if path is None:
-        raise _unknown(kind, name, _names(kind))
+        raise _unknown(kind, name, sorted(profile_files(kind)))
     return path
 
 
@@ -169,10 +201,11 @@ def load_pipeline_profile(name_or_repo_id: str) -> PipelineProfile:
     """
     path = _find("pipelines", name_or_repo_id)
     if path is not None:
-        return _load(path, PipelineProfile)
-    found = _matching("pipelines", PipelineProfile, name_or_repo_id, lambda profile: profile.repos)
+        return read_profile(path, PipelineProfile)
+    matching = _matching("pipelines", PipelineProfile, name_or_repo_id, lambda profile: profile.repos)
+    _, found = next(matching, (None, None))
     if found is None:
-        repos = (repo for path in _files("pipelines") for repo in _load(path, PipelineProfile).repos)
+        repos = (repo for _, profile in _readable("pipelines", PipelineProfile) for repo in profile.repos)
         raise _unknown("pipelines", name_or_repo_id, (*pipeline_names(), *repos))
     return found
 
@@ -184,7 +217,26 @@ def load_device_profile(name: str) -> DeviceProfile:
         UsageError: no profile has that name; the message suggests the nearest ones.
         VramplanError: the file does not hold a profile; the message names the file and the place in it.
     """
-    return _load(profile_path("devices", name), DeviceProfile)
+    return read_profile(profile_path("devices", name), DeviceProfile)
+
+
+def own_profiles(kind: ProfileKind) -> dict[str, tuple[str, ...]]:
+    """The names of the user's own profiles, each with the mistakes in its file."""
+    return {name: mistakes(path, _TYPES[kind]) for name, path in profile_files(kind).items() if is_users(path)}
+
+
+def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
+    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it."""
+    try:
+        document = read_document(path)
+    except VramplanError as error:
+        return "devices", (str(error),)
+    keys = document.keys() if isinstance(document, dict) else set()
+    kind = max(_TYPES, key=lambda kind: len(keys & {item.name for item in fields(_TYPES[kind])}))
+    found = mistakes(path, _TYPES[kind])
+    if keys and document.get("name") != path.stem:
+        found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
+    return kind, found
 
 
 def device_accelerator(profile: DeviceProfile) -> Accelerator:
@@ -195,21 +247,34 @@ def device_accelerator(profile: DeviceProfile) -> Accelerator:
         name=profile.match[0] if profile.match else profile.title,
         total_bytes=profile.memory_bytes,
         free_bytes=profile.memory_bytes,
-        link_bytes_per_s=profile.link.bytes_per_s,
+        unified=profile.pool_bytes is not None,
+        link_bytes_per_s=profile.link_bytes_per_s,
         rates=_rates(profile),
     )
 
 
-def rates_for(accelerator_name: str) -> Rates | None:
-    """The rates of the device that a driver calls by this name (`NVIDIA GeForce RTX 4090`); None if unknown."""
-    found = _by_driver_name(accelerator_name)
+def device_host(profile: DeviceProfile, host: Host) -> Host:
+    """The host to plan with: this machine's, or, for a device that shares its host's memory, that one, idle."""
+    if profile.pool_bytes is None:
+        return host
+    return Host(
+        total_bytes=profile.pool_bytes, available_bytes=profile.pool_bytes, disk_free_bytes=host.disk_free_bytes
+    )
+
+
+def rates_for(accelerator_name: str, total_bytes: int | None = None) -> Rates | None:
+    """The rates of the device that a driver calls by this name (`NVIDIA GeForce RTX 4090`); None if unknown.
+
+    Of models that share the name, the one whose memory is nearest to `total_bytes`.
+    """
+    found = _by_driver_name(accelerator_name, total_bytes)
     return None if found is None else _rates(found)
 
 
 def compute_capability(accelerator_name: str) -> float | None:
     """The CUDA compute capability of the device a driver calls by this name, as 8.9; None if unknown."""
     found = _by_driver_name(accelerator_name)
-    return None if found is None else float(found.compute_capability)
+    return None if found is None else _capability(found)
 
 
 def math_dtypes(accelerator: Accelerator) -> tuple[str, ...]:
@@ -227,63 +292,71 @@ def holds_scores(accelerator: Accelerator, dtype: str) -> bool:
     return not accelerator.fuses_attention or dtype in math_dtypes(accelerator)
 
 
-def _by_driver_name(name: str) -> DeviceProfile | None:
+def _by_driver_name(name: str, total_bytes: int | None = None) -> DeviceProfile | None:
     """Case does not matter, and neither does a leading `NVIDIA`, which drivers before 470 leave out."""
-    return _matching("devices", DeviceProfile, _bare(name), lambda profile: map(_bare, profile.match))
+    found = list(_matching("devices", DeviceProfile, _bare(name), lambda profile: map(_bare, profile.match)))
+    own = [profile for path, profile in found if is_users(path)]
+    models = own or [profile for _, profile in found]
+    size = total_bytes or 0
+    return min(models, key=lambda profile: abs(profile.memory_bytes - size), default=None)
+
+
+def _capability(profile: DeviceProfile) -> float | None:
+    return None if profile.compute_capability is None else float(profile.compute_capability)
 
 
 def _rates(profile: DeviceProfile) -> Rates:
-    link = f"PCIe {profile.link.generation} x{profile.link.lanes}"
+    memory = profile.memory_gb_per_s * 1e9
+    link = profile.link_bytes_per_s
     return Rates(
-        memory_bytes_per_s=profile.memory_gb_per_s * 1e9,
-        link_bytes_per_s=profile.link.bytes_per_s * _LINK_EFFICIENCY,
+        memory_bytes_per_s=memory,
+        # A copy within one memory reads it and writes it.
+        link_bytes_per_s=memory / 2 if link is None else link * _LINK_EFFICIENCY,
         half_flops_per_s=profile.half_tflops * 1e12,
-        reached=_REACHED_HOPPER if 9 <= float(profile.compute_capability) < 12 else _REACHED,
-        source=f"profile {profile.name}, link assumed at {_LINK_EFFICIENCY:.0%} of {link}",
+        reached=_REACHED_HOPPER if 9 <= (_capability(profile) or 0) < 12 else _REACHED,
+        source=f"profile {profile.name}, {_link_source(profile)}",
     )
+
+
+def _link_source(profile: DeviceProfile) -> str:
+    if profile.link_bytes_per_s is None:
+        return "copies assumed at half its memory's rate, which the host shares"
+    link = profile.link
+    called = f"{profile.link_gb_per_s:g} GB/s" if link is None else f"PCIe {link.generation} x{link.lanes}"
+    return f"link assumed at {_LINK_EFFICIENCY:.0%} of {called}"
 
 
 def _bare(name: str) -> str:
     return name.strip().casefold().removeprefix("nvidia ")
 
 
-def facts_directory() -> Path:
-    """Where the bundled facts are."""
-    package = Path(__file__).resolve().parent
-    # The wheel carries the facts inside the package; a checkout has them beside it.
-    for directory in (package / "_profiles", package.parent / "profiles"):
-        if directory.is_dir():
-            return directory
-    raise VramplanError(f"the bundled profiles are missing from {package}: install vramplan again")
-
-
-def _files(kind: ProfileKind) -> tuple[Path, ...]:
-    return tuple(sorted((facts_directory() / kind).glob("*.yaml")))
-
-
-def _names(kind: ProfileKind) -> tuple[str, ...]:
-    return tuple(path.stem for path in _files(kind))
-
-
 def _find(kind: ProfileKind, name: str) -> Path | None:
     wanted = name.strip().casefold()
-    return next((path for path in _files(kind) if path.stem.casefold() == wanted), None)
+    return next((path for stem, path in profile_files(kind).items() if stem.casefold() == wanted), None)
 
 
-def _mentioning(kind: ProfileKind, text: str) -> Iterator[Path]:
-    """The files that hold the text anywhere: parsing only those keeps a look-up in the milliseconds."""
-    return (path for path in _files(kind) if text in path.read_text(encoding="utf-8").casefold())
+def _readable(kind: ProfileKind, profile_type: type[Profile], holding: str = "") -> Iterator[tuple[Path, Profile]]:
+    """The profiles whose file holds the text: parsing only those keeps a look-up in the milliseconds.
+
+    A broken file of the user's is passed over: it is told of where it is asked for by name.
+    """
+    for path in profile_files(kind).values():
+        if not mentions(path, holding):
+            continue
+        try:
+            yield path, read_profile(path, profile_type)
+        except VramplanError:
+            if not is_users(path):
+                raise
 
 
 def _matching(
     kind: ProfileKind, profile_type: type[Profile], name: str, keys: Callable[[Profile], Iterable[str]]
-) -> Profile | None:
+) -> Iterator[tuple[Path, Profile]]:
     wanted = name.strip().casefold()
-    for path in _mentioning(kind, wanted):
-        profile = _load(path, profile_type)
+    for path, profile in _readable(kind, profile_type, wanted):
         if wanted in {key.casefold() for key in keys(profile)}:
-            return profile
-    return None
+            yield path, profile
 
 
 def _unknown(kind: ProfileKind, name: str, known: Iterable[str]) -> UsageError:
@@ -294,26 +367,7 @@ def _unknown(kind: ProfileKind, name: str, known: Iterable[str]) -> UsageError:
     near = tuple(dict.fromkeys((*longer, *difflib.get_close_matches(wanted, spelled, cutoff=0.5))))[:3]
     listed = [spelled[key] for key in near or spelled]
     advice = f"did you mean {' or '.join(listed)}?" if near else f"there are {', '.join(listed)}"
-    return UsageError(f"no bundled {kind.removesuffix('s')} profile {name!r}: {advice}")
+    return UsageError(f"no {kind.removesuffix('s')} profile {name!r}: {advice}")
 
 
-def _load(path: Path, profile_type: type[Profile]) -> Profile:
-    import yaml
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        # Through JSON, strict validation takes a list for a tuple and a mapping for a dataclass: no more.
-        return TypeAdapter(profile_type).validate_json(json.dumps(document), strict=True)
-    except yaml.YAMLError as error:
-        raise VramplanError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except TypeError as error:
-        raise VramplanError(f"{path} holds more than plain values: {error}") from None
-    except ValidationError as error:
-        raise VramplanError(f"{path}: {_first_mistake(error.errors())}; correct the file") from None
-
-
-def _first_mistake(errors: Iterable[Mapping[str, Any]]) -> str:
-    mistake = next(iter(errors))
-    place = ".".join(str(step) for step in mistake["loc"]) or "the whole document"
-    return f"{place}: {mistake['msg']}"
+_TYPES: Mapping[ProfileKind, type[Any]] = {"pipelines": PipelineProfile, "devices": DeviceProfile}

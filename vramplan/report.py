@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,19 @@ def to_yaml(value: Any) -> str:
     import yaml
 
     return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def profiles_text(names: Mapping[str, Sequence[str]], own: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+    """The profiles' names by kind. `own` holds the user's, by kind and name, each with the mistakes in its file."""
+    return "\n".join(
+        line for kind in names for line in (kind, *(_profile_line(name, own[kind]) for name in names[kind]))
+    )
+
+
+def _profile_line(name: str, own: Mapping[str, Sequence[str]]) -> str:
+    if name not in own:
+        return f"  {name}"
+    return f"  {name}  yours" + (f", cannot be used: {own[name][0]}" if own[name] else "")
 
 
 def plan_text(plan: Plan) -> str:

@@ -100,9 +100,9 @@ def _share(item: Residual) -> float:
 
 @cache
 def _bundled() -> Mapping[str, Sequence[Residual]]:
-    from vramplan.profiles import facts_directory
+    from vramplan.profile_files import bundled_directory
 
-    content: Any = json.loads((facts_directory() / "residuals.json").read_text(encoding="utf-8"))
+    content: Any = json.loads((bundled_directory() / "residuals.json").read_text(encoding="utf-8"))
     found: dict[str, list[Residual]] = {}
     for row in content["projections"]:
         item = Residual(projected_bytes=row["projected_bytes"], measured_bytes=row["measured_bytes"])

@@ -281,8 +281,8 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
 
 
 def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Lower is better. Times are equal up to their third digit; then what changes less, then the simpler plan, then less
-    to hide, then memory.
+    """Lower is better. Times are equal up to their third digit; then what changes less, then the simpler plan, then
+    less to hide, then memory.
 
     RAM before VRAM: of two that are equally fast the one that offloads less is the simpler.
     """

@@ -1,0 +1,144 @@
+"""Files of facts: where the bundled ones and the user's own lie, and what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vramplan.errors import VramplanError
+
+ProfileKind = Literal["pipelines", "devices"]
+T = TypeVar("T")
+
+
+def user_directory() -> Path:
+    """The folder with the user's own `devices/NAME.yaml` and `pipelines/NAME.yaml`; it need not exist.
+
+    The environment variable VRAMPLAN_PROFILES names another one.
+    """
+    from platformdirs import user_config_path
+
+    return Path(os.environ.get("VRAMPLAN_PROFILES") or user_config_path("vramplan") / "profiles")
+
+
+def bundled_directory() -> Path:
+    """The folder with the facts that come with vramplan.
+
+    Raises:
+        VramplanError: the installation lacks it.
+    """
+    package = Path(__file__).resolve().parent
+    # The wheel carries the facts inside the package; a checkout has them beside it.
+    for directory in (package / "_profiles", package.parent / "profiles"):
+        if directory.is_dir():
+            return directory
+    raise VramplanError(f"the bundled profiles are missing from {package}: install vramplan again")
+
+
+def profile_files(kind: ProfileKind) -> dict[str, Path]:
+    """The files by name: the user's first, then the bundled ones that none of the user's stands in for."""
+    own = {path.stem: path for path in _yaml_files(user_directory() / kind)}
+    taken = {name.casefold() for name in own}
+    bundled = {path.stem: path for path in _yaml_files(bundled_directory() / kind)}
+    return own | {name: path for name, path in bundled.items() if name.casefold() not in taken}
+
+
+def is_users(path: Path) -> bool:
+    """Whether the file is one of the user's, and not one of the bundled ones."""
+    return path.is_relative_to(user_directory())
+
+
+def mentions(path: Path, text: str) -> bool:
+    """Whether the file holds the text anywhere, whatever the case: cheaper to ask than parsing it."""
+    try:
+        return text in path.read_text(encoding="utf-8", errors="replace").casefold()
+    except OSError:  # to be told of when the file itself is asked for
+        return False
+
+
+def read_profile(path: Path, profile_type: type[T]) -> T:
+    """What the file holds, as `profile_type`.
+
+    Raises:
+        VramplanError: it holds something else; the message names the file and the place in it.
+    """
+    found, errors = _validated(read_document(path), profile_type)
+    if errors:
+        raise VramplanError(f"{path}: {_told(errors[0])}; correct the file")
+    return found  # type: ignore[return-value]
+
+
+def mistakes(path: Path, profile_type: type[Any]) -> tuple[str, ...]:
+    """What keeps the file from being used, one line each: `FILE:LINE: place: what is wrong`. None if nothing does."""
+    import yaml
+
+    try:
+        _, errors = _validated(read_document(path), profile_type)
+    except VramplanError as error:
+        return (str(error),)
+    root = yaml.compose(path.read_bytes()) if errors else None
+    return tuple(f"{path}:{_line(root, error['loc'])}: {_told(error)}" for error in errors)
+
+
+def read_document(path: Path) -> Any:
+    """The file's plain values: mappings, lists, texts, numbers.
+
+    Raises:
+        VramplanError: it cannot be read, is not YAML, or holds more than those.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_bytes())
+        json.dumps(document)
+    except OSError as error:
+        raise VramplanError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise VramplanError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except TypeError as error:
+        raise VramplanError(f"{path} holds more than plain values: {error}") from None
+    return document
+
+
+def _yaml_files(folder: Path) -> Iterable[Path]:
+    return sorted(path for path in folder.glob("*.yaml") if path.is_file())
+
+
+def _validated(document: Any, profile_type: type[T]) -> tuple[T | None, Sequence[Mapping[str, Any]]]:
+    """The profile, or the errors in it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # Through JSON, strict validation takes a list for a tuple and a mapping for a dataclass: no more.
+        return TypeAdapter(profile_type).validate_json(json.dumps(document), strict=True), ()
+    except ValidationError as error:
+        return None, error.errors()
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    place = ".".join(str(step) for step in error["loc"]) or "the whole document"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _line(node: Any, place: Iterable[int | str]) -> int:
+    """The line that a place in a YAML document starts on, or as much of the place as there is."""
+    line = 0
+    for step in place:
+        found = dict(_entries(node)).get(step)
+        if found is None:
+            break
+        line, node = found
+    return line + 1
+
+
+def _entries(node: Any) -> Iterator[tuple[int | str, tuple[int, Any]]]:
+    """What a mapping or a sequence holds, by key or position: the line it starts on and the node."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        yield from ((key.value, (key.start_mark.line, value)) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from ((position, (item.start_mark.line, item)) for position, item in enumerate(node.value))
