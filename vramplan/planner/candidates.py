@@ -27,10 +27,13 @@ from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
 Ladder = tuple[Mapping[str, Placement], ...]
-Choices = Sequence[tuple[Component, list[Placement]]]
+Rungs = list[Placement]
+Choices = Sequence[tuple[Component, Rungs]]
 
 # Companions of the denoiser weigh on the choice one by one only while there are few of them.
 _MOST_COMPANION_CHOICES = 512
+# Rungs that a companion's ladder is thinned to where somebody else's takes up the room that is left.
+_FEW_RUNGS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +267,11 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
 
 
 def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]) -> Iterable[list[Ladder]]:
-    """Component by component: the denoisers share one setting, their companions take every mix."""
+    """Component by component: the denoisers share one setting, their companions take every mix.
+
+    Room that one rung leaves goes to the next one of whoever has the ladder: the denoisers, or where their setting
+    stands alone the heaviest companion. Any other companion has only a few rungs of its own.
+    """
     heads = [component for component in spec.components if component.role in ("denoiser", "control")]
     heads = heads or list(spec.components[:1])
 
@@ -278,18 +285,37 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
         return usable
 
     companions = [component for component in spec.components if component not in heads]
-    wanted = [(component, options(component)) for component in companions]
-    together = [_thinned(_without_dominated(pool, spec)) for pool in _freeing(wanted)]
-    apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
-    most = _MOST_COMPANION_CHOICES - sum(prod(map(len, pool)) for pool in together)
-    pools = [_thinned(_without_dominated(apart, spec), most), *together]
+    pools = _companion_pools([(component, options(component)) for component in companions], spec)
     per_head = {component.name: options(component) for component in heads}
     names = [component.name for component in companions]
     for leading in _ladders(per_head[heads[0].name]):
         rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
+        mixes = [mix for few, every in pools for mix in product(*(few if len(rungs) > 1 else every))]
         if rungs:
-            mixes = (dict(zip(names, mix, strict=True)) for pool in pools for mix in product(*pool))
-            yield [tuple({**placed, **mix} for placed in rungs) for mix in mixes]
+            yield [
+                tuple({**placed, **dict(zip(names, rung, strict=True))} for placed in rungs for rung in product(*mix))
+                for mix in mixes
+            ]
+
+
+def _companion_pools(wanted: Choices, spec: PipelineSpec) -> list[tuple[list[list[Rungs]], list[list[Rungs]]]]:
+    """What each companion may take beside denoisers on a ladder, and beside those whose setting stands alone."""
+    apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
+    together = [_companion_pool(pool, spec) for pool in _freeing(wanted)]
+    most = _MOST_COMPANION_CHOICES - sum(prod(map(len, few)) for few, _ in together)
+    return [_companion_pool(apart, spec, most), *together]
+
+
+def _companion_pool(
+    choices: Choices, spec: PipelineSpec, most: int = _MOST_COMPANION_CHOICES
+) -> tuple[list[list[Rungs]], list[list[Rungs]]]:
+    """Everybody's choices one by one, few of each ladder; and the same with the heaviest companion's whole ladders."""
+    whole = [(component, _undominated(component, spec, usable)) for component, usable in choices]
+    few = [[[rung] for rung in kept] for kept in _thinned([(part, _few_rungs(usable)) for part, usable in whole], most)]
+    able = [place for place, (_, usable) in enumerate(whole) if any(len(rungs) > 1 for rungs in _ladders(usable))]
+    climber = max(able, key=lambda place: whole[place][0].weight_bytes, default=None)
+    every = [_ladders(whole[place][1]) if place == climber else kept for place, kept in enumerate(few)]
+    return few, every
 
 
 def _freeing(wanted: Choices) -> Iterable[Choices]:
@@ -304,19 +330,25 @@ def _freeing(wanted: Choices) -> Iterable[Choices]:
             ]
 
 
-def _without_dominated(choices: Choices, spec: PipelineSpec) -> Choices:
-    return [(component, _undominated(component, spec, usable)) for component, usable in choices]
-
-
-def _ladders(settings: Sequence[Placement]) -> list[list[Placement]]:
+def _ladders(settings: Sequence[Placement]) -> list[Rungs]:
     """Settings that follow each other on one ladder together, each other one by itself."""
-    found: list[list[Placement]] = []
+    found: list[Rungs] = []
     for setting in settings:
         if setting.ladder and found and found[-1][0].ladder == setting.ladder:
             found[-1].append(setting)
         else:
             found.append([setting])
     return found
+
+
+def _few_rungs(settings: Sequence[Placement]) -> Rungs:
+    """The settings, with `_FEW_RUNGS` of each ladder that has more: those in the middle of as many equal parts."""
+    few, found = _FEW_RUNGS, _ladders(settings)
+    kept = (
+        [rungs[(2 * k + 1) * len(rungs) // (2 * few)] for k in range(few)] if len(rungs) > few else rungs
+        for rungs in found
+    )
+    return [rung for rungs in kept for rung in rungs]
 
 
 def _all_heads(leading: Placement, per_head: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:
