@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.models import describe
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.live import modules_of
-from vramplan.planner.candidates import Fixed
+from vramplan.planner.candidates import parse_fixed
 from vramplan.planner.decide import decide
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.simulator.source import Source
@@ -206,11 +207,10 @@ def test_disk_is_taken_where_ram_does_not_suffice() -> None:
     work = Workload(height=512, width=512)
     footprint = AssumedFootprint(spec=spec, workload=work)
 
-    def chosen(ram: int, room: int | None = None) -> Any:
-        limits = budget(8 * GIB, ram)
-        if room is not None:
-            limits = type(limits)(vram_bytes=limits.vram_bytes, ram_bytes=ram, disk_bytes=room)
-        return decide(spec, work, limits, accelerator=card(8 * GIB), footprint=footprint, fixed=Fixed()).chosen
+    def chosen(ram: int, room: int | None = None, **settings: str) -> Any:
+        limits = replace(budget(8 * GIB, ram), disk_bytes=room)
+        fixed = parse_fixed({f"placement.{name}": text for name, text in settings.items()}, spec)
+        return decide(spec, work, limits, accelerator=card(8 * GIB), footprint=footprint, fixed=fixed).chosen
 
     assert chosen(64 * GIB).demand.disk_bytes == 0
     tight = chosen(6 * GIB)
@@ -221,8 +221,8 @@ def test_disk_is_taken_where_ram_does_not_suffice() -> None:
     assert tight.demand.vram_reserved_bytes > 7.5 * GIB
     room = tight.demand.disk_bytes
     assert chosen(6 * GIB, room=room).demand == tight.demand
-    with pytest.raises(NothingFitsError, match=r"of disk, [\d.]+ GiB may be used"):
-        chosen(6 * GIB, room=room - GIB // 2)
+    with pytest.raises(NothingFitsError, match=r"of disk, 8\.00 GiB may be used"):
+        chosen(6 * GIB, room=8 * GIB, text_encoder="group_offload:disk=true")
 
 
 @pytest.mark.parametrize("options", [{"stream": True}, {"type": "leaf"}])
