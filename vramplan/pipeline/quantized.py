@@ -25,6 +25,7 @@ _LIMITS: Mapping[str, Mapping[str, str]] = {
         "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
         "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
     },
+    "gguf": {"disk_offload_refusal": "x"},
     "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
 }
 _UNKNOWN = {
@@ -74,8 +75,13 @@ def kind_of(tensor: torch.Tensor) -> str:
     if cls.__name__ == "Int8Params":
         return "bitsandbytes int8"
     if cls.__name__ == "GGUFParameter":
-        return "gguf"
+        return f"gguf {gguf_type(tensor)}"
     return "quanto" if "quanto" in cls.__module__.split(".") else ""
+
+
+def gguf_type(tensor: Any) -> str:
+    """ggml's name of the type of a `GGUFParameter`, as `Q4_K`."""
+    return str(tensor.quant_type.name)
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
