@@ -15,7 +15,12 @@ Kind = gguf.GGMLQuantizationType
 def kind_for(kind: Kind) -> Callable[[str, torch.Tensor], Kind]:
     """This type for the matrices that it has whole blocks for, 32 bits for all else, as files in the wild have it."""
     block = gguf.GGML_QUANT_SIZES[kind][0]
-    return lambda name, tensor: kind if tensor.ndim == 2 and tensor.shape[1] % block == 0 else Kind.F32
+
+    def kind_of(name: str, tensor: torch.Tensor) -> Kind:
+        weight = name.endswith(".weight") and tensor.ndim == 2
+        return kind if weight and tensor.shape[1] % block == 0 else Kind.F32
+
+    return kind_of
 
 
 def write_gguf(

@@ -14,7 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from vramplan.hardware import Accelerator
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
-from vramplan.pipeline.packed import BitsandbytesInt8, BitsandbytesNf4, PackedLinear, TorchaoFloat8, TorchaoInt8
+from vramplan.pipeline.packed import (
+    BitsandbytesInt8,
+    BitsandbytesNf4,
+    GgufLinear,
+    PackedLinear,
+    TorchaoFloat8,
+    TorchaoInt8,
+)
 from vramplan.planner.forms import Forms
 from vramplan.simulator.source import Source, simulated_footprint
 from vramplan.simulator.unpacking import _packed_cost, unpacking
@@ -55,6 +62,27 @@ def test_a_stand_in_takes_what_torchao_takes(type_: Any, cls: type[PackedLinear]
     Torchao(type=type_).apply(SimpleNamespace(components={"part": real}), ["part"], "cpu")
     # the zero point and the scale in other dtypes are a few bytes a row
     assert most_allocated(cls(linear())) == pytest.approx(most_allocated(real[0]), abs=16 * OUT)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "Q4_K", "Q6_K", "Q3_K", "IQ4_XS", "BF16"])
+def test_a_gguf_stand_in_takes_what_diffusers_takes(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    real = GGUFLinear(COLUMNS, OUT, True, compute_dtype=torch.bfloat16)
+    quant_type = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quant_type]
+    real.weight = GGUFParameter(torch.ones((OUT, COLUMNS // block * size), dtype=torch.uint8), quant_type=quant_type)
+    real.bias = torch.nn.Parameter(real.bias.data.to(torch.bfloat16))
+    light = GgufLinear(linear(), kind)
+    assert most_allocated(light) == most_allocated(real)
+    assert sum(tensor.nbytes for tensor in light.parameters()) == sum(tensor.nbytes for tensor in real.parameters())
+    with torch.device("meta"):
+        cost = _packed_cost(GgufLinear(linear(), kind), 1, torch.bfloat16)
+    # unpacking is over before the product is made. The CPU casts whole operands first where a product is of half
+    # precision and 8-bit integers, an accelerator does not; these are the types that have such a product last
+    cast = 2 * COLUMNS * OUT if kind in ("Q6_K", "Q3_K") else COLUMNS * OUT if kind == "Q4_0" else 0
+    assert cost.extra_bytes == pytest.approx(most_allocated(real) - cast - 2 * OUT, rel=0.001)
 
 
 def extra(cls: type[PackedLinear], rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from calls import call_kwargs, output_tensor
 from make_pipeline import build
 
 import vramplan
-from vramplan.errors import UsageError, VramplanError
+from vramplan.errors import UsageError
 from vramplan.generate import plan_code
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
@@ -166,21 +167,106 @@ def test_a_live_one_is_planned_as_it_is(file_of: Any, small_folder: Any) -> None
     assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), expected)
 
 
-def test_accelerate_cannot_offload_its_tensors(file_of: Any, small_folder: Any) -> None:
-    """The reason why sequential offloading is refused, and what it says; that of files is diffusers' own."""
+def test_accelerate_cannot_move_its_tensors_one_by_one(file_of: Any, small_folder: Any) -> None:
+    """The reason why sequential offloading is refused."""
     from accelerate import cpu_offload
 
     module = loaded(file_of(Kind.Q4_0), small_folder("flux-small"), torch.float32)
-    cpu_offload(module, torch.device("cpu"))
-    weight = module.proj_out.weight
-    print(type(weight), weight.device)
-    module.proj_out(torch.ones(1, 64))
+    with pytest.raises(UsageError, match="lost where accelerate"):
+        vramplan.plan(pipeline_with(module), device=MACHINE, settings={"placement": "sequential_cpu_offload"}, **SIZE)
+    with pytest.raises(KeyError):
+        cpu_offload(module, torch.device("cpu"))
 
 
-def test_disk(file_of: Any, small_folder: Any, tmp_path) -> None:
-    pipe = pipeline_with(loaded(file_of(Kind.Q4_0), small_folder("flux-small"), torch.float32))
-    expected = output_tensor(pipe(**call_kwargs("flux-small")))
-    pipe.transformer.enable_group_offload(
-        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+@pytest.mark.parametrize(
+    "name",
+    ["/a/b.gguf", "/a, b=c/x,y=z.gguf", " two  spaces .gguf", "file=x,file=y.gguf", "grün/ü:,.gguf", "a\nb.gguf"],
+)
+def test_any_name_of_a_file_is_written_and_read_again(name: str, tmp_path: Path) -> None:
+    setting = Gguf(file=FileName(name))
+    assert format_setting(setting) == f"gguf:file={name}"
+    assert parse_weights(format_setting(setting)) == setting
+
+
+def test_the_name_survives_a_plan_file(file_of: Any, small_folder: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a, b=c: 'd' \\ \u00fc\U0001f98a" / "x #1.gguf"
+    file.parent.mkdir()
+    shutil.copy(file_of(Kind.Q4_0), file)
+    folder = small_folder("flux-small")
+    plan = planned(folder, told(file))
+    (tmp_path / "plan.yaml").write_text(vramplan.dump_plan(plan), encoding="utf-8")
+    again = vramplan.load_plan(tmp_path / "plan.yaml")
+    assert again.settings.weights == {"transformer": f"gguf:file={file}"} == plan.settings.weights
+    calls = [node for node in ast.walk(ast.parse(plan_code(again))) if isinstance(node, ast.Call)]
+    (call,) = (call for call in calls if ast.unparse(call.func).endswith("from_single_file"))
+    import diffusers
+
+    scope = {"torch": torch, "diffusers": diffusers, "FluxTransformer2DModel": diffusers.FluxTransformer2DModel}
+    made = eval(ast.unparse(call), scope)
+    assert module_bytes(made) == module_bytes(loaded(file, folder, torch.float32))
+
+
+def refused(folder: Path, file: Path, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        planned(folder, told(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_gguf_file(file_of: Any, small_folder: Any, tmp_path: Path) -> None:
+    folder, whole = small_folder("flux-small"), file_of(Kind.Q8_0).read_bytes()
+    refused(folder, tmp_path / "none.gguf", "No such file")
+    refused(folder, tmp_path, "directory")
+    other = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    refused(folder, other, "is not a GGUF file")
+    (tmp_path / "x.bin").write_bytes(whole)
+    refused(folder, tmp_path / "x.bin", r"a name that ends in \.gguf")
+    for length in (5, 20, 100, 2000, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        refused(folder, tmp_path / "cut.gguf", "a damaged GGUF file")
+
+
+def test_a_file_of_another_model(small_folder: Any, tmp_path: Path) -> None:
+    folder, tensors = small_folder("flux-small"), build("flux-small").transformer.state_dict()
+    every = kind_for(Kind.Q8_0)
+    fewer = {name: tensor for name, tensor in tensors.items() if "proj_out" not in name}
+    refused(folder, write_gguf(tmp_path / "fewer.gguf", fewer, every), "does not hold a")
+    unet = build("sd15-small").unet.state_dict()
+    refused(folder, write_gguf(tmp_path / "unet.gguf", unet, every), "does not hold a FluxTransformer2DModel")
+    wide = tensors | {"proj_out.weight": torch.ones(32, 64), "proj_out.bias": torch.ones(32)}
+    refused(folder, write_gguf(tmp_path / "wide.gguf", wide, every), r"proj_out.weight is \[32, 64\] in the file")
+    norms = write_gguf(tmp_path / "norms.gguf", tensors, lambda name, tensor: Kind.BF16)
+    refused(folder, norms, "no weight of a linear layer")
+
+
+def test_what_cannot_have_a_file(file_of: Any, small_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, text = small_folder("flux-small"), f"gguf:file={file_of(Kind.Q8_0)}"
+    with pytest.raises(UsageError, match="write gguf:file=PATH"):
+        planned(folder, {"weights.transformer": "gguf"})
+    with pytest.raises(UsageError, match="loads no T5EncoderModel from a single file"):
+        planned(folder, {"weights.text_encoder_2": text})
+    with pytest.raises(UsageError, match="load it with `vramplan apply`"):
+        vramplan.plan(build("flux-small"), device=MACHINE, settings={"weights.transformer": text}, **SIZE)
+    monkeypatch.setattr("vramplan.strategies.base.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="gguf is not installed: pip install gguf"):
+        planned(folder, {"weights.transformer": text})
+
+
+def test_names_in_the_original_format_are_converted(tmp_path: Path) -> None:
+    """LTX-Video: renamed by diffusers, both when the header is read and when the file is loaded."""
+    import diffusers
+
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=32, out_channels=32, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64,
+        num_layers=1, caption_channels=64,
+    )  # fmt: skip
+    renamed = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        theirs = functools.reduce(lambda text, pair: text.replace(*pair), renamed.items(), name)
+        tensors[f"model.diffusion_model.{theirs}"] = tensor
+    file = write_gguf(tmp_path / "ltx.gguf", tensors, kind_for(Kind.Q8_0), "ltxv")
+    model.save_config(tmp_path)
+    real = diffusers.LTXVideoTransformer3DModel.from_single_file(
+        str(file), config=str(tmp_path), quantization_config=diffusers.GGUFQuantizationConfig()
     )
-    assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), expected)
+    assert module_bytes(lightened(model, Gguf(file=FileName(str(file))))) == module_bytes(real) < module_bytes(model)

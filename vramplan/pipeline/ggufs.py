@@ -97,12 +97,13 @@ def _converted(
         raise VramplanError(f"diffusers loads no {cls.__name__} from a single file")
     if not single_file_model._should_convert_state_dict_to_diffusers(module.state_dict(), tensors):
         return tensors
+    count = len(tensors)
     convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[mapped]["checkpoint_mapping_fn"]
     try:
         made: Mapping[str, torch.Tensor] = convert(checkpoint=tensors, config=config)
     except Exception as error:  # each class has a function of its own, and none expects other names
         raise VramplanError(
-            f"{path} does not hold a {cls.__name__}: diffusers cannot convert its {len(tensors)} tensors "
+            f"{path} does not hold a {cls.__name__}: diffusers cannot convert its {count} tensors "
             f"({type(error).__name__}: {error})"
         ) from error
     return made

@@ -25,7 +25,9 @@ _LIMITS: Mapping[str, Mapping[str, str]] = {
         "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
         "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
     },
-    "gguf": {"disk_offload_refusal": "x"},
+    "gguf": {
+        "sequential_offload_refusal": "the type of its blocks is lost where accelerate (1.15) moves tensors one by one"
+    },
     "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
 }
 _UNKNOWN = {
