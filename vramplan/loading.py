@@ -196,17 +196,12 @@ def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:
 
 def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[str, Any]:
     """Modules without weights, in place of those that are not loaded yet."""
-    from vramplan.pipeline.build import build_weightless
-    from vramplan.pipeline.dtypes import cast_as_loaded
-    from vramplan.pipeline.folder import read_json
+    from vramplan.pipeline.folder import weightless_component
 
-    made = {}
-    for name in names:
-        component = spec.component(name)
-        config = read_json(folder / name / "config.json")
-        made[name] = build_weightless(component.library, component.class_name, config)
-        cast_as_loaded(made[name], component.dtype)
-    return made
+    parts = [spec.component(name) for name in names]
+    return {
+        part.name: weightless_component(folder / part.name, part.library, part.class_name, part.dtype) for part in parts
+    }
 
 
 def check_prompt(stages: Staged, prompt: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,9 @@ from vramplan.pipeline.packed import (
 from vramplan.planner.forms import Forms
 from vramplan.simulator.source import Source, simulated_footprint
 from vramplan.simulator.unpacking import _packed_cost, unpacking
+from vramplan.strategies.base import FileName
 from vramplan.strategies.bitsandbytes import Bitsandbytes
+from vramplan.strategies.gguf import Gguf
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.strategies.torchao import Torchao
@@ -116,6 +119,16 @@ SETTINGS = [
     Bitsandbytes(type="int8"),
     LayerwiseCasting(),
 ]
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
+def test_the_price_of_a_gguf_file_is_no_less_than_what_is_simulated(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from gguf_files import Kind, kind_for, write_gguf
+
+    tensors = build("flux-small").transformer.state_dict()
+    file = write_gguf(tmp_path / "flux.gguf", tensors, kind_for(Kind[kind]))
+    test_the_price_is_no_less_than_what_is_simulated(Gguf(file=FileName(str(file))))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=format_setting)

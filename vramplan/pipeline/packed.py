@@ -244,9 +244,26 @@ def stand_in(layer: torch.nn.Module) -> PackedLinear | None:
         plain.bias = torch.nn.Parameter(torch.empty_like(layer.bias, device="meta"), requires_grad=False)
     if kind.startswith("gguf "):
         return GgufLinear(plain, gguf_type(weight)).eval()
-    cls = _STAND_INS.get(kind)
-    made = PackedOtherwise(plain, kind, tensor_bytes(weight)) if cls is None else cls(plain)
-    return made.eval()
+    return stand_in_of(plain, kind, tensor_bytes(weight)).eval()
+
+
+def stand_in_of(linear: torch.nn.Linear, quantized: str, size_bytes: int) -> PackedLinear:
+    """What stands for a plain layer whose weight is quantized so, in so many bytes."""
+    cls = _STAND_INS.get(quantized)
+    made = cls(linear) if cls is not None else None
+    if made is not None and packed_bytes(made) == size_bytes:
+        return made
+    return PackedOtherwise(linear, quantized, size_bytes)
+
+
+def packed_bytes(layer: PackedLinear) -> int:
+    """The bytes of a stand-in's weight, all parts of it."""
+    return sum(tensor_bytes(part) for part in weight_parts(layer))
+
+
+def weight_parts(layer: PackedLinear) -> list[torch.nn.Parameter]:
+    """What a stand-in has in place of a weight: all but the bias."""
+    return [part for name, part in layer.named_parameters(recurse=False) if name != "bias"]
 
 
 def pack(
