@@ -20,14 +20,18 @@ from vramplan.generate import plan_code
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.folder import spec_from_folder
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.quantized import marked
-from vramplan.planner.forms import lightened
+from vramplan.planner.forms import Forms, lightened
+from vramplan.planner.loading import load_of
+from vramplan.simulator.source import Source
 from vramplan.staged import load_applied
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.base import FileName
 from vramplan.strategies.gguf import Gguf
+from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting, parse_weights
 from vramplan.units import GIB
 
@@ -210,6 +214,16 @@ def refused(folder: Path, file: Path, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         planned(folder, told(file))
     assert "\n" not in str(caught.value)
+
+
+def test_loading_takes_the_bytes_of_the_file_and_not_of_the_stored_weights(file_of: Any, small_folder: Any) -> None:
+    folder, file = small_folder("flux-small"), file_of(Kind.Q4_K)
+    spec = spec_from_folder(folder, dtype="bfloat16")
+    setting = parse_weights(f"gguf:file={file}")
+    part = Forms(Source(folder, spec)).spec({"transformer": setting}).component("transformer")
+    load = load_of(part, Resident(), Resident().hold(part, spec))
+    assert load.peak_bytes == file.stat().st_size < module_bytes(build("flux-small").transformer)
+    assert not load.direct
 
 
 def test_what_is_no_gguf_file(file_of: Any, small_folder: Any, tmp_path: Path) -> None:
