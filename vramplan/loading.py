@@ -59,14 +59,20 @@ class Staged:
         Raises:
             UsageError: a package that a setting needs is not installed.
         """
-        found: dict[str, Any] = {}
-        for setting, names in self.placed:
-            if isinstance(setting, AtLoad) and name in names:
-                missing = missing_package(setting.name)
-                if missing is not None:
-                    raise UsageError(f"settings.weights.{name}: {missing}")
-                found |= setting.load(self.spec.component(name))
-        return found
+        setting = self._at_load(name)
+        missing = missing_package(setting.name) if setting else None
+        if missing is not None:
+            raise UsageError(f"settings.weights.{name}: {missing}")
+        return setting.load(self.spec.component(name)) if setting else {}
+
+    def source(self, name: str) -> Path | None:
+        """The file that its weights are loaded from, None where that is its own folder's."""
+        setting = self._at_load(name)
+        return setting.source if setting else None
+
+    def _at_load(self, name: str) -> AtLoad | None:
+        found = (setting for setting, names in self.placed if isinstance(setting, AtLoad) and name in names)
+        return next(found, None)
 
 
 def staged(spec: PipelineSpec, placed: Placed, decodes: Decodes) -> Staged:
@@ -98,11 +104,12 @@ def load_component(
     dtype: str,
     device: str | None,
     options: Mapping[str, Any],
+    source: Path | None = None,
     allow_pickle: bool = False,
 ) -> Any:
     """One component from its own folder in this dtype: on the device where one is given, else in RAM.
 
-    `options` are more arguments for its `from_pretrained`.
+    `options` are more arguments for its `from_pretrained`, or for `from_single_file` where its weights are in `source`.
 
     Raises:
         VramplanError: its files are damaged or missing; the message names the component.
@@ -112,22 +119,19 @@ def load_component(
     from vramplan.pipeline.build import component_class
     from vramplan.pipeline.dtypes import torch_dtype
 
-    where = {"device_map": {"": device}} if device else {}
+    given: dict[str, Any] = {"dtype": torch_dtype(dtype), "local_files_only": True, **options}
+    cls = component_class(library, class_name)
     try:
-        return component_class(library, class_name).from_pretrained(
-            str(folder / name),
-            dtype=torch_dtype(dtype),
-            local_files_only=True,
-            use_safetensors=None if allow_pickle else True,
-            **where,
-            **options,
-        )
+        if source is not None:
+            return cls.from_single_file(str(source), config=str(folder / name), **given)
+        where = {"device_map": {"": device}} if device else {}
+        return cls.from_pretrained(str(folder / name), use_safetensors=None if allow_pickle else True, **where, **given)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         if _out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
         raise VramplanError(
-            f"{name}: diffusers {diffusers.__version__} cannot load {folder / name}: {reason}"
+            f"{name}: diffusers {diffusers.__version__} cannot load {source or folder / name}: {reason}"
         ) from error
 
 
@@ -161,6 +165,7 @@ def load_components(
             dtype=record.dtype,
             device=device if direct else None,
             options=stages.options(name),
+            source=stages.source(name),
             allow_pickle=allow_pickle,
         )
         stand_in = SimpleNamespace(components={name: module})
@@ -191,17 +196,12 @@ def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:
 
 def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[str, Any]:
     """Modules without weights, in place of those that are not loaded yet."""
-    from vramplan.pipeline.build import build_weightless
-    from vramplan.pipeline.dtypes import cast_as_loaded
-    from vramplan.pipeline.folder import read_json
+    from vramplan.pipeline.folder import weightless_component
 
-    made = {}
-    for name in names:
-        component = spec.component(name)
-        config = read_json(folder / name / "config.json")
-        made[name] = build_weightless(component.library, component.class_name, config)
-        cast_as_loaded(made[name], component.dtype)
-    return made
+    parts = [spec.component(name) for name in names]
+    return {
+        part.name: weightless_component(folder / part.name, part.library, part.class_name, part.dtype) for part in parts
+    }
 
 
 def check_prompt(stages: Staged, prompt: object) -> None:

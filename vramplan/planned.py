@@ -51,10 +51,12 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
 
 
 def _is_so(text: str, component: Component) -> bool:
-    """Whether a component already has the form that a setting of weights would give it."""
-    return bool(component.quantized) and _parsed(text, component.name, parse_weights, "weights").quantized == (
-        component.quantized
-    )
+    """Whether a component already has the form that a setting of weights would give it.
+
+    Where that depends on a file, any form of its library's.
+    """
+    kind = _parsed(text, component.name, parse_weights, "weights").quantized
+    return bool(kind) and f"{component.quantized} ".startswith(f"{kind} ")
 
 
 def parse_settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vramplan.encode import Encoded
@@ -101,18 +102,26 @@ class Script:
             cast = any(setting.axis == "weights" for setting in settings)
             direct = [s for s in settings if isinstance(s, Placement) and s.direct and not cast]
             where = f', device_map="{self._device}"' if direct and not self._device.startswith("cpu") else ""
+            source = None
             for setting in settings:
                 if isinstance(setting, AtLoad):
                     line, options = setting.load_code(record)
                     yield line
                     where += options
-            yield self._component(record, where)
+                    source = setting.source
+            yield self._component(record, where, source)
             for setting in (setting for setting in settings if setting not in direct):
                 yield from setting.code([record.name], self._device)
 
-    def _component(self, record: ComponentRecord, where: str) -> str:
-        call = f'{record.class_name}.from_pretrained({self._source}, subfolder="{record.name}"'
-        return f"pipe.{record.name} = {call}, dtype=torch.{record.dtype}{where})"
+    def _component(self, record: ComponentRecord, where: str, source: Path | None) -> str:
+        call = f"from_pretrained({self._source}" if source is None else self._single_file(source)
+        return (
+            f"pipe.{record.name} = {record.class_name}.{call}, "
+            f'subfolder="{record.name}", dtype=torch.{record.dtype}{where})'
+        )
+
+    def _single_file(self, source: Path) -> str:
+        return f"from_single_file({str(source)!r}, config={self._source}"
 
     def _encoding(self, first: Placed, encoded: Encoded) -> Iterator[str]:
         """The encoders loaded alone, the prompt encoded, and all of them dropped."""

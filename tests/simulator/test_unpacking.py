@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,20 @@ from torch.profiler import ProfilerActivity, profile
 from vramplan.hardware import Accelerator
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
-from vramplan.pipeline.packed import BitsandbytesInt8, BitsandbytesNf4, PackedLinear, TorchaoFloat8, TorchaoInt8
+from vramplan.pipeline.packed import (
+    BitsandbytesInt8,
+    BitsandbytesNf4,
+    GgufLinear,
+    PackedLinear,
+    TorchaoFloat8,
+    TorchaoInt8,
+)
 from vramplan.planner.forms import Forms
 from vramplan.simulator.source import Source, simulated_footprint
 from vramplan.simulator.unpacking import _packed_cost, unpacking
+from vramplan.strategies.base import FileName
 from vramplan.strategies.bitsandbytes import Bitsandbytes
+from vramplan.strategies.gguf import Gguf
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.strategies.torchao import Torchao
@@ -57,6 +67,27 @@ def test_a_stand_in_takes_what_torchao_takes(type_: Any, cls: type[PackedLinear]
     assert most_allocated(cls(linear())) == pytest.approx(most_allocated(real[0]), abs=16 * OUT)
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "Q4_K", "Q6_K", "Q3_K", "IQ4_XS", "BF16"])
+def test_a_gguf_stand_in_takes_what_diffusers_takes(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    real = GGUFLinear(COLUMNS, OUT, True, compute_dtype=torch.bfloat16)
+    quant_type = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quant_type]
+    real.weight = GGUFParameter(torch.ones((OUT, COLUMNS // block * size), dtype=torch.uint8), quant_type=quant_type)
+    real.bias = torch.nn.Parameter(real.bias.data.to(torch.bfloat16))
+    light = GgufLinear(linear(), kind)
+    assert most_allocated(light) == most_allocated(real)
+    assert sum(tensor.nbytes for tensor in light.parameters()) == sum(tensor.nbytes for tensor in real.parameters())
+    with torch.device("meta"):
+        cost = _packed_cost(GgufLinear(linear(), kind), 1, torch.bfloat16)
+    # unpacking is over before the product is made. The CPU casts whole operands first where a product is of half
+    # precision and 8-bit integers, an accelerator does not; these are the types that have such a product last
+    cast = 2 * COLUMNS * OUT if kind in ("Q6_K", "Q3_K") else COLUMNS * OUT if kind == "Q4_0" else 0
+    assert cost.extra_bytes == pytest.approx(most_allocated(real) - cast - 2 * OUT, rel=0.001)
+
+
 def extra(cls: type[PackedLinear], rows: int) -> int:
     with torch.device("meta"):
         return _packed_cost(cls(linear()), rows, torch.bfloat16).extra_bytes
@@ -88,6 +119,16 @@ SETTINGS = [
     Bitsandbytes(type="int8"),
     LayerwiseCasting(),
 ]
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
+def test_the_price_of_a_gguf_file_is_no_less_than_what_is_simulated(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from gguf_files import Kind, kind_for, write_gguf
+
+    tensors = build("flux-small").transformer.state_dict()
+    file = write_gguf(tmp_path / "flux.gguf", tensors, kind_for(Kind[kind]))
+    test_the_price_is_no_less_than_what_is_simulated(Gguf(file=FileName(str(file))))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=format_setting)

@@ -54,6 +54,7 @@ def test_names_are_unique_and_diffusers_own() -> None:
         "layerwise_casting",
         "torchao",
         "bitsandbytes",
+        "gguf",
         "resident",
         "model_cpu_offload",
         "partial_residency",

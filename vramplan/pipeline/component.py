@@ -59,7 +59,7 @@ def describe_component(
         dtype=dtype,
         dtype_bytes=sizes,
         geometry=measure(module),
-        config=_plain_config(module),
+        config=plain_config(module),
         element_bytes=_compute_element_bytes(role, dtype, module),
         slicing=hasattr(module, "use_slicing"),
         tiling=tiling_of(module),
@@ -198,7 +198,8 @@ def _accelerate_hook(module: torch.nn.Module) -> str:
     return "model_cpu_offload" if "CpuOffload" in names else "sequential_cpu_offload"
 
 
-def _plain_config(module: torch.nn.Module) -> Mapping[str, Any]:
+def plain_config(module: torch.nn.Module) -> Mapping[str, Any]:
+    """What a module is configured with, without what its library keeps for itself."""
     config = getattr(module, "config", None)
     if config is None:
         return {}

@@ -17,6 +17,7 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES, cast_as_loaded
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import assemble
+from vramplan.pipeline.saved import SavedLayer, SavedTensor, keeps_saved_dtype, layer_of, packed_layers, put_packed
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import format_bytes
 
@@ -28,11 +29,15 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """What the weight files of one component hold: elements and bytes, and the dtype most bytes have."""
+    """What the weight files of one component hold: elements and bytes, and the dtype most bytes have.
+
+    Of what is `packed`, layers with quantized weights, only the bytes count.
+    """
 
     elements: int
     size_bytes: int
     dtype: str
+    packed: Mapping[str, SavedLayer]
 
 
 def spec_from_folder(folder: Path, *, dtype: str | None = None, allow_pickle: bool = False) -> PipelineSpec:
@@ -82,17 +87,19 @@ def stored_weights(folder: Path) -> StoredWeights | None:
     files = _weight_files(folder)
     if not files:
         return None
-    elements = 0
+    headers = [_header(path) for path in files]
+    tensors = [tensor for found, _ in headers for tensor in found]
+    packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
+    plain = [tensor for tensor in tensors if layer_of(tensor.name) not in packed]
     by_dtype: dict[str, int] = {}
-    for path in files:
-        for dtype, count, size in _header(path):
-            elements += count
-            by_dtype[dtype] = by_dtype.get(dtype, 0) + size
+    for tensor in plain:
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.size_bytes
     floating = {name: size for name, size in by_dtype.items() if "float" in name} or by_dtype
     return StoredWeights(
-        elements=elements,
-        size_bytes=sum(by_dtype.values()),
+        elements=sum(tensor.elements for tensor in plain),
+        size_bytes=sum(tensor.size_bytes for tensor in tensors),
         dtype=max(floating, key=lambda name: floating[name], default="float32"),
+        packed=packed,
     )
 
 
@@ -115,11 +122,7 @@ def _components(
 def _component(
     folder: Path, name: str, library: str, class_name: str, *, dtype: str | None, allow_pickle: bool
 ) -> tuple[Component, str | None]:
-    config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise VramplanError(
-            f"{folder}: its weights are quantized; load the pipeline and call vramplan.auto_configure(pipe)"
-        )
+    read_json(folder / "config.json")  # what a missing folder lacks first
     stored = stored_weights(folder)
     if stored is None and not allow_pickle:
         variants = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -128,19 +131,43 @@ def _component(
         raise VramplanError(
             f"{folder} has no safetensors weights; pass --allow-pickle to load pickled weights you trust"
         )
-    module = build_weightless(library, class_name, config)
     stored_dtype = stored.dtype if stored else "float32"
-    cast_as_loaded(module, dtype or stored_dtype)
-    converted = stored is None or dtype not in (None, stored_dtype)  # pickles may be read whole
+    module = weightless_component(folder, library, class_name, dtype or stored_dtype)
+    # pickles may be read whole; what loading makes of quantized weights is taken to be the process's own memory
+    converted = stored is None or dtype not in (None, stored_dtype) or bool(stored.packed)
     component = describe_component(name, module, library=library, converted_at_load=converted)
     return component, _disagreement(folder, module, stored)
+
+
+def weightless_component(folder: Path, library: str, class_name: str, dtype: str) -> torch.nn.Module:
+    """The component in its folder as loading it in this dtype would make it, without data; quantized where it was
+    saved so.
+
+    Raises:
+        VramplanError: a part of it is missing or damaged, or quantized in a way that the files do not tell.
+    """
+    config = read_json(folder / "config.json")
+    quantization = config.pop("quantization_config", None)
+    module = build_weightless(library, class_name, config)
+    if quantization is None:
+        cast_as_loaded(module, dtype)
+        return module
+    stored = stored_weights(folder)
+    if stored is None or not stored.packed:
+        raise VramplanError(
+            f"{folder}: its weights are quantized, not by bitsandbytes or torchao into safetensors files; load the "
+            "pipeline and call vramplan.auto_configure(pipe)"
+        )
+    cast_as_loaded(module, stored.dtype if keeps_saved_dtype(module, stored.packed) else dtype)
+    put_packed(module, stored.packed)
+    return module
 
 
 def _disagreement(folder: Path, module: torch.nn.Module, stored: StoredWeights | None) -> str | None:
     """A note, where the files hold another number of elements than the class has saved tensors."""
     if stored is None:
         return f"{folder.name}: sizes are those of the class; its weights are pickles, which were not read"
-    expected = sum(tensor.numel() for tensor in tensors_of(module))
+    expected = sum(tensor.numel() for tensor in tensors_of(module) if id(tensor) not in _packed_tensors(module))
     unsaved = sum(tensor.numel() for tensor in _unsaved_tensors(module))
     if expected - unsaved == stored.elements:
         return None
@@ -148,6 +175,14 @@ def _disagreement(folder: Path, module: torch.nn.Module, stored: StoredWeights |
         f"{folder.name}: its files hold {stored.elements:,} elements ({format_bytes(stored.size_bytes)}), "
         f"{type(module).__name__} has {expected - unsaved:,}; the plan counts what will be loaded"
     )
+
+
+def _packed_tensors(module: torch.nn.Module) -> frozenset[int]:
+    """The parts of quantized weights, by identity."""
+    from vramplan.pipeline.packed import PackedLinear, weight_parts
+
+    layers = (layer for layer in module.modules() if isinstance(layer, PackedLinear))
+    return frozenset(id(part) for layer in layers for part in weight_parts(layer))
 
 
 def _unsaved_tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
@@ -177,22 +212,27 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _header(path: Path) -> Iterable[tuple[str, int, int]]:
-    """For each tensor in the file: its torch dtype name, its elements, its bytes."""
+def _header(path: Path) -> tuple[list[SavedTensor], Mapping[str, str]]:
+    """The tensors in the file, and its metadata."""
     from huggingface_hub import parse_local_safetensors_file_metadata
     from huggingface_hub.errors import SafetensorsParsingError
 
     try:
-        tensors = parse_local_safetensors_file_metadata(path).tensors
+        header = parse_local_safetensors_file_metadata(path)
         with path.open("rb") as file:
             start_of_data = 8 + int.from_bytes(file.read(8), "little")
     except (SafetensorsParsingError, OSError, ValueError) as error:
         raise VramplanError(f"{path}: not a readable safetensors file ({error})") from error
-    for tensor in tensors.values():
-        start, end = tensor.data_offsets
-        if start_of_data + end > path.stat().st_size:
-            raise VramplanError(f"{path}: the file ends before its tensors do; download or save it again")
-        yield SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype.lower()), tensor.parameter_count, end - start
+    ends = [tensor.data_offsets[1] for tensor in header.tensors.values()]
+    if start_of_data + max(ends, default=0) > path.stat().st_size:
+        raise VramplanError(f"{path}: the file ends before its tensors do; download or save it again")
+    return [_saved(name, tensor) for name, tensor in header.tensors.items()], header.metadata
+
+
+def _saved(name: str, tensor: Any) -> SavedTensor:
+    start, end = tensor.data_offsets
+    dtype = SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype.lower())
+    return SavedTensor(name=name, dtype=dtype, elements=tensor.parameter_count, size_bytes=end - start)
 
 
 def read_json(path: Path) -> dict[str, Any]:

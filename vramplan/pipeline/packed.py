@@ -7,12 +7,13 @@ charges the packed weights while they lie, and the unpacked copy while it is use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from vramplan.pipeline.geometry import tensor_bytes
-from vramplan.pipeline.quantized import kind_of
+from vramplan.pipeline.quantized import gguf_type, kind_of
 
 # bitsandbytes quantizes 4-bit weights in blocks of 64, each with a scale, and keeps a table of their 16 values
 # (0.50, `functional.quantize_4bit`).
@@ -46,6 +47,11 @@ class PackedLinear(torch.nn.Linear):
     def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
         """Another plain layer, packed as this one."""
         return type(self)(linear)
+
+    @property
+    def kind(self) -> str:
+        """What layers have in common that take the same where they are of one size."""
+        return self.quantized
 
 
 class TorchaoInt8(PackedLinear):
@@ -150,6 +156,48 @@ class BitsandbytesInt8(PackedLinear):
         return codes, stats
 
 
+class GgufLinear(PackedLinear):
+    """`GGUFLinear` of diffusers (0.42): unpacked whole by diffusers' own functions, on tensors without data here.
+
+    Its optional CUDA kernels (`DIFFUSERS_GGUF_CUDA_KERNELS`) take less; they are not reckoned with.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, quant_type: str) -> None:
+        """In place of `linear`, in whose dtype it computes. `quant_type` is ggml's name of it, as `Q4_K`."""
+        self.quant_type, self.compute_dtype = quant_type, linear.weight.dtype
+        self.quantized = f"gguf {quant_type}"
+        super().__init__(linear)
+
+    def layout(self, weight: torch.Tensor) -> Layout:
+        """The blocks as they are in the file."""
+        _, block, size = _ggml(self.quant_type)
+        return {"weight": (weight.numel() // block * size, torch.uint8)}
+
+    def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
+        """Another plain layer, in blocks of the same type."""
+        return GgufLinear(linear, self.quant_type)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`GGUFLinear.forward_native`."""
+        weight = self._unpacked()
+        weight = weight.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return functional.linear(input, weight, bias)
+
+    def _unpacked(self) -> torch.Tensor:
+        unpack, block, size = _ggml(self.quant_type)
+        made: torch.Tensor = unpack(self.weight.reshape(-1, size), block, size)
+        return made.reshape(self.out_features, self.in_features)
+
+
+def _ggml(quant_type: str) -> tuple[Callable[..., Any], int, int]:
+    """How diffusers unpacks blocks of this type, the weights in a block, and its bytes."""
+    from diffusers.quantizers.gguf import utils
+
+    key = next(key for key in utils.dequantize_functions if key.name == quant_type)
+    return utils.dequantize_functions[key], *utils.GGML_QUANT_SIZES[key]
+
+
 class PackedOtherwise(PackedLinear):
     """A layer quantized in a way that nothing more is known of: so many bytes, unpacked whole."""
 
@@ -166,6 +214,11 @@ class PackedOtherwise(PackedLinear):
     def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
         """Another plain layer of the same size, packed as this one."""
         return PackedOtherwise(linear, self.quantized, self.size_bytes)
+
+    @property
+    def kind(self) -> str:
+        """By its bytes too."""
+        return f"{self.quantized} {self.size_bytes}"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The weight in the dtype of the input, then the product."""
@@ -185,16 +238,39 @@ def stand_in(layer: torch.nn.Module) -> PackedLinear | None:
     kind = kind_of(weight) if weight is not None and isinstance(layer, torch.nn.Linear) else ""
     if weight is None or not kind or not isinstance(layer, torch.nn.Linear):
         return None
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
+    dtype = weight.dtype if weight.dtype.is_floating_point else getattr(layer, "compute_dtype", None) or torch.bfloat16
     plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype, device="meta")
     if layer.bias is not None:
         plain.bias = torch.nn.Parameter(torch.empty_like(layer.bias, device="meta"), requires_grad=False)
-    cls = _STAND_INS.get(kind)
-    made = PackedOtherwise(plain, kind, tensor_bytes(weight)) if cls is None else cls(plain)
-    return made.eval()
+    if kind.startswith("gguf "):
+        return GgufLinear(plain, gguf_type(weight)).eval()
+    return stand_in_of(plain, kind, tensor_bytes(weight)).eval()
 
 
-def pack(module: torch.nn.Module, cls: type[PackedLinear], chosen: Callable[[str, torch.nn.Linear], bool]) -> None:
+def stand_in_of(linear: torch.nn.Linear, quantized: str, size_bytes: int) -> PackedLinear:
+    """What stands for a plain layer whose weight is quantized so, in so many bytes."""
+    cls = _STAND_INS.get(quantized)
+    made = cls(linear) if cls is not None else None
+    if made is not None and packed_bytes(made) == size_bytes:
+        return made
+    return PackedOtherwise(linear, quantized, size_bytes)
+
+
+def packed_bytes(layer: PackedLinear) -> int:
+    """The bytes of a stand-in's weight, all parts of it."""
+    return sum(tensor_bytes(part) for part in weight_parts(layer))
+
+
+def weight_parts(layer: PackedLinear) -> list[torch.nn.Parameter]:
+    """What a stand-in has in place of a weight: all but the bias."""
+    return [part for name, part in layer.named_parameters(recurse=False) if name != "bias"]
+
+
+def pack(
+    module: torch.nn.Module,
+    cls: Callable[[torch.nn.Linear], PackedLinear],
+    chosen: Callable[[str, torch.nn.Linear], bool],
+) -> None:
     """Put a stand-in in place of every linear layer of the module that is `chosen` by its name, in place."""
     for path, linear in list(module.named_modules()):
         if isinstance(linear, torch.nn.Linear) and not isinstance(linear, PackedLinear) and chosen(path, linear):

@@ -25,6 +25,9 @@ _LIMITS: Mapping[str, Mapping[str, str]] = {
         "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
         "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
     },
+    "gguf": {
+        "sequential_offload_refusal": "the type of its blocks is lost where accelerate (1.15) moves tensors one by one"
+    },
     "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
 }
 _UNKNOWN = {
@@ -67,15 +70,24 @@ def kind_of(tensor: torch.Tensor) -> str:
     """By what one parameter is quantized, empty for a plain one."""
     cls = type(tensor)
     if hasattr(cls, "tensor_data_names"):
-        plain = getattr(tensor, "act_quant_kwargs", None) is None
-        return f"torchao {_TORCHAO[cls.__name__] if plain and cls.__name__ in _TORCHAO else cls.__name__}"
+        return torchao_kind(cls.__name__, plain=getattr(tensor, "act_quant_kwargs", None) is None)
     if cls.__name__ == "Params4bit":
         return f"bitsandbytes {getattr(tensor, 'quant_type', 'nf4')}"
     if cls.__name__ == "Int8Params":
         return "bitsandbytes int8"
     if cls.__name__ == "GGUFParameter":
-        return "gguf"
+        return f"gguf {gguf_type(tensor)}"
     return "quanto" if "quanto" in cls.__module__.split(".") else ""
+
+
+def torchao_kind(class_name: str, *, plain: bool) -> str:
+    """By what a tensor of this class of torchao's is quantized; `plain` where activations are not."""
+    return f"torchao {_TORCHAO[class_name] if plain and class_name in _TORCHAO else class_name}"
+
+
+def gguf_type(tensor: Any) -> str:
+    """ggml's name of the type of a `GGUFParameter`, as `Q4_K`."""
+    return str(tensor.quant_type.name)
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from vramplan.pipeline.dtypes import torch_dtype
 from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.footprint import Footprint
-from vramplan.strategies.base import Weights
+from vramplan.strategies.base import AtLoad, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Forms:
         if key not in self._components:
             other = describe_component(component.name, self._module(*key))
             sizes = {field: getattr(other, field) for field in _SIZES}
-            light = replace(component, **sizes, cast_from_bytes=component.weight_bytes)
+            light = _loaded(replace(component, **sizes), setting, component.weight_bytes)
             self._components[key] = marked(light, other.quantized)
         return self._components[key]
 
@@ -74,6 +74,15 @@ class Forms:
         if key not in self._modules:
             self._modules[key] = lightened(self.source.parts.modules[name], setting)
         return self._modules[key]
+
+
+def _loaded(light: Component, setting: Weights, stored_bytes: int) -> Component:
+    """The component with what it weighs in RAM before it has its form: as stored, or as its file holds it, which
+    diffusers reads whole (0.42, `load_gguf_checkpoint`)."""
+    source = setting.source if isinstance(setting, AtLoad) else None
+    if source is None:
+        return replace(light, cast_from_bytes=stored_bytes)
+    return replace(light, cast_from_bytes=source.stat().st_size, converted_at_load=True)
 
 
 def lightened(module: torch.nn.Module, setting: Weights) -> torch.nn.Module:

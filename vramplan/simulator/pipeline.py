@@ -91,7 +91,7 @@ def parts_from_folder(folder: Path, dtypes: Mapping[str, str]) -> Parts:
     Raises:
         VramplanError: not a pipeline folder, or a part of it is damaged.
     """
-    from vramplan.pipeline.folder import pipeline_class, read_index, read_json
+    from vramplan.pipeline.folder import pipeline_class, read_index, weightless_component
 
     index = read_index(folder)
     modules: dict[str, torch.nn.Module] = {}
@@ -104,8 +104,7 @@ def parts_from_folder(folder: Path, dtypes: Mapping[str, str]) -> Parts:
         elif None not in entry:
             library, class_name = entry
             if name in dtypes:
-                modules[name] = build_weightless(library, class_name, read_json(folder / name / "config.json"))
-                cast_as_loaded(modules[name], dtypes[name])
+                modules[name] = weightless_component(folder / name, library, class_name, dtypes[name])
             else:
                 others[name] = _saved_part(folder / name, library, class_name)
     return Parts(cls=pipeline_class(folder, index), modules=modules, others=others)

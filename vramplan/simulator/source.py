@@ -15,7 +15,7 @@ from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import Decode, Decodes, Execution, Placed, freed_first, put_on
+from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, freed_first, put_on
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB
 from vramplan.workload import Workload
@@ -130,7 +130,7 @@ class Source:
         key = {
             "pipeline": _identity(self.spec),
             "workload": asdict(workload),
-            "placed": [(format_setting(setting), list(names)) for setting, names in placed],
+            "placed": [(format_setting(setting), list(names), _stamp(setting)) for setting, names in placed],
             "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
             "capacity": capacity_bytes,
             "expandable": expandable_segments(),
@@ -211,6 +211,14 @@ def expandable_segments() -> bool:
     """
     told = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return "expandable_segments:true" in told.replace(" ", "").lower()
+
+
+def _stamp(setting: Any) -> tuple[int, int] | None:
+    """What tells a file of weights from one that stood in its place before."""
+    if not isinstance(setting, AtLoad) or setting.source is None:
+        return None
+    about = setting.source.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _identity(spec: PipelineSpec) -> Any:

@@ -74,7 +74,7 @@ def unpacking(name: str, module: torch.nn.Module, dtype: torch.dtype, plain: Sim
         if isinstance(layer, PackedLinear):
             products = flops.get(f"{name}.{path}", 0) / forwards
             rows = max(1, round(products / (2 * layer.in_features * layer.out_features)))
-            key = (layer.quantized, layer.in_features, layer.out_features, layer.bias is None, rows)
+            key = (layer.kind, layer.in_features, layer.out_features, layer.bias is None, rows)
             if key not in measured:
                 measured[key] = _packed_cost(layer, rows, dtype)
             costs.append(measured[key])

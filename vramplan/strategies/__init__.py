@@ -10,6 +10,7 @@ from vramplan.strategies.compile_repeated_blocks import CompileRepeatedBlocks
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize
 from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.framewise_decoding import FramewiseDecoding
+from vramplan.strategies.gguf import Gguf
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
@@ -20,7 +21,7 @@ from vramplan.strategies.torchao import Torchao
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
-WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting, Torchao, Bitsandbytes)
+WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting, Torchao, Bitsandbytes, Gguf)
 PLACEMENTS: tuple[type[Placement], ...] = (
     Resident,
     ModelCpuOffload,

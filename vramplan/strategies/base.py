@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, Protocol, Self, runtime_checkable
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 Quality = Literal["lossless", "near_lossless", "lossy"]
 QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
 Axis = Literal["weights", "attention", "placement", "compile", "decode"]
+# The name of a file as an option of a setting: the last one, which is the rest of the setting's text as it stands.
+FileName = NewType("FileName", str)
+NO_FILE = FileName("")
 # Text encoders below weigh little beside any denoiser that has one: CLIP's are 0.2 and 1.3 GiB, T5-XXL 8.9 GiB.
 _LARGE_ENCODER = 1 * GIB
 
@@ -185,8 +189,12 @@ class Record(Protocol):
 class AtLoad(Weights, Protocol):
     """Weights that take their form while the pipeline is loaded; a live one cannot be given it."""
 
+    @property
+    def source(self) -> Path | None:
+        """The file that is loaded in place of the component's own weights; None where those are."""
+
     def load(self, record: Record) -> dict[str, Any]:
-        """More arguments for the component's `from_pretrained`."""
+        """More arguments for the component's `from_pretrained`, or for `from_single_file` where there is a `source`."""
 
     def load_code(self, record: Record) -> tuple[str, str]:
         """A line to come before, and the same arguments as text, each after a comma."""

@@ -23,6 +23,7 @@ class Bitsandbytes:
 
     name: ClassVar[str] = "bitsandbytes"
     axis: ClassVar[Axis] = "weights"
+    source: ClassVar[None] = None
 
     type: Literal["nf4", "int8"] = "nf4"
 

@@ -1,14 +1,18 @@
-"""Settings as text: `group_offload:type=block,blocks=2`. The one grammar of plan files and `--set`."""
+"""Settings as text: `group_offload:type=block,blocks=2`. The one grammar of plan files and `--set`.
+
+A file's name may hold commas, equals signs and spaces: it is the last option, and all of the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vramplan.errors import UsageError
 from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
+from vramplan.strategies.base import FileName
 
 PLAIN = "plain"
 STORED = "stored"
@@ -72,7 +76,8 @@ def grouped(
 
 
 def _parse(text: str, known: dict[str, Any]) -> Any:
-    name, _, rest = text.strip().partition(":")
+    name, _, rest = text.partition(":")
+    name = name.strip()
     cls = known.get(name)
     if cls is None:
         near = get_close_matches(name, known, n=1)
@@ -80,7 +85,7 @@ def _parse(text: str, known: dict[str, Any]) -> Any:
         raise UsageError(f"{name!r} is not a strategy here: {hint}")
     hints = get_type_hints(cls)
     options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
+    for part in _parts(rest, {key for key, kind in hints.items() if kind is FileName}):
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals and key in {field.name for field in fields(cls)}:
@@ -88,11 +93,25 @@ def _parse(text: str, known: dict[str, Any]) -> Any:
         if not equals or key not in {field.name for field in fields(cls)}:
             allowed = ", ".join(field.name for field in fields(cls)) or "none"
             raise UsageError(f"{name} has no option {key!r}; its options are: {allowed}")
-        options[key] = _parse_value(hints[key], value.strip(), f"{name}:{key}")
+        options[key] = _parse_value(hints[key], value, f"{name}:{key}")
     return cls(**options)
 
 
+def _parts(text: str, files: set[str]) -> Iterator[str]:
+    """The options one by one; that of a file's name goes on to the end."""
+    while text.strip():
+        part, _, rest = text.partition(",")
+        if part.partition("=")[0].strip() in files:
+            part, rest = text, ""
+        if part.strip():
+            yield part
+        text = rest
+
+
 def _parse_value(kind: Any, text: str, where: str) -> Any:
+    if kind is FileName:
+        return text
+    text = text.strip()
     if get_origin(kind) is Literal:
         if text in get_args(kind):
             return text

@@ -1,0 +1,115 @@
+"""Layers that were saved with quantized weights: found by the names of their tensors, put into a weightless module.
+
+Names as the libraries write them: bitsandbytes 0.50 (`quant_state` beside a 4-bit weight, `SCB` beside an 8-bit one)
+and torchao 0.18 (`_weight_qdata` and others, and what they make up in the file's metadata).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vramplan.errors import VramplanError
+from vramplan.pipeline.quantized import torchao_kind
+
+if TYPE_CHECKING:
+    import torch
+
+_FOUR_BIT, _EIGHT_BIT, _TORCHAO = ".weight.quant_state.bitsandbytes__", ".SCB", "._weight_"
+# Scales that are quantized themselves have an offset, which is written into the text of the `quant_state`.
+_NESTED, _OFFSET_BYTES = ".nested_absmax", 4
+# What is in the files beside a weight, and read while it is loaded, not kept.
+_NOT_KEPT = (".weight.quant_state.", ".weight_format")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTensor:
+    """What a header says of one tensor."""
+
+    name: str
+    dtype: str
+    elements: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedLayer:
+    """A layer whose weight was saved quantized: by what, as `Component.quantized`, and the bytes kept of it."""
+
+    quantized: str
+    size_bytes: int
+
+
+def packed_layers(tensors: Iterable[SavedTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
+    """The quantized layers by name, of those tensors and that metadata of one or several files."""
+    tensors = list(tensors)
+    kinds = {path: kind for tensor in tensors for path, kind in _kind(tensor.name, metadata)}
+    sizes = dict.fromkeys(kinds, 0)
+    for tensor in tensors:
+        path = layer_of(tensor.name)
+        if path in sizes and not any(part in tensor.name for part in _NOT_KEPT):
+            sizes[path] += tensor.size_bytes + (_OFFSET_BYTES if tensor.name.endswith(_NESTED) else 0)
+    return {path: SavedLayer(quantized=kind, size_bytes=sizes[path]) for path, kind in kinds.items()}
+
+
+def layer_of(name: str) -> str | None:
+    """The layer whose weight this tensor is, or a part of; None where it is of no weight."""
+    for part in (_TORCHAO, ".weight", _EIGHT_BIT):
+        path, found, _ = name.partition(part)
+        if found:
+            return path
+    return None
+
+
+def keeps_saved_dtype(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> bool:
+    """Whether loading leaves its plain tensors in the dtype they are saved in, whatever it is told: transformers does
+    with bitsandbytes (5.23), diffusers and torchao do not."""
+    own = type(module).__module__.partition(".")[0] == "transformers"
+    return own and any(layer.quantized.startswith("bitsandbytes ") for layer in layers.values())
+
+
+def put_packed(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> None:
+    """Stand-ins for these layers, in place.
+
+    Raises:
+        VramplanError: one of them is no linear layer of the module.
+    """
+    import torch
+
+    from vramplan.pipeline.packed import stand_in_of
+
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        try:
+            linear = module.get_submodule(path)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, torch.nn.Linear):
+            raise VramplanError(
+                f"{path} is saved quantized ({layer.quantized}), and no linear layer of {type(module).__name__}: load "
+                "the pipeline and call vramplan.auto_configure(pipe)"
+            )
+        setattr(module.get_submodule(parent), name, stand_in_of(linear, layer.quantized, layer.size_bytes))
+
+
+def _kind(name: str, metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    path = layer_of(name)
+    if path is None:
+        return
+    if _FOUR_BIT in name:
+        yield path, f"bitsandbytes {name.rpartition('__')[2]}"
+    elif name.endswith(_EIGHT_BIT):
+        yield path, "bitsandbytes int8"
+    elif _TORCHAO in name:
+        yield path, _torchao(metadata.get(f"{path}.weight", ""))
+
+
+def _torchao(text: str) -> str:
+    """By the metadata of a weight."""
+    try:
+        made = json.loads(text)
+        return torchao_kind(str(made["_type"]), plain=made["_data"].get("act_quant_kwargs") is None)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "torchao"
