@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vramplan.changed import State, change_since, state_of
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
@@ -39,6 +40,12 @@ class Applied:
     _before: Before = field(repr=False)
     _placed: Placed = field(repr=False, default=())
     _decodes: Decodes = field(repr=False, default=())
+    _state: Mapping[str, State] = field(repr=False, default_factory=dict)
+
+    @property
+    def changed(self) -> str | None:
+        """What was done to the pipeline behind the plan's back, as loading a LoRA is; None for nothing."""
+        return change_since(self.pipe, self._state)
 
     def undo(self) -> Any:
         """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
@@ -155,7 +162,7 @@ def applied_anyway(pipe: Any, plan: Plan, *, device: str | None = None) -> Appli
     """The plan on a live pipeline, as `apply_plan` does it, without asking whether it still fits."""
     earlier = applied_to(pipe)
     target = device or plan.machine.device
-    if earlier is not None and earlier.plan == plan and earlier.device == target:
+    if earlier is not None and earlier.plan == plan and earlier.device == target and earlier.changed is None:
         return earlier
     check_device(target, plan)
     with earlier_off(pipe):
@@ -239,6 +246,7 @@ def finish_applying(
     )
     with _all_or_nothing(pipe, still):
         put_on(pipe, still, decodes, target)
+        applied._state = state_of(pipe)
         pipe.__dict__[_MARK] = applied
     return applied
 

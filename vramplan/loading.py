@@ -45,13 +45,19 @@ class Staged:
         return [name for name in self.loads if name not in self.first]
 
     @property
-    def whole(self) -> Placed:
-        """All settings, once all of it is loaded, where the placement is one of the pipeline as one."""
-        return self.placed if any(isinstance(s, Placement) and s.whole_pipeline for s, _ in self.placed) else []
+    def late(self) -> Placed:
+        """The settings to put on once all of it is loaded: those of the pipeline as one, and those that take no memory.
+
+        Undoing puts back what was before them, so that they come when that can be read.
+        """
+        if any(isinstance(setting, Placement) and setting.whole_pipeline for setting, _ in self.placed):
+            return self.placed
+        return [(setting, names) for setting, names in self.placed if isinstance(setting, Execution)]
 
     def of(self, name: str) -> Iterable[Weights | Placement | Execution]:
         """The settings to put on a component as soon as it is loaded."""
-        return () if self.whole else (setting for setting, names in self.placed if name in names)
+        late = [setting for setting, _ in self.late]
+        return (setting for setting, names in self.placed if name in names and setting not in late)
 
     def options(self, name: str) -> dict[str, Any]:
         """What its weights have to be loaded with.

@@ -25,7 +25,8 @@ class KernelState:
 
     def restore(self, module: torch.nn.Module) -> None:
         """Whatever is another object now as it was."""
-        module._compiled_call_impl = self.compiled
+        if module._compiled_call_impl is not self.compiled:
+            module._compiled_call_impl = self.compiled
         if self.processor is not None and getattr(module, "processor", None) is not self.processor:
             module.processor = self.processor
         if hasattr(self.processor, "_attention_backend"):
