@@ -29,8 +29,9 @@ def change_since(pipe: Any, before: Mapping[str, State]) -> str | None:
     other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not other:
         return None
+    told = _told(other[0], before.get(other[0]), now.get(other[0]))
     return (
-        f"{_told(other[0], before.get(other[0]), now.get(other[0]))} since the plan was applied, which no longer describes it: change a pipeline inside "
+        f"{told} since the plan was applied, which no longer describes it: change a pipeline inside "
         "`with vramplan.changing(pipe):`, or plan again by vramplan.auto_configure(pipe)"
     )
 
