@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 from vramplan.changed import State, change_since, state_of
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.planfile import Plan
 from vramplan.planned import calls_of, check_match, parse_settings
 from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
+from vramplan.progress import moved_bytes
 from vramplan.snapshot import Before, Snapshot, uninterrupted
 from vramplan.strategies.base import Decodes, Placed, Quality, put_on, unpinned
 
@@ -75,7 +77,7 @@ class Applied:
             self._before.restore(self.pipe, self._placed)
             self.pipe.__dict__.pop(_MARK, None)
             with _all_or_nothing(self.pipe, self._placed):
-                put_on(self.pipe, self._placed, self._decodes, self.device)
+                _put_on(self.pipe, self._placed, self._decodes, self.device)
                 self.pipe.__dict__[_MARK] = self
 
 
@@ -245,10 +247,21 @@ def finish_applying(
         _decodes=decodes,
     )
     with _all_or_nothing(pipe, still):
-        put_on(pipe, still, decodes, target)
+        _put_on(pipe, still, decodes, target)
         applied._state = state_of(pipe)
         pipe.__dict__[_MARK] = applied
     return applied
+
+
+def _put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
+    """The settings on a live pipeline, whose weights may take long to be moved and rounded."""
+    sizes = {name: module_bytes(module) for name, module in modules_of(pipe).items()}
+
+    def size(names: Iterable[str]) -> int:
+        return sum(sizes[name] for name in names)
+
+    with moved_bytes("applying the plan", sum(size(names) for _, names in placed)) as moved:
+        put_on(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
 
 
 def check_device(device: str, plan: Plan) -> None:

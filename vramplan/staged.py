@@ -10,10 +10,11 @@ from typing import Any
 
 from vramplan.apply import Applied, check_device, finish_applying, planned_accelerator
 from vramplan.encode import Encoded, checked, encode
-from vramplan.loading import Say, Staged, assemble, check_prompt, let_go, load_components, staged, weightless
+from vramplan.loading import Staged, assemble, check_prompt, let_go, load_components, staged, weightless
 from vramplan.pipeline.folder import spec_from_folder
 from vramplan.planfile import Plan
 from vramplan.planned import check_match, parse_settings
+from vramplan.progress import Say
 from vramplan.strategies.base import freed_first
 
 
