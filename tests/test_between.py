@@ -43,7 +43,7 @@ class TestAnotherProcessTakesTwoGibibytes:
         plan = planned(pipe, settings={"placement": "resident"}, batch=8)
         machine(monkeypatch, replace(full, free_bytes=1030 * MIB))
         monkeypatch.setattr(vramplan.apply, "check_device", lambda *_: None)
-        with pytest.raises(MismatchError, match="the plan no longer fits: it needs .* make it again"):
+        with pytest.raises(MismatchError, match=r"the plan no longer fits: it needs .* make it again"):
             vramplan.apply_plan(pipe, plan)
         assert applied_to(pipe) is None
 

@@ -28,9 +28,8 @@ def moved_bytes(what: str, total_bytes: int) -> Iterator[Callable[[int], object]
         return
     from tqdm.auto import tqdm
 
-    with tqdm(
-        desc=what, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, delay=_SECONDS, leave=False
-    ) as bar:
+    binary = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(desc=what, total=total_bytes, delay=_SECONDS, mininterval=0, leave=False, **binary) as bar:
         yield bar.update
 
 
