@@ -23,13 +23,13 @@ def moved_bytes(what: str, total_bytes: int) -> Iterator[Callable[[int], object]
 
     There is none where nobody sees it, or where the bars of diffusers are off (`disable_progress_bar`).
     """
-    if not _shown():
+    if not total_bytes or not _shown():
         yield lambda done_bytes: None
         return
     from tqdm.auto import tqdm
 
     binary = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    with tqdm(desc=what, total=total_bytes, delay=_SECONDS, mininterval=0, leave=False, **binary) as bar:
+    with tqdm(desc=what, total=total_bytes, delay=_SECONDS, mininterval=0, miniters=1, leave=False, **binary) as bar:
         yield bar.update
 
 
