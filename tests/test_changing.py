@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from calls import call_kwargs, output_tensor
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from make_pipeline import build
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import vramplan
 import vramplan.apply
 from vramplan.apply import applied_to
-from vramplan.errors import NothingFitsError, VramplanError
+from vramplan.errors import MismatchError, NothingFitsError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.component import hooks_of
 from vramplan.pipeline.live import modules_of
@@ -114,6 +119,133 @@ def test_weights_in_files_survive_a_lora_that_is_loaded_with_the_plan_on(lora, k
     first.undo()
     assert torch.equal(output(pipe, kind), wanted)
     assert not list((tmp_path / "offload").iterdir())
+
+
+def ip_adapter(pipe, folder):
+    """A small IP-Adapter for the pipeline's UNet in the file format of the published ones, its image encoder beside."""
+    torch.manual_seed(2)
+    size, across = 16, pipe.unet.config.cross_attention_dim
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, projection_dim=size, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    stored = {
+        "image_proj.proj.weight": torch.randn(4 * across, size),
+        "image_proj.proj.bias": torch.randn(4 * across),
+        "image_proj.norm.weight": torch.ones(across),
+        "image_proj.norm.bias": torch.zeros(across),
+    }
+    # numbered as diffusers 0.42 does (loaders/unet.py): by twos, in the order of the processors
+    layers = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for number, name in enumerate(layers):
+        keys = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k
+        for kind in ("k", "v"):
+            stored[f"ip_adapter.{2 * number + 1}.to_{kind}_ip.weight"] = torch.randn(keys.out_features, across)
+    save_file(stored, folder / "adapter.safetensors")
+
+
+def load_ip_adapter(pipe, folder):
+    options = {"subfolder": "", "weight_name": "adapter.safetensors", "image_encoder_folder": "image_encoder"}
+    pipe.load_ip_adapter(str(folder), local_files_only=True, **options)
+
+
+def output_like(pipe, kind):
+    """Of a call that is given a picture besides the prompt."""
+    made = torch.Generator().manual_seed(3)
+    picture = Image.fromarray((torch.rand(32, 32, 3, generator=made) * 255).byte().numpy())
+    return output_tensor(pipe(**call_kwargs(kind), ip_adapter_image=picture))
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("kind", ["sd15-small", "sdxl-small"])
+def test_an_ip_adapter_is_charged_and_the_pictures_are_those_of_the_pipeline_alone(kind, name, tmp_path):
+    alone = small(kind)
+    ip_adapter(alone, tmp_path)
+    plain = output(alone, kind)
+    load_ip_adapter(alone, tmp_path)
+    wanted = output_like(alone, kind)
+    assert not torch.equal(wanted, plain)
+    pipe, first = with_plan(kind, PLACEMENTS[name])
+    with vramplan.changing(pipe, settings={"placement.unet": "group_offload:type=leaf"}, simulate=False):
+        load_ip_adapter(pipe, tmp_path)
+    now = applied_to(pipe)
+    assert now.changed is None
+    sizes = [{part.name: part.weight_bytes for part in plan.model.components} for plan in (first.plan, now.plan)]
+    assert sizes[1]["unet"] > sizes[0]["unet"]
+    assert sizes[1]["image_encoder"] > 0
+    assert "image_encoder" in now.plan.settings.placement
+    assert torch.equal(output_like(pipe, kind), wanted)
+    now.undo()
+    assert not any(map(hooks_of, modules_of(pipe).values()))
+    assert torch.equal(output_like(pipe, kind), wanted)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+class TestBehindItsBack:
+    def test_an_ip_adapter_is_told_at_the_next_call(self, name, tmp_path):
+        pipe, first = with_plan("sd15-small", PLACEMENTS[name])
+        output(pipe, "sd15-small")
+        assert first.changed is None
+        ip_adapter(pipe, tmp_path)
+        load_ip_adapter(pipe, tmp_path)
+        assert re.match(r"unet went from \d+ to \d+ tensors since the plan was applied", first.changed)
+        with pytest.raises(MismatchError, match="image_encoder is in this pipeline, not in the plan"):
+            vramplan.apply_plan(pipe, first.plan, device="cpu")
+        assert applied_to(pipe) is first
+
+    def test_a_lora_is_told_and_planned_for_by_the_next_plan(self, lora, name):
+        if name == "model":
+            pytest.skip("diffusers refuses to put model offload on again without an accelerator")
+        folder = lora("sdxl-small")
+        alone = small("sdxl-small")
+        alone.load_lora_weights(folder)
+        pipe, first = with_plan("sdxl-small", PLACEMENTS[name])
+        pipe.load_lora_weights(folder)
+        assert "unet went from" in first.changed
+        with pytest.warns(UserWarning, match=r"unet went from .*changing"):
+            vramplan.recovering_call(pipe, call_kwargs("sdxl-small"))
+        said = []
+        with pytest.warns(UserWarning, match="unet"), vramplan.calibrating(pipe, say=said.append):
+            vramplan.recovering_call(pipe, call_kwargs("sdxl-small"))
+        assert said[0].startswith("not kept for later plans: unet went from")
+        pipe.unload_lora_weights()
+        assert (first.changed is None) == (name != "partial"), first.changed
+        pipe.load_lora_weights(folder)
+        vramplan.auto_configure(pipe, device="cpu", height=64, width=64)
+        assert applied_to(pipe).changed is None
+        assert torch.equal(output(pipe, "sdxl-small"), output(alone, "sdxl-small"))
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("kind", ["sd15-small", "sdxl-small"])
+def test_a_controlnet_makes_another_pipeline_which_is_planned_for_once_the_first_has_no_plan(kind, name):
+    cls = {"sd15-small": StableDiffusionControlNetPipeline, "sdxl-small": StableDiffusionXLControlNetPipeline}[kind]
+    alone = small(kind)
+    torch.manual_seed(4)
+    net = ControlNetModel.from_unet(alone.unet, conditioning_embedding_out_channels=(8, 8, 16, 16)).eval()
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight)
+    picture = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))}
+    controlled = cls.from_pipe(alone, controlnet=net)
+    controlled.set_progress_bar_config(disable=True)
+    wanted = output_tensor(controlled(**call_kwargs(kind), **picture))
+    pipe, first = with_plan(kind, PLACEMENTS[name])
+    shared = cls.from_pipe(pipe, controlnet=net)
+    assert applied_to(shared) is None
+    if name != "resident":
+        with pytest.raises(VramplanError, match="undo the plan there"):
+            vramplan.auto_configure(shared, device="cpu", height=64, width=64)
+    other = cls.from_pipe(first.undo(), controlnet=net)
+    other.set_progress_bar_config(disable=True)
+    plan = vramplan.plan(
+        other, device=MACHINE, settings={"placement": "group_offload:type=leaf"}, simulate=False, height=64, width=64
+    )
+    assert "controlnet" in plan.settings.placement
+    applied = vramplan.apply_plan(other, plan, device="cpu")
+    assert torch.equal(output_tensor(other(**call_kwargs(kind), **picture)), wanted)
+    applied.undo()
+    assert torch.equal(output_tensor(other(**call_kwargs(kind), **picture)), wanted)
 
 
 class TestWithoutPeft:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -301,7 +302,7 @@ def test_weights_that_cannot_be_pinned_are_pinned_on_the_fly_and_it_is_told(subj
 def test_without_pinned_weights_nothing_is_tried_again(subject, monkeypatch):
     tried = []
 
-    def fails(*_):
+    def fails(*_, **__):
         tried.append(1)
         raise RuntimeError("broken")
 
@@ -346,13 +347,16 @@ print("as it was, files:", sum(len(files) for _, _, files in os.walk(os.environ[
 """
 
 
-def in_a_child(tmp_path, placement, fault):
-    """What a process prints that applies the plan while the fault happens to it, and goes on."""
+def in_a_child(tmp_path, placement, fault, *before):
+    """What a process prints that applies the plan while the fault happens to it, and goes on.
+
+    `before` is a command that runs another.
+    """
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, (here, here.parent / "examples", here.parent)))
     script = CHILD % {"placement": placement, "fault": fault}
     env = os.environ | {"VRAMPLAN_OFFLOAD": str(tmp_path / "offload")}
-    run = [sys.executable, "-c", script, paths]
+    run = [*before, sys.executable, "-c", script, paths]
     found = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
@@ -395,4 +399,45 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
     assert told[0].startswith("VramplanError")
     assert "text_encoder_2 cannot be offloaded there" in told[0]
     assert "File too large" in told[0]
+    assert told[1:] == ["as it was, files: 0"]
+
+
+def mounted(tmp_path, options):
+    """A command that runs another with the offload folder on a disk of its own, seen by nobody else."""
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    mount = f'mount -t tmpfs -o {options} none {folder} && exec "$@"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*command, "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no disk may be mounted here")
+    return command
+
+
+@pytest.mark.parametrize("size", ["64k", "256k"])
+def test_a_disk_that_is_full_though_there_was_room_when_it_was_asked(tmp_path, size):
+    fault = """
+from types import SimpleNamespace
+vramplan.strategies.disk.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40)
+"""
+    told = in_a_child(tmp_path, DISK, fault, *mounted(tmp_path, f"size={size}")).splitlines()
+    assert told[0].startswith("VramplanError")
+    assert "text_encoder_2 cannot be offloaded there" in told[0]
+    assert "No space left on device" in told[0]
+    assert told[1:] == ["as it was, files: 0"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_a_weight_is_moved(tmp_path):
+    told = in_a_child(tmp_path, DISK, "", *mounted(tmp_path, "size=256k")).splitlines()
+    assert "256 KiB free on the disk" in told[0]
+    assert "VRAMPLAN_OFFLOAD" in told[0]
+    assert told[1:] == ["as it was, files: 0"]
+
+
+def test_a_folder_that_is_read_only(tmp_path):
+    told = in_a_child(tmp_path, DISK, "", *mounted(tmp_path, "size=30g,ro")).splitlines()
+    assert told[0].startswith("VramplanError")
+    assert "offloaded there: Read-only file system" in told[0]
     assert told[1:] == ["as it was, files: 0"]

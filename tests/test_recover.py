@@ -245,3 +245,35 @@ def test_what_was_fixed_by_hand_is_kept_by_the_smaller_plan(monkeypatch: pytest.
     assert last.plan.settings.decode == ("vae_slicing",)
     assert last.plan.settings.placement["vae"] == "resident"
     assert last.plan.asked == plan.asked
+
+
+@pytest.mark.parametrize("kind", ["sd15-small", "flux-small"])
+def test_encoders_that_are_gone_are_not_planned_for_again(
+    kind: str, small_folder: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vramplan.generate import call_arguments
+    from vramplan.staged import load_applied
+
+    folder = small_folder(kind)
+    plan = vramplan.plan(str(folder), device=MACHINE, settings={"placement.text_encoder": "encode_first"}, **SIZE)
+
+    def load() -> Any:
+        def arguments(pipe: Any) -> Any:
+            return call_arguments(pipe, plan, "a fox", seed=1) | {"output_type": "pt", "num_inference_steps": 2}
+
+        return load_applied(plan, folder, arguments, device="cpu", say=lambda line: None)
+
+    plain = output_tensor(load()())
+    loaded = load()
+    pipe = loaded.applied.pipe
+    fails(pipe.components.get("unet") or pipe.transformer, 1, monkeypatch)
+    told: list[str] = []
+    with loaded.watched():
+        result = recovering_call(pipe, loaded.arguments, say=told.append)
+    assert torch.equal(output_tensor(result), plain)
+    assert told[0].startswith("out of memory")
+    last = applied_to(pipe)
+    assert last is not None
+    assert not any("text_encoder" in name for name in last.plan.settings.placement)
+    assert last.plan.projected.vram_reserved_bytes < plan.projected.vram_reserved_bytes
+    assert not any("placement.text_encoder" in key for key in last.plan.asked.settings)

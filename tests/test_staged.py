@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,12 @@ from calls import output_tensor
 from make_pipeline import SMALL_KINDS
 
 import vramplan
+from vramplan.apply import applied_to
 from vramplan.encode import EncodeError, call_encoded, encode
 from vramplan.errors import MismatchError, UsageError, VramplanError
 from vramplan.generate import call_arguments, plan_code, run_plan
 from vramplan.hardware.types import Accelerator, Hardware, Host
+from vramplan.pipeline.component import hooks_of
 from vramplan.pipeline.live import modules_of
 from vramplan.staged import load_applied
 from vramplan.units import GIB
@@ -23,6 +26,18 @@ MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, availab
 PROMPT = "a photo of a red fox in the snow"
 FIRST = {"placement.text_encoder": "encode_first"}
 BY_LEAF = {"placement.text_encoder": "encode_first:leaf=true", "placement.vae": "group_offload:type=leaf"}
+
+UNDONE = {
+    "resident": {"placement": "resident"},
+    "model": {"placement": "model_cpu_offload"},
+    "leaf": {"placement": "group_offload:type=leaf"},
+    "block": {"placement.transformer": "group_offload:blocks=1", "placement.vae": "group_offload:type=leaf"},
+    "disk": {"placement.transformer": "group_offload:disk=true", "placement.text_encoder_2": "group_offload:disk=true"},
+}
+KERNELS = {
+    "attention.transformer": "attention_backend:backend=_native_math",
+    "compile.transformer": "compile_repeated_blocks",
+}
 
 
 def make_plan(folder, **options):
@@ -68,6 +83,80 @@ class TestLoading:
         assert not any(getattr(module, "_diffusers_hook", None) and module._diffusers_hook.hooks
                        for part in modules_of(pipe).values() for module in part.modules())  # fmt: skip
         assert torch.equal(ordinary(plan, pipe), ordinary(plan, small_pipeline("sd15-small")))
+
+    @pytest.mark.parametrize("name", UNDONE)
+    def test_what_is_undone_is_as_it_is_loaded_without_a_plan(
+        self, name, small_folder, small_pipeline, monkeypatch, tmp_path
+    ):
+        monkeypatch.setenv("VRAMPLAN_OFFLOAD", str(tmp_path / "offload"))
+        monkeypatch.setattr("vramplan.staged.planned_accelerator", lambda plan, device: plan.machine.accelerator)
+        monkeypatch.setattr("vramplan.staged.check_device", lambda *_: None)
+        folder = small_folder("flux-small")
+        plan = make_plan(folder, settings=UNDONE[name] | KERNELS)
+        applied = loaded(plan, folder).applied
+        pipe = applied.pipe
+        assert {p._attention_backend.value for p in pipe.transformer.attn_processors.values()} == {"_native_math"}
+        assert pipe.transformer.transformer_blocks[0]._compiled_call_impl is not None
+        applied.undo()
+        plain = small_pipeline("flux-small")
+        assert applied_to(pipe) is None
+        assert vars(pipe).keys() == vars(plain).keys() - {"_progress_bar_config"}
+        for part, module in modules_of(pipe).items():
+            for path, child in modules_of(plain)[part].named_modules():
+                here = module.get_submodule(path)
+                assert vars(here).keys() - {"_diffusers_hook", "_compiled_call_impl"} == vars(child).keys(), (
+                    part,
+                    path,
+                )
+                assert here._compiled_call_impl is None
+                assert getattr(getattr(here, "processor", None), "_attention_backend", None) is None
+            assert not hooks_of(module)
+            state, wanted = module.state_dict(), modules_of(plain)[part].state_dict()
+            assert all(
+                tensor.device.type == "cpu" and torch.equal(tensor, wanted[key]) for key, tensor in state.items()
+            )
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    def test_undone_weights_go_to_the_devices_that_were_told(self, small_folder, monkeypatch) -> None:
+        from vramplan.apply import finish_applying
+
+        plan = make_plan(small_folder("sd15-small"), settings={"placement": "group_offload:type=leaf"})
+        first = loaded(plan, small_folder("sd15-small")).applied
+        told, moved = {"unet": "cuda:1", "vae": "cpu", "text_encoder": "cuda:0"}, {}
+        monkeypatch.setattr("vramplan.snapshot._move", lambda tensor, device: moved.setdefault(id(tensor), device))
+        options = {"placed": first._placed, "decodes": [], "still": [], "devices": told}
+        pipe = finish_applying(first.pipe, plan, "cpu", **options).undo()
+        for part, module in modules_of(pipe).items():
+            tensors = [*module.parameters(), *module.buffers()]
+            assert {moved[id(tensor)] for tensor in tensors} == {told[part]}
+            assert not hooks_of(module)
+
+    @pytest.mark.parametrize("name", UNDONE)
+    def test_what_fails_at_the_last_leaves_no_hooks_and_no_files(self, name, small_folder, monkeypatch, tmp_path):
+        from vramplan.strategies.attention_backend import AttentionBackend
+
+        monkeypatch.setenv("VRAMPLAN_OFFLOAD", str(tmp_path / "offload"))
+        monkeypatch.setattr("vramplan.staged.planned_accelerator", lambda plan, device: plan.machine.accelerator)
+        monkeypatch.setattr("vramplan.staged.check_device", lambda *_: None)
+        folder = small_folder("flux-small")
+        plan = make_plan(folder, settings=UNDONE[name] | KERNELS)
+        seen, real = [], AttentionBackend.apply
+
+        def fails(self, pipe, names, device):
+            real(self, pipe, names, device)
+            seen.append(pipe)
+            raise RuntimeError("no such kernel")
+
+        monkeypatch.setattr(AttentionBackend, "apply", fails)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            loaded(plan, folder)
+        (pipe,) = seen
+        assert applied_to(pipe) is None
+        assert {p._attention_backend for p in pipe.transformer.attn_processors.values()} == {None}
+        seen.clear()
+        del pipe
+        gc.collect()
+        assert not list(tmp_path.rglob("*.safetensors"))
 
     def test_a_damaged_component_is_named_and_nothing_of_the_plan_stays(self, small_folder, tmp_path) -> None:
         import shutil

@@ -11,6 +11,7 @@ from vramplan.apply import applied_anyway, applied_to, earlier_off
 from vramplan.drift import wishes
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Hardware
+from vramplan.pipeline.live import modules_of
 from vramplan.planfile import Plan
 from vramplan.planning import plan as make_plan
 
@@ -43,5 +44,8 @@ def planned_anew(pipe: Any, plan: Plan, **options: Any) -> Plan:
     machine, budget = plan.machine, plan.machine.budget
     hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
     limits = {"vram": None if budget.vram_bytes is None else str(budget.vram_bytes), "ram": str(budget.ram_bytes)}
-    made = make_plan(pipe, device=hardware, **(wishes(plan) | limits | options))
+    asked = wishes(plan)
+    gone = {record.name for record in plan.model.components} - modules_of(pipe).keys()  # as encoders that ran first are
+    asked["settings"] = {key: text for key, text in asked["settings"].items() if key.partition(".")[2] not in gone}
+    made = make_plan(pipe, device=hardware, **(asked | limits | options))
     return replace(made, asked=replace(made.asked, vram=plan.asked.vram, ram=plan.asked.ram))

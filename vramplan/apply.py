@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vramplan.changed import State, change_since, state_of
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.planfile import Plan
 from vramplan.planned import calls_of, check_match, parse_settings
 from vramplan.planner.decide import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
+from vramplan.progress import moved_bytes
 from vramplan.snapshot import Before, Snapshot, uninterrupted
 from vramplan.strategies.base import Decodes, Placed, Quality, put_on, unpinned
 
@@ -39,6 +42,12 @@ class Applied:
     _before: Before = field(repr=False)
     _placed: Placed = field(repr=False, default=())
     _decodes: Decodes = field(repr=False, default=())
+    _state: Mapping[str, State] = field(repr=False, default_factory=dict)
+
+    @property
+    def changed(self) -> str | None:
+        """What was done to the pipeline behind the plan's back, as loading a LoRA is; None for nothing."""
+        return change_since(self.pipe, self._state)
 
     def undo(self) -> Any:
         """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
@@ -68,7 +77,7 @@ class Applied:
             self._before.restore(self.pipe, self._placed)
             self.pipe.__dict__.pop(_MARK, None)
             with _all_or_nothing(self.pipe, self._placed):
-                put_on(self.pipe, self._placed, self._decodes, self.device)
+                _put_on(self.pipe, self._placed, self._decodes, self.device)
                 self.pipe.__dict__[_MARK] = self
 
 
@@ -155,7 +164,7 @@ def applied_anyway(pipe: Any, plan: Plan, *, device: str | None = None) -> Appli
     """The plan on a live pipeline, as `apply_plan` does it, without asking whether it still fits."""
     earlier = applied_to(pipe)
     target = device or plan.machine.device
-    if earlier is not None and earlier.plan == plan and earlier.device == target:
+    if earlier is not None and earlier.plan == plan and earlier.device == target and earlier.changed is None:
         return earlier
     check_device(target, plan)
     with earlier_off(pipe):
@@ -238,9 +247,21 @@ def finish_applying(
         _decodes=decodes,
     )
     with _all_or_nothing(pipe, still):
-        put_on(pipe, still, decodes, target)
+        _put_on(pipe, still, decodes, target)
+        applied._state = state_of(pipe)
         pipe.__dict__[_MARK] = applied
     return applied
+
+
+def _put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
+    """The settings on a live pipeline, whose weights may take long to be moved and rounded."""
+    sizes = {name: module_bytes(module) for name, module in modules_of(pipe).items()}
+
+    def size(names: Iterable[str]) -> int:
+        return sum(sizes[name] for name in names)
+
+    with moved_bytes("applying the plan", sum(size(names) for _, names in placed)) as moved:
+        put_on(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
 
 
 def check_device(device: str, plan: Plan) -> None:

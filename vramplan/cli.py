@@ -252,7 +252,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
         check_output(output, loaded)
     say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
     current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
-    click.echo(run_plan(current, output=output, say=say, **given))
+    click.echo(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given))
 
 
 @main.command()

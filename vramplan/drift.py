@@ -42,7 +42,8 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
     planned, device = plan.machine.accelerator, plan.machine.device
     here = next((item for item in hardware.accelerators if item.device == device), None) if planned else None
     if planned is not None and here is None:
-        return _broken(f"the plan is for {planned.name} ({device}), which this machine does not have")
+        notes = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that no longer answers
+        return _broken(f"the plan is for {planned.name} ({device}), which this machine does not have{notes}")
     if planned is not None and here is not None and planned.name != here.name:
         return _broken(f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.planfile import Plan
+from vramplan.progress import progress_shown
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,11 +30,13 @@ def run_plan(
     output: str | None = None,
     allow_pickle: bool = False,
     recover: bool = True,
+    bars: bool = True,
     say: Callable[[str], None] = print,
 ) -> str:
     """Load, apply, generate when there is a prompt; the report of what was done and what it took.
 
-    With `recover` a call that runs out of memory is made again under a smaller plan.
+    With `recover` a call that runs out of memory is made again under a smaller plan. `bars` show progress to whoever
+    is there to see it.
 
     Raises:
         VramplanError: the pipeline cannot be loaded or the result not written.
@@ -50,14 +52,16 @@ def run_plan(
     folder = model_folder(plan, model)
     say(f"loading {folder}")
     before = current_rss_bytes()
-    _quieten()
+    shown = bars and progress_shown()
+    if not shown:
+        _without_bars()
 
     def arguments(pipe: Any) -> dict[str, Any]:
         return call_arguments(pipe, plan, prompt or "", negative_prompt, seed)
 
     loaded = load_applied(plan, folder, None if prompt is None else arguments, allow_pickle=allow_pickle, say=say)
     applied, pipe = loaded.applied, loaded.applied.pipe
-    pipe.set_progress_bar_config(disable=not progress_shown())
+    pipe.set_progress_bar_config(disable=not shown)
     lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls), *applied.notes]
     if prompt is None:
         return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
@@ -70,19 +74,13 @@ def run_plan(
     return "\n".join([*lines, "", measured_text(last.plan, took)])
 
 
-def _quieten() -> None:
-    """No progress bars of the libraries' own where nobody sees them."""
+def _without_bars() -> None:
+    """No progress bars, of the libraries' own neither."""
     import diffusers
     import transformers
 
-    if not progress_shown():
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-
-
-def progress_shown() -> bool:
-    """Whether somebody is there to see a progress bar: standard error is a terminal."""
-    return sys.stderr.isatty()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +16,9 @@ from typing import Any
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.loading import Load, load_of, load_order
+from vramplan.progress import Say, beside_bars, moved_bytes
 from vramplan.strategies.base import AtLoad, Decodes, Execution, Placed, Placement, Weights, missing_package
 from vramplan.units import format_bytes
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +44,19 @@ class Staged:
         return [name for name in self.loads if name not in self.first]
 
     @property
-    def whole(self) -> Placed:
-        """All settings, once all of it is loaded, where the placement is one of the pipeline as one."""
-        return self.placed if any(isinstance(s, Placement) and s.whole_pipeline for s, _ in self.placed) else []
+    def late(self) -> Placed:
+        """The settings to put on once all of it is loaded: those of the pipeline as one, and those that take no memory.
+
+        Undoing puts back what was before them, so that they come when that can be read.
+        """
+        if any(isinstance(setting, Placement) and setting.whole_pipeline for setting, _ in self.placed):
+            return self.placed
+        return [(setting, names) for setting, names in self.placed if isinstance(setting, Execution)]
 
     def of(self, name: str) -> Iterable[Weights | Placement | Execution]:
         """The settings to put on a component as soon as it is loaded."""
-        return () if self.whole else (setting for setting, names in self.placed if name in names)
+        late = [setting for setting, _ in self.late]
+        return (setting for setting, names in self.placed if name in names and setting not in late)
 
     def options(self, name: str) -> dict[str, Any]:
         """What its weights have to be loaded with.
@@ -152,28 +157,37 @@ def load_components(
 ) -> dict[str, Any]:
     """The components of these names, in the order of the stages, each placed before the next is loaded."""
     modules: dict[str, Any] = {}
-    for name in names:
-        record = stages.spec.component(name)
-        direct = stages.loads[name].direct and device.partition(":")[0] != "cpu"
-        where = f" to {device}" if direct else ""
-        say(f"loading {name}{where}: {format_bytes(record.weight_bytes)}")
-        module = load_component(
-            folder,
-            name,
-            record.library,
-            record.class_name,
-            dtype=record.dtype,
-            device=device if direct else None,
-            options=stages.options(name),
-            source=stages.source(name),
-            allow_pickle=allow_pickle,
-        )
-        stand_in = SimpleNamespace(components={name: module})
-        for setting in stages.of(name):
-            setting.apply(stand_in, [name], device)
-        let_go()
-        modules[name] = module
+    sizes = {name: stages.spec.component(name).weight_bytes for name in names}
+    tell = beside_bars(say)
+    with moved_bytes("loading", sum(sizes.values())) as moved:
+        for name in names:
+            modules[name] = _load_placed(folder, stages, name, device, allow_pickle=allow_pickle, say=tell)
+            moved(sizes[name])
     return modules
+
+
+def _load_placed(folder: Path, stages: Staged, name: str, device: str, *, allow_pickle: bool, say: Say) -> Any:
+    """One component with the settings it is to have."""
+    record = stages.spec.component(name)
+    direct = stages.loads[name].direct and device.partition(":")[0] != "cpu"
+    where = f" to {device}" if direct else ""
+    say(f"loading {name}{where}: {format_bytes(record.weight_bytes)}")
+    module = load_component(
+        folder,
+        name,
+        record.library,
+        record.class_name,
+        dtype=record.dtype,
+        device=device if direct else None,
+        options=stages.options(name),
+        source=stages.source(name),
+        allow_pickle=allow_pickle,
+    )
+    stand_in = SimpleNamespace(components={name: module})
+    for setting in stages.of(name):
+        setting.apply(stand_in, [name], device)
+    let_go()
+    return module
 
 
 def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -45,6 +46,8 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
     applied, call = applied_to(pipe), plain_class(pipe).__call__
     if applied is None:
         raise VramplanError("vramplan has applied no plan to this pipeline: there is nothing to step down from")
+    if applied.changed is not None:
+        warnings.warn(applied.changed, stacklevel=2)
     first, device = applied.plan, applied.device
     limit = first.projected.vram_reserved_bytes
     states = [(generator, generator.get_state()) for generator in _generators(arguments)]

@@ -175,8 +175,11 @@ class Before:
         for setting, names in placed:
             if not isinstance(setting, Execution):
                 setting.remove(pipe, [name for name in names if name in kept])
+        kernels = {name for setting, names in placed if isinstance(setting, Execution) for name in names}
         for name, module in kept.items():
             self._restore_weights(name, module)
+            if name in kernels:
+                self._restore_kernels(module)
             vars(module).update(self.settings[name])
         for name, value in self.attributes.items():
             _set(pipe.__dict__, name, value)
@@ -190,6 +193,11 @@ class Before:
             for own, tensor in _named_tensors(child):
                 if tensor is not None:  # what came later, such as a LoRA's, goes where most of the component was
                     _move(tensor, devices.get(own, self.devices[name]))
+
+    def _restore_kernels(self, module: torch.nn.Module) -> None:
+        for child in module.modules():
+            if child in self.children:
+                self.children[child].kernels.restore(child)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +224,6 @@ class _Child:
         """The tensors that were, and no trace of hooks, unless somebody has set others since."""
         for name, before in self.tensors.items():
             _tie_again(child._buffers if name in child._buffers else child._parameters, name, before)
-        self.kernels.restore(child)
         registry = vars(child).get("_diffusers_hook")
         if registry is None or not registry.hooks:
             for name, value in self.hooks.items():

@@ -10,10 +10,12 @@ from typing import Any
 
 from vramplan.apply import Applied, check_device, finish_applying, planned_accelerator
 from vramplan.encode import Encoded, checked, encode
-from vramplan.loading import Say, Staged, assemble, check_prompt, let_go, load_components, staged, weightless
+from vramplan.loading import Staged, assemble, check_prompt, let_go, load_components, staged, weightless
 from vramplan.pipeline.folder import spec_from_folder
 from vramplan.planfile import Plan
 from vramplan.planned import check_match, parse_settings
+from vramplan.progress import Say
+from vramplan.strategies.base import freed_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +77,14 @@ def load_applied(
     modules |= load_components(folder, stages, stages.rest, target, allow_pickle=allow_pickle, say=say)
     pipe = assemble(folder, modules)
     devices = {name: target if stages.loads[name].direct else "cpu" for name in stages.rest}
-    kept = [(setting, [name for name in names if name not in stages.first]) for setting, names in stages.placed]
+    _, placed = freed_first(stages.placed)
     applied = finish_applying(
         pipe,
         plan,
         target,
-        placed=[(setting, names) for setting, names in kept if names],
+        placed=placed,
         decodes=stages.decodes,
-        still=stages.whole,
+        still=stages.late,
         devices=devices,
     )
     given = encoded.arguments if encoded else arguments(pipe) if arguments else {}

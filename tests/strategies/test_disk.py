@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -127,12 +128,38 @@ def test_a_component_that_goes_takes_its_files_with_it(folder: Path) -> None:
 def test_a_process_that_was_killed_is_swept_up_after(folder: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for name in (f"{gone.pid}-unet-x", f"{os.getpid()}-unet-y", "somebody-elses"):
+    host = platform.node()
+    left = f"vramplan-{host}-{gone.pid}-unet-0123abcd"
+    others = {
+        f"vramplan-{host}-{os.getpid()}-unet-0123abcd",
+        f"vramplan-other{host}-{gone.pid}-unet-0123abcd",
+        f"{gone.pid}-pictures-of-fish",
+        str(gone.pid),
+    }
+    for name in (left, *others):
         (folder / name).mkdir(parents=True)
-    with disk.own_folder(small("sd15-small").unet, "unet"):
-        pass
-    assert {path.name.split("-")[-1] for path in folder.iterdir()} >= {"y", "elses"}
-    assert not (folder / f"{gone.pid}-unet-x").exists()
+    with disk.own_folder(small("sd15-small").unet, "unet") as own:
+        assert {path.name for path in folder.iterdir()} == others | {own.name}
+
+
+def test_files_that_another_model_left_are_neither_read_nor_removed(folder: Path) -> None:
+    pipe, other = small("sd15-small"), small("sd15-small")
+    plain = output_tensor(pipe(**call_kwargs("sd15-small")))
+    with torch.no_grad():
+        for weight in other.unet.parameters():
+            weight.mul_(2)
+    GroupOffload(disk=True).apply(other, ["unet"], "cpu")
+    (first,) = folder.iterdir()
+    left = shutil.copytree(first, folder / "left-by-another")
+    for path in first.iterdir():
+        shutil.copy(path, folder)  # as diffusers names them, where a folder is given to it
+    before = {path: path.read_bytes() for path in (*left.iterdir(), *folder.glob("*.safetensors"))}
+    assert len(before) == 2 * len(list(first.iterdir())) > 2
+    GroupOffload(disk=True).apply(pipe, ["unet"], "cpu")
+    torch.testing.assert_close(output_tensor(pipe(**call_kwargs("sd15-small"))), plain)
+    GroupOffload(disk=True).remove(pipe, ["unet"])
+    assert torch.equal(output_tensor(pipe(**call_kwargs("sd15-small"))), plain)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_too_little_room_is_said_before_anything_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,16 @@ def calibrating(pipe: Any, *, ram_before_bytes: int | None = None, say: Say = pr
     applied = applied_to(pipe)
     if applied is None:
         raise VramplanError("vramplan has applied no plan to this pipeline: there is no projection to hold it against")
+    changed = applied.changed
     before = current_rss_bytes() if ram_before_bytes is None else ram_before_bytes
     decoding = _decoding(pipe)
     with measured(applied.device) as took, _steps_timed(pipe, applied.device) as steps:
         yield took
     took.ram_bytes = max(0, took.ram_bytes - before)
     took.seconds_per_step = steps.seconds
-    if applied_to(pipe) is not applied or _decoding(pipe) != decoding:
+    if changed is not None:
+        say(f"not kept for later plans: {changed}")
+    elif applied_to(pipe) is not applied or _decoding(pipe) != decoding:
         say("not kept for later plans: the call ran out of memory, and not all of it ran under the plan")
     elif applied.device == applied.plan.machine.device:
         note = append(record_of(applied, took))

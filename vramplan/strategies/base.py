@@ -6,7 +6,7 @@ writing one such class in one file and naming it in the registry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -290,19 +290,32 @@ def freed_first(placed: Placed) -> tuple[list[Any], list[Any]]:
     return [item for item in first if item[1]], [item for item in rest if item[1]]
 
 
-def put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str, *, hollow: bool = False) -> None:
-    """Put settings on a pipeline, each through its own diffusers calls.
+def put_on(
+    pipe: Any,
+    placed: Placed,
+    decodes: Decodes,
+    device: str,
+    *,
+    hollow: bool = False,
+    done: Callable[[Sequence[str]], object] = lambda names: None,
+) -> None:
+    """Put settings on a pipeline, each through its own diffusers calls; `done` is told of the components each is on.
 
     A `hollow` one has no data that could be rounded: its weights only take the form they would have.
     """
     for decode, names in decodes:
         decode.apply(pipe, names)
     for setting, names in placed:
-        if hollow and isinstance(setting, Weights):
-            for name in names:
-                setting.lighten(pipe.components[name])
-        else:
-            setting.apply(pipe, names, device)
+        for several in [names] if isinstance(setting, Placement) and setting.whole_pipeline else _each(names):
+            if hollow and isinstance(setting, Weights):
+                setting.lighten(pipe.components[several[0]])
+            else:
+                setting.apply(pipe, several, device)
+            done(several)
+
+
+def _each(names: Sequence[str]) -> list[Sequence[str]]:
+    return [[name] for name in names]
 
 
 def worth_quantizing(component: Component) -> bool:

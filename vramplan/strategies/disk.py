@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import re
 import secrets
 import shutil
 import weakref
@@ -24,6 +26,9 @@ from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
+
+# What the directories are called: containers that share a disk have each their own process numbers, and names.
+_OURS = "vramplan-"
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def own_folder(module: torch.nn.Module, name: str, pieces: Sequence[torch.nn.Mod
             )
     except OSError as error:
         raise VramplanError(f"{parent}: weights cannot be offloaded there: {error.strerror or error}") from error
-    folder = parent / f"{os.getpid()}-{name}-{secrets.token_hex(4)}"
+    folder = parent / f"{_OURS}{platform.node()}-{os.getpid()}-{name}-{secrets.token_hex(4)}"
     try:
         folder.mkdir()
         weakref.finalize(module, shutil.rmtree, folder, True)
@@ -127,10 +132,11 @@ def _unhooked(folder: Path) -> list[Any]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what processes that are gone have left."""
+    """Remove what processes of this machine that are gone have left, and nothing else: the folder may be anybody's."""
     import psutil
 
+    ours = re.compile(rf"{_OURS}{re.escape(platform.node())}-(\d+)-\w+-[0-9a-f]{{8}}")
     for folder in parent.iterdir():
-        owner = folder.name.partition("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+        found = ours.fullmatch(folder.name)
+        if found is not None and not psutil.pid_exists(int(found[1])):
             shutil.rmtree(folder, ignore_errors=True)

@@ -24,9 +24,11 @@ class KernelState:
         return cls(module._compiled_call_impl, processor, getattr(processor, "_attention_backend", None))
 
     def restore(self, module: torch.nn.Module) -> None:
-        """Whatever is another object now as it was."""
-        module._compiled_call_impl = self.compiled
-        if self.processor is not None and getattr(module, "processor", None) is not self.processor:
+        """Whatever is another object now as it was; but a processor with weights, as an IP-Adapter's, is not ours."""
+        if module._compiled_call_impl is not self.compiled:
+            module._compiled_call_impl = self.compiled
+        added = "processor" in module._modules
+        if self.processor is not None and not added and getattr(module, "processor", None) is not self.processor:
             module.processor = self.processor
         if hasattr(self.processor, "_attention_backend"):
             self.processor._attention_backend = self.backend
