@@ -160,7 +160,7 @@ def load_components(
             record.class_name,
             dtype=record.dtype,
             device=device if direct else None,
-            options=stages.options(name),
+            options=stages.options(name) | ({"variant": record.variant} if record.variant else {}),
             allow_pickle=allow_pickle,
         )
         stand_in = SimpleNamespace(components={name: module})
@@ -180,8 +180,10 @@ def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:
     import diffusers
 
     from vramplan.pipeline.folder import pipeline_class, read_index
+    from vramplan.pipeline.repository import FolderRepository
 
-    cls = pipeline_class(folder, read_index(folder))
+    repository = FolderRepository(folder)
+    cls = pipeline_class(repository, read_index(repository))
     try:
         return cls.from_pretrained(folder, local_files_only=True, **modules)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError) as error:
@@ -193,12 +195,13 @@ def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[s
     """Modules without weights, in place of those that are not loaded yet."""
     from vramplan.pipeline.build import build_weightless
     from vramplan.pipeline.dtypes import cast_as_loaded
-    from vramplan.pipeline.folder import read_json
+    from vramplan.pipeline.folder import read_config
+    from vramplan.pipeline.repository import FolderRepository
 
     made = {}
     for name in names:
         component = spec.component(name)
-        config = read_json(folder / name / "config.json")
+        config = read_config(FolderRepository(folder), name)
         made[name] = build_weightless(component.library, component.class_name, config)
         cast_as_loaded(made[name], component.dtype)
     return made

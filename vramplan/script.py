@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vramplan.encode import Encoded
+from vramplan.pipeline.hub import PREFIX
 from vramplan.planfile import ComponentRecord, Plan
 from vramplan.strategies.base import AtLoad, Decodes, Placed, Placement, freed_first
 
@@ -16,7 +17,7 @@ PROMPT = "a photo of a red fox in the snow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a script is made of. `source` is the folder or hub id to load from, `vaes` are weightless.
+    """What a script is made of. `source` is what to load from, as the plan has it or a hub id, `vaes` are weightless.
 
     `encoded` is the call of the plan's workload with its prompt encoded, hollow; None where nothing is encoded first.
     """
@@ -58,7 +59,9 @@ class Script:
 
     def _body(self) -> Iterator[str]:
         if self._at_once:
-            yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, dtype={self._dtypes()})"
+            variant = next((record.variant for record in self.plan.model.components if record.variant), None)
+            options = f"dtype={self._dtypes()}{_variant(variant)}"
+            yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, {options})"
             yield from self._decode_lines()
             for setting, names in self.placed:
                 yield from setting.code(names, self._device)
@@ -80,7 +83,11 @@ class Script:
 
     @property
     def _source(self) -> str:
-        return json.dumps(self.source)
+        """The first arguments of `from_pretrained`."""
+        if not self.source.startswith(PREFIX):
+            return json.dumps(self.source)
+        repo_id, _, commit = self.source.removeprefix(PREFIX).partition("@")
+        return f"{json.dumps(repo_id)}, revision={json.dumps(commit)}"
 
     @property
     def _device(self) -> str:
@@ -112,7 +119,7 @@ class Script:
 
     def _component(self, record: ComponentRecord, where: str) -> str:
         call = f'{record.class_name}.from_pretrained({self._source}, subfolder="{record.name}"'
-        return f"pipe.{record.name} = {call}, dtype=torch.{record.dtype}{where})"
+        return f"pipe.{record.name} = {call}, dtype=torch.{record.dtype}{_variant(record.variant)}{where})"
 
     def _encoding(self, first: Placed, encoded: Encoded) -> Iterator[str]:
         """The encoders loaded alone, the prompt encoded, and all of them dropped."""
@@ -138,6 +145,10 @@ class Script:
             return f"torch.{dtypes.pop()}"
         pairs = ", ".join(f'"{record.name}": torch.{record.dtype}' for record in self.plan.model.components)
         return "{" + pairs + "}"
+
+
+def _variant(name: str | None) -> str:
+    return f", variant={json.dumps(name)}" if name else ""
 
 
 def _placed_names(placed: Placed) -> list[str]:
