@@ -60,8 +60,8 @@ def plan(
     `model` is a live pipeline, a folder, a repository of the hub (`owner/name`, at a `revision`; its configurations
     and safetensors headers are read, no weight), or a bundled profile's name. `variant` is the one of its files to
     load, as `fp16`. `device` is `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a
-    `Hardware`; the first accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`, `-1GiB`,
-    `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
+    `Hardware`; the first accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`,
+    `-1GiB`, `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
     own call: height, width, num_frames, num_images_per_prompt, num_inference_steps, guidance_scale.
 
     What running needs is read off a simulation of the pipeline, and the chosen plan is simulated within the
