@@ -79,6 +79,8 @@ def _handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
                 self._file(Path(path), fault)
             elif path.startswith("/api/models/"):
                 self._list(path.removeprefix("/api/models/"), fault)
+            elif "/resolve/" not in path:
+                self._send(404, b"")  # huggingface_hub 2.4 has questions of its own (`/api/agent-harnesses`)
             else:
                 self._resolve(path.removeprefix("/"), fault)
 

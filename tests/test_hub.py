@@ -118,9 +118,9 @@ class TestReading:
         shards = {"transformer": 3, "text_encoder_2": 2}
         name = "black-forest-labs/FLUX.1-dev"
         online.repositories[name] = save_sparse("flux.1-dev", tmp_path / "flux", lambda part: shards.get(part, 1))
-        started = time.monotonic()
+        started = time.process_time()  # nothing is waited for here: the rest is a matter of what else runs
         plan = vramplan.plan(name, device="rtx-4070")
-        took = time.monotonic() - started
+        took = time.process_time() - started
         assert plan.model.source == f"hub:{name}@{COMMIT}"
         assert sum(record.weight_bytes for record in plan.model.components) > 33e9
         assert not [note for note in plan.notes if "its files hold" in note]
@@ -139,6 +139,10 @@ class TestReading:
         write_header(folder / UNET, {f"tensor number {n}": ([1], "F32", 4) for n in range(3000)})
         (note,) = describe(NAME).spec.notes
         assert "unet: its files hold 3,000 elements" in note
+
+    def test_an_empty_file(self, repository, folder):
+        (folder / "unet" / "config.json").write_bytes(b"")
+        refused("unet/config.json: not readable JSON")
 
     def test_a_server_without_ranges_is_left_after_the_header(self, repository, folder):
         write_header(folder / UNET, {"w": ([1 << 30], "F32", 4)})
