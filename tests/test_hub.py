@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from vramplan.models import describe
 from vramplan.pipeline import hub as hub_module
 from vramplan.pipeline import hub_http
 from vramplan.planfile import dump_plan, parse_plan
+from vramplan.snapshot_folder import download_command
 from vramplan.units import GIB, MIB
 
 KIND, NAME = "sd15-small", "somebody/sd15-small"
@@ -285,6 +287,23 @@ class TestApplying:
         with pytest.raises(VramplanError, match=f"hf download {NAME} --revision {COMMIT} --include"):
             model_folder(plan, None)
         assert repository.asked == []
+
+    def test_the_command_downloads_all_that_loading_takes(self, repository, folder, tmp_path):
+        from diffusers import DiffusionPipeline
+        from huggingface_hub.utils import filter_repo_objects
+
+        plan = quick()
+        (folder / "whole-pipeline.safetensors").write_bytes(b"")
+        words = shlex.split(download_command(plan))
+        wanted = [words[place + 1] for place, word in enumerate(words) if word == "--include"]
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        kept = set(filter_repo_objects(files, allow_patterns=wanted))
+        assert "whole-pipeline.safetensors" not in kept
+        for path in files - kept:
+            (folder / path).unlink()
+        place = from_download(tmp_path, folder)
+        assert model_folder(plan, None) == place
+        DiffusionPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True)
 
     @pytest.mark.parametrize(("part", "words"), [(UNET, "its unet are not"), ("tokenizer", "its tokenizer is not")])
     def test_half_a_download_is_none(self, repository, folder, tmp_path, part, words):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vramplan.encode import Encoded
-from vramplan.pipeline.hub import PREFIX
+from vramplan.pipeline.hub import PREFIX, split_source
 from vramplan.planfile import ComponentRecord, Plan
 from vramplan.strategies.base import AtLoad, Decodes, Placed, Placement, freed_first
 
@@ -86,7 +86,7 @@ class Script:
         """The first arguments of `from_pretrained`."""
         if not self.source.startswith(PREFIX):
             return json.dumps(self.source)
-        repo_id, _, commit = self.source.removeprefix(PREFIX).partition("@")
+        repo_id, commit = split_source(self.source)
         return f"{json.dumps(repo_id)}, revision={json.dumps(commit)}"
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.folder import INDEX, read_index, stored_weights
-from vramplan.pipeline.hub import PREFIX, cached_snapshot
+from vramplan.pipeline.hub import cached_snapshot, split_source
 from vramplan.pipeline.repository import FolderRepository
 from vramplan.planfile import Plan
 
@@ -19,7 +19,7 @@ def downloaded(plan: Plan) -> Path:
     Raises:
         VramplanError: it is not there, or not all of it; the message is the command that downloads it.
     """
-    repo_id, _, commit = plan.model.source.removeprefix(PREFIX).partition("@")
+    repo_id, commit = split_source(plan.model.source)
     folder = cached_snapshot(repo_id, commit)
     if folder is None:
         missing = "it is not in the hub's cache"
@@ -32,7 +32,7 @@ def downloaded(plan: Plan) -> Path:
 
 def download_command(plan: Plan) -> str:
     """The command that downloads what loading the plan's pipeline takes: weights, configurations, tokenizers."""
-    repo_id, _, commit = plan.model.source.removeprefix(PREFIX).partition("@")
+    repo_id, commit = split_source(plan.model.source)
     weights = [
         f"{record.name}/*{f'.{record.variant}*' if record.variant else ''}.safetensors"
         for record in plan.model.components

@@ -91,10 +91,15 @@ def open_source(source: str) -> Repository:
     """The repository that a plan calls so: a folder, or `hub:owner/name@commit`."""
     if not source.startswith(PREFIX):
         return FolderRepository(Path(source).expanduser())
+    return hub_repository(*split_source(source))
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Name and commit of what a plan calls `hub:owner/name@commit`. Raises UsageError for anything else."""
     repo_id, _, commit = source.removeprefix(PREFIX).partition("@")
     if not is_repo_id(repo_id) or not commit:
         raise UsageError(f"{source}: write {PREFIX}owner/name@revision")
-    return hub_repository(repo_id, commit)
+    return repo_id, commit
 
 
 def hub_repository(repo_id: str, revision: str | None = None) -> Repository:
