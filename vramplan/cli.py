@@ -126,6 +126,8 @@ _workload_options = _options(
 )
 _load_options = _options(
     click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
+    click.option("--variant", help="Load the weight files of this variant, as fp16."),
+    click.option("--revision", help="A branch, tag or commit of a hub repository; its main branch where left out."),
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights. Only from people you trust."),
 )
 
@@ -196,7 +198,11 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
 @_format_options
 @_pass_told
 def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
-    """Choose the settings for MODEL: a pipeline folder, a bundled profile, or a hub id that one lists."""
+    """Choose the settings for MODEL: a pipeline folder, a repository of the hub (owner/name), or a bundled profile.
+
+    Of a repository only configurations and safetensors headers are read, no weight; gated and private ones with the
+    token of `hf auth login` or HF_TOKEN.
+    """
     from vramplan.planfile import dump_plan, plan_to_dict
     from vramplan.planning import plan as make_plan
 

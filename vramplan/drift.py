@@ -13,7 +13,7 @@ from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.machine import known_budget
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planfile import Plan
+from vramplan.planfile import Plan, load_options
 from vramplan.planner.demand import fits_sentence
 from vramplan.planning import held_bytes
 from vramplan.planning import plan as make_plan
@@ -90,8 +90,8 @@ def replanned(plan: Plan, model: str | None = None, *, allow_pickle: bool = Fals
     return make_plan(
         model or plan.model.source.removeprefix("profile:"),
         device=plan.machine.device if plan.machine.device in devices else None,
-        dtype=_one_dtype(plan),
         allow_pickle=allow_pickle,
+        **load_options(plan),
         **wishes(plan),
     )
 
@@ -160,16 +160,11 @@ def _other_pipeline(plan: Plan, model: str | None, *, allow_pickle: bool) -> str
     from vramplan.models import describe
     from vramplan.planned import check_match
 
-    folder, dtype = model or plan.model.source, _one_dtype(plan)
-    if dtype is None or not Path(folder).is_dir():
+    folder, options = model or plan.model.source, load_options(plan)
+    if options["dtype"] is None or not Path(folder).is_dir():
         return None
     try:
-        check_match(describe(folder, dtype=dtype, allow_pickle=allow_pickle).spec, plan)
+        check_match(describe(folder, allow_pickle=allow_pickle, **options).spec, plan)
     except MismatchError as error:
         return str(error)
     return None
-
-
-def _one_dtype(plan: Plan) -> str | None:
-    dtypes = {record.dtype for record in plan.model.components}
-    return dtypes.pop() if len(dtypes) == 1 else None

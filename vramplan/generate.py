@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,13 +84,19 @@ def _without_bars() -> None:
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
-    """The folder to load from: the one given, else the one planned for.
+    """The folder to load from: the one given, else the one planned for, or its snapshot in the hub's cache.
 
     Raises:
         UsageError: a plan made from a profile or a live pipeline has no folder of its own.
+        VramplanError: the repository planned for is not on this machine; the message says how to download it.
     """
+    from vramplan.pipeline.hub import PREFIX
+    from vramplan.snapshot_folder import downloaded
+
     if given is None and (plan.model.source == "live" or plan.model.source.startswith("profile:")):
         raise UsageError(f"the plan was made from {plan.model.source}: give --model FOLDER, where the weights are")
+    if given is None and plan.model.source.startswith(PREFIX):
+        return downloaded(plan)
     return Path(given or plan.model.source)
 
 
@@ -193,6 +199,7 @@ def plan_code(plan: Plan) -> str:
 def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
     """What encoding the prompt is given and gives in this plan, read off a pipeline without weights."""
     from vramplan.models import describe
+    from vramplan.planfile import load_options
     from vramplan.script import PROMPT
     from vramplan.simulator.run import run_encode
     from vramplan.simulator.source import Source
@@ -201,9 +208,8 @@ def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
     first = [name for _, names in freed_first(placed)[0] for name in names]
     if not first:
         return None
-    dtypes = {record.dtype for record in plan.model.components}
     model = plan.model.source.removeprefix("profile:")
-    spec = describe(model, dtype=dtypes.pop() if len(dtypes) == 1 else None).spec
+    spec = describe(model, **load_options(plan)).spec
     return run_encode(Source(model, spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
 
 
@@ -214,7 +220,8 @@ def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
         UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
     """
     from vramplan.pipeline.build import build_weightless
-    from vramplan.pipeline.folder import INDEX, read_json
+    from vramplan.pipeline.folder import read_config, read_index
+    from vramplan.pipeline.hub import open_source
     from vramplan.planned import vae_names
     from vramplan.profiles import load_pipeline_profile
 
@@ -228,16 +235,13 @@ def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
         return profile.repos[0], {
             name: build_weightless(part.library, part.class_name, part.config) for name, part in parts.items()
         }
-    index = read_json(Path(source) / INDEX) if names else {}
-    return source, {name: _weightless(Path(source), name, index[name]) for name in names}
-
-
-def _weightless(folder: Path, name: str, entry: Sequence[str]) -> Any:
-    from vramplan.pipeline.build import build_weightless
-    from vramplan.pipeline.folder import read_json
-
-    library, class_name = entry
-    return build_weightless(library, class_name, read_json(folder / name / "config.json"))
+    if not names:
+        return source, {}
+    repository = open_source(source)
+    index = read_index(repository)
+    return source, {
+        name: build_weightless(index[name][0], index[name][1], read_config(repository, name)) for name in names
+    }
 
 
 def _check_words(plan: Plan) -> None:

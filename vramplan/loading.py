@@ -179,7 +179,7 @@ def _load_placed(folder: Path, stages: Staged, name: str, device: str, *, allow_
         record.class_name,
         dtype=record.dtype,
         device=device if direct else None,
-        options=stages.options(name),
+        options=stages.options(name) | ({"variant": record.variant} if record.variant else {}),
         source=stages.source(name),
         allow_pickle=allow_pickle,
     )
@@ -199,8 +199,10 @@ def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:
     import diffusers
 
     from vramplan.pipeline.folder import pipeline_class, read_index
+    from vramplan.pipeline.repository import FolderRepository
 
-    cls = pipeline_class(folder, read_index(folder))
+    repository = FolderRepository(folder)
+    cls = pipeline_class(repository, read_index(repository))
     try:
         return cls.from_pretrained(folder, local_files_only=True, **modules)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError) as error:
@@ -211,10 +213,15 @@ def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:
 def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[str, Any]:
     """Modules without weights, in place of those that are not loaded yet."""
     from vramplan.pipeline.folder import weightless_component
+    from vramplan.pipeline.repository import FolderRepository
 
+    repository = FolderRepository(folder)
     parts = [spec.component(name) for name in names]
     return {
-        part.name: weightless_component(folder / part.name, part.library, part.class_name, part.dtype) for part in parts
+        part.name: weightless_component(
+            repository, part.name, part.library, part.class_name, part.dtype, variant=part.variant
+        )
+        for part in parts
     }
 
 

@@ -1,16 +1,20 @@
-"""Describe a model, from whichever source it comes: a live pipeline, a folder, a bundled profile."""
+"""Describe a model, from whichever source it comes: a live pipeline, a folder, the hub, a bundled profile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.footprint import vae_scale
 from vramplan.workload import call_defaults
+
+if TYPE_CHECKING:
+    from vramplan.pipeline.repository import Repository
+    from vramplan.profiles import PipelineProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,20 +25,75 @@ class Model:
     defaults: Mapping[str, Any]
 
 
-def describe(model: Any, *, dtype: str | None = None, allow_pickle: bool = False) -> Model:
+def describe(
+    model: Any,
+    *,
+    dtype: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Model:
     """The model as a spec, with the defaults of its workload, from whichever source it comes.
 
+    A name of the form `owner/name` is a repository of the hub, or, where that cannot be read, the bundled profile that
+    lists it. `hub:owner/name@commit` is what a plan calls one.
+
     Raises:
-        VramplanError: a folder that is no pipeline. UsageError: a name that nothing goes by.
+        VramplanError: what is no saved pipeline, or cannot be read. UsageError: a name that nothing goes by.
     """
     from vramplan.pipeline.dtypes import load_dtype
+    from vramplan.pipeline.hub import PREFIX, is_repo_id, open_source
+    from vramplan.pipeline.repository import FolderRepository
 
     wanted = load_dtype(dtype) if dtype else None
+    stored: dict[str, Any] = {"dtype": wanted, "variant": variant, "allow_pickle": allow_pickle}
     if not isinstance(model, str | Path):
+        _refuse("a pipeline that is loaded already", variant=variant, revision=revision)
         return _describe_live(model, wanted)
     if Path(model).exists() or str(model).startswith((".", "/", "~")):
-        return _describe_folder(Path(model).expanduser(), wanted, allow_pickle=allow_pickle)
+        _refuse("a local folder", revision=revision)
+        return _describe_stored(FolderRepository(Path(model).expanduser()), **stored)
+    if str(model).startswith(PREFIX):
+        return _describe_stored(open_source(str(model)), **stored)
+    if is_repo_id(str(model)):
+        return _describe_named(str(model), revision, stored)
+    _refuse("a profile", variant=variant, revision=revision)
     return _describe_profile(str(model), wanted)
+
+
+def _refuse(what: str, **given: str | None) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"{name} {value}: {what} has none to choose from")
+
+
+def _describe_named(repo_id: str, revision: str | None, stored: Mapping[str, Any]) -> Model:
+    """What the hub holds under this name, else the profile that lists it."""
+    from vramplan.pipeline.hub import hub_repository
+    from vramplan.pipeline.hub_http import HubError, is_offline
+
+    profile = _profile_of(repo_id)
+    try:
+        repository = hub_repository(repo_id, revision)
+    except HubError as error:
+        if profile is None and is_offline():
+            raise UsageError(f"{repo_id}: no such folder, no pipeline profile lists it, and {error}") from error
+        if profile is None or revision is not None or stored["variant"] is not None:
+            raise
+        note = f"sizes are those of profile {profile.name}; the repository was not read: {error}"
+        described = _describe_profile(profile.name, stored["dtype"])
+        return replace(described, spec=replace(described.spec, notes=(*described.spec.notes, note)))
+    described = _describe_stored(repository, **stored)
+    return replace(described, defaults={**described.defaults, **(_workload(profile) if profile else {})})
+
+
+def _profile_of(repo_id: str) -> PipelineProfile | None:
+    from vramplan.profiles import load_pipeline_profile
+
+    try:
+        return load_pipeline_profile(repo_id)
+    except UsageError:
+        return None
 
 
 def _describe_live(pipe: Any, dtype: str | None) -> Model:
@@ -50,13 +109,13 @@ def _describe_live(pipe: Any, dtype: str | None) -> Model:
     return Model(spec=spec, defaults=_defaults(type(pipe), spec))
 
 
-def _describe_folder(folder: Path, dtype: str | None, *, allow_pickle: bool) -> Model:
-    from vramplan.pipeline.folder import pipeline_class, read_index, spec_from_folder
+def _describe_stored(repository: Repository, **options: Any) -> Model:
+    from vramplan.pipeline.folder import pipeline_class, read_index, spec_from_repository
 
-    spec = spec_from_folder(folder, dtype=dtype, allow_pickle=allow_pickle)
+    spec = spec_from_repository(repository, **options)
     if not spec.components:
-        raise VramplanError(f"{folder}: its model_index.json names no module to place")
-    return Model(spec=spec, defaults=_defaults(pipeline_class(folder, read_index(folder)), spec))
+        raise VramplanError(f"{repository.where('')}: its model_index.json names no module to place")
+    return Model(spec=spec, defaults=_defaults(pipeline_class(repository, read_index(repository)), spec))
 
 
 def _describe_profile(name: str, dtype: str | None) -> Model:
@@ -68,6 +127,10 @@ def _describe_profile(name: str, dtype: str | None) -> Model:
     except UsageError as error:
         raise UsageError(f"{name}: no such folder, and {error}") from None
     spec = spec_from_profile(profile, dtype=dtype)
+    return Model(spec=spec, defaults=_defaults(profile_class(profile), spec) | _workload(profile))
+
+
+def _workload(profile: PipelineProfile) -> dict[str, Any]:
     told = profile.workload
     own = {
         "height": told.height,
@@ -76,8 +139,7 @@ def _describe_profile(name: str, dtype: str | None) -> Model:
         "guidance_scale": told.guidance_scale,
         "num_images_per_prompt": told.batch,
     }
-    own |= {"num_frames": told.num_frames} if told.num_frames else {}
-    return Model(spec=spec, defaults=_defaults(profile_class(profile), spec) | own)
+    return own | ({"num_frames": told.num_frames} if told.num_frames else {})
 
 
 def _defaults(cls: type, spec: PipelineSpec) -> dict[str, Any]:

@@ -36,7 +36,8 @@ _HEADER = """\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:
-    """A component as it was planned for: its class, weights in bytes and the dtype most of them have."""
+    """A component as it was planned for: its class, weights in bytes, the dtype most of them have, and the variant of
+    the files they are loaded from."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -45,11 +46,12 @@ class ComponentRecord:
     library: str
     dtype: str
     weight_bytes: int
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
-    """The pipeline a plan is for. `source` is `live`, a folder, or `profile:NAME`."""
+    """The pipeline a plan is for. `source` is `live`, a folder, `profile:NAME`, or `hub:owner/name@commit`."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -161,6 +163,13 @@ class Plan:
         from html import escape
 
         return f"<pre>{escape(str(self))}</pre>"
+
+
+def load_options(plan: Plan) -> dict[str, Any]:
+    """How the plan's pipeline is to be described again: its dtype where that is one, and the variant of its files."""
+    dtypes = {record.dtype for record in plan.model.components}
+    variants = (record.variant for record in plan.model.components if record.variant)
+    return {"dtype": dtypes.pop() if len(dtypes) == 1 else None, "variant": next(variants, None)}
 
 
 def fingerprint(spec: PipelineSpec) -> str:

@@ -48,6 +48,8 @@ def plan(
     allow: Quality | None = None,
     prefer: Prefer = "speed",
     dtype: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     settings: Mapping[str, str | Sequence[str]] | None = None,
     allow_pickle: bool = False,
     simulate: bool = True,
@@ -55,10 +57,11 @@ def plan(
 ) -> Plan:
     """The fastest plan that fits `model` on a machine.
 
-    `model` is a live pipeline, a folder, a bundled profile's name or a hub id that one lists. `device` is
-    `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a `Hardware`; the first
-    accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`, `-1GiB`,
-    `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
+    `model` is a live pipeline, a folder, a repository of the hub (`owner/name`, at a `revision`; its configurations
+    and safetensors headers are read, no weight), or a bundled profile's name. `variant` is the one of its files to
+    load, as `fp16`. `device` is `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a
+    `Hardware`; the first accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`,
+    `-1GiB`, `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
     own call: height, width, num_frames, num_images_per_prompt, num_inference_steps, guidance_scale.
 
     What running needs is read off a simulation of the pipeline, and the chosen plan is simulated within the
@@ -68,7 +71,7 @@ def plan(
         NothingFitsError: no candidate fits. UsageError: an argument that makes no sense.
         VramplanError: the model cannot be read.
     """
-    described = describe(model, dtype=dtype, allow_pickle=allow_pickle)
+    described = describe(model, dtype=dtype, variant=variant, revision=revision, allow_pickle=allow_pickle)
     hardware, accelerator = choose_machine(device, vram=vram)
     work = make_workload(described.defaults, workload)
     if work.num_frames > 1 and not described.spec.video:
@@ -305,6 +308,7 @@ def _model_record(spec: PipelineSpec) -> ModelRecord:
                 library=component.library,
                 dtype=component.dtype,
                 weight_bytes=component.weight_bytes,
+                variant=component.variant,
             )
             for component in spec.components
         ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.encode import Encoded
+from vramplan.pipeline.hub import PREFIX, split_source
 from vramplan.planfile import ComponentRecord, Plan
 from vramplan.strategies.base import AtLoad, Decodes, Placed, Placement, freed_first
 
@@ -17,7 +18,7 @@ PROMPT = "a photo of a red fox in the snow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a script is made of. `source` is the folder or hub id to load from, `vaes` are weightless.
+    """What a script is made of. `source` is what to load from, as the plan has it or a hub id, `vaes` are weightless.
 
     `encoded` is the call of the plan's workload with its prompt encoded, hollow; None where nothing is encoded first.
     """
@@ -59,7 +60,9 @@ class Script:
 
     def _body(self) -> Iterator[str]:
         if self._at_once:
-            yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, dtype={self._dtypes()})"
+            variant = next((record.variant for record in self.plan.model.components if record.variant), None)
+            options = f"dtype={self._dtypes()}{_variant(variant)}"
+            yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, {options})"
             yield from self._decode_lines()
             for setting, names in self.placed:
                 yield from setting.code(names, self._device)
@@ -81,7 +84,11 @@ class Script:
 
     @property
     def _source(self) -> str:
-        return json.dumps(self.source)
+        """The first arguments of `from_pretrained`."""
+        if not self.source.startswith(PREFIX):
+            return json.dumps(self.source)
+        repo_id, commit = split_source(self.source)
+        return f"{json.dumps(repo_id)}, revision={json.dumps(commit)}"
 
     @property
     def _device(self) -> str:
@@ -115,9 +122,10 @@ class Script:
 
     def _component(self, record: ComponentRecord, where: str, source: Path | None) -> str:
         call = f"from_pretrained({self._source}" if source is None else self._single_file(source)
+        variant = _variant(record.variant) if source is None else ""
         return (
             f"pipe.{record.name} = {record.class_name}.{call}, "
-            f'subfolder="{record.name}", dtype=torch.{record.dtype}{where})'
+            f'subfolder="{record.name}", dtype=torch.{record.dtype}{variant}{where})'
         )
 
     def _single_file(self, source: Path) -> str:
@@ -147,6 +155,10 @@ class Script:
             return f"torch.{dtypes.pop()}"
         pairs = ", ".join(f'"{record.name}": torch.{record.dtype}' for record in self.plan.model.components)
         return "{" + pairs + "}"
+
+
+def _variant(name: str | None) -> str:
+    return f", variant={json.dumps(name)}" if name else ""
 
 
 def _placed_names(placed: Placed) -> list[str]:

@@ -11,7 +11,7 @@ from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
-from vramplan.planfile import Plan, load_plan
+from vramplan.planfile import Plan, load_options, load_plan
 from vramplan.planned import check_match, parse_settings
 from vramplan.planning import plan as make_plan
 from vramplan.simulator.source import Source
@@ -29,20 +29,22 @@ def simulate(
     *,
     capacity_bytes: int | None = None,
     dtype: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> Simulation:
     """Run the whole call of `model` with the plan's settings on the simulated device.
 
-    `model` is a live pipeline (only read), a folder, a bundled profile's name or a hub id that one lists. Without
+    `model` is a live pipeline (only read), a folder, a repository of the hub or a bundled profile's name. Without
     a plan everything is resident; without a workload the plan's, or the pipeline's own, is taken.
-    `capacity_bytes` limits the device; nothing does when it is left out. `dtype` is the one to load in, for a
-    model that is not loaded yet.
+    `capacity_bytes` limits the device; nothing does when it is left out. `dtype`, `variant` and `revision` are those to
+    load, for a model that is not loaded yet.
 
     Raises:
         SimulationError: the call needs something a hollow pipeline cannot give; the message names where.
         MismatchError: the plan was made for another pipeline.
         VramplanError: the model cannot be read, or the plan's settings cannot be.
     """
-    described = describe(model, dtype=dtype)
+    described = describe(model, dtype=dtype, variant=variant, revision=revision)
     spec = described.spec
     work = workload or (plan.workload if plan else make_workload(described.defaults, {}))
     placed: Placed = []
@@ -66,10 +68,11 @@ def simulate_plan(path: str | Path) -> Simulation:
     plan = load_plan(path)
     if plan.model.source == "live":
         raise UsageError(f"{path} was made from a live pipeline: call vramplan.simulate(pipe, plan)")
-    dtypes = {record.dtype for record in plan.model.components}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
     return simulate(
-        plan.model.source.removeprefix("profile:"), plan, dtype=dtype, capacity_bytes=plan.machine.budget.vram_bytes
+        plan.model.source.removeprefix("profile:"),
+        plan,
+        capacity_bytes=plan.machine.budget.vram_bytes,
+        **load_options(plan),
     )
 
 
@@ -89,9 +92,10 @@ def simulate_model(
     would run with room enough. `options` are those of `vramplan.plan`. Without an accelerator nothing is limited.
     """
     hardware, accelerator = choose_machine(device, vram=vram)
+    stored: dict[str, Any] = {name: options.get(name) for name in ("dtype", "variant", "revision")}
     roomy = _with_room(hardware, accelerator)
     if accelerator is None:
-        return simulate(model, make_plan(model, device=roomy, settings=settings, simulate=False, **options))
+        return simulate(model, make_plan(model, device=roomy, settings=settings, simulate=False, **options), **stored)
     budget = known_budget(hardware, accelerator, {"vram": vram, "ram": ram, "margin": margin})
     try:
         if settings:
@@ -99,7 +103,7 @@ def simulate_model(
         plan = make_plan(model, device=device, vram=vram, ram=ram, margin=margin, **options)
     except NothingFitsError:
         plan = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
-    return simulate(model, plan, capacity_bytes=budget.vram_bytes, dtype=options.get("dtype"))
+    return simulate(model, plan, capacity_bytes=budget.vram_bytes, **stored)
 
 
 def _with_room(hardware: Hardware, accelerator: Accelerator | None) -> Hardware:

@@ -12,7 +12,7 @@ from vramplan.apply import Applied, check_device, finish_applying, planned_accel
 from vramplan.encode import Encoded, checked, encode
 from vramplan.loading import Staged, assemble, check_prompt, let_go, load_components, staged, weightless
 from vramplan.pipeline.folder import spec_from_folder
-from vramplan.planfile import Plan
+from vramplan.planfile import Plan, load_options
 from vramplan.planned import check_match, parse_settings
 from vramplan.progress import Say
 from vramplan.strategies.base import freed_first
@@ -44,8 +44,7 @@ def stages_of(plan: Plan, folder: Path, device: str, *, allow_pickle: bool = Fal
     Raises:
         MismatchError: the folder holds another pipeline. UsageError: an edited setting that cannot be.
     """
-    dtypes = {record.dtype for record in plan.model.components}
-    spec = spec_from_folder(folder, dtype=dtypes.pop() if len(dtypes) == 1 else None, allow_pickle=allow_pickle)
+    spec = spec_from_folder(folder, allow_pickle=allow_pickle, **load_options(plan))
     check_match(spec, plan)
     return staged(spec, *parse_settings(plan, spec, planned_accelerator(plan, device)))
 

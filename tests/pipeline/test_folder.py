@@ -16,6 +16,7 @@ import torch
 from vramplan.errors import VramplanError
 from vramplan.pipeline.folder import INDEX, spec_from_folder, stored_weights
 from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.repository import FolderRepository
 
 KIND = "sd15-small"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -162,7 +163,7 @@ def test_a_checkpoint_in_shards_weighs_the_same(sharded: Path, folder: Path) -> 
     ours, whole = spec_from_folder(sharded), spec_from_folder(folder)
     assert ours.notes == ()
     assert {c.name: c.weight_bytes for c in ours.components} == {c.name: c.weight_bytes for c in whole.components}
-    assert stored_weights(sharded / "unet") == stored_weights(folder / "unet")
+    assert stored_weights(FolderRepository(sharded), "unet") == stored_weights(FolderRepository(folder), "unet")
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:

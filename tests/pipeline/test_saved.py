@@ -19,6 +19,7 @@ from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.folder import spec_from_folder, stored_weights
 from vramplan.pipeline.geometry import module_bytes
+from vramplan.pipeline.repository import FolderRepository
 from vramplan.staged import load_applied
 from vramplan.units import GIB
 
@@ -131,7 +132,7 @@ def test_what_the_files_do_not_tell_is_refused(quantized_folder: Any, tmp_path: 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 1}))
     with pytest.raises(VramplanError, match="no linear layer of T5EncoderModel"):
         spec_from_folder(folder)
-    stored = stored_weights(folder / "text_encoder_2")
+    stored = stored_weights(FolderRepository(folder), "text_encoder_2")
     assert stored is not None
     assert {layer.quantized for layer in stored.packed.values()} == {"bitsandbytes nf4"}
     assert build("flux-small").text_encoder_2.config.num_layers > 1

@@ -1,23 +1,23 @@
-"""Describe a pipeline saved in a local folder, from its configurations and safetensors headers.
+"""Describe a saved pipeline, from its configurations and safetensors headers: in a local folder, or on the hub.
 
 No weight is read: a header says the name, dtype and shape of every tensor in the first kilobytes of a file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.errors import VramplanError
+from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.build import build_weightless, component_class
 from vramplan.pipeline.component import describe_component
-from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES, cast_as_loaded
+from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import assemble
-from vramplan.pipeline.saved import SavedLayer, SavedTensor, keeps_saved_dtype, layer_of, packed_layers, put_packed
+from vramplan.pipeline.repository import FolderRepository, Repository
+from vramplan.pipeline.saved import SavedLayer, keeps_saved_dtype, layer_of, packed_layers, put_packed
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import format_bytes
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model_index.json"
+# What diffusers and transformers call their weights.
+_STEMS = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,32 +42,51 @@ class StoredWeights:
     packed: Mapping[str, SavedLayer]
 
 
-def spec_from_folder(folder: Path, *, dtype: str | None = None, allow_pickle: bool = False) -> PipelineSpec:
-    """The description of the pipeline in `folder`, as loading it with `dtype` would make it.
+def spec_from_folder(folder: Path, **options: Any) -> PipelineSpec:
+    """The description of the pipeline in a local folder; `options` are those of `spec_from_repository`."""
+    return spec_from_repository(FolderRepository(folder), **options)
 
-    Without `dtype` each component keeps the dtype it is stored in, so that loading changes nothing.
+
+def spec_from_repository(
+    repository: Repository, *, dtype: str | None = None, variant: str | None = None, allow_pickle: bool = False
+) -> PipelineSpec:
+    """The description of a saved pipeline, as loading it with `dtype` would make it.
+
+    Without `dtype` each component keeps the dtype it is stored in, so that loading changes nothing. A component that
+    has no files of the `variant` is loaded without one, as diffusers does.
 
     Raises:
-        VramplanError: not a pipeline folder, a part of it missing or damaged, a class unknown here, or
-            weights that are pickles while `allow_pickle` is off.
+        VramplanError: not a saved pipeline, a part of it missing or damaged, a class unknown here, or
+            weights that are pickles while `allow_pickle` is off. UsageError: no component has that variant.
     """
-    index = read_index(folder)
-    cls = pipeline_class(folder, index)
-    parts = tuple(_components(folder, index, dtype=dtype, allow_pickle=allow_pickle))
+    index = read_index(repository)
+    cls = pipeline_class(repository, index)
+    parts = tuple(_components(repository, index, dtype=dtype, variant=variant, allow_pickle=allow_pickle))
+    components = tuple(component for component, _ in parts)
+    if variant is not None and not any(component.variant for component in components):
+        found = sorted({name for component in components for name in variants(repository, component.name)})
+        there = f"it has {', '.join(found)}" if found else "it has none"
+        raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {there}")
     notes = tuple(note for _, note in parts if note)
-    return assemble(cls, tuple(component for component, _ in parts), source=str(folder), notes=notes)
+    return assemble(cls, components, source=repository.source, notes=notes)
 
 
-def read_index(folder: Path) -> Mapping[str, Any]:
-    """The folder's `model_index.json`. Raises VramplanError where there is none or it is damaged."""
-    if not folder.is_dir():
-        raise VramplanError(f"{folder}: no such folder")
-    if not (folder / INDEX).is_file():
-        raise VramplanError(f"{folder} has no {INDEX}: it is not a saved diffusers pipeline")
-    return read_json(folder / INDEX)
+def read_index(repository: Repository) -> Mapping[str, Any]:
+    """The repository's `model_index.json`.
+
+    Raises:
+        VramplanError: there is none, it is damaged, or names a component that no folder can have.
+    """
+    if INDEX not in repository.names(""):
+        raise VramplanError(f"{repository.where('')} has no {INDEX}: it is not a saved diffusers pipeline")
+    index = repository.read_json(INDEX)
+    for name in index:
+        if not name.isidentifier():
+            raise VramplanError(f"{repository.where(INDEX)}: {name!r} is no name of a component")
+    return index
 
 
-def pipeline_class(folder: Path, index: Mapping[str, Any]) -> type:
+def pipeline_class(repository: Repository, index: Mapping[str, Any]) -> type:
     """The diffusers class the index names. Raises VramplanError for a class that is not diffusers' own."""
     import diffusers
 
@@ -73,21 +94,22 @@ def pipeline_class(folder: Path, index: Mapping[str, Any]) -> type:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
         raise VramplanError(
-            f"{folder / INDEX}: _class_name {name!r} is not a pipeline class of diffusers {diffusers.__version__}"
+            f"{repository.where(INDEX)}: _class_name {name!r} is not a pipeline class of diffusers "
+            f"{diffusers.__version__}"
         )
     return found
 
 
-def stored_weights(folder: Path) -> StoredWeights | None:
-    """What the component's safetensors files hold, read from their headers; None where there are none.
+def stored_weights(repository: Repository, name: str, variant: str | None = None) -> StoredWeights | None:
+    """What a component's safetensors files hold, read from their headers; None where there are none.
 
     Raises:
         VramplanError: a file that the index names is missing, or a header that cannot be read.
     """
-    files = _weight_files(folder)
+    files = _weight_files(repository, name, variant)
     if not files:
         return None
-    headers = [_header(path) for path in files]
+    headers = [repository.header(path) for path in files]
     tensors = [tensor for found, _ in headers for tensor in found]
     packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
     plain = [tensor for tensor in tensors if layer_of(tensor.name) not in packed]
@@ -103,8 +125,23 @@ def stored_weights(folder: Path) -> StoredWeights | None:
     )
 
 
+def variants(repository: Repository, name: str) -> list[str]:
+    """The variants that a component's safetensors files come in, sorted."""
+    found = set()
+    for file in repository.names(name):
+        stem, _, rest = file.removesuffix(".safetensors").partition(".")
+        if stem in _STEMS and rest and file.endswith(".safetensors"):
+            found.add(rest.partition("-")[0])
+    return sorted(found)
+
+
 def _components(
-    folder: Path, index: Mapping[str, Any], *, dtype: str | None, allow_pickle: bool
+    repository: Repository,
+    index: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    variant: str | None,
+    allow_pickle: bool,
 ) -> Iterable[tuple[Component, str | None]]:
     import torch
 
@@ -113,66 +150,101 @@ def _components(
             continue
         library, class_name = entry
         if not isinstance(library, str) or not isinstance(class_name, str):
-            raise VramplanError(f"{folder / INDEX}: {name} must name a library and a class, not {entry!r}")
+            raise VramplanError(f"{repository.where(INDEX)}: {name} must name a library and a class, not {entry!r}")
         cls = component_class(library, class_name)
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
-            yield _component(folder / name, name, library, class_name, dtype=dtype, allow_pickle=allow_pickle)
+            own = variant if variant in variants(repository, name) else None
+            component, note = _component(
+                repository, name, library, class_name, dtype=dtype, variant=own, allow_pickle=allow_pickle
+            )
+            yield replace(component, variant=own), note
 
 
 def _component(
-    folder: Path, name: str, library: str, class_name: str, *, dtype: str | None, allow_pickle: bool
+    repository: Repository,
+    name: str,
+    library: str,
+    class_name: str,
+    *,
+    dtype: str | None,
+    variant: str | None,
+    allow_pickle: bool,
 ) -> tuple[Component, str | None]:
-    read_json(folder / "config.json")  # what a missing folder lacks first
-    stored = stored_weights(folder)
+    read_config(repository, name)  # what a missing folder lacks first
+    stored = stored_weights(repository, name, variant)
     if stored is None and not allow_pickle:
-        variants = sorted(path.name for path in folder.glob("*.safetensors"))
-        if variants:
-            raise VramplanError(f"{folder} holds only {variants[0]}: variants cannot be read yet; save it without one")
-        raise VramplanError(
-            f"{folder} has no safetensors weights; pass --allow-pickle to load pickled weights you trust"
-        )
+        raise _without_weights(repository, name)
     stored_dtype = stored.dtype if stored else "float32"
-    module = weightless_component(folder, library, class_name, dtype or stored_dtype)
+    module = weightless_component(repository, name, library, class_name, dtype or stored_dtype, variant=variant)
     # pickles may be read whole; what loading makes of quantized weights is taken to be the process's own memory
     converted = stored is None or dtype not in (None, stored_dtype) or bool(stored.packed)
     component = describe_component(name, module, library=library, converted_at_load=converted)
-    return component, _disagreement(folder, module, stored)
+    return component, _disagreement(name, module, stored)
 
 
-def weightless_component(folder: Path, library: str, class_name: str, dtype: str) -> torch.nn.Module:
+def read_config(repository: Repository, name: str) -> dict[str, Any]:
+    """The configuration of a component."""
+    return repository.read_json(f"{name}/config.json")
+
+
+def weightless_component(
+    repository: Repository, name: str, library: str, class_name: str, dtype: str, *, variant: str | None = None
+) -> torch.nn.Module:
     """The component in its folder as loading it in this dtype would make it, without data; quantized where it was
     saved so.
 
     Raises:
         VramplanError: a part of it is missing or damaged, or quantized in a way that the files do not tell.
     """
-    config = read_json(folder / "config.json")
+    config = read_config(repository, name)
     quantization = config.pop("quantization_config", None)
-    module = build_weightless(library, class_name, config)
+    module = _built(repository, name, library, class_name, config)
     if quantization is None:
         cast_as_loaded(module, dtype)
         return module
-    stored = stored_weights(folder)
+    stored = stored_weights(repository, name, variant)
     if stored is None or not stored.packed:
         raise VramplanError(
-            f"{folder}: its weights are quantized, not by bitsandbytes or torchao into safetensors files; load the "
-            "pipeline and call vramplan.auto_configure(pipe)"
+            f"{repository.where(name)}: its weights are quantized, not by bitsandbytes or torchao into safetensors "
+            "files; load the pipeline and call vramplan.auto_configure(pipe)"
         )
     cast_as_loaded(module, stored.dtype if keeps_saved_dtype(module, stored.packed) else dtype)
     put_packed(module, stored.packed)
     return module
 
 
-def _disagreement(folder: Path, module: torch.nn.Module, stored: StoredWeights | None) -> str | None:
+def _built(
+    repository: Repository, name: str, library: str, class_name: str, config: Mapping[str, Any]
+) -> torch.nn.Module:
+    """The component without weights. What a wrong configuration makes a class raise is anybody's guess."""
+    try:
+        return build_weightless(library, class_name, config)
+    except VramplanError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VramplanError(
+            f"{repository.where(f'{name}/config.json')}: no {class_name} can be built from it ({reason})"
+        ) from error
+
+
+def _without_weights(repository: Repository, name: str) -> VramplanError:
+    where, found = repository.where(name), variants(repository, name)
+    if found:
+        return VramplanError(f"{where} has weights of variant {', '.join(found)} only: pass --variant {found[0]}")
+    return VramplanError(f"{where} has no safetensors weights; pass --allow-pickle to load pickled weights you trust")
+
+
+def _disagreement(name: str, module: torch.nn.Module, stored: StoredWeights | None) -> str | None:
     """A note, where the files hold another number of elements than the class has saved tensors."""
     if stored is None:
-        return f"{folder.name}: sizes are those of the class; its weights are pickles, which were not read"
+        return f"{name}: sizes are those of the class; its weights are pickles, which were not read"
     expected = sum(tensor.numel() for tensor in tensors_of(module) if id(tensor) not in _packed_tensors(module))
     unsaved = sum(tensor.numel() for tensor in _unsaved_tensors(module))
     if expected - unsaved == stored.elements:
         return None
     return (
-        f"{folder.name}: its files hold {stored.elements:,} elements ({format_bytes(stored.size_bytes)}), "
+        f"{name}: its files hold {stored.elements:,} elements ({format_bytes(stored.size_bytes)}), "
         f"{type(module).__name__} has {expected - unsaved:,}; the plan counts what will be loaded"
     )
 
@@ -194,55 +266,30 @@ def _unsaved_tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
                 yield buffer
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files `from_pretrained` would read: one file, or the shards its index names."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise VramplanError(f"{index}: its weight_map does not name a file for every tensor")
-            shards = [folder / name for name in sorted(set(weight_map.values()))]
-            missing = [path for path in shards if not path.is_file()]
-            if missing:
-                raise VramplanError(f"{index} names {missing[0].name}, which is missing")
-            return shards
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
+def _weight_files(repository: Repository, name: str, variant: str | None) -> list[str]:
+    """The safetensors files `from_pretrained` would read: one file, or the shards its index names.
+
+    A variant stands before the last part of a name (diffusers 0.42 `_add_variant`).
+    """
+    there, infix = repository.names(name), f".{variant}" if variant else ""
+    for stem in _STEMS:
+        index = f"{stem}.safetensors.index{infix}.json"
+        if index in there:
+            return [f"{name}/{shard}" for shard in _shards(repository, name, index, there)]
+        if f"{stem}{infix}.safetensors" in there:
+            return [f"{name}/{stem}{infix}.safetensors"]
     return []
 
 
-def _header(path: Path) -> tuple[list[SavedTensor], Mapping[str, str]]:
-    """The tensors in the file, and its metadata."""
-    from huggingface_hub import parse_local_safetensors_file_metadata
-    from huggingface_hub.errors import SafetensorsParsingError
-
-    try:
-        header = parse_local_safetensors_file_metadata(path)
-        with path.open("rb") as file:
-            start_of_data = 8 + int.from_bytes(file.read(8), "little")
-    except (SafetensorsParsingError, OSError, ValueError) as error:
-        raise VramplanError(f"{path}: not a readable safetensors file ({error})") from error
-    ends = [tensor.data_offsets[1] for tensor in header.tensors.values()]
-    if start_of_data + max(ends, default=0) > path.stat().st_size:
-        raise VramplanError(f"{path}: the file ends before its tensors do; download or save it again")
-    return [_saved(name, tensor) for name, tensor in header.tensors.items()], header.metadata
-
-
-def _saved(name: str, tensor: Any) -> SavedTensor:
-    start, end = tensor.data_offsets
-    dtype = SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype.lower())
-    return SavedTensor(name=name, dtype=dtype, elements=tensor.parameter_count, size_bytes=end - start)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises VramplanError where it is missing, damaged or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VramplanError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise VramplanError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise VramplanError(f"{path}: expected an object, found {type(content).__name__}")
-    return content
+def _shards(repository: Repository, name: str, index: str, there: frozenset[str]) -> list[str]:
+    where = repository.where(f"{name}/{index}")
+    weight_map = repository.read_json(f"{name}/{index}").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise VramplanError(f"{where}: its weight_map does not name a file for every tensor")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise VramplanError(f"{where} names {shard[:200]!r}, which is no safetensors file beside it")
+        if shard not in there:
+            raise VramplanError(f"{where} names {shard}, which is missing")
+    return shards

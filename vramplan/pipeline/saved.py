@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.quantized import torchao_kind
+from vramplan.pipeline.repository import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -25,16 +26,6 @@ _NOT_KEPT = (".weight.quant_state.", ".weight_format")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SavedTensor:
-    """What a header says of one tensor."""
-
-    name: str
-    dtype: str
-    elements: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SavedLayer:
     """A layer whose weight was saved quantized: by what, as `Component.quantized`, and the bytes kept of it."""
 
@@ -42,7 +33,7 @@ class SavedLayer:
     size_bytes: int
 
 
-def packed_layers(tensors: Iterable[SavedTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
+def packed_layers(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
     """The quantized layers by name, of those tensors and that metadata of one or several files."""
     tensors = list(tensors)
     kinds = {path: kind for tensor in tensors for path, kind in _kind(tensor.name, metadata)}

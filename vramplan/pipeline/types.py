@@ -76,7 +76,8 @@ class Component:
     `device` and `hooks` are those of a live module; None and empty for one that is not loaded. `quantized` says
     by what its weights are, library first (`torchao int8`), empty where they are plain. One that is
     `converted_at_load` gets weights of its own in RAM, others stay in pages of their files until they are moved;
-    `cast_from_bytes` is what it weighs before something is done to its weights, 0 where nothing is.
+    `cast_from_bytes` is what it weighs before something is done to its weights, 0 where nothing is. `variant` is
+    that of the files it is loaded from, None for those without one.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Component:
     hooks: tuple[str, ...] = ()
     converted_at_load: bool = False
     cast_from_bytes: int = 0
+    variant: str | None = None
 
     @property
     def quantization_refusal(self) -> str | None:

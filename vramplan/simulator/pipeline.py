@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,8 +19,12 @@ from vramplan.pipeline.quantized import quantization_of
 from vramplan.simulator.engine import CPU, Engine
 from vramplan.simulator.tensor import SimTensor
 
+if TYPE_CHECKING:
+    from vramplan.pipeline.repository import Repository
+
 # Renders any conversation as its texts, one after another: the length is what matters.
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+_TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +89,18 @@ def parts_from_profile(name: str, dtypes: Mapping[str, str] | None = None) -> Pa
     return Parts(cls=profile_class(profile), modules=modules, others=others)
 
 
-def parts_from_folder(folder: Path, dtypes: Mapping[str, str]) -> Parts:
-    """The parts of a saved pipeline, in these dtypes by component; tokenizers and schedulers as they are saved.
+def parts_from_repository(repository: Repository, dtypes: Mapping[str, str]) -> Parts:
+    """The parts of a saved pipeline, in these dtypes by component.
+
+    Tokenizers and schedulers are as saved in a folder; on the hub tokenizers are stand-ins, and what else has no
+    weights is made from its configuration.
 
     Raises:
-        VramplanError: not a pipeline folder, or a part of it is damaged.
+        VramplanError: not a saved pipeline, or a part of it is damaged.
     """
     from vramplan.pipeline.folder import pipeline_class, read_index, weightless_component
 
-    index = read_index(folder)
+    index = read_index(repository)
     modules: dict[str, torch.nn.Module] = {}
     others: dict[str, Any] = {}
     for name, entry in index.items():
@@ -104,10 +111,12 @@ def parts_from_folder(folder: Path, dtypes: Mapping[str, str]) -> Parts:
         elif None not in entry:
             library, class_name = entry
             if name in dtypes:
-                modules[name] = weightless_component(folder / name, library, class_name, dtypes[name])
+                modules[name] = weightless_component(repository, name, library, class_name, dtypes[name])
+            elif repository.folder is not None:
+                others[name] = _saved_part(repository.folder / name, library, class_name)
             else:
-                others[name] = _saved_part(folder / name, library, class_name)
-    return Parts(cls=pipeline_class(folder, index), modules=modules, others=others)
+                others |= _configured_part(repository, name, library, class_name)
+    return Parts(cls=pipeline_class(repository, index), modules=modules, others=others)
 
 
 def _saved_part(folder: Path, library: str, class_name: str) -> Any:
@@ -118,6 +127,19 @@ def _saved_part(folder: Path, library: str, class_name: str) -> Any:
         if "okenizer" in class_name:
             return stand_in_tokenizer()
         raise VramplanError(f"{folder}: {class_name} cannot be loaded ({' '.join(str(error).split())})") from error
+
+
+def _configured_part(repository: Repository, name: str, library: str, class_name: str) -> dict[str, Any]:
+    """The part without weights of this name, from its configuration; none where it takes more than that."""
+    cls, there = component_class(library, class_name), repository.names(name)
+    if "okenizer" in class_name:
+        told = repository.read_json(f"{name}/{_TOKENIZER}") if _TOKENIZER in there else {}
+        longest = told.get("model_max_length")
+        return {name: stand_in_tokenizer(longest if isinstance(longest, int) else 77, class_name)}
+    for file, make in (("scheduler_config.json", "from_config"), ("preprocessor_config.json", "from_dict")):
+        if file in there and hasattr(cls, make):
+            return {name: getattr(cls, make)(repository.read_json(f"{name}/{file}"))}
+    return {}
 
 
 def hollow(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:

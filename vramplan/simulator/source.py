@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator
@@ -97,6 +96,7 @@ class Source:
     @property
     def parts(self) -> Parts:
         """The weightless or live parts of the model."""
+        from vramplan.pipeline.hub import open_source
         from vramplan.simulator import pipeline
 
         if self._parts is None:
@@ -106,7 +106,7 @@ class Source:
             elif self.spec.source.startswith("profile:"):
                 self._parts = pipeline.parts_from_profile(self.spec.source.removeprefix("profile:"), dtypes)
             else:
-                self._parts = pipeline.parts_from_folder(Path(self.spec.source), dtypes)
+                self._parts = pipeline.parts_from_repository(open_source(self.spec.source), dtypes)
         return self._parts
 
     def run(
