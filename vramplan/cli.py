@@ -128,6 +128,16 @@ _load_options = _options(
     click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights. Only from people you trust."),
 )
+_ALLOW = (
+    "The least faithful setting that may be chosen. Left out: lossless, and VAE tiling where nothing lossless fits."
+)
+_choice_options = _options(
+    click.option("--allow", type=click.Choice(("lossless", "near_lossless", "lossy")), help=_ALLOW),
+    click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True),
+)
+_set_option = click.option(
+    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
+)
 
 
 @click.group(cls=_Group, context_settings={"auto_envvar_prefix": "VRAMPLAN", "help_option_names": ["-h", "--help"]})
@@ -181,17 +191,8 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
 @_machine_options
 @_workload_options
 @_load_options
-@click.option(
-    "--allow",
-    type=click.Choice(("lossless", "near_lossless", "lossy")),
-    help=(
-        "The least faithful setting that may be chosen. Left out: lossless, and VAE tiling where nothing lossless fits."
-    ),
-)
-@click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True)
-@click.option(
-    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
-)
+@_choice_options
+@_set_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
 @_format_options
 @_pass_told
@@ -207,6 +208,33 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
         if not obj["quiet"]:
             click.echo(f"wrote {output}", err=True)
     _print(plan_to_dict(made), lambda: str(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip())
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL [MODEL ...]")
+@click.option(
+    "--largest",
+    type=click.Choice(("size", "frames", "batch")),
+    help="Look for the largest picture of that shape, frame count or number of pictures per prompt.",
+)
+@_machine_options
+@_workload_options
+@_load_options
+@_choice_options
+@_set_option
+@_format_options
+def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: bool, **given: Any) -> None:
+    """Say which cards run MODEL, or with --device or --vram which of several models that card runs and how.
+
+    With --largest: how much of it. Exit code 3 where nothing fits.
+    """
+    from vramplan.fitting import fit as find
+    from vramplan.report_fit import fits_dict
+
+    found = find(models, settings=_fixed(fixed), **given)
+    _print(fits_dict(found), lambda: str(found), form, as_json=as_json)
+    if not found.fits:
+        raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
 
 
 @main.command()
@@ -260,9 +288,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 @_machine_options
 @_workload_options
 @_load_options
-@click.option(
-    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
-)
+@_set_option
 @_format_options
 def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
