@@ -10,9 +10,11 @@ from vramplan.units import GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardSize:
-    """Devices that are planned for alike: the name of the least of them, its memory, and the names of the others."""
+    """Devices that are planned for alike: the name of the least of them, its memory, and the names of the others; `kind`
+    is the same for sizes that differ in nothing else."""
 
     name: str
+    kind: tuple[object, ...]
     memory_bytes: int
     alike: tuple[str, ...]
 
@@ -22,12 +24,17 @@ def card_sizes() -> tuple[CardSize, ...]:
     kernels; the smallest first. The least of each has the least memory, and of these the lowest rate."""
     sizes: dict[tuple[object, ...], list[DeviceProfile]] = {}
     for profile in device_profiles():
-        sizes.setdefault(_kind(profile), []).append(profile)
+        sizes.setdefault((*_kind(profile), round(profile.memory_bytes / GIB)), []).append(profile)
     ordered = [
         sorted(alike, key=lambda item: (item.memory_bytes, item.half_tflops, item.name)) for alike in sizes.values()
     ]
     return tuple(
-        CardSize(name=least.name, memory_bytes=least.memory_bytes, alike=tuple(item.name for item in others))
+        CardSize(
+            name=least.name,
+            kind=_kind(least),
+            memory_bytes=least.memory_bytes,
+            alike=tuple(item.name for item in others),
+        )
         for least, *others in sorted(ordered, key=lambda alike: (alike[0].memory_bytes, alike[0].name))
     )
 
@@ -38,4 +45,4 @@ def _kind(profile: DeviceProfile) -> tuple[object, ...]:
 
     accelerator = device_accelerator(profile)
     kernels = tuple(kernels_of(accelerator).values())
-    return round(profile.memory_bytes / GIB), accelerator.unified, accelerator.has_streams, *kernels
+    return accelerator.unified, accelerator.has_streams, *kernels

@@ -235,18 +235,30 @@ def _last(count: int, fits: Callable[[int], bool]) -> int:
 
 
 def _cards(asking: Sequence[tuple[Try, Workload]], asked: Asked) -> Fits:
-    """A row for each size of card and model, by price, and the smallest card at each quality, simulated."""
+    """A row for each size of card and model, by price, and the smallest card at each quality, simulated.
+
+    Of each kind of card the rows end with the first size that holds all of a model: larger ones differ in speed only.
+    """
     sizes = card_sizes()
     rows: list[Row] = []
     smallest: list[Smallest] = []
     for attempt, work in asking:
         at = [_at_size(attempt, work, size) for size in sizes]
         at[-1](confirm=False, strict=True)  # what makes no sense on the largest is a mistake in the question
-        found = [try_at(confirm=False) for try_at in at]
-        rows += found
+        roomy: set[object] = set()
+        for try_at, size in zip(at, sizes, strict=True):
+            if size.kind not in roomy:
+                rows.append(try_at(confirm=False))
+                roomy |= {size.kind} if _holds_all(rows[-1]) else set()
         limits = QUALITIES if asked.allow is None else (asked.allow,)
-        smallest += [_smallest(at, found[0].model, limit) for limit in limits]
+        smallest += [_smallest(at, rows[-1].model, limit) for limit in limits]
     return _answer("cards", asked, rows, smallest=tuple(smallest))
+
+
+def _holds_all(row: Row) -> bool:
+    """Whether nothing is offloaded and the picture is decoded as one."""
+    chosen = row.settings
+    return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
 
 
 def _at_size(attempt: Try, work: Workload, size: CardSize) -> Try:

@@ -99,8 +99,8 @@ def _loading_row(plan: Plan) -> list[tuple[str, str]]:
 def _speed(plan: Plan) -> str:
     demand = plan.projected
     return (
-        f"about {format_seconds(demand.seconds_per_step)} a step, {format_seconds(demand.seconds_per_call)} a call, limited by "
-        f"{demand.bottleneck} ({demand.basis})"
+        f"about {format_seconds(demand.seconds_per_step)} a step, {format_seconds(demand.seconds_per_call)} a call, "
+        f"limited by {demand.bottleneck} ({demand.basis})"
     )
 
 
@@ -148,8 +148,8 @@ def explain_text(plan: Plan) -> str:
     for item in plan.candidates:
         price = item.projected
         sizes = f"{format_bytes(price.vram_reserved_bytes):>10} {format_bytes(price.ram_bytes):>10}"
-        time = f"{format_seconds(price.seconds_per_step):>9} {format_seconds(price.seconds_per_call):>9}  {price.bottleneck}"
-        lines.append(f"{item.verdict:8} {sizes} {time}")
+        times = f"{format_seconds(price.seconds_per_step):>9} {format_seconds(price.seconds_per_call):>9}"
+        lines.append(f"{item.verdict:8} {sizes} {times}  {price.bottleneck}")
         lines += [f"{'':8} {settings_text(item.settings)}", f"{'':8} {item.reason}"]
     if plan.refused:
         lines += ["", "not possible here"]

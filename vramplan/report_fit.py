@@ -24,7 +24,7 @@ def fits_text(fits: Fits) -> str:
 
 
 def _cards(fits: Fits) -> str:
-    """For each model the smallest cards by quality, then the sizes of cards, as far as they make a difference."""
+    """For each model the smallest cards by quality, then the sizes of cards."""
     parts = []
     for model in dict.fromkeys(row.model for row in fits.rows):
         rows = [row for row in fits.rows if row.model == model]
@@ -34,7 +34,10 @@ def _cards(fits: Fits) -> str:
         )
         header = ("memory", "card", "VRAM", "a call", "quality", "chosen")
         parts.append(f"{model}: {workload_text(rows[0].workload)}\n\n{smallest}\n\n{table_text(header, _sizes(rows))}")
-    note = "The smallest cards are simulated within their memory; the sizes below are priced, each for its least card."
+    note = (
+        "The smallest cards are simulated within their memory. The sizes are priced, each for its least card, up to the "
+        "first of each kind that holds everything: larger ones differ in speed only."
+    )
     return "\n\n".join([*parts, note])
 
 
@@ -47,19 +50,12 @@ def _answer(item: Smallest) -> Sequence[str]:
 
 
 def _sizes(rows: Sequence[Row]) -> Iterable[Sequence[str]]:
-    """Up to the first size of its kind on which everything is resident: larger cards only differ in speed."""
     none = [row for row in rows if not row.fits]
     if none:
         yield f"{len(none)} sizes", _names(none), "", "", "", "does not fit"
     for row in rows:
         if row.fits:
             yield _whole(row), _names([row]), *_price(row), _chosen(row)
-            if (
-                row.settings is not None
-                and set(row.settings.placement.values()) == {"resident"}
-                and not row.settings.decode
-            ):
-                return
 
 
 def _names(rows: Sequence[Row]) -> str:
