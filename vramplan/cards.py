@@ -10,8 +10,9 @@ from vramplan.units import GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardSize:
-    """Devices that are planned for alike: the name of the least of them, its memory, and the names of the others; `kind`
-    is the same for sizes that differ in nothing else."""
+    """Devices that are planned for alike: the name of the least of them, its memory, and the names of the others.
+
+    `kind` is the same for sizes that differ in nothing else."""
 
     name: str
     kind: tuple[object, ...]

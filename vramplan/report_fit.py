@@ -35,8 +35,8 @@ def _cards(fits: Fits) -> str:
         header = ("memory", "card", "VRAM", "a call", "quality", "chosen")
         parts.append(f"{model}: {workload_text(rows[0].workload)}\n\n{smallest}\n\n{table_text(header, _sizes(rows))}")
     note = (
-        "The smallest cards are simulated within their memory. The sizes are priced, each for its least card, up to the "
-        "first of each kind that holds everything: larger ones differ in speed only."
+        "The smallest cards are simulated within their memory. The sizes are priced, each for its least card, up to "
+        "the first of each kind that holds everything: larger ones differ in speed only."
     )
     return "\n\n".join([*parts, note])
 
