@@ -79,16 +79,17 @@ def test_one_simulation_serves_every_card(small_folder, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("dimension", "given"), [("batch", {}), ("size", {}), ("frames", {"frames": 9})])
 def test_the_largest_fits_and_the_next_does_not(small_folder, dimension: str, given: dict[str, int]) -> None:
     name = str(small_folder("cogvideox-small" if given else "sd15-small"))
-    at = machine(GIB)
-    roomy = vramplan.plan(name, device=at, vram="1GiB", simulate=False, **SMALL, **given)
-    vram = str(roomy.projected.vram_reserved_bytes * 4)
-    found = vramplan.fit(name, device=at, vram=vram, largest=dimension, simulate=False, **SMALL, **given)
-    again = vramplan.fit(name, device=at, vram=vram, largest=dimension, simulate=False, **SMALL, **given)
+    at, plain = machine(24 * GIB), {"decode": "plain"}
+    options = {"device": at, "settings": plain, "simulate": False, "steps": 2}
+    roomy = vramplan.plan(name, **options, height=64, width=64, **given)
+    options["vram"] = str(roomy.projected.vram_reserved_bytes * 12 // 10)
+    found = vramplan.fit(name, **options, largest=dimension, height=64, width=64, **given)
+    again = vramplan.fit(name, **options, largest=dimension, height=64, width=64, **given)
     assert found == again
     (row,), (beyond,) = found.rows, found.largest
     assert row.fits
     assert row.projected is not None
-    assert row.projected.vram_reserved_bytes <= int(vram)
+    assert row.projected.vram_reserved_bytes <= int(str(options["vram"]))
     assert beyond.next is not None
     assert "short by" in beyond.next.reason
     names = {"batch": "num_images_per_prompt", "size": "height", "frames": "num_frames"}
@@ -97,7 +98,7 @@ def test_the_largest_fits_and_the_next_does_not(small_folder, dimension: str, gi
         key: getattr(beyond.next.workload, key) for key in ("height", "width", "num_frames", "num_images_per_prompt")
     }
     with pytest.raises(NothingFitsError):
-        vramplan.plan(name, device=at, vram=vram, simulate=False, steps=2, **larger)
+        vramplan.plan(name, **options, **larger)
 
 
 def test_the_largest_is_simulated_within_the_budget(small_folder) -> None:
@@ -111,13 +112,13 @@ def test_the_largest_is_simulated_within_the_budget(small_folder) -> None:
 
 
 def test_models_come_with_the_most_faithful_and_fastest_first_and_what_does_not_fit_last() -> None:
-    names = ["flux.1-dev", "stable-diffusion-xl", "stable-diffusion-1.5"]
+    names = ["flux.1-dev", "stable-diffusion-1.5"]
     found = vramplan.fit(names, device=machine(8 * GIB), simulate=False, ram="8GiB")
     assert {row.model for row in found.rows} == set(names)
     assert [row.fits for row in found.rows] == sorted((row.fits for row in found.rows), reverse=True)
     assert found.rows[-1].model == "flux.1-dev"
     assert "short by" in found.rows[-1].reason
-    assert found.rows[0].projected is not None
+    assert found.rows[0].fits
 
 
 def test_what_makes_no_sense_is_refused() -> None:
