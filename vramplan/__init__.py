@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vramplan.apply import Applied, applied_to, apply_plan, auto_configure
     from vramplan.calibration.recording import calibrating
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
+    from vramplan.fitting import Fits, fit
     from vramplan.hardware import Hardware, detect
     from vramplan.planfile import Plan, dump_plan, load_plan
     from vramplan.planning import plan
@@ -34,6 +35,8 @@ _HOMES = {
     "NothingFitsError": "vramplan.errors",
     "UsageError": "vramplan.errors",
     "VramplanError": "vramplan.errors",
+    "Fits": "vramplan.fitting",
+    "fit": "vramplan.fitting",
     "Hardware": "vramplan.hardware",
     "detect": "vramplan.hardware",
     "Plan": "vramplan.planfile",
@@ -48,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "Applied",
+    "Fits",
     "Hardware",
     "MismatchError",
     "NothingFitsError",
@@ -64,6 +68,7 @@ __all__ = [
     "changing",
     "detect",
     "dump_plan",
+    "fit",
     "load_plan",
     "plan",
     "recovering_call",

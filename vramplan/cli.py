@@ -9,17 +9,26 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from vramplan._version import __version__
 from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-FORMATS = ("auto", "human", "json", "yaml")
-
+from vramplan.options import (
+    FORMAT_HELP,
+    FORMATS,
+    Command,
+    Option,
+    choice_options,
+    format_options,
+    json_option,
+    load_options,
+    machine_options,
+    set_option,
+    workload_options,
+)
 
 _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
@@ -88,50 +97,6 @@ def _pass_told(command: Command) -> Command:
     return update_wrapper(call, command)  # type: ignore[return-value]
 
 
-class _Option(click.Option):
-    """Its variable goes by what people type, `VRAMPLAN_PLAN_SET`, and not by the argument's name in Python."""
-
-    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        word = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
-        return os.environ.get(f"{ctx.auto_envvar_prefix}_{word}") or None
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_FORMAT = "How to print."
-_json_option = click.option("--json", "as_json", cls=_Option, is_flag=True, help="Short for --format json.")
-_format_options = _options(
-    click.option("--format", "form", cls=_Option, type=click.Choice(FORMATS), default="auto", help=_FORMAT),
-    _json_option,
-)
-_machine_options = _options(
-    click.option("--device", help="cpu, a device here (cuda:1), a device profile (rtx-4070), or a hardware.yaml."),
-    click.option("--vram", help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
-    click.option("--ram", help="RAM that may be used, likewise."),
-    click.option("--margin", help="VRAM kept free on purpose."),
-)
-_workload_options = _options(
-    click.option("--height", type=int, help="Pixels."),
-    click.option("--width", type=int, help="Pixels."),
-    click.option("--frames", type=int, help="Frames of a video."),
-    click.option("--batch", type=int, help="Pictures per prompt."),
-    click.option("--steps", type=int, help="Denoising steps."),
-)
-_load_options = _options(
-    click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
-    click.option("--variant", help="Load the weight files of this variant, as fp16."),
-    click.option("--revision", help="A branch, tag or commit of a hub repository; its main branch where left out."),
-    click.option("--allow-pickle", is_flag=True, help="Accept pickled weights. Only from people you trust."),
-)
-
-
 @click.group(cls=_Group, context_settings={"auto_envvar_prefix": "VRAMPLAN", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vramplan")
 @click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE)
@@ -144,9 +109,11 @@ def main() -> None:
 
 
 @main.command()
-@_machine_options
-@click.option("--format", "form", cls=_Option, type=click.Choice((*FORMATS, "markdown")), default="auto", help=_FORMAT)
-@_json_option
+@machine_options
+@click.option(
+    "--format", "form", cls=Option, type=click.Choice((*FORMATS, "markdown")), default="auto", help=FORMAT_HELP
+)
+@json_option
 @click.option("--measure", is_flag=True, help="Measure copies, disk and products too. Loads torch; takes seconds once.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file, for --device.")
 def detect(form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None) -> None:
@@ -180,22 +147,13 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
 
 @main.command()
 @click.argument("model")
-@_machine_options
-@_workload_options
-@_load_options
-@click.option(
-    "--allow",
-    type=click.Choice(("lossless", "near_lossless", "lossy")),
-    help=(
-        "The least faithful setting that may be chosen. Left out: lossless, and VAE tiling where nothing lossless fits."
-    ),
-)
-@click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True)
-@click.option(
-    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
-)
+@machine_options
+@workload_options
+@load_options
+@choice_options
+@set_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
-@_format_options
+@format_options
 @_pass_told
 def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
     """Choose the settings for MODEL: a pipeline folder, a repository of the hub (owner/name), or a bundled profile.
@@ -216,8 +174,35 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
 
 
 @main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL [MODEL ...]")
+@click.option(
+    "--largest",
+    type=click.Choice(("size", "frames", "batch")),
+    help="Look for the largest picture of that shape, frame count or number of pictures per prompt.",
+)
+@machine_options
+@workload_options
+@load_options
+@choice_options
+@set_option
+@format_options
+def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: bool, **given: Any) -> None:
+    """Say which cards run MODEL, or with --device or --vram which of several models that card runs and how.
+
+    With --largest: how much of it. Exit code 3 where nothing fits.
+    """
+    from vramplan.fitting import fit as find
+    from vramplan.report_fit import fits_dict
+
+    found = find(models, settings=_fixed(fixed), **given)
+    _print(fits_dict(found), lambda: str(found), form, as_json=as_json)
+    if not found.fits:
+        raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
+
+
+@main.command()
 @click.argument("plan_file", type=click.Path())
-@_format_options
+@format_options
 def explain(plan_file: str, form: str, as_json: bool) -> None:
     """List every candidate of a plan: it fits, or is short by how much and where."""
     from vramplan.planfile import load_plan, plan_to_dict
@@ -263,13 +248,11 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 
 @main.command()
 @click.argument("model")
-@_machine_options
-@_workload_options
-@_load_options
-@click.option(
-    "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
-)
-@_format_options
+@machine_options
+@workload_options
+@load_options
+@set_option
+@format_options
 def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
 
@@ -311,7 +294,7 @@ def check(plan_file: str) -> None:
 @main.command()
 @click.option("--device", help="A device of this machine (cuda:1); the first one where left out.")
 @click.option("--pipeline/--no-pipeline", default=True, show_default=True, help=_SAMPLE)
-@_format_options
+@format_options
 @_pass_told
 def calibrate(obj: Mapping[str, bool], /, device: str | None, form: str, *, pipeline: bool, as_json: bool) -> None:
     """Measure this machine's accelerator, and keep what is found for the plans to come."""

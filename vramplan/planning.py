@@ -71,42 +71,99 @@ def plan(
         NothingFitsError: no candidate fits. UsageError: an argument that makes no sense.
         VramplanError: the model cannot be read.
     """
-    described = describe(model, dtype=dtype, variant=variant, revision=revision, allow_pickle=allow_pickle)
+    subject = Subject(
+        model,
+        dtype=dtype,
+        variant=variant,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        settings=settings,
+        simulate=simulate,
+    )
     hardware, accelerator = choose_machine(device, vram=vram)
-    work = make_workload(described.defaults, workload)
-    if work.num_frames > 1 and not described.spec.video:
-        raise UsageError(f"{described.spec.class_name} makes pictures: leave the number of frames out")
-    refuse_hooked(described.spec)
-    amounts = {"vram": vram, "ram": ram, "margin": margin, **held_bytes(described.spec)}
-    known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
-    told = parse_fixed(settings or {}, described.spec, accelerator)
-    weights = weight_settings(described.spec, told, allow)
-    figures = _figures(model, described.spec, work, accelerator if simulate else None, weights, told)
-    basis = figures.basis(described.spec)
-    budget = known_budget(hardware, accelerator, amounts, basis=basis, pipeline=described.spec.class_name)
-    outcome = decide(
-        described.spec,
-        work,
-        budget,
-        accelerator=accelerator,
-        footprint=figures.footprint,
-        fixed=told,
-        allow=allow,
-        prefer=prefer,
-        confirm=figures.confirm(budget),
-        lighter=figures.lighter,
-    )
-    machine = MachineRecord(
-        device=accelerator.device if accelerator else "cpu",
-        accelerator=accelerator,
-        host=hardware.host,
-        budget=budget,
-        software=versions(),
-    )
-    fixed = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (settings or {}).items()}
-    asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=fixed)
-    notes = (*_notes(described.spec, accelerator, hardware), *figures.notes)
-    return _written(described.spec, work, machine, outcome, notes, asked)
+    asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subject.fixed)
+    return subject.plan(subject.workload(workload), hardware, accelerator, asked)
+
+
+class Subject:
+    """A model that is planned for again and again: it is described once, and simulated once for each workload and
+    kind of kernels, as a simulation depends on nothing else of a machine."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        settings: Mapping[str, str | Sequence[str]] | None = None,
+        simulate: bool = True,
+        **loading: Any,
+    ) -> None:
+        """`loading` is what `describe` takes beside the model."""
+        from vramplan.simulator.source import Source
+
+        self.described = describe(model, **loading)
+        self.spec = self.described.spec
+        self.fixed = {
+            key: (value,) if isinstance(value, str) else tuple(value) for key, value in (settings or {}).items()
+        }
+        self.simulate = simulate
+        self._forms = Forms(Source(model, self.spec))
+        self._known: dict[Any, _Figures] = {}
+
+    def workload(self, given: Mapping[str, Any]) -> Workload:
+        """What was given, and the pipeline's own for the rest.
+
+        Raises:
+            UsageError: what this pipeline cannot make.
+        """
+        work = make_workload(self.described.defaults, given)
+        if work.num_frames > 1 and not self.spec.video:
+            raise UsageError(f"{self.spec.class_name} makes pictures: leave the number of frames out")
+        return work
+
+    def plan(
+        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: Asked, *, confirm: bool = True
+    ) -> Plan:
+        """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it."""
+        spec = self.spec
+        refuse_hooked(spec)
+        amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin, **held_bytes(spec)}
+        known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
+        told = parse_fixed(self.fixed, spec, accelerator)
+        figures = self._figures(work, accelerator if self.simulate else None, asked.allow, told)
+        basis = figures.basis(spec)
+        budget = known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
+        outcome = decide(
+            spec,
+            work,
+            budget,
+            accelerator=accelerator,
+            footprint=figures.footprint,
+            fixed=told,
+            allow=asked.allow,
+            prefer=asked.prefer,
+            confirm=figures.confirm(budget) if confirm else None,
+            lighter=figures.lighter,
+        )
+        machine = MachineRecord(
+            device=accelerator.device if accelerator else "cpu",
+            accelerator=accelerator,
+            host=hardware.host,
+            budget=budget,
+            software=versions(),
+        )
+        notes = (*_notes(spec, accelerator, hardware), *figures.notes)
+        return _written(spec, work, machine, outcome, notes, asked)
+
+    def _figures(self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed) -> _Figures:
+        """The planner's numbers, made where no machine with these kernels asked for them before."""
+        from vramplan.simulator.source import kernels_of
+
+        kernels = None if accelerator is None else tuple(kernels_of(accelerator).values())
+        key = work, kernels, allow
+        if key not in self._known:
+            weights = weight_settings(self.spec, told, allow)
+            self._known[key] = _figures(self._forms, work, accelerator, weights, told)
+        return self._known[key]
 
 
 def _written(
@@ -169,8 +226,7 @@ class _Figures:
 
 
 def _figures(
-    model: Any,
-    spec: PipelineSpec,
+    forms: Forms,
     work: Workload,
     accelerator: Accelerator | None,
     weights: Sequence[Mapping[str, Weights]],
@@ -182,10 +238,9 @@ def _figures(
     pipeline, where it lowers what a denoiser needs.
     """
     from vramplan.simulator.run import SimulationError
-    from vramplan.simulator.source import Source, simulated_footprint, traced_footprint
+    from vramplan.simulator.source import simulated_footprint, traced_footprint
 
-    source, execution = Source(model, spec), told.execution
-    forms = Forms(source)
+    source, spec, execution = forms.source, forms.source.spec, told.execution
     light = [(setting, forms.spec(setting)) for setting in weights]
     if accelerator is None or spec.device_map is not None:
         assumed = AssumedFootprint(spec=spec, workload=work)

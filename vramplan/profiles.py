@@ -220,6 +220,11 @@ def load_device_profile(name: str) -> DeviceProfile:
     return read_profile(profile_path("devices", name), DeviceProfile)
 
 
+def device_profiles() -> tuple[DeviceProfile, ...]:
+    """Every device profile that can be read; a broken file of the user's is passed over."""
+    return tuple(profile for _, profile in _readable("devices", DeviceProfile))
+
+
 def own_profiles(kind: ProfileKind) -> dict[str, tuple[str, ...]]:
     """The names of the user's own profiles, each with the mistakes in its file."""
     return {name: mistakes(path, _TYPES[kind]) for name, path in profile_files(kind).items() if is_users(path)}

@@ -15,10 +15,23 @@ if TYPE_CHECKING:
     from vramplan.planfile import Plan, Settings
     from vramplan.simulator.types import Simulation
     from vramplan.verify import Measured
+    from vramplan.workload import Workload
 
 SIMULATE_SCHEMA_VERSION = 1
 CALIBRATE_SCHEMA_VERSION = 1
-_NUMERIC = ("peak", "workspace", "weights", "activations", "projected", "measured", "difference")
+_NUMERIC = (
+    "peak",
+    "workspace",
+    "weights",
+    "activations",
+    "projected",
+    "measured",
+    "difference",
+    "memory",
+    "VRAM",
+    "a call",
+    "least VRAM",
+)
 
 
 def to_json(value: Any) -> str:
@@ -50,14 +63,11 @@ def plan_text(plan: Plan) -> str:
     """The plan for a person: what was chosen, how near the limit, how fast, and why not the faster one."""
     from vramplan.planner.demand import fits_sentence
 
-    work = plan.workload
-    frames = f" x {work.num_frames} frames" if work.num_frames > 1 else ""
-    batch = f", {work.num_images_per_prompt} per prompt" if work.num_images_per_prompt > 1 else ""
     card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
     rows = [
         ("pipeline", f"{plan.model.class_name} ({plan.model.source})"),
         ("on", f"{card} ({plan.machine.device})"),
-        ("for", f"{work.width} x {work.height}{frames}{batch}, {work.num_inference_steps} steps"),
+        ("for", workload_text(plan.workload)),
         ("chosen", settings_text(plan.settings)),
         ("fits", fits_sentence(plan.projected, plan.machine.budget)),
         *_loading_row(plan),
@@ -66,9 +76,16 @@ def plan_text(plan: Plan) -> str:
         ("why", plan.reason),
     ]
     lines = [f"{name:<9} {text}" for name, text in rows]
-    lines += ["", _table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan))]
+    lines += ["", table_text(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan))]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def workload_text(work: Workload) -> str:
+    """What is generated: `1360 x 768 x 81 frames, 2 per prompt, 50 steps`."""
+    frames = f" x {work.num_frames} frames" if work.num_frames > 1 else ""
+    batch = f", {work.num_images_per_prompt} per prompt" if work.num_images_per_prompt > 1 else ""
+    return f"{work.width} x {work.height}{frames}{batch}, {work.num_inference_steps} steps"
 
 
 def _loading_row(plan: Plan) -> list[tuple[str, str]]:
@@ -82,12 +99,13 @@ def _loading_row(plan: Plan) -> list[tuple[str, str]]:
 def _speed(plan: Plan) -> str:
     demand = plan.projected
     return (
-        f"about {_seconds(demand.seconds_per_step)} a step, {_seconds(demand.seconds_per_call)} a call, limited by "
-        f"{demand.bottleneck} ({demand.basis})"
+        f"about {format_seconds(demand.seconds_per_step)} a step, {format_seconds(demand.seconds_per_call)} a call, "
+        f"limited by {demand.bottleneck} ({demand.basis})"
     )
 
 
-def _seconds(count: float) -> str:
+def format_seconds(count: float) -> str:
+    """Seconds as people read them: `6.6 ms`, `0.84 s`, `69 s`, `2.5 min`."""
     if count < 0.01:
         return f"{count * 1000:.2g} ms"
     return f"{count / 60:.1f} min" if count >= 120 else f"{count:.2g} s" if count < 10 else f"{count:.0f} s"
@@ -130,8 +148,8 @@ def explain_text(plan: Plan) -> str:
     for item in plan.candidates:
         price = item.projected
         sizes = f"{format_bytes(price.vram_reserved_bytes):>10} {format_bytes(price.ram_bytes):>10}"
-        time = f"{_seconds(price.seconds_per_step):>9} {_seconds(price.seconds_per_call):>9}  {price.bottleneck}"
-        lines.append(f"{item.verdict:8} {sizes} {time}")
+        times = f"{format_seconds(price.seconds_per_step):>9} {format_seconds(price.seconds_per_call):>9}"
+        lines.append(f"{item.verdict:8} {sizes} {times}  {price.bottleneck}")
         lines += [f"{'':8} {settings_text(item.settings)}", f"{'':8} {item.reason}"]
     if plan.refused:
         lines += ["", "not possible here"]
@@ -169,7 +187,7 @@ def simulation_text(simulation: Simulation) -> str:
         )
         for phase in simulation.phases
     ]
-    lines.append(_table(("phase", "peak", "weights", "activations", "workspace", "made by"), rows))
+    lines.append(table_text(("phase", "peak", "weights", "activations", "workspace", "made by"), rows))
     lines += [f"note: {note}" for note in simulation.notes]
     return "\n".join(lines)
 
@@ -207,9 +225,9 @@ def measured_text(plan: Plan, measured: Measured) -> str:
     ]
     rows = [row for row in rows if row is not None]
     if measured.seconds_per_step is not None:
-        rows.append(("a step", _seconds(demand.seconds_per_step), _seconds(measured.seconds_per_step), ""))
-    rows.append(("time", _seconds(demand.seconds_per_call), _seconds(measured.seconds), ""))
-    return _table(("", "projected", "measured", "difference"), [row for row in rows if row is not None])
+        rows.append(("a step", format_seconds(demand.seconds_per_step), format_seconds(measured.seconds_per_step), ""))
+    rows.append(("time", format_seconds(demand.seconds_per_call), format_seconds(measured.seconds), ""))
+    return table_text(("", "projected", "measured", "difference"), [row for row in rows if row is not None])
 
 
 def _versus(name: str, projected: int, measured: int | None) -> tuple[str, str, str, str] | None:
@@ -219,7 +237,7 @@ def _versus(name: str, projected: int, measured: int | None) -> tuple[str, str, 
     return name, format_bytes(projected), format_bytes(measured), difference
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain table as wide as the terminal, its last column wrapped; no colours where none are wanted."""
     from rich import box
     from rich.console import Console

@@ -176,7 +176,7 @@ def denoiser_shape(component: Component, spec: PipelineSpec, workload: Workload)
     frames = 1 + (workload.num_frames - 1) // temporal if spec.video else 1
     pixels = -(-workload.height // spatial) * -(-workload.width // spatial) * frames
     convolutional = "block_out_channels" in config
-    patch = 1 if convolutional else _patch(config, vae)
+    patch = prod(patch_of(config, vae))
     tokens = pixels // patch + (0 if convolutional else _ENCODER_TOKENS)
     # A distilled guidance embedding replaces the second, unconditional forward.
     doubled = (workload.guidance_scale or 2.0) > 1 and "guidance_embeds" not in config
@@ -194,6 +194,11 @@ def vae_scale(vae: Component | None) -> tuple[int, int]:
     stages = len(config.get("block_out_channels") or config.get("encoder_block_out_channels") or (1,) * 4)
     spatial = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial") or 2 ** max(0, stages - 1)
     temporal = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
+    halvings = config.get("spatio_temporal_scaling")
+    if isinstance(halvings, list | tuple):  # LTX-Video's, beside its patches (diffusers 0.42, AutoencoderKLLTXVideo)
+        halved = 2 ** sum(map(bool, halvings))
+        spatial = config.get("spatial_compression_ratio") or int(config.get("patch_size", 1)) * halved
+        temporal = temporal or int(config.get("patch_size_t", 1)) * halved
     expansions = config.get("temporal_expansions")
     if temporal is None and isinstance(expansions, list | tuple):
         temporal = prod(expansions)
@@ -202,14 +207,17 @@ def vae_scale(vae: Component | None) -> tuple[int, int]:
     return int(spatial), int(temporal or 1)
 
 
-def _patch(config: Mapping[str, Any], vae: Component | None) -> int:
-    """Latent pixels per token: the patch, or the two by two that pipelines pack before the model sees it."""
+def patch_of(config: Mapping[str, Any], vae: Component | None) -> tuple[int, int]:
+    """Latent pixels and latent frames per token of a denoiser: the patch, or the two by two pixels that pipelines pack
+    before the model sees it; (1, 1) for a UNet."""
+    if "block_out_channels" in config:
+        return 1, 1
     size = config.get("patch_size", 1)
     area = prod(size[-2:]) if isinstance(size, list | tuple) else int(size or 1) ** 2
     frames = size[0] if isinstance(size, list | tuple) and len(size) == 3 else config.get("patch_size_t") or 1
     latent = (vae.config.get("latent_channels") or vae.config.get("z_dim")) if vae else None
     packed = area == 1 and isinstance(latent, int) and config.get("in_channels") == 4 * latent
-    return 4 if packed else int(area) * int(frames)
+    return (4, 1) if packed else (int(area), int(frames))
 
 
 def _width(config: Mapping[str, Any]) -> int:

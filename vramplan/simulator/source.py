@@ -122,7 +122,7 @@ class Source:
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import First, run_simulation
 
-        kernels = _kernels(accelerator)
+        kernels = kernels_of(accelerator)
         placed = [
             (setting, names) for setting, names in placed if not isinstance(setting, Execution) or setting.simulated
         ]
@@ -164,7 +164,7 @@ class Source:
         from vramplan.simulator.alone import traced_alone
         from vramplan.simulator.kernels import Kernels
 
-        kernels = _kernels(accelerator)
+        kernels = kernels_of(accelerator)
         key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
         return cached(key, lambda: traced_alone(self.parts, self.spec, workload, Kernels(**kernels)))
 
@@ -175,7 +175,7 @@ class Source:
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import run_decode
 
-        kernels = _kernels(accelerator)
+        kernels = kernels_of(accelerator)
         names = {item.component for item in latents}
         here = [(setting, [name for name in given if name in names]) for setting, given in decodes]
         key = {
@@ -232,7 +232,7 @@ def _identity(spec: PipelineSpec) -> Any:
     ]
 
 
-def _kernels(accelerator: Accelerator | None) -> dict[str, Any]:
+def kernels_of(accelerator: Accelerator | None) -> dict[str, Any]:
     """What is known of a card's kernels, as `Kernels` names it: cuBLAS holds 32 MiB on Hopper and later, 8 before."""
     from vramplan.profiles import compute_capability, math_dtypes
 

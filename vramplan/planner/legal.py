@@ -1,0 +1,70 @@
+"""What a pipeline can be asked for: pictures of whole patches, frame counts its VAE can make, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import isqrt, lcm
+from typing import Any, Literal, get_args
+
+from vramplan.errors import UsageError
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.footprint import patch_of, vae_scale
+from vramplan.workload import Workload
+
+Dimension = Literal["size", "frames", "batch"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+
+# How far from what is usual is looked, as more is another matter than memory: sides from an eighth to four times,
+# frames up to sixteen times, so many pictures per prompt. Chosen, not measured.
+_SMALLEST_SIDE, _LARGEST_SIDE = 1 / 8, 4
+_MOST_FRAMES = 16
+_MOST_PICTURES = 64
+_TRANSFORMER_STEP = 16
+
+
+def legal_workloads(
+    dimension: Dimension, spec: PipelineSpec, defaults: Mapping[str, Any], work: Workload
+) -> tuple[Workload, ...]:
+    """`work` with every size, frame count or batch that the pipeline takes as it is, smallest first.
+
+    Pictures keep the ratio of their sides as nearly as whole patches can. `defaults` are the pipeline's own workload.
+
+    Raises:
+        UsageError: no dimension, or frames of a pipeline that makes pictures.
+    """
+    if dimension not in DIMENSIONS:
+        raise UsageError(f"largest {dimension}: there are {', '.join(DIMENSIONS)}")
+    if dimension == "frames":
+        return tuple(replace(work, num_frames=count) for count in _frame_counts(spec, defaults, work))
+    if dimension == "batch":
+        return tuple(replace(work, num_images_per_prompt=count) for count in range(1, _MOST_PICTURES + 1))
+    return tuple(replace(work, height=height, width=width) for height, width in _sizes(spec, work))
+
+
+def size_step(spec: PipelineSpec) -> int:
+    """The pixels that sides are multiples of: a patch of the first denoiser's; of a transformer's 16 at least, as all
+    pair latents and some do not say so in their configuration (Z-Image, FLUX.1-Fill; diffusers 0.42)."""
+    vae = next(iter(spec.vaes), None)
+    config = next((component.config for component in spec.components if component.role == "denoiser"), {})
+    area, _ = patch_of(config, vae)
+    step = vae_scale(vae)[0] * isqrt(area)
+    return step if "block_out_channels" in config else lcm(step, _TRANSFORMER_STEP)
+
+
+def _sizes(spec: PipelineSpec, work: Workload) -> Iterator[tuple[int, int]]:
+    step, shorter = size_step(spec), min(work.height, work.width)
+    first, last = int(shorter * _SMALLEST_SIDE) // step, shorter * _LARGEST_SIDE // step
+    for count in range(max(1, first), max(1, last) + 1):
+        scale = count / shorter
+        yield max(1, round(work.height * scale)) * step, max(1, round(work.width * scale)) * step
+
+
+def _frame_counts(spec: PipelineSpec, defaults: Mapping[str, Any], work: Workload) -> range:
+    """Counts that leave the same rest as the pipeline's own, by the frames of one latent: 81 for Wan, whose VAE makes 1
+    and then 4 at a time; 88 for Allegro, whose VAE makes 4 at a time."""
+    if not spec.video:
+        raise UsageError(f"{spec.class_name} makes pictures: ask for the largest size or batch")
+    _, step = vae_scale(next(iter(spec.vaes), None))
+    usual = int(defaults.get("num_frames", work.num_frames))
+    return range(usual % step or step, max(usual, work.num_frames) * _MOST_FRAMES + 1, step)
