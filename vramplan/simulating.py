@@ -29,13 +29,14 @@ def simulate(
     *,
     capacity_bytes: int | None = None,
     dtype: str | None = None,
+    timeline: bool = False,
 ) -> Simulation:
     """Run the whole call of `model` with the plan's settings on the simulated device.
 
     `model` is a live pipeline (only read), a folder, a bundled profile's name or a hub id that one lists. Without
     a plan everything is resident; without a workload the plan's, or the pipeline's own, is taken.
     `capacity_bytes` limits the device; nothing does when it is left out. `dtype` is the one to load in, for a
-    model that is not loaded yet.
+    model that is not loaded yet. With `timeline` the memory over the call is kept, for a picture of it.
 
     Raises:
         SimulationError: the call needs something a hollow pipeline cannot give; the message names where.
@@ -53,10 +54,12 @@ def simulate(
         accelerator = plan.machine.accelerator
         placed, decodes = parse_settings(plan, spec, accelerator)
     source = Source(model, spec)
-    return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes)
+    return source.run(
+        work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes, timeline=timeline
+    )
 
 
-def simulate_plan(path: str | Path) -> Simulation:
+def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:
     """A plan file's pipeline under its own settings, within its own budget.
 
     Raises:
@@ -69,7 +72,11 @@ def simulate_plan(path: str | Path) -> Simulation:
     dtypes = {record.dtype for record in plan.model.components}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return simulate(
-        plan.model.source.removeprefix("profile:"), plan, dtype=dtype, capacity_bytes=plan.machine.budget.vram_bytes
+        plan.model.source.removeprefix("profile:"),
+        plan,
+        dtype=dtype,
+        capacity_bytes=plan.machine.budget.vram_bytes,
+        timeline=timeline,
     )
 
 
@@ -81,6 +88,7 @@ def simulate_model(
     ram: str | None = None,
     margin: str | None = None,
     settings: Mapping[str, str | Sequence[str]] | None = None,
+    timeline: bool = False,
     **options: Any,
 ) -> Simulation:
     """A model within a machine's memory, under the plan that would be made for it.
@@ -91,7 +99,8 @@ def simulate_model(
     hardware, accelerator = choose_machine(device, vram=vram)
     roomy = _with_room(hardware, accelerator)
     if accelerator is None:
-        return simulate(model, make_plan(model, device=roomy, settings=settings, simulate=False, **options))
+        made = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
+        return simulate(model, made, timeline=timeline)
     budget = known_budget(hardware, accelerator, {"vram": vram, "ram": ram, "margin": margin})
     try:
         if settings:
@@ -99,7 +108,8 @@ def simulate_model(
         plan = make_plan(model, device=device, vram=vram, ram=ram, margin=margin, **options)
     except NothingFitsError:
         plan = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
-    return simulate(model, plan, capacity_bytes=budget.vram_bytes, dtype=options.get("dtype"))
+    dtype = options.get("dtype")
+    return simulate(model, plan, capacity_bytes=budget.vram_bytes, dtype=dtype, timeline=timeline)
 
 
 def _with_room(hardware: Hardware, accelerator: Accelerator | None) -> Hardware:
