@@ -124,6 +124,9 @@ _workload_options = _options(
     click.option("--batch", type=int, help="Pictures per prompt."),
     click.option("--steps", type=int, help="Denoising steps."),
 )
+_plot_option = click.option(
+    "--plot", cls=_Option, type=click.Path(dir_okay=False), help="Draw it too: a name in .svg, .png or .html."
+)
 _load_options = _options(
     click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
     click.option("--allow-pickle", is_flag=True, help="Accept pickled weights. Only from people you trust."),
@@ -211,13 +214,20 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
 
 @main.command()
 @click.argument("plan_file", type=click.Path())
+@_plot_option
 @_format_options
-def explain(plan_file: str, form: str, as_json: bool) -> None:
+@_pass_told
+def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
     """List every candidate of a plan: it fits, or is short by how much and where."""
     from vramplan.planfile import load_plan, plan_to_dict
+    from vramplan.plot.save import check_picture
     from vramplan.report import explain_text
 
+    if plot:
+        check_picture(plot)
     loaded = load_plan(plan_file)
+    if plot:
+        _draw(plot, loaded, quiet=obj["quiet"])
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
     _print(shown, lambda: explain_text(loaded), form, as_json=as_json)
@@ -263,21 +273,30 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 @click.option(
     "--set", "fixed", cls=_Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
 )
+@_plot_option
 @_format_options
-def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
+@_pass_told
+def simulate(
+    obj: Mapping[str, bool], /, *, model: str, plot: str | None, form: str, as_json: bool, **given: Any
+) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
+    from vramplan.plot.save import check_picture
     from vramplan.report import simulation_dict, simulation_text
     from vramplan.simulating import simulate_model, simulate_plan
 
+    if plot:
+        check_picture(plot)
     given["settings"] = _fixed(given.pop("fixed"))
     if Path(model).is_file():
         _refuse_beside_plan(given)
-        result = simulate_plan(model)
+        result = simulate_plan(model, timeline=bool(plot))
     else:
-        result = simulate_model(model, **given)
+        result = simulate_model(model, timeline=bool(plot), **given)
+    if plot:
+        _draw(plot, result, quiet=obj["quiet"])
     _print(simulation_dict(result), lambda: simulation_text(result), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
@@ -393,6 +412,14 @@ def _print(
         click.echo(yaml() if yaml else to_yaml(content))
     else:
         click.echo(human())
+
+
+def _draw(path: str, shown: Any, *, quiet: bool) -> None:
+    from vramplan.plot.save import save_picture
+
+    save_picture(path, shown)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)
 
 
 def _write(path: str, text: str) -> None:

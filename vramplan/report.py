@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,9 @@ def explain_text(plan: Plan) -> str:
 
 def simulation_dict(simulation: Simulation) -> dict[str, Any]:
     """A simulation as the object `simulate --json` prints."""
-    return {"schema_version": SIMULATE_SCHEMA_VERSION, **asdict(simulation)}
+    content = asdict(replace(simulation, timeline=None))
+    content.pop("timeline")  # a picture's, of no use as text
+    return {"schema_version": SIMULATE_SCHEMA_VERSION, **content}
 
 
 def simulation_text(simulation: Simulation) -> str:

@@ -54,9 +54,7 @@ def simulate(
         accelerator = plan.machine.accelerator
         placed, decodes = parse_settings(plan, spec, accelerator)
     source = Source(model, spec)
-    return source.run(
-        work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes, timeline=timeline
-    )
+    return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes, timeline=timeline)
 
 
 def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:

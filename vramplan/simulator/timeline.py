@@ -106,7 +106,9 @@ class TimelineRecorder:
         found = {seen[0]: seen for stretch in self._stretches for seen in (*stretch.highest, stretch.last)}
         names = tuple(self._weights)
         return Timeline(
-            components=names, ticks=self._ticks, moments=tuple(_moment(found[tick], len(names)) for tick in sorted(found))
+            components=names,
+            ticks=self._ticks,
+            moments=tuple(_moment(found[tick], len(names)) for tick in sorted(found)),
         )
 
 

@@ -1,0 +1,73 @@
+"""What a picture of a plan's candidates shows, whatever draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vramplan.errors import VramplanError
+from vramplan.planfile import Considered, Plan
+from vramplan.plot.colours import CHOSEN, FITS, NEUTRAL, TOO_LARGE
+from vramplan.report import settings_text
+from vramplan.units import GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dots:
+    """Candidates of one verdict: seconds a call, GiB reserved, and the settings and reason of each."""
+
+    name: str
+    colour: str
+    symbol: str
+    seconds: Sequence[float]
+    sizes: Sequence[float]
+    settings: Sequence[str]
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidatesPicture:
+    """Time against peak. `budget` in GiB is None where there is no accelerator; below it VRAM is enough."""
+
+    title: str
+    groups: Sequence[Dots]
+    budget: float | None
+    logarithmic: bool
+
+
+def candidates_picture(plan: Plan) -> CandidatesPicture:
+    """The picture of a plan's candidates. Raises VramplanError for a plan without any."""
+    if not plan.candidates:
+        raise VramplanError("this plan lists no candidates to draw: make it again with vramplan plan")
+    budget = plan.machine.budget.vram_bytes
+    chosen = [item for item in plan.candidates if item.verdict == "chosen"]
+    fits = [item for item in plan.candidates if item.verdict == "fits"]
+    rejected = [item for item in plan.candidates if item.verdict == "rejected"]
+    too_large = [item for item in rejected if budget is not None and item.projected.vram_reserved_bytes > budget]
+    others = [item for item in rejected if item not in too_large]
+    groups = (
+        _dots("fits", FITS, "o", fits),
+        _dots("too much VRAM", TOO_LARGE, "x", too_large),
+        _dots("rejected otherwise", NEUTRAL, "+", others),
+        _dots("chosen", CHOSEN, "*", chosen),
+    )
+    seconds = [item.projected.seconds_per_call for item in plan.candidates]
+    card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
+    return CandidatesPicture(
+        title=f"{len(plan.candidates)} candidates for {plan.model.class_name} on {card}",
+        groups=[group for group in groups if group.seconds],
+        budget=None if budget is None else budget / GIB,
+        logarithmic=min(seconds) > 0 and max(seconds) > 5 * min(seconds),
+    )
+
+
+def _dots(name: str, colour: str, symbol: str, found: Sequence[Considered]) -> Dots:
+    return Dots(
+        name=name,
+        colour=colour,
+        symbol=symbol,
+        seconds=[item.projected.seconds_per_call for item in found],
+        sizes=[item.projected.vram_reserved_bytes / GIB for item in found],
+        settings=[settings_text(item.settings) for item in found],
+        reasons=[item.reason for item in found],
+    )
