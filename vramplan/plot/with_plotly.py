@@ -25,7 +25,8 @@ _PAGE = """<!DOCTYPE html>
 body {{ margin: 0; padding: 0.6rem; background: #fff; color: #1a1a1a; font-family: sans-serif; }}
 h1 {{ font-size: 1.05rem; margin: 0.3rem; overflow-wrap: anywhere; }}
 p {{ font-size: 0.85rem; margin: 0.3rem; overflow-wrap: anywhere; }}
-#picture {{ width: 100%; height: calc(100vh - 7rem); min-height: 26rem; }}
+#picture {{ width: 100% !important; height: calc(100vh - 5.5rem) !important; min-height: 26rem; }}
+@media (max-width: 50rem) {{ #picture {{ min-height: 42rem; }} }}
 @media (prefers-color-scheme: dark) {{ body {{ background: #15181c; color: #e6e6e6; }} }}
 </style>
 </head>
@@ -36,8 +37,8 @@ p {{ font-size: 0.85rem; margin: 0.3rem; overflow-wrap: anywhere; }}
 </body>
 </html>
 """
-# The page's own colour for every text and line of the figure, now and when the screen changes; a legend over a narrow
-# figure would leave no room for it.
+# The page's own colour for every text and line of the figure, now and when the screen changes. Beside a narrow figure
+# there is no room for a legend, and a finger that drags there is to scroll.
 _FOLLOW = """
 const picture = document.getElementById('{plot_id}');
 const dark = window.matchMedia('(prefers-color-scheme: dark)');
@@ -47,8 +48,8 @@ function follow() {
   const text = style.color, ground = style.backgroundColor;
   Plotly.relayout(picture, {
     'font.color': text, 'hoverlabel.bgcolor': ground, 'hoverlabel.font.color': text,
-    'legend.orientation': narrow.matches ? 'h' : 'v',
-    'legend.x': narrow.matches ? 0 : 1.02, 'legend.y': narrow.matches ? -0.12 : 1,
+    'legend.x': narrow.matches ? 0 : 1.02, 'legend.y': narrow.matches ? -0.16 : 1, 'legend.yanchor': 'top',
+    'dragmode': narrow.matches ? false : 'zoom',
   });
   const lines = picture.data.map((trace, place) => trace.meta === 'text' ? place : -1).filter(place => place >= 0);
   if (lines.length) Plotly.restyle(picture, {'line.color': text}, lines);
@@ -154,6 +155,6 @@ def _page(figure: Any, title: str, below: str) -> str:
     )
     made = figure.to_html(
         full_html=False, include_plotlyjs=True, div_id="picture", default_width="100%", default_height="100%",
-        config={"responsive": True, "displaylogo": False}, post_script=_FOLLOW,
+        config={"responsive": True, "displayModeBar": False}, post_script=_FOLLOW,
     )  # fmt: skip
     return _PAGE.format(title=escape(title), below=escape(below), figure=made)
