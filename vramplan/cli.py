@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from vramplan._version import __version__
 from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("auto", "human", "json", "yaml")
@@ -157,7 +160,7 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     """
     from vramplan.machine import choose_machine, known_budget, measure_here
     from vramplan.report import to_yaml
-    from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_text
+    from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_view
 
     hardware, accelerator = choose_machine(machine["device"])
     if measure:
@@ -173,8 +176,10 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     content = hardware_dict(hardware, budget)
     if output:
         _write(output, to_yaml(content) + "\n")
-    show = hardware_markdown if form == "markdown" else hardware_text
-    _print(content, lambda: show(hardware, budget), form, as_json=as_json)
+    if form == "markdown":
+        click.echo(hardware_markdown(hardware, budget))
+    else:
+        _print(content, lambda: hardware_view(hardware, budget), form, as_json=as_json)
     if full is not None:
         raise full
 
@@ -202,6 +207,7 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
     """Choose the settings for MODEL: a pipeline folder, a bundled profile, or a hub id that one lists."""
     from vramplan.planfile import dump_plan, plan_to_dict
     from vramplan.planning import plan as make_plan
+    from vramplan.report import plan_view
 
     form, as_json = given.pop("form"), given.pop("as_json")
     made = make_plan(model, settings=_fixed(fixed), **given)
@@ -209,7 +215,7 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
         _write(output, dump_plan(made))
         if not obj["quiet"]:
             click.echo(f"wrote {output}", err=True)
-    _print(plan_to_dict(made), lambda: str(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip())
+    _print(plan_to_dict(made), lambda: plan_view(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip())
 
 
 @main.command()
@@ -221,7 +227,7 @@ def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: 
     """List every candidate of a plan: it fits, or is short by how much and where."""
     from vramplan.planfile import load_plan, plan_to_dict
     from vramplan.plot.save import check_picture
-    from vramplan.report import explain_text
+    from vramplan.report import explain_view
 
     if plot:
         check_picture(plot)
@@ -230,7 +236,7 @@ def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: 
         _draw(plot, loaded, quiet=obj["quiet"])
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
-    _print(shown, lambda: explain_text(loaded), form, as_json=as_json)
+    _print(shown, lambda: explain_view(loaded), form, as_json=as_json)
 
 
 @main.command()
@@ -284,7 +290,7 @@ def simulate(
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
     from vramplan.plot.save import check_picture
-    from vramplan.report import simulation_dict, simulation_text
+    from vramplan.report import simulation_dict, simulation_view
     from vramplan.simulating import simulate_model, simulate_plan
 
     if plot:
@@ -297,7 +303,7 @@ def simulate(
         result = simulate_model(model, timeline=bool(plot), **given)
     if plot:
         _draw(plot, result, quiet=obj["quiet"])
-    _print(simulation_dict(result), lambda: simulation_text(result), form, as_json=as_json)
+    _print(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
 
@@ -398,7 +404,7 @@ def _fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:
 
 def _print(
     content: Any,
-    human: Callable[[], str],
+    human: Callable[[], RenderableType],
     form: str,
     *,
     as_json: bool = False,
@@ -411,7 +417,9 @@ def _print(
     elif form == "yaml":
         click.echo(yaml() if yaml else to_yaml(content))
     else:
-        click.echo(human())
+        from vramplan.terminal import show
+
+        show(human())
 
 
 def _draw(path: str, shown: Any, *, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,14 +43,15 @@ def save_picture(path: str | Path, shown: Simulation | Plan) -> None:
     write_bytes(path, _page(shown) if form == ".html" else _drawn(shown, form.removeprefix(".")))
 
 
-def picture_svg(shown: Simulation | Plan) -> str | None:
-    """The picture for a notebook; None where matplotlib is not installed or there is nothing to draw."""
+def picture_html(shown: Simulation | Plan) -> str:
+    """The picture for a notebook; nothing where matplotlib is not installed or there is nothing to draw."""
     if find_spec("matplotlib") is None:
-        return None
+        return ""
     try:
-        return _drawn(shown, "svg").decode()
+        content = b64encode(_drawn(shown, "png")).decode()
     except VramplanError:
-        return None
+        return ""
+    return f'<img alt="memory" style="max-width: 100%" src="data:image/png;base64,{content}">'
 
 
 def _drawn(shown: Simulation | Plan, form: str) -> bytes:

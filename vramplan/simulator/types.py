@@ -145,3 +145,10 @@ class Simulation:
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None where it did not run there."""
         return next((item for item in self.uses if (item.phase, item.component) == (phase, component)), None)
+
+    def _repr_html_(self) -> str:
+        from vramplan.plot.save import picture_html
+        from vramplan.report import simulation_view
+        from vramplan.terminal import as_html
+
+        return as_html(simulation_view(self)) + picture_html(self)
