@@ -78,7 +78,9 @@ class TimelineRecorder:
             host,
             ledger.pinned_bytes,
         )
-        self._stretch(ledger.phase).add(seen, (allocator.allocated_bytes, allocator.reserved_bytes, host))
+        # As the ledger has it: a phase's peak is made by what it takes, not by what it finds there and gives back.
+        allocated = allocator.allocated_bytes if size > 0 else 0
+        self._stretch(ledger.phase).add(seen, (allocated, allocator.reserved_bytes, host))
 
     def _stretch(self, phase: SimulatedPhaseName) -> _Stretch:
         """The one that goes on, or a new one."""
