@@ -123,6 +123,13 @@ class TestWhatIsShown:
         assert sum(len(group.seconds) for group in picture.groups) == len(plan.candidates)
         assert [len(group.seconds) for group in picture.groups if group.name == "chosen"] == [1]
 
+    def test_without_an_accelerator_ram_is_what_is_shown(self, plan: Plan) -> None:
+        vramless = replace(plan.machine, budget=replace(plan.machine.budget, vram_bytes=None), accelerator=None)
+        picture = candidates_picture(replace(plan, machine=vramless))
+        chosen = next(group for group in picture.groups if group.name == "chosen")
+        assert (picture.memory, picture.budget) == ("RAM", plan.machine.budget.ram_bytes / GIB)
+        assert chosen.sizes == [plan.projected.ram_bytes / GIB]
+
     def test_nothing_to_draw_is_said(self, simulation: Simulation, plan: Plan) -> None:
         with pytest.raises(VramplanError, match="timeline=True"):
             memory_picture(replace(simulation, timeline=None))

@@ -27,11 +27,12 @@ class Dots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidatesPicture:
-    """Time against peak. `budget` in GiB is None where there is no accelerator; below it VRAM is enough."""
+    """Time against the peak of `memory`: VRAM, or RAM without an accelerator. Below `budget`, in GiB, it is enough."""
 
     title: str
     groups: Sequence[Dots]
-    budget: float | None
+    memory: str
+    budget: float
     logarithmic: bool
 
 
@@ -39,35 +40,41 @@ def candidates_picture(plan: Plan) -> CandidatesPicture:
     """The picture of a plan's candidates. Raises VramplanError for a plan without any."""
     if not plan.candidates:
         raise VramplanError("this plan lists no candidates to draw: make it again with vramplan plan")
-    budget = plan.machine.budget.vram_bytes
+    memory = "RAM" if plan.machine.budget.vram_bytes is None else "VRAM"
+    budget = plan.machine.budget.vram_bytes or plan.machine.budget.ram_bytes
     chosen = [item for item in plan.candidates if item.verdict == "chosen"]
     fits = [item for item in plan.candidates if item.verdict == "fits"]
     rejected = [item for item in plan.candidates if item.verdict == "rejected"]
-    too_large = [item for item in rejected if budget is not None and item.projected.vram_reserved_bytes > budget]
+    too_large = [item for item in rejected if _size(item, memory) > budget]
     others = [item for item in rejected if item not in too_large]
     groups = (
-        _dots("fits", FITS, "o", fits),
-        _dots("too much VRAM", TOO_LARGE, "x", too_large),
-        _dots("rejected otherwise", NEUTRAL, "+", others),
-        _dots("chosen", CHOSEN, "*", chosen),
+        _dots("fits", FITS, "o", fits, memory),
+        _dots(f"too much {memory}", TOO_LARGE, "x", too_large, memory),
+        _dots("rejected otherwise", NEUTRAL, "+", others, memory),
+        _dots("chosen", CHOSEN, "*", chosen, memory),
     )
     seconds = [item.projected.seconds_per_call for item in plan.candidates]
     card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
     return CandidatesPicture(
         title=f"{len(plan.candidates)} candidates for {plan.model.class_name} on {card}",
         groups=[group for group in groups if group.seconds],
-        budget=None if budget is None else budget / GIB,
+        memory=memory,
+        budget=budget / GIB,
         logarithmic=min(seconds) > 0 and max(seconds) > 5 * min(seconds),
     )
 
 
-def _dots(name: str, colour: str, symbol: str, found: Sequence[Considered]) -> Dots:
+def _dots(name: str, colour: str, symbol: str, found: Sequence[Considered], memory: str) -> Dots:
     return Dots(
         name=name,
         colour=colour,
         symbol=symbol,
         seconds=[item.projected.seconds_per_call for item in found],
-        sizes=[item.projected.vram_reserved_bytes / GIB for item in found],
+        sizes=[_size(item, memory) / GIB for item in found],
         settings=[settings_text(item.settings) for item in found],
         reasons=[item.reason for item in found],
     )
+
+
+def _size(item: Considered, memory: str) -> int:
+    return item.projected.ram_bytes if memory == "RAM" else item.projected.vram_reserved_bytes

@@ -91,9 +91,8 @@ def draw_candidates(picture: CandidatesPicture) -> Any:
 
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes: Any = figure.subplots()
-    if picture.budget is not None:
-        axes.axhspan(0, picture.budget, color=CHOSEN, alpha=0.08, linewidth=0, label="VRAM is enough")
-        axes.axhline(picture.budget, color=LIMIT, linestyle="--", label=f"budget: {picture.budget:.2f} GiB")
+    axes.axhspan(0, picture.budget, color=CHOSEN, alpha=0.08, linewidth=0, label=f"{picture.memory} is enough")
+    axes.axhline(picture.budget, color=LIMIT, linestyle="--", label=f"budget: {picture.budget:.2f} GiB")
     for group in picture.groups:
         axes.scatter(
             group.seconds, group.sizes, c=group.colour, marker=group.symbol, s=_SYMBOL_AREAS[group.symbol],
@@ -107,7 +106,7 @@ def draw_candidates(picture: CandidatesPicture) -> Any:
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0)
     axes.set_xlabel("seconds a call, projected")
-    axes.set_ylabel("VRAM reserved, GiB, projected")
+    axes.set_ylabel(f"{picture.memory} at the peak, GiB, projected")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=NEUTRAL, alpha=0.25)
     named = next((group for group in picture.groups if group.name == "chosen"), None)

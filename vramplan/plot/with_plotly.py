@@ -110,9 +110,8 @@ def candidates_page(picture: CandidatesPicture) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    if picture.budget is not None:
-        figure.add_hrect(y0=0, y1=picture.budget, fillcolor=CHOSEN, opacity=0.1, line_width=0, layer="below")
-        _budget_line(figure, picture.budget)
+    figure.add_hrect(y0=0, y1=picture.budget, fillcolor=CHOSEN, opacity=0.1, line_width=0, layer="below")
+    _budget_line(figure, picture.budget)
     for group in picture.groups:
         figure.add_scatter(
             x=group.seconds, y=group.sizes, mode="markers", name=f"{group.name} ({len(group.seconds)})",
@@ -123,7 +122,7 @@ def candidates_page(picture: CandidatesPicture) -> str:
             text=_hovers(group), hovertemplate="%{y:.2f} GiB, %{x:.3g} s a call<br>%{text}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title="seconds a call, projected", type="log" if picture.logarithmic else "linear")
-    figure.update_yaxes(title="VRAM reserved, GiB, projected", rangemode="tozero")
+    figure.update_yaxes(title=f"{picture.memory} at the peak, GiB, projected", rangemode="tozero")
     chosen = next((group.settings[0] for group in picture.groups if group.name == "chosen"), None)
     return _page(figure, picture.title, f"Chosen: {chosen}" if chosen else "")
 
