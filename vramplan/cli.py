@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.exceptions import NoArgsIsHelpError
@@ -26,9 +26,14 @@ from vramplan.options import (
     json_option,
     load_options,
     machine_options,
+    plot_option,
     set_option,
     workload_options,
 )
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
@@ -123,7 +128,7 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     """
     from vramplan.machine import choose_machine, known_budget, measure_here
     from vramplan.report import to_yaml
-    from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_text
+    from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_view
 
     hardware, accelerator = choose_machine(machine["device"])
     if measure:
@@ -139,8 +144,10 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     content = hardware_dict(hardware, budget)
     if output:
         _write(output, to_yaml(content) + "\n")
-    show = hardware_markdown if form == "markdown" else hardware_text
-    _print(content, lambda: show(hardware, budget), form, as_json=as_json)
+    if form == "markdown":
+        click.echo(hardware_markdown(hardware, budget))
+    else:
+        _print(content, lambda: hardware_view(hardware, budget), form, as_json=as_json)
     if full is not None:
         raise full
 
@@ -163,6 +170,7 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
     """
     from vramplan.planfile import dump_plan, plan_to_dict
     from vramplan.planning import plan as make_plan
+    from vramplan.report import plan_view
 
     form, as_json = given.pop("form"), given.pop("as_json")
     made = make_plan(model, settings=_fixed(fixed), **given)
@@ -170,7 +178,7 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
         _write(output, dump_plan(made))
         if not obj["quiet"]:
             click.echo(f"wrote {output}", err=True)
-    _print(plan_to_dict(made), lambda: str(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip())
+    _print(plan_to_dict(made), lambda: plan_view(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip())
 
 
 @main.command()
@@ -202,16 +210,23 @@ def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: 
 
 @main.command()
 @click.argument("plan_file", type=click.Path())
+@plot_option
 @format_options
-def explain(plan_file: str, form: str, as_json: bool) -> None:
+@_pass_told
+def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
     """List every candidate of a plan: it fits, or is short by how much and where."""
     from vramplan.planfile import load_plan, plan_to_dict
-    from vramplan.report import explain_text
+    from vramplan.plot.save import check_picture
+    from vramplan.report import explain_view
 
+    if plot:
+        check_picture(plot)
     loaded = load_plan(plan_file)
+    if plot:
+        _draw(plot, loaded, quiet=obj["quiet"])
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
-    _print(shown, lambda: explain_text(loaded), form, as_json=as_json)
+    _print(shown, lambda: explain_view(loaded), form, as_json=as_json)
 
 
 @main.command()
@@ -252,22 +267,31 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 @workload_options
 @load_options
 @set_option
+@plot_option
 @format_options
-def simulate(model: str, form: str, as_json: bool, **given: Any) -> None:
+@_pass_told
+def simulate(
+    obj: Mapping[str, bool], /, *, model: str, plot: str | None, form: str, as_json: bool, **given: Any
+) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
-    from vramplan.report import simulation_dict, simulation_text
+    from vramplan.plot.save import check_picture
+    from vramplan.report import simulation_dict, simulation_view
     from vramplan.simulating import simulate_model, simulate_plan
 
+    if plot:
+        check_picture(plot)
     given["settings"] = _fixed(given.pop("fixed"))
     if Path(model).is_file():
         _refuse_beside_plan(given)
-        result = simulate_plan(model)
+        result = simulate_plan(model, timeline=bool(plot))
     else:
-        result = simulate_model(model, **given)
-    _print(simulation_dict(result), lambda: simulation_text(result), form, as_json=as_json)
+        result = simulate_model(model, timeline=bool(plot), **given)
+    if plot:
+        _draw(plot, result, quiet=obj["quiet"])
+    _print(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
 
@@ -368,7 +392,7 @@ def _fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:
 
 def _print(
     content: Any,
-    human: Callable[[], str],
+    human: Callable[[], RenderableType],
     form: str,
     *,
     as_json: bool = False,
@@ -381,7 +405,17 @@ def _print(
     elif form == "yaml":
         click.echo(yaml() if yaml else to_yaml(content))
     else:
-        click.echo(human())
+        from vramplan.terminal import show
+
+        show(human())
+
+
+def _draw(path: str, shown: Any, *, quiet: bool) -> None:
+    from vramplan.plot.save import save_picture
+
+    save_picture(path, shown)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)
 
 
 def _write(path: str, text: str) -> None:

@@ -10,6 +10,15 @@ from vramplan.errors import VramplanError
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write the whole file in UTF-8 or nothing, as `write_bytes` does."""
+    try:
+        content = text.encode()
+    except UnicodeError as error:
+        raise VramplanError(f"{path}: cannot be written ({error})") from error
+    write_bytes(path, content)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write the whole file or nothing: to a temporary name in the same folder, then renamed.
 
     Raises:
@@ -18,14 +27,12 @@ def write_text(path: str | Path, text: str) -> None:
     target = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise VramplanError(f"{path}: cannot be written ({reason})") from error
     finally:

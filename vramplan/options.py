@@ -64,6 +64,9 @@ choice_options = together(
     click.option("--allow", type=click.Choice(("lossless", "near_lossless", "lossy")), help=_ALLOW),
     click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True),
 )
+plot_option = click.option(
+    "--plot", cls=Option, type=click.Path(dir_okay=False), help="Draw it too: a name in .svg, .png or .html."
+)
 set_option = click.option(
     "--set", "fixed", cls=Option, multiple=True, metavar="AXIS[.COMPONENT]=SETTING", help="Fix a choice by hand."
 )

@@ -160,9 +160,11 @@ class Plan:
         return plan_text(self)
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from vramplan.plot.save import picture_html
+        from vramplan.report import plan_view
+        from vramplan.terminal import as_html
 
-        return f"<pre>{escape(str(self))}</pre>"
+        return as_html(plan_view(self)) + picture_html(self)
 
 
 def load_options(plan: Plan) -> dict[str, Any]:

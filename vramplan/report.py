@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from io import StringIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from vramplan.calibration.records import ProbeRecord
     from vramplan.planfile import Plan, Settings
     from vramplan.simulator.types import Simulation
@@ -32,6 +33,7 @@ _NUMERIC = (
     "a call",
     "least VRAM",
 )
+_VERDICT_STYLES = {"chosen": "bold green", "fits": "green", "rejected": "red"}
 
 
 def to_json(value: Any) -> str:
@@ -60,8 +62,17 @@ def _profile_line(name: str, own: Mapping[str, Sequence[str]]) -> str:
 
 
 def plan_text(plan: Plan) -> str:
+    """The plan for a person, as plain text."""
+    from vramplan.terminal import as_text
+
+    return as_text(plan_view(plan))
+
+
+def plan_view(plan: Plan) -> RenderableType:
     """The plan for a person: what was chosen, how near the limit, how fast, and why not the faster one."""
+    from vramplan.bars import plan_bar
     from vramplan.planner.demand import fits_sentence
+    from vramplan.terminal import hang, stacked, table
 
     card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
     rows = [
@@ -75,10 +86,22 @@ def plan_text(plan: Plan) -> str:
         ("quality", plan.quality.replace("_", " ")),
         ("why", plan.reason),
     ]
-    lines = [f"{name:<9} {text}" for name, text in rows]
-    lines += ["", table_text(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan))]
-    lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join(lines)
+    bar = plan_bar(plan)
+    return stacked(
+        [
+            *(hang(f"{name:<9} {text}", 10) for name, text in rows),
+            *(("", bar) if bar else ()),
+            "",
+            table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan), _NUMERIC),
+            *_notes(plan.notes),
+        ]
+    )
+
+
+def _notes(notes: Sequence[str]) -> Iterator[RenderableType]:
+    from vramplan.terminal import hang
+
+    return (hang(f"note: {note}", 6, "yellow") for note in notes)
 
 
 def workload_text(work: Workload) -> str:
@@ -139,31 +162,54 @@ def settings_text(settings: Settings) -> str:
 
 
 def explain_text(plan: Plan) -> str:
+    """Every candidate, as plain text."""
+    from vramplan.terminal import as_text
+
+    return as_text(explain_view(plan))
+
+
+def explain_view(plan: Plan) -> RenderableType:
     """Every candidate in three lines: verdict, memory, time and what limits it; the settings; the reason."""
-    lines = [
+    from rich.text import Text
+
+    from vramplan.terminal import hang, stacked
+
+    lines: list[RenderableType] = [
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
         "",
-        f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>9} {'call':>9}  limited by",
+        Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>9} {'call':>9}  limited by", "bold"),
     ]
     for item in plan.candidates:
         price = item.projected
         sizes = f"{format_bytes(price.vram_reserved_bytes):>10} {format_bytes(price.ram_bytes):>10}"
         times = f"{format_seconds(price.seconds_per_step):>9} {format_seconds(price.seconds_per_call):>9}"
-        lines.append(f"{item.verdict:8} {sizes} {times}  {price.bottleneck}")
-        lines += [f"{'':8} {settings_text(item.settings)}", f"{'':8} {item.reason}"]
+        lines.append(hang(f"{item.verdict:8} {sizes} {times}  {price.bottleneck}", 9, _VERDICT_STYLES[item.verdict]))
+        lines += [hang(f"{'':8} {text}", 9) for text in (settings_text(item.settings), item.reason)]
     if plan.refused:
         lines += ["", "not possible here"]
-        lines += [f"  {item.setting} on {item.component}: {item.reason}" for item in plan.refused]
-    return "\n".join(lines)
+        lines += [hang(f"  {item.setting} on {item.component}: {item.reason}", 2) for item in plan.refused]
+    return stacked(lines)
 
 
 def simulation_dict(simulation: Simulation) -> dict[str, Any]:
     """A simulation as the object `simulate --json` prints."""
-    return {"schema_version": SIMULATE_SCHEMA_VERSION, **asdict(simulation)}
+    content = asdict(replace(simulation, timeline=None))
+    content.pop("timeline")  # a picture's, of no use as text
+    return {"schema_version": SIMULATE_SCHEMA_VERSION, **content}
 
 
 def simulation_text(simulation: Simulation) -> str:
+    """A simulation for a person, as plain text."""
+    from vramplan.terminal import as_text
+
+    return as_text(simulation_view(simulation))
+
+
+def simulation_view(simulation: Simulation) -> RenderableType:
     """A simulation for a person: whether it fits, the peaks, and what made them."""
+    from vramplan.bars import simulation_bar
+    from vramplan.terminal import hang, stacked, table
+
     limit = "" if simulation.capacity_bytes is None else f" of {format_bytes(simulation.capacity_bytes)}"
     verdict = {None: "no limit was set", True: "fits", False: "does not fit"}[simulation.fits]
     lines = [
@@ -174,7 +220,6 @@ def simulation_text(simulation: Simulation) -> str:
         f"moved     {format_bytes(simulation.to_device_bytes)} to the device, "
         f"{format_bytes(simulation.to_host_bytes)} back, in {simulation.steps} steps",
         f"simulated {simulation.operations} operations in {simulation.wall_seconds:.1f} s",
-        "",
     ]
     rows = [
         (
@@ -187,9 +232,17 @@ def simulation_text(simulation: Simulation) -> str:
         )
         for phase in simulation.phases
     ]
-    lines.append(table_text(("phase", "peak", "weights", "activations", "workspace", "made by"), rows))
-    lines += [f"note: {note}" for note in simulation.notes]
-    return "\n".join(lines)
+    header = ("phase", "peak", "weights", "activations", "workspace", "made by")
+    return stacked(
+        [
+            *(hang(line, 10) for line in lines),
+            "",
+            simulation_bar(simulation),
+            "",
+            table(header, rows, _NUMERIC),
+            *_notes(simulation.notes),
+        ]
+    )
 
 
 def probe_dict(record: ProbeRecord) -> dict[str, Any]:
@@ -217,6 +270,7 @@ def probe_text(record: ProbeRecord) -> str:
 
 def measured_text(plan: Plan, measured: Measured) -> str:
     """Projected against measured, side by side."""
+
     demand = plan.projected
     rows = [
         _versus("VRAM allocated", demand.vram_allocated_bytes, measured.vram_allocated_bytes),
@@ -238,23 +292,7 @@ def _versus(name: str, projected: int, measured: int | None) -> tuple[str, str, 
 
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain table as wide as the terminal, its last column wrapped; no colours where none are wanted."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    """A plain table as text."""
+    from vramplan.terminal import as_text, table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in header:
-        numeric = name in _NUMERIC
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
-    for row in rows:
-        table.add_row(*row)
-    out = StringIO()
-    Console(file=out, width=_width(), color_system=None, markup=False, highlight=False, emoji=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip("\n").split("\n"))
-
-
-def _width() -> int:
-    import shutil
-
-    return max(60, min(140, shutil.get_terminal_size((100, 24)).columns))
+    return as_text(table(header, list(rows), _NUMERIC))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host, Measurement
 from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 DETECT_SCHEMA_VERSION = 1
 _INDENT = " " * 14
@@ -23,21 +26,34 @@ def hardware_dict(hardware: Hardware, budget: Budget | None) -> dict[str, Any]:
 
 
 def hardware_text(hardware: Hardware, budget: Budget | None) -> str:
+    """The machine for a person, as plain text."""
+    from vramplan.terminal import as_text
+
+    return as_text(hardware_view(hardware, budget))
+
+
+def hardware_view(hardware: Hardware, budget: Budget | None) -> RenderableType:
     """The machine for a person: each memory, what is taken off it and why, and what is left to use."""
+    from vramplan.bars import budget_bar
+    from vramplan.terminal import hang, stacked
+
     lines = []
     for accelerator in hardware.accelerators:
         lines.append(_accelerator_line(accelerator))
         lines += [f"{_INDENT}{fact}" for fact in _facts(accelerator)]
     if not hardware.accelerators:
         lines.append("accelerator   none found: plans are for the CPU")
-    lines += _host_lines(hardware.host)
+    views = [hang(line, len(_INDENT)) for line in (*lines, *_host_lines(hardware.host))]
     if budget is not None:
-        lines += ["", "may be used"]
+        views += ["", "may be used"]
         if budget.vram_bytes is not None:
-            lines += _budget_lines("VRAM", budget.vram_bytes, [d for d in budget.deductions if d.memory == "vram"])
-        lines += _budget_lines("RAM", budget.ram_bytes, [d for d in budget.deductions if d.memory == "ram"])
-    lines += [f"note: {note}" for note in hardware.notes]
-    return "\n".join(lines)
+            vram = [item for item in budget.deductions if item.memory == "vram"]
+            views += [hang(line, 8) for line in _budget_lines("VRAM", budget.vram_bytes, vram)]
+        ram = [item for item in budget.deductions if item.memory == "ram"]
+        views += [hang(line, 8) for line in _budget_lines("RAM", budget.ram_bytes, ram)]
+        views += ["", budget_bar(budget)] if budget.vram_bytes is not None else []
+    views += [hang(f"note: {note}", 6, "yellow") for note in hardware.notes]
+    return stacked(views)
 
 
 def hardware_markdown(hardware: Hardware, budget: Budget | None) -> str:

@@ -31,13 +31,14 @@ def simulate(
     dtype: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    timeline: bool = False,
 ) -> Simulation:
     """Run the whole call of `model` with the plan's settings on the simulated device.
 
     `model` is a live pipeline (only read), a folder, a repository of the hub or a bundled profile's name. Without
     a plan everything is resident; without a workload the plan's, or the pipeline's own, is taken.
     `capacity_bytes` limits the device; nothing does when it is left out. `dtype`, `variant` and `revision` are those to
-    load, for a model that is not loaded yet.
+    load, for a model that is not loaded yet. With `timeline` the memory over the call is kept, for a picture of it.
 
     Raises:
         SimulationError: the call needs something a hollow pipeline cannot give; the message names where.
@@ -55,10 +56,10 @@ def simulate(
         accelerator = plan.machine.accelerator
         placed, decodes = parse_settings(plan, spec, accelerator)
     source = Source(model, spec)
-    return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes)
+    return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes, timeline=timeline)
 
 
-def simulate_plan(path: str | Path) -> Simulation:
+def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:
     """A plan file's pipeline under its own settings, within its own budget.
 
     Raises:
@@ -72,6 +73,7 @@ def simulate_plan(path: str | Path) -> Simulation:
         plan.model.source.removeprefix("profile:"),
         plan,
         capacity_bytes=plan.machine.budget.vram_bytes,
+        timeline=timeline,
         **load_options(plan),
     )
 
@@ -84,6 +86,7 @@ def simulate_model(
     ram: str | None = None,
     margin: str | None = None,
     settings: Mapping[str, str | Sequence[str]] | None = None,
+    timeline: bool = False,
     **options: Any,
 ) -> Simulation:
     """A model within a machine's memory, under the plan that would be made for it.
@@ -95,7 +98,8 @@ def simulate_model(
     stored: dict[str, Any] = {name: options.get(name) for name in ("dtype", "variant", "revision")}
     roomy = _with_room(hardware, accelerator)
     if accelerator is None:
-        return simulate(model, make_plan(model, device=roomy, settings=settings, simulate=False, **options), **stored)
+        made = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
+        return simulate(model, made, timeline=timeline, **stored)
     budget = known_budget(hardware, accelerator, {"vram": vram, "ram": ram, "margin": margin})
     try:
         if settings:

@@ -203,6 +203,12 @@ class Hardware:
     host: Host
     notes: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        from vramplan.report_machine import hardware_view
+        from vramplan.terminal import as_html
+
+        return as_html(hardware_view(self, None))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deduction:

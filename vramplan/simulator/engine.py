@@ -34,13 +34,18 @@ class Engine:
     # ---- making tensors
 
     def new(
-        self, shape: torch.Tensor, label: torch.device, kind: Kind = "activation", value: torch.Tensor | None = None
+        self,
+        shape: torch.Tensor,
+        label: torch.device,
+        kind: Kind = "activation",
+        value: torch.Tensor | None = None,
+        owner: str = "",
     ) -> SimTensor:
         """A tensor of its own memory, with the shape of a meta tensor."""
         size = shape.untyped_storage().nbytes()
         if value is not None and value.numel() > VALUE_LIMIT:
             value = None
-        return make(self, shape, label, Block(self.ledger, size, _place(label), kind), value)
+        return make(self, shape, label, Block(self.ledger, size, _place(label), kind, owner), value)
 
     def from_real(self, tensor: torch.Tensor, label: torch.device, kind: Kind = "activation") -> SimTensor:
         """A real CPU tensor on a simulated device, with its value while it is small."""
@@ -74,7 +79,8 @@ class Engine:
         with torch._C.DisableTorchFunctionSubclass():
             shape = torch.empty_like(tensor.meta, dtype=kind_of, memory_format=memory_format or torch.preserve_format)
         value = tensor.value
-        made = self.new(shape, target, tensor.block.kind, None if value is None else value.to(kind_of, copy=True))
+        value = None if value is None else value.to(kind_of, copy=True)
+        made = self.new(shape, target, tensor.block.kind, value, tensor.block.owner)
         self._count_move(here, target, made)
         if target == here and target.type == "cuda":
             self.ledger.count_kernel(traffic_bytes=_traffic((tensor,), made))
@@ -92,7 +98,7 @@ class Engine:
 
         shape = torch.empty_like(tensor.meta)
         size = power_of_two(shape.untyped_storage().nbytes())
-        block = Block(self.ledger, size, "pinned", tensor.block.kind)
+        block = Block(self.ledger, size, "pinned", tensor.block.kind, tensor.block.owner)
         return make(self, shape, CPU, block, tensor.value)
 
     # ---- running operations

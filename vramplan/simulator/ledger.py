@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,21 +17,28 @@ from vramplan.simulator.allocator import CachingAllocator, Chunk, DeviceFullErro
 from vramplan.simulator.types import SimulatedPhaseName
 from vramplan.units import format_bytes
 
+if TYPE_CHECKING:
+    from vramplan.simulator.timeline import TimelineRecorder
+
 Kind = Literal["weights", "activation", "workspace"]
 Place = Literal["device", "host", "pinned", "nowhere"]
 KINDS: tuple[Kind, ...] = ("weights", "activation", "workspace")
 
 
 class Block:
-    """Memory that one or more tensors share. Freed when the last of them goes."""
+    """Memory that one or more tensors share. Freed when the last of them goes.
 
-    __slots__ = ("__weakref__", "chunk", "kind", "known", "ledger", "place", "size")
+    `owner` is the component that it belongs to, the one that runs where none is told.
+    """
 
-    def __init__(self, ledger: Ledger, size: int, place: Place, kind: Kind) -> None:
+    __slots__ = ("__weakref__", "chunk", "kind", "known", "ledger", "owner", "place", "size")
+
+    def __init__(self, ledger: Ledger, size: int, place: Place, kind: Kind, owner: str = "") -> None:
         self.ledger = ledger
         self.size = size
         self.place = place
         self.kind = kind
+        self.owner = owner or ledger.component
         self.known = True  # whether the values of tensors in it can still be believed
         self.chunk: Chunk | None = None
         ledger.take(self)
@@ -122,8 +129,9 @@ class Recorder:
 class Ledger:
     """The books of one simulation. `where` is kept up to date by whoever runs it."""
 
-    def __init__(self, allocator: CachingAllocator) -> None:
+    def __init__(self, allocator: CachingAllocator, timeline: TimelineRecorder | None = None) -> None:
         self.allocator = allocator
+        self.timeline = timeline
         self.on_device: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.host_bytes = 0
         self.pinned_bytes = 0
@@ -180,6 +188,8 @@ class Ledger:
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
         for recorder in self.recorders:
             recorder.took(block, self.module, self.operation)
+        if self.timeline is not None:
+            self.timeline.note(self, block, block.chunk.size if block.chunk is not None else 0)
 
     def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
         self.short_bytes = max(1, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
@@ -193,8 +203,10 @@ class Ledger:
 
     def give(self, block: Block) -> None:
         """Take a block out of the books."""
+        size = 0
         if block.place == "device" and block.chunk is not None:
-            self.on_device[block.kind] -= block.chunk.size
+            size = block.chunk.size  # free neighbours are merged into it afterwards
+            self.on_device[block.kind] -= size
             self.allocator.free(block.chunk)
         elif block.place == "host":
             self.host_bytes -= block.size
@@ -202,6 +214,8 @@ class Ledger:
             self.pinned_bytes -= block.size
         for recorder in self.recorders:
             recorder.gave(block)
+        if self.timeline is not None:
+            self.timeline.note(self, block, -size)
 
     def transient(self, size: int, kind: Kind) -> None:
         """Allocate and free at once: what a kernel uses while it runs."""

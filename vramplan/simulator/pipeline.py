@@ -37,7 +37,11 @@ class Parts:
 
     def assemble(self, engine: Engine) -> Any:
         """The pipeline with hollow copies of its modules. Parts themselves stay as they are."""
-        made = {name: hollow(module, engine) for name, module in self.modules.items()}
+        made: dict[str, Any] = {}
+        for name, module in self.modules.items():
+            engine.ledger.component = name  # whose weights these are
+            made[name] = hollow(module, engine)
+        engine.ledger.component = ""
         made |= {name: copy.deepcopy(part) for name, part in self.others.items()}
         takes = inspect.signature(self.cls.__init__).parameters  # type: ignore[misc]
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):

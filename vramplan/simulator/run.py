@@ -25,6 +25,7 @@ from vramplan.simulator.memo import Memo
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.pipeline import Parts
+from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
@@ -64,12 +65,13 @@ def run_simulation(
     expandable: bool = False,
     kernels: Kernels | None = None,
     memo: Memo | None = None,
+    timeline: bool = False,
 ) -> Simulation:
     """Build the pipeline hollow, let `place` put its strategy on it, and make one call of the workload.
 
     With `first` those components encode the prompt before all that, and are dropped. Running out of a given capacity
     is an answer, not an error. `expandable` is the allocator's setting of that name; `memo` is what other simulations
-    of these parts with these kernels have recorded.
+    of these parts with these kernels have recorded. `timeline` asks for the memory over the call.
 
     Raises:
         SimulationError: the pipeline needs something that a hollow one cannot give.
@@ -80,7 +82,8 @@ def run_simulation(
 
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
-    return simulated_stages(parts, stages, allocator, kernels or Kernels(), memo or Memo())
+    recorder = TimelineRecorder() if timeline else None
+    return simulated_stages(parts, stages, Ledger(allocator, recorder), kernels or Kernels(), memo or Memo())
 
 
 def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[Step, Step]]:
@@ -199,15 +202,14 @@ def simulated_call(
     Raises:
         SimulationError: the call needs something that a hollow pipeline cannot give.
     """
-    return simulated_stages(parts, [(place, call)], allocator, kernels, memo or Memo())
+    return simulated_stages(parts, [(place, call)], Ledger(allocator), kernels, memo or Memo())
 
 
 def simulated_stages(
-    parts: Parts, stages: Sequence[tuple[Step, Step]], allocator: CachingAllocator, kernels: Kernels, memo: Memo
+    parts: Parts, stages: Sequence[tuple[Step, Step]], ledger: Ledger, kernels: Kernels, memo: Memo
 ) -> Simulation:
     """The same for a call in stages, each placed before it is made."""
     start = time.perf_counter()
-    ledger = Ledger(allocator)
     engine = Engine(ledger, kernels)
     stopped: str | None = None
     decoded: list[DecodedLatents] = []
@@ -302,6 +304,7 @@ def _result(
             SimulatedModule(name=name, flops=cost.flops, traffic_bytes=cost.traffic_bytes, launches=cost.launches)
             for name, cost in ledger.module_costs.items()
         ),
+        timeline=ledger.timeline.timeline() if ledger.timeline is not None else None,
     )
 
 

@@ -117,8 +117,12 @@ class Source:
         *,
         accelerator: Accelerator | None,
         capacity_bytes: int | None = None,
+        timeline: bool = False,
     ) -> Simulation:
-        """One simulation, from the cache where it was made before. Nothing placed means everything resident."""
+        """One simulation, from the cache where it was made before. Nothing placed means everything resident.
+
+        With `timeline` the memory over the call is in it too.
+        """
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import First, run_simulation
 
@@ -136,6 +140,8 @@ class Source:
             "expandable": expandable_segments(),
             "kernels": kernels,
         }
+        if timeline:
+            key["timeline"] = True
 
         def make() -> Simulation:
             return run_simulation(
@@ -149,6 +155,7 @@ class Source:
                 expandable=expandable_segments(),
                 kernels=Kernels(**kernels),
                 memo=self._memo(kernels),
+                timeline=timeline,
             )
 
         return cached(key, make)

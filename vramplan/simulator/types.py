@@ -72,12 +72,52 @@ class DecodedLatents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """The memory after one block was taken or given back: the `tick`th of the call.
+
+    Bytes on the device: weights by component, as `Timeline.components` names them, what is computed, and workspace;
+    `reserved_bytes` is what the allocator holds for all of it. `host_bytes` in RAM, of which `pinned_bytes` are
+    page-locked.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    tick: int
+    phase: SimulatedPhaseName
+    component: str
+    module: str
+    operation: str
+    weights_bytes: tuple[int, ...]
+    activation_bytes: int
+    workspace_bytes: int
+    reserved_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+
+    @property
+    def allocated_bytes(self) -> int:
+        """All that is allocated on the device."""
+        return sum(self.weights_bytes) + self.activation_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The memory over a call of `ticks` blocks taken and given back: some moments of it, every peak among them."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    components: tuple[str, ...]
+    ticks: int
+    moments: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """What a call of a pipeline takes on the simulated device.
 
     `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
     memory, `short_bytes` by how much at least. `to_device_bytes` and `to_host_bytes` crossed the link. `notes`
-    tells what had to be assumed. `modules` are in the order they first ran.
+    tells what had to be assumed. `modules` are in the order they first ran. `timeline` is there where it was asked for.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -100,7 +140,15 @@ class Simulation:
     wall_seconds: float
     notes: tuple[str, ...]
     modules: tuple[SimulatedModule, ...] = ()
+    timeline: Timeline | None = None
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None where it did not run there."""
         return next((item for item in self.uses if (item.phase, item.component) == (phase, component)), None)
+
+    def _repr_html_(self) -> str:
+        from vramplan.plot.save import picture_html
+        from vramplan.report import simulation_view
+        from vramplan.terminal import as_html
+
+        return as_html(simulation_view(self)) + picture_html(self)

@@ -1,0 +1,135 @@
+"""What people see: each view at 80 and 120 columns, with and without colours and Unicode.
+
+`VRAMPLAN_SNAPSHOTS=write` writes tests/snapshots anew; look at the difference before it is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+from rich.text import Text
+
+from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
+from vramplan.planfile import Plan, load_plan
+from vramplan.report import explain_view, measured_text, plan_view, simulation_view
+from vramplan.report_machine import hardware_view
+from vramplan.simulator.types import Simulation
+from vramplan.terminal import _AsciiText, _console, as_html, as_text, show
+from vramplan.units import GIB, MIB
+from vramplan.verify import Measured
+
+FOLDER = Path(__file__).parent / "snapshots"
+PLAN = load_plan(FOLDER / "plan.yaml")
+SIMULATION = TypeAdapter(Simulation).validate_json((FOLDER / "simulation.json").read_bytes(), strict=True)
+CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=7 * GIB, driver="1.2.3")
+HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB, limit_bytes=16 * GIB, limit_source="cgroup")
+BUDGET = Budget(
+    vram_bytes=6 * GIB,
+    ram_bytes=15 * GIB,
+    deductions=(
+        Deduction(
+            memory="vram", name="driver context", size_bytes=512 * MIB, reason="what a process takes when it first asks"
+        ),
+        Deduction(memory="vram", name="margin", size_bytes=512 * MIB, reason="kept free on purpose"),
+        Deduction(memory="ram", name="reserve", size_bytes=GIB, reason="kept free for the system and this program"),
+    ),
+)
+VIEWS = {
+    "plan": plan_view(PLAN),
+    "explain": explain_view(PLAN),
+    "simulate": simulation_view(SIMULATION),
+    "detect": hardware_view(Hardware(accelerators=(CARD,), host=HOST, notes=("a note",)), BUDGET),
+}
+LOOKS = {"colour": (StringIO, "truecolor"), "plain": (StringIO, None), "ascii": (_AsciiText, None)}
+
+
+def shown(name: str, columns: int, look: str) -> str:
+    made, colours = LOOKS[look]
+    out = made()
+    _console(out, columns, color_system=colours, force_terminal=True).print(VIEWS[name])
+    return out.getvalue()
+
+
+def is_kept(name: str, text: str) -> bool:
+    path = FOLDER / f"{name}.txt"
+    if os.environ.get("VRAMPLAN_SNAPSHOTS") == "write":
+        path.write_text(text, encoding="utf-8", newline="\n")
+    return path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_is_as_it_was_looked_at(name: str, columns: int, look: str) -> None:
+    text = shown(name, columns, look)
+    assert is_kept(f"{name}-{columns}-{look}", text)
+    assert max(len(line.rstrip()) for line in Text.from_ansi(text).plain.split("\n")) <= columns
+    assert ("\x1b[" in text) == (look == "colour")
+    assert text.isascii() or look != "ascii"
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_wider_terminal_is_used(name: str) -> None:
+    widest = [max(len(line.rstrip()) for line in shown(name, columns, "plain").split("\n")) for columns in (80, 120)]
+    assert widest[1] > widest[0]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_what_apply_prints_is_as_it_was_looked_at(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    took = Measured(seconds=70.0, vram_allocated_bytes=9 * GIB, vram_reserved_bytes=10 * GIB, ram_bytes=40 * GIB)
+    assert is_kept(f"apply-{columns}-ascii", measured_text(PLAN, took) + "\n")
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_through_a_pipe_each_thing_is_one_line_of_plain_ascii(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    text = as_text(VIEWS[name])
+    assert text.isascii()
+    assert "\x1b" not in text
+    if name == "explain":
+        assert all(f"{'':9}{item.reason}" in text.splitlines() for item in PLAN.candidates)
+
+
+class _Terminal(StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_only_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"TERM": "xterm-256color", "COLUMNS": "80"} | variables).items():
+        monkeypatch.setenv(name, value)
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    show(VIEWS["simulate"])
+    assert ("\x1b[38;" in terminal.getvalue()) == coloured
+    assert "█" in terminal.getvalue()
+
+
+def test_a_bar_has_every_part_and_its_length_is_that_of_the_line() -> None:
+    line = next(line for line in shown("plan", 80, "ascii").split("\n") if line.startswith("VRAM ["))
+    assert len(line.rstrip()) <= 80
+    assert all(mark in line for mark in "#+~:.mcx")
+    most, least = line.count("#"), line.count("m")
+    assert most > 10 * least > 0
+
+
+@pytest.mark.parametrize("shown_value", [PLAN, SIMULATION, Hardware(accelerators=(CARD,), host=HOST)])
+def test_a_notebook_shows_the_same_words(shown_value: Plan | Simulation | Hardware) -> None:
+    html = shown_value._repr_html_()
+    assert html.startswith("<pre")
+    views = {Simulation: "simulate", Hardware: "detect"}
+    words = {Simulation: "kept by torch 1.75 GiB", Hardware: "made-up card"}
+    assert words.get(type(shown_value), "partial_residency") in html
+    assert as_html(VIEWS[views.get(type(shown_value), "plan")]).startswith("<pre")

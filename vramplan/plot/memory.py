@@ -1,0 +1,153 @@
+"""What a picture of the memory over a call shows, whatever draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from vramplan.errors import VramplanError
+from vramplan.plot.colours import ACTIVATIONS, HOST, PINNED, WEIGHTS, WORKSPACE
+from vramplan.simulator.types import Moment, Simulation, Timeline
+from vramplan.units import GIB, format_bytes
+
+# The least share of the width that a phase gets: a decode of few, large blocks would not be seen otherwise.
+_LEAST_WIDTH = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One colour of a stack: its sizes in GiB, one for each place."""
+
+    name: str
+    colour: str
+    sizes: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A phase and where it lies, from 0 to 1."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPicture:
+    """Memory in GiB over places from 0 to 1, in the order of the call; phases are not to scale.
+
+    `running` says what ran at each place. `budget` is None where no limit was set. `peak_name` says what made the
+    peak, at place `peak_at`. It `stopped` where memory ran out.
+    """
+
+    title: str
+    places: Sequence[float]
+    running: Sequence[str]
+    device: Sequence[Layer]
+    reserved: Sequence[float]
+    host: Sequence[Layer]
+    phases: Sequence[Span]
+    budget: float | None
+    stopped: bool
+    peak_at: float
+    peak: float
+    peak_name: str
+
+
+def memory_picture(simulation: Simulation) -> MemoryPicture:
+    """The picture of a simulation. Raises VramplanError where its timeline was not asked for."""
+    timeline = simulation.timeline
+    if timeline is None or not timeline.moments:
+        raise VramplanError("this simulation has no timeline to draw: simulate with timeline=True")
+    spans = _spans(timeline)
+    moments = timeline.moments
+    pinned = [moment.pinned_bytes / GIB for moment in moments]
+    host = [(moment.host_bytes - moment.pinned_bytes) / GIB for moment in moments]
+    highest = max(moments, key=lambda moment: moment.allocated_bytes)
+    places = _places(moments, spans)
+    return MemoryPicture(
+        title=_title(simulation),
+        places=places,
+        running=[_running(moment) for moment in moments],
+        device=_device(timeline),
+        reserved=[moment.reserved_bytes / GIB for moment in moments],
+        host=_seen(
+            Layer(name="page-locked", colour=PINNED, sizes=pinned), Layer(name="other RAM", colour=HOST, sizes=host)
+        ),
+        phases=[span for _, span in spans],
+        budget=None if simulation.capacity_bytes is None else simulation.capacity_bytes / GIB,
+        peak_at=places[moments.index(highest)],
+        peak=highest.allocated_bytes / GIB,
+        peak_name=f"peak {format_bytes(highest.allocated_bytes)} allocated: {_running(highest)}",
+        stopped=simulation.stopped is not None,
+    )
+
+
+def _title(simulation: Simulation) -> str:
+    verdict = {None: "", True: ": fits", False: ": does not fit"}[simulation.fits]
+    limit = "" if simulation.capacity_bytes is None else f" of {format_bytes(simulation.capacity_bytes)}"
+    return f"VRAM of a call, {format_bytes(simulation.peak_reserved_bytes)} reserved{limit}{verdict} (simulated)"
+
+
+def _running(moment: Moment) -> str:
+    return moment.module or moment.component or ("moving weights" if moment.phase == "load" else "the pipeline")
+
+
+def _spans(timeline: Timeline) -> list[tuple[tuple[int, int], Span]]:
+    """Each stretch of one phase: its first and last tick, and where it lies in the picture."""
+    found: list[tuple[str, int, int]] = []
+    for moment in timeline.moments:
+        if found and found[-1][0] == moment.phase:
+            found[-1] = (moment.phase, found[-1][1], moment.tick)
+        else:
+            found.append((moment.phase, moment.tick, moment.tick))
+    widths = [max(_LEAST_WIDTH, (end - start) / timeline.ticks) for _, start, end in found]
+    starts = [sum(widths[:place]) / sum(widths) for place in range(len(widths) + 1)]
+    return [
+        ((first, last), Span(name=name, start=start, end=end))
+        for (name, first, last), start, end in zip(found, starts[:-1], starts[1:], strict=True)
+    ]
+
+
+def _places(moments: Sequence[Moment], spans: Sequence[tuple[tuple[int, int], Span]]) -> list[float]:
+    found = []
+    at = 0
+    for moment in moments:
+        while moment.tick > spans[at][0][1]:
+            at += 1
+        (first, last), span = spans[at]
+        found.append(span.start + (span.end - span.start) * (moment.tick - first) / (last - first + 1))
+    return found
+
+
+def _moved(timeline: Timeline, place: int) -> int:
+    """Bytes of a component's weights that come or go over the call."""
+    sizes = [moment.weights_bytes[place] for moment in timeline.moments]
+    return sum(abs(after - before) for before, after in pairwise(sizes))
+
+
+def _device(timeline: Timeline) -> list[Layer]:
+    moments = timeline.moments
+    # What stays as it is lies at the bottom, and what comes and goes on top.
+    order = sorted(range(len(timeline.components)), key=lambda place: _moved(timeline, place))
+    weights = [
+        Layer(
+            name=f"weights: {timeline.components[place] or 'other'}",
+            colour=WEIGHTS[number % len(WEIGHTS)],
+            sizes=[moment.weights_bytes[place] / GIB for moment in moments],
+        )
+        for number, place in enumerate(order)
+    ]
+    activations = [moment.activation_bytes / GIB for moment in moments]
+    workspace = [moment.workspace_bytes / GIB for moment in moments]
+    return _seen(
+        *weights,
+        Layer(name="activations", colour=ACTIVATIONS, sizes=activations),
+        Layer(name="workspace", colour=WORKSPACE, sizes=workspace),
+    )
+
+
+def _seen(*layers: Layer) -> list[Layer]:
+    """Those that ever hold anything."""
+    return [layer for layer in layers if any(layer.sizes)]
