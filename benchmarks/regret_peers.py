@@ -57,7 +57,6 @@ class Held:
 
     held: Hold
     name = "peer"
-    direct = False
     quality: Quality = "lossless"
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
