@@ -21,6 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Through a pipe nothing is wrapped; xdist tells its workers how wide its own terminal is.
+os.environ.pop("COLUMNS", None)
 # Simulations are kept for the session, never in the cache of whoever runs the tests.
 os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 # Nor does what was measured on this machine play a part, or what tests measure.

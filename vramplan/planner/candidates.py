@@ -30,7 +30,7 @@ Ladder = tuple[Mapping[str, Placement], ...]
 Choices = Sequence[tuple[Component, list[Placement]]]
 
 # Companions of the denoiser weigh on the choice one by one only while there are few of them.
-_MOST_COMPANION_CHOICES = 512
+_MOST_COMPANION_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
