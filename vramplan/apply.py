@@ -213,7 +213,7 @@ def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
         return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, still=placed)
     except (RuntimeError, MemoryError) as error:
         lighter = unpinned(placed)
-        if lighter == placed:
+        if lighter == placed or applied_to(pipe) is not None:  # where it is all on, pinning was not what failed
             raise
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     note = f"weights are pinned on the fly (low_cpu_mem_usage=true), which is slower: they could not be once ({reason})"

@@ -77,7 +77,8 @@ def bring_back(module: torch.nn.Module, unhooked: Iterable[Any] = ()) -> None:
     A tensor that two groups hold is taken from the inner one's file, which is written first: the outer one is
     written once the tensor is empty. `unhooked` are groups no hook of the module leads to.
     """
-    groups = [*unhooked, *_hooked(module)]
+    # one that was interrupted while it was made has no file yet
+    groups = [group for group in (*unhooked, *_hooked(module)) if hasattr(group, "safetensors_file_path")]
     for group in groups:
         _read(group)
     for folder in {Path(group.safetensors_file_path).parent for group in groups}:
