@@ -57,6 +57,7 @@ class Held:
 
     held: Hold
     name = "peer"
+    direct = False
     quality: Quality = "lossless"
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:

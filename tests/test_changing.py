@@ -33,6 +33,7 @@ PLACEMENTS = {
     "block": "group_offload:blocks=1",
     "partial": "partial_residency:streamed=3",
     "disk": "group_offload:disk=true",
+    "partial disk": "partial_residency:streamed=3,disk=true",
 }
 
 

@@ -20,6 +20,7 @@ from vramplan.planner.demand import Pricer
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.profiles import load_pipeline_profile, pipeline_names
 from vramplan.strategies.encode_first import EncodeFirst
+from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.vae_slicing import VaeSlicing
@@ -93,6 +94,30 @@ def test_with_little_ram_the_prompt_is_encoded_first() -> None:
     outcome = choose(spec, 24 * GIB, ram=6 * GIB)
     assert {type(setting) for setting in outcome.chosen.placement.values()} == {EncodeFirst, Resident}
     assert "encode_first" not in str(choose(spec, 32 * GIB, ram=6 * GIB).chosen.placement)
+
+
+@pytest.mark.parametrize("gib", [6, 7, 8])
+def test_room_beside_a_resident_denoiser_goes_to_the_encoder(gib: int) -> None:
+    """As many blocks of a large encoder as fit stay: less than one of them is left idle, however the rest comes."""
+    spec = pipeline(
+        component("text_encoder", 9 * GIB, role="text_encoder", blocks=24),
+        component("transformer", GIB, blocks=28),
+        component("vae", GIB // 4, role="vae"),
+    )
+    for ram in (1, 64):  # from files, from pinned memory
+        chosen = choose(spec, gib * GIB, ram=ram * GIB, work=Workload(height=512, width=512)).chosen
+        setting = chosen.placement["text_encoder"]
+        assert isinstance(setting, PartialResidency)
+        assert setting.disk is (ram == 1)
+        assert gib * GIB - chosen.demand.vram_reserved_bytes < GIB // 2
+
+
+def test_with_little_ram_as_many_blocks_as_fit_are_not_read_from_files() -> None:
+    spec = text_to_image(encoder=GIB, denoiser=22 * GIB)
+    chosen = [choose(spec, gib * GIB, ram=8 * GIB).chosen for gib in (8, 12)]
+    assert all(isinstance(item.placement["transformer"], PartialResidency) for item in chosen)
+    less, more = (item.demand for item in chosen)
+    assert 0 < more.disk_bytes < less.disk_bytes < 22 * GIB
 
 
 def test_who_cannot_be_loaded_says_which_component_and_both_numbers() -> None:
@@ -174,6 +199,22 @@ class TestAnyPipeline:
         for item in outcome.decisions[1:]:
             if not item.deficit_bytes:
                 assert item.demand.seconds_per_call >= outcome.chosen.demand.seconds_per_call * 0.99
+
+    @settings(QUICK, max_examples=5)  # thousands of candidates each
+    @given(specs(), WORKS, VRAM, st.integers(4, 64))
+    def test_the_choice_is_the_best_of_every_candidate_priced_one_by_one(self, spec, work, vram, ram) -> None:
+        """No rung of no ladder is faster: what `decide` does not price could not have been chosen."""
+        price = Pricer(spec, work, AssumedFootprint(spec=spec, workload=work), card(vram))
+        plain = Fixed(decode=())
+        found, _ = rows(spec, work, plain, card(vram))
+        every = (price(placement, row.decode) for row in found for placement in row.placements)
+        able = [d.seconds_per_call for d in every if d.vram_reserved_bytes <= vram and d.ram_bytes <= ram * GIB]
+        try:
+            chosen = choose(spec, vram, work=work, ram=ram * GIB, fixed=plain).chosen.demand
+        except NothingFitsError:
+            assert not able
+            return
+        assert float(f"{chosen.seconds_per_call:.3g}") == float(f"{min(able):.3g}")
 
     @QUICK
     @given(specs(), VRAM)

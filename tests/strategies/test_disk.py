@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,15 @@ from planner.specs import GIB, budget, card, component, pipeline, text_to_image
 
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.models import describe
+from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.live import modules_of
-from vramplan.planner.candidates import Fixed
+from vramplan.planner.candidates import parse_fixed
 from vramplan.planner.decide import decide
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.simulator.source import Source
 from vramplan.strategies import disk
 from vramplan.strategies.group_offload import GroupOffload
+from vramplan.strategies.partial_residency import PartialResidency, spread
 from vramplan.strategies.settings import grouped, parse_placement
 from vramplan.workload import Workload, make_workload
 
@@ -55,23 +58,41 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> boo
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", SMALL)
-def test_pictures_are_the_same_and_weights_come_back(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files read to memory of its own, as on any other device: the CPU adds differently where a file's are not
+    aligned."""
     real = safetensors.torch.load_file
 
     def load(path: str, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """In memory of its own, as on any other device: the CPU adds differently where a file's are not aligned."""
         return {key: tensor.clone() for key, tensor in real(path, device).items()}
 
     monkeypatch.setattr(safetensors.torch, "load_file", load)
+
+
+def whole(part: Any) -> Any:
+    return GroupOffload(disk=True).complete(part)
+
+
+def some(part: Any) -> Any:
+    """Every second block, at least as many as can be."""
+    return PartialResidency(streamed=max(2, len(part.geometry.units) // 2), disk=True)
+
+
+@pytest.mark.usefixtures("_in_memory")
+@pytest.mark.parametrize("make", [whole, some])
+@pytest.mark.parametrize("kind", SMALL)
+def test_pictures_are_the_same_and_weights_come_back(kind: str, make: Any, folder: Path) -> None:
     pipe = small(kind)
     plain, before = output_tensor(pipe(**call_kwargs(kind))), weights(pipe)
     spec = describe(pipe).spec
-    able = {c.name: GroupOffload(disk=True).complete(c) for c in spec.components if c.role != "vae"}
-    assert all(setting.refusal(spec.component(name), spec, card()) is None for name, setting in able.items())
+    able = {c.name: make(c) for c in spec.components if c.role != "vae"}
+    able = {n: setting for n, setting in able.items() if setting.refusal(spec.component(n), spec, card()) is None}
+    assert able.keys() >= {c.name for c in spec.components if c.role == "denoiser"}
     for name, setting in able.items():
         setting.apply(pipe, [name], "cpu")
-    assert sum(1 for _ in folder.rglob("*.safetensors")) > len(able)
+    written = sum(1 for _ in folder.rglob("*.safetensors"))
+    assert written > len(able) if make is whole else written == sum(setting.streamed for setting in able.values())
     for _ in range(2):
         assert torch.equal(output_tensor(pipe(**call_kwargs(kind))), plain)
     for name, setting in able.items():
@@ -79,6 +100,18 @@ def test_pictures_are_the_same_and_weights_come_back(kind: str, folder: Path, mo
     assert same(before, weights(pipe))
     assert list(folder.iterdir()) == []
     assert torch.equal(output_tensor(pipe(**call_kwargs(kind))), plain)
+
+
+def test_only_the_streamed_blocks_need_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = small("flux-small")
+    blocks = [module_bytes(block) for block in units_of(pipe.transformer)]
+    room = disk.DISK_LEFT_FREE + sum(blocks[place] for place in spread(blocks, 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
+    setting = PartialResidency(streamed=2, disk=True)
+    setting.apply(pipe, ["transformer"], "cpu")
+    setting.remove(pipe, ["transformer"])
+    with pytest.raises(VramplanError, match="needed to offload transformer; set VRAMPLAN_OFFLOAD"):
+        PartialResidency(streamed=3, disk=True).apply(pipe, ["transformer"], "cpu")
 
 
 def test_a_component_that_goes_takes_its_files_with_it(folder: Path) -> None:
@@ -149,11 +182,13 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path, monkeypa
         pass
 
 
-@pytest.mark.parametrize("writes", [0, 1, 3])
-def test_a_disk_that_fails_half_way_loses_nothing(writes: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("make", "writes"), [(whole, 0), (whole, 1), (whole, 3), (some, 0), (some, 1)])
+def test_a_disk_that_fails_half_way_loses_nothing(
+    make: Any, writes: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = small("flux-small")
     plain, before = output_tensor(pipe(**call_kwargs("flux-small"))), weights(pipe)
-    setting = GroupOffload(disk=True).complete(describe(pipe).spec.component("text_encoder_2"))
+    setting = make(describe(pipe).spec.component("text_encoder_2"))
     left = [writes]
     real = safetensors.torch.save_file
 
@@ -199,19 +234,22 @@ def test_disk_is_taken_where_ram_does_not_suffice() -> None:
     work = Workload(height=512, width=512)
     footprint = AssumedFootprint(spec=spec, workload=work)
 
-    def chosen(ram: int, room: int | None = None) -> Any:
-        limits = budget(8 * GIB, ram)
-        if room is not None:
-            limits = type(limits)(vram_bytes=limits.vram_bytes, ram_bytes=ram, disk_bytes=room)
-        return decide(spec, work, limits, accelerator=card(8 * GIB), footprint=footprint, fixed=Fixed()).chosen
+    def chosen(ram: int, room: int | None = None, **settings: str) -> Any:
+        limits = replace(budget(8 * GIB, ram), disk_bytes=room)
+        fixed = parse_fixed({f"placement.{name}": text for name, text in settings.items()}, spec)
+        return decide(spec, work, limits, accelerator=card(8 * GIB), footprint=footprint, fixed=fixed).chosen
 
     assert chosen(64 * GIB).demand.disk_bytes == 0
     tight = chosen(6 * GIB)
-    assert tight.placement["text_encoder"] == GroupOffload(disk=True)
-    assert tight.demand.disk_bytes == 9 * GIB
-    assert chosen(6 * GIB, room=10 * GIB).demand.disk_bytes == 9 * GIB
+    encoder = tight.placement["text_encoder"]
+    assert isinstance(encoder, PartialResidency)
+    assert encoder.disk
+    assert 0 < tight.demand.disk_bytes < 9 * GIB  # as many of its blocks stay as there is room for
+    assert tight.demand.vram_reserved_bytes > 7.5 * GIB
+    room = tight.demand.disk_bytes
+    assert chosen(6 * GIB, room=room).demand == tight.demand
     with pytest.raises(NothingFitsError, match=r"of disk, 8\.00 GiB may be used"):
-        chosen(6 * GIB, room=8 * GIB)
+        chosen(6 * GIB, room=8 * GIB, text_encoder="group_offload:disk=true")
 
 
 @pytest.mark.parametrize("options", [{"stream": True}, {"type": "leaf"}])

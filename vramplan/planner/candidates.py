@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import prod
 
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.demand import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
+from vramplan.planner.companions import companion_pools, ladders_of
 from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
-from vramplan.strategies.base import QUALITIES, Hold, Quality
+from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import (
     PLAIN,
@@ -27,10 +26,6 @@ from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
 Ladder = tuple[Mapping[str, Placement], ...]
-Choices = Sequence[tuple[Component, list[Placement]]]
-
-# Companions of the denoiser weigh on the choice one by one only while there are few of them.
-_MOST_COMPANION_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +259,11 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
 
 
 def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]) -> Iterable[list[Ladder]]:
-    """Component by component: the denoisers share one setting, their companions take every mix."""
+    """Component by component: the denoisers share one setting, their companions take every mix.
+
+    Room that one rung leaves goes to the next one of whoever has the ladder: the denoisers, or where their setting
+    stands alone the heaviest companion. Any other companion has only a few rungs of its own.
+    """
     heads = [component for component in spec.components if component.role in ("denoiser", "control")]
     heads = heads or list(spec.components[:1])
 
@@ -278,45 +277,17 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
         return usable
 
     companions = [component for component in spec.components if component not in heads]
-    wanted = [(component, options(component)) for component in companions]
-    together = [_thinned(_without_dominated(pool, spec)) for pool in _freeing(wanted)]
-    apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
-    most = _MOST_COMPANION_CHOICES - sum(prod(map(len, pool)) for pool in together)
-    pools = [_thinned(_without_dominated(apart, spec), most), *together]
+    pools = companion_pools([(component, options(component)) for component in companions], spec)
     per_head = {component.name: options(component) for component in heads}
     names = [component.name for component in companions]
-    for leading in _ladders(per_head[heads[0].name]):
+    for leading in ladders_of(per_head[heads[0].name]):
         rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
+        mixes = [mix for few, every in pools for mix in product(*(few if len(rungs) > 1 else every))]
         if rungs:
-            mixes = (dict(zip(names, mix, strict=True)) for pool in pools for mix in product(*pool))
-            yield [tuple({**placed, **mix} for placed in rungs) for mix in mixes]
-
-
-def _freeing(wanted: Choices) -> Iterable[Choices]:
-    """For each setting that frees: every component of a role under it, and the choices of all others."""
-    settings = dict.fromkeys(setting for _, usable in wanted for setting in usable if setting.freed)
-    for freeing in settings:
-        role = next(component.role for component, usable in wanted if freeing in usable)
-        if all(freeing in usable for component, usable in wanted if component.role == role):
             yield [
-                (component, [freeing] if component.role == role else [s for s in usable if not s.freed])
-                for component, usable in wanted
+                tuple({**placed, **dict(zip(names, rung, strict=True))} for placed in rungs for rung in product(*mix))
+                for mix in mixes
             ]
-
-
-def _without_dominated(choices: Choices, spec: PipelineSpec) -> Choices:
-    return [(component, _undominated(component, spec, usable)) for component, usable in choices]
-
-
-def _ladders(settings: Sequence[Placement]) -> list[list[Placement]]:
-    """Settings that follow each other on one ladder together, each other one by itself."""
-    found: list[list[Placement]] = []
-    for setting in settings:
-        if setting.ladder and found and found[-1][0].ladder == setting.ladder:
-            found[-1].append(setting)
-        else:
-            found.append([setting])
-    return found
 
 
 def _all_heads(leading: Placement, per_head: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:
@@ -334,42 +305,6 @@ def _matching(leading: Placement, choices: Sequence[Placement]) -> Placement | N
     if leading in choices:
         return leading
     return choices[0] if len(choices) == 1 else None
-
-
-def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> list[Placement]:
-    """Those that no other beats: by what is on the device, in RAM and on disk, and by the time moving it takes.
-
-    Times are equal up to their second digit; of equals the first is kept.
-    """
-    costs = [_costs(setting.hold(component, spec)) for setting in settings]
-    return [
-        setting
-        for place, (setting, cost) in enumerate(zip(settings, costs, strict=True))
-        if not any(
-            all(one <= two for one, two in zip(other, cost, strict=True)) and (other != cost or before < place)
-            for before, other in enumerate(costs)
-            if before != place
-        )
-    ]
-
-
-def _costs(hold: Hold) -> tuple[float, ...]:
-    """What a setting takes of each thing there is a budget of, and of time by the rates of a common card."""
-    moved = hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes
-    seconds = moved / (DEFAULT_RATES.link_bytes_per_s * hold.rate) + hold.pauses * PAUSE_SECONDS
-    seconds += hold.disk_bytes / DISK_BYTES_PER_S
-    ram = hold.host_bytes + hold.pinned_bytes + hold.host_transient_bytes
-    return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
-
-
-def _thinned(choices: Choices, most: int = _MOST_COMPANION_CHOICES) -> list[list[Placement]]:
-    """At most so many mixes: the lightest companions keep only their first and their smallest choice, where needed."""
-    kept = [options for _, options in choices]
-    for place in sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes):
-        if prod(map(len, kept)) <= most:
-            break
-        kept[place] = kept[place][:1] + kept[place][-1:] if len(kept[place]) > 1 else kept[place]
-    return kept
 
 
 def _decodes(

@@ -150,19 +150,37 @@ class _Chooser:
         """The best of the row, within less VRAM than the budget's where that is given."""
         limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
         budget = replace(self.budget, vram_bytes=limit)
-        highest = (self._highest_rung(ladder, row, budget) for ladder in row.ladders)
-        return min(highest, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
-
-    def _highest_rung(self, ladder: Ladder, row: Row, budget: Budget) -> Decision:
-        """The last rung within the VRAM; the first one where none is, or where memory is what counts."""
-
         of_row = ((form.weights, form.execution) == (row.weights, row.execution) for form, _ in self.pricers)
         pricer = next(pricer for (_, pricer), its in zip(self.pricers, of_row, strict=True) if its)
+        found: Decision | None = None
+        for ladder in row.ladders:
+            item = self._highest_rung(ladder, row, pricer, budget, found)
+            if found is None or self._order(item) < self._order(found):
+                found = item
+        assert found is not None  # no row is without a ladder
+        return found
+
+    def _order(self, item: Decision) -> tuple[float, ...]:
+        return item.deficit_bytes, *rank(item, self.prefer)
+
+    def _highest_rung(
+        self, ladder: Ladder, row: Row, pricer: Pricer, budget: Budget, other: Decision | None
+    ) -> Decision:
+        """The last rung within the VRAM; the first one where none is, or where memory is what counts.
+
+        Where even the last one would take longer than the other that fits, it is left at that: lower ones take no less.
+        """
 
         def judged(rung: int) -> Decision:
             return _judge(row, ladder[rung], pricer(ladder[rung], row.decode), budget)
 
-        low, high = 0, 0 if self.prefer == "memory" else len(ladder) - 1
+        low, high = 0, len(ladder) - 1
+        top = judged(0 if self.prefer == "memory" else high)
+        if not high or self.prefer == "memory" or top.demand.vram_reserved_bytes <= (budget.vram_bytes or 0):
+            return top
+        if other is not None and not other.deficit_bytes and rank(top, "speed")[0] > rank(other, "speed")[0]:
+            return top
+        high -= 1
         while low < high:
             middle = (low + high + 1) // 2
             if judged(middle).demand.vram_reserved_bytes <= (budget.vram_bytes or 0):

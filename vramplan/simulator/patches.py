@@ -149,7 +149,7 @@ def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
     kept: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def folder(module: torch.nn.Module, name: str) -> Iterator[Path]:
+    def folder(module: torch.nn.Module, *told: Any) -> Iterator[Path]:
         made = tempfile.mkdtemp(prefix="vramplan-")
         weakref.finalize(module, shutil.rmtree, made, True)
         yield Path(made)

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ _OURS = "vramplan-"
 
 
 @contextmanager
-def own_folder(module: torch.nn.Module, name: str) -> Iterator[Path]:
-    """A new directory for the module's weights, removed when the module goes or the process ends.
+def own_folder(module: torch.nn.Module, name: str, pieces: Sequence[torch.nn.Module] | None = None) -> Iterator[Path]:
+    """A new directory for the module's weights, or those of `pieces` of it; removed when the module goes or the
+    process ends.
 
     Where the block fails, what is in files already comes back, and the directory goes at once.
 
@@ -48,7 +49,8 @@ def own_folder(module: torch.nn.Module, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
-        free, needed = shutil.disk_usage(parent).free, module_bytes(module) + DISK_LEFT_FREE
+        written = sum(map(module_bytes, [module] if pieces is None else pieces))
+        free, needed = shutil.disk_usage(parent).free, written + DISK_LEFT_FREE
         if free < needed:
             raise VramplanError(
                 f"{parent}: {format_bytes(free)} free on the disk, {format_bytes(needed)} needed to offload {name}; "

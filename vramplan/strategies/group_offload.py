@@ -19,7 +19,7 @@ from vramplan.units import GIB
 # by leaf, for five forwards of the FLUX.1 transformer (diffusers pull request 11106).
 LOW_CPU_MEM_RATE = {"block": 9.75 / 38.1, "leaf": 9.48 / 13.7}
 # Smaller components stay in memory: a file would save little of it.
-_WORTH_A_FILE = 1 * GIB
+WORTH_A_FILE = 1 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class GroupOffload:
             yield cls(blocks=1)
         if component.role not in ("denoiser", "control", "vae"):
             yield cls(type="leaf", stream=True)
-        if count and component.weight_bytes >= _WORTH_A_FILE:
+        if count and component.weight_bytes >= WORTH_A_FILE:
             yield cls(disk=True)
         yield cls(type="leaf")
 

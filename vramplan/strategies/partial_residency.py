@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.strategies import disk as files
 from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal, remove_group_hooks
-from vramplan.strategies.group_offload import LOW_CPU_MEM_RATE
+from vramplan.strategies.group_offload import LOW_CPU_MEM_RATE, WORTH_A_FILE
+from vramplan.units import GIB
 
 if TYPE_CHECKING:
     import torch
 
 # Blocks smaller than this share of the largest stay: waiting for one costs more than it weighs.
 _WORTH_STREAMING = 0.25
-# Two of the streamed blocks are on the device at once, so that less than three save nothing.
+# Two of the streamed blocks are on the device at once, so that less than three save nothing; of those in files one is.
 _LEAST = 3
+_LEAST_IN_FILES = 2
+# Smaller encoders come as a whole or not at all: they run once in a call, and weigh little beside a denoiser.
+_WORTH_CUTTING = 2 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +32,9 @@ class PartialResidency:
     """`streamed` of the component's blocks come to the device while they run, the rest of it stays there.
 
     Large blocks count by the pieces they consist of (`Geometry.units`). With `low_cpu_mem_usage` they are pinned on
-    the fly, which is slower and takes less RAM: pinned copies are rounded up to powers of two.
+    the fly, which is slower and takes less RAM: pinned copies are rounded up to powers of two. With `disk` they are
+    kept in files, and read straight to the device with nothing behind; the files go when they come back or the
+    process ends.
     diffusers has groups of all blocks or of none (0.42, `apply_group_offloading`); this puts its own hooks and
     groups, with streams and prefetching, on the streamed blocks alone. They are spread evenly, so that each is
     copied while those before it run.
@@ -41,71 +49,104 @@ class PartialResidency:
 
     streamed: int = 0
     low_cpu_mem_usage: bool = False
+    disk: bool = False
 
     @property
     def ladder(self) -> str:
-        """One with pinned copies, and one that pins on the fly."""
-        return f"{self.name} {self.low_cpu_mem_usage}"
+        """One with pinned copies, one that pins on the fly, and one with files."""
+        return f"{self.name} {self.low_cpu_mem_usage} {self.disk}"
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
         """Every number of streamed blocks that saves memory, the smallest amount of memory first.
 
         Where blocks differ in size, streaming more of them may save less, or move more for the same: such numbers are
-        left out.
+        left out. An encoder that takes too much RAM when pinned is better read once, or from files.
         """
-        if component.role not in ("denoiser", "control"):
+        head, size = component.role in ("denoiser", "control"), component.weight_bytes
+        if not head and (component.role not in ("text_encoder", "image_encoder") or size < _WORTH_CUTTING):
             return ()
-        sizes = component.geometry.units
+        kinds = [cls(), *([cls(low_cpu_mem_usage=True)] if head else []), *([cls(disk=True)] * (size >= WORTH_A_FILE))]
+        return [replace(kind, streamed=count) for kind in kinds for count in kind._counts(component.geometry.units)]
+
+    def _counts(self, sizes: Sequence[int]) -> list[int]:
+        """The numbers of streamed blocks worth trying, what saves most first."""
         found = []
-        for count in range(_LEAST, len(_worth_streaming(sizes)) + 1):
+        for count in range(self._least, len(_worth_streaming(sizes)) + 1):
             chosen = spread(sizes, count)
-            found.append((_saved_bytes(sizes, chosen), -sum(sizes[place] for place in chosen), -count))
+            found.append((self._saved_bytes(sizes, chosen), -sum(sizes[place] for place in chosen), -count))
         counts, least_moved = [], None
-        for saved, moved, count in sorted(found, reverse=True):  # what saves most first
+        for saved, moved, count in sorted(found, reverse=True):
             if saved > 0 and (least_moved is None or moved > least_moved):
                 counts.append(-count)
                 least_moved = moved
-        return [cls(streamed=count, low_cpu_mem_usage=low) for low in (False, True) for count in counts]
+        return counts
+
+    @property
+    def _least(self) -> int:
+        return _LEAST_IN_FILES if self.disk else _LEAST
+
+    def _saved_bytes(self, sizes: Sequence[int], chosen: Sequence[int]) -> int:
+        """What is not on the device while it runs: the streamed blocks but the largest two that follow each other,
+        or from files the largest one."""
+        moved = sum(sizes[place] for place in chosen)
+        if self.disk:
+            return moved - max((sizes[place] for place in chosen), default=0)
+        return moved - max((sizes[one] + sizes[two] for one, two in pairwise(chosen)), default=moved)
 
     def complete(self, component: Component) -> Self:
         """The setting as it is."""
         return self
 
     def unpinned(self) -> Self:
-        """Pinned on the fly."""
-        return replace(self, low_cpu_mem_usage=True)
+        """Pinned on the fly, unless from files."""
+        return replace(self, low_cpu_mem_usage=not self.disk)
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What keeps groups of blocks off the component, and numbers of blocks it does not have."""
-        most = len(_worth_streaming(component.geometry.units))
+        most, least = len(_worth_streaming(component.geometry.units)), self._least
+        if self.disk and self.low_cpu_mem_usage:
+            return (
+                "low_cpu_mem_usage is for blocks that are pinned: with disk=true they are read straight to the device"
+            )
         if component.role == "vae":
             return "decode() never runs the hook that wires the prefetching: a VAE cannot be streamed"
-        if most < _LEAST:
-            return f"{component.class_name} has {most} blocks worth streaming; partial residency needs {_LEAST}"
-        if not _LEAST <= self.streamed <= most:
-            return f"streamed={self.streamed}: {component.class_name} can stream {_LEAST} to {most} of its blocks"
-        if accelerator is None or not accelerator.has_streams:
-            return "partial residency needs a device with streams (CUDA, ROCm or XPU)"
+        if most < least:
+            return f"{component.class_name} has {most} blocks worth streaming; partial residency needs {least}"
+        if not least <= self.streamed <= most:
+            return f"streamed={self.streamed}: {component.class_name} can stream {least} to {most} of its blocks"
+        if not self.disk and (accelerator is None or not accelerator.has_streams):
+            return "partial residency needs a device with streams (CUDA, ROCm or XPU), or disk=true"
         return (
             component.group_offload_refusal
             or component.block_offload_refusal
             or component.leaf_offload_refusal
+            or (component.disk_offload_refusal if self.disk else None)
             or offload_refusal(component, spec, accelerator)
         )
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
         """All but the streamed blocks always; the largest two of those that follow each other while it runs.
 
-        Each streamed block is pinned before the next one is read: nothing is needed twice.
+        Each streamed block is pinned before the next one is read: nothing is needed twice. From files one is there
+        at a time, and passes through RAM.
         """
         geometry = component.geometry
         sizes = geometry.units
         chosen = spread(sizes, self.streamed)
         moved = sum(sizes[place] for place in chosen)
+        running, idle = component.weight_bytes - self._saved_bytes(sizes, chosen), component.weight_bytes - moved
+        if self.disk:
+            return Hold(
+                running_bytes=running,
+                idle_bytes=idle,
+                host_transient_bytes=max(sizes[place] for place in chosen),
+                disk_bytes=moved,
+                pauses=self.streamed,
+            )
         return Hold(
-            running_bytes=component.weight_bytes - _saved_bytes(sizes, chosen),
-            idle_bytes=component.weight_bytes - moved,
+            running_bytes=running,
+            idle_bytes=idle,
             host_bytes=moved if self.low_cpu_mem_usage else 0,
             pinned_bytes=0 if self.low_cpu_mem_usage else sum(geometry.pinned_units[place] for place in chosen),
             moved_in_bytes=moved,
@@ -117,30 +158,39 @@ class PartialResidency:
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Component by component, with diffusers' hooks."""
         for name in names:
-            apply_partial_residency(
-                pipe.components[name], device, self.streamed, low_cpu_mem_usage=self.low_cpu_mem_usage
-            )
+            apply_partial_residency(pipe.components[name], device, **self._options(name))
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take diffusers' hooks off."""
+        """Take diffusers' hooks off; what is in files comes back to the CPU first."""
+        if self.disk:
+            for name in names:
+                files.bring_back(pipe.components[name])
         remove_group_hooks(pipe, names)
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
-        options = f"streamed={self.streamed}" + (", low_cpu_mem_usage=True" if self.low_cpu_mem_usage else "")
-        calls = [f'apply_partial_residency(pipe.{name}, "{device}", {options})' for name in names]
+        calls = [f'apply_partial_residency(pipe.{name}, "{device}", {self._told(name)})' for name in names]
         return [f"from {__name__} import apply_partial_residency", *calls]
+
+    def _told(self, name: str) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self._options(name).items())
+
+    def _options(self, name: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"streamed": self.streamed}
+        options |= {"low_cpu_mem_usage": True} if self.low_cpu_mem_usage else {}
+        return options | ({"disk": name} if self.disk else {})
 
 
 def apply_partial_residency(
-    module: torch.nn.Module, device: str, streamed: int, *, low_cpu_mem_usage: bool = False
+    module: torch.nn.Module, device: str, streamed: int, *, low_cpu_mem_usage: bool = False, disk: str = ""
 ) -> None:
     """Stream `streamed` of the module's blocks to the device as they run, and move all the rest of it there.
 
-    With `low_cpu_mem_usage` they are pinned on the fly instead of once. On the CPU the same hooks run without a stream.
+    With `low_cpu_mem_usage` they are pinned on the fly instead of once. With `disk`, a name for the module, they are
+    kept in files of a directory of their own. On the CPU the same hooks run without a stream.
 
     Raises:
-        ValueError: more blocks than the module has.
+        ValueError: more blocks than the module has. VramplanError: the files cannot be written.
     """
     import torch
 
@@ -149,7 +199,8 @@ def apply_partial_residency(
     blocks = units_of(module)
     chosen = [blocks[place] for place in spread([module_bytes(block) for block in blocks], streamed)]
     target = torch.device(device)
-    _hook(module, chosen, target, low_cpu_mem_usage)
+    with files.own_folder(module, disk, chosen) if disk else nullcontext() as folder:
+        _hook(module, chosen, target, low_cpu_mem_usage, None if folder is None else str(folder))
     _move_all_but(module, {id(block) for block in chosen}, target)
 
 
@@ -165,24 +216,24 @@ def spread(sizes: Sequence[int], count: int) -> list[int]:
     return [worth[(number + 1) * len(worth) // count - 1] for number in range(count)]
 
 
-def _saved_bytes(sizes: Sequence[int], chosen: Sequence[int]) -> int:
-    """What is not on the device while it runs: the streamed blocks but the largest two that follow each other."""
-    moved = sum(sizes[place] for place in chosen)
-    return moved - max((sizes[one] + sizes[two] for one, two in pairwise(chosen)), default=moved)
-
-
 def _worth_streaming(sizes: Sequence[int]) -> list[int]:
     least = max(sizes, default=0) * _WORTH_STREAMING
     return [place for place, size in enumerate(sizes) if size >= least and size]
 
 
-def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: torch.device, low: bool) -> None:
-    """diffusers' hooks on the chosen blocks, and on the module one that finds their order and prefetches."""
+def _hook(
+    module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: torch.device, low: bool, folder: str | None
+) -> None:
+    """diffusers' hooks on the chosen blocks, and on the module one that finds their order and prefetches.
+
+    What is in files comes without a stream, which would read into RAM first, on the thread that launches kernels.
+    """
     import torch
     from diffusers.hooks import HookRegistry, group_offloading
 
     offload_device = torch.device("cpu")
-    stream = None if device.type == "cpu" else group_offloading.TorchDeviceBackend(device).Stream()
+    streams = device.type != "cpu" and folder is None
+    stream = group_offloading.TorchDeviceBackend(device).Stream() if streams else None
     config = group_offloading.GroupOffloadingConfig(
         onload_device=device,
         offload_device=offload_device,
@@ -191,11 +242,12 @@ def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: to
         record_stream=False,
         low_cpu_mem_usage=low,
         num_blocks_per_group=1,
+        offload_to_disk_path=folder,
         stream=stream,
         exclude_kwargs=getattr(module, "_skip_keys", None),
     )
 
-    def hook(leader: torch.nn.Module, modules: list[torch.nn.Module], side: Any) -> None:
+    def hook(leader: torch.nn.Module, modules: list[torch.nn.Module], side: Any, path: str | None) -> None:
         group = group_offloading.ModuleGroup(
             modules=modules,
             offload_device=offload_device,
@@ -204,13 +256,14 @@ def _hook(module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: to
             onload_leader=leader,
             stream=side,
             low_cpu_mem_usage=low,
+            offload_to_disk_path=path,
         )
         registry = HookRegistry.check_if_exists_or_initialize(leader)
         registry.register_hook(group_offloading.GroupOffloadingHook(group, config=config), "group_offloading")
 
     for block in chosen:
-        hook(block, [block], stream)
-    hook(module, [], None)
+        hook(block, [block], stream, folder)
+    hook(module, [], None, None)
     if stream is not None:
         prefetch = group_offloading.LazyPrefetchGroupOffloadingHook()
         HookRegistry.check_if_exists_or_initialize(module).register_hook(prefetch, "lazy_prefetch_group_offloading")
