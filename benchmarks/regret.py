@@ -27,9 +27,10 @@ from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.candidates import Fixed, rows
+from vramplan.planner.candidates import rows
 from vramplan.planner.decide import Confirm, Decision, decide, rank
 from vramplan.planner.demand import Demand, Pricer
+from vramplan.planner.fixed import Fixed
 from vramplan.planning import confirmed
 from vramplan.profiles import device_accelerator, load_device_profile, pipeline_names
 from vramplan.simulator.footprint import SimulatedFootprint

@@ -15,7 +15,7 @@ from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import modules_of, spec_from_pipeline
 from vramplan.planfile import Plan
 from vramplan.planned import calls_of, check_match, parse_settings
-from vramplan.planner.decide import Prefer
+from vramplan.planner.order import Prefer
 from vramplan.planning import plan as make_plan
 from vramplan.planning import refuse_hooked
 from vramplan.progress import moved_bytes

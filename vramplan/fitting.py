@@ -13,8 +13,8 @@ from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.machine import choose_machine
 from vramplan.planfile import Asked, Plan, Projected, Settings
-from vramplan.planner.decide import Prefer
 from vramplan.planner.legal import Dimension, legal_workloads
+from vramplan.planner.order import Prefer
 from vramplan.planning import Subject, projected
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.workload import Workload

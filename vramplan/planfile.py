@@ -15,8 +15,9 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget, Host
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
-from vramplan.planner.decide import Prefer
-from vramplan.planner.demand import Bottleneck, Demand
+from vramplan.planner.clock import Bottleneck
+from vramplan.planner.demand import Demand
+from vramplan.planner.order import Prefer
 from vramplan.strategies.base import Quality
 from vramplan.units import format_bytes
 from vramplan.workload import Workload, make_workload

@@ -12,7 +12,7 @@ from vramplan.pipeline.component import role_of
 from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile import Plan, fingerprint
-from vramplan.planner.candidates import together
+from vramplan.planner.fixed import together
 from vramplan.strategies.base import Decode, Decodes, Execution, Placed, Placement, Weights, half_freed
 from vramplan.strategies.settings import (
     format_setting,

@@ -24,11 +24,13 @@ from vramplan.planfile import (
     Projected,
     fingerprint,
 )
-from vramplan.planner.candidates import Fixed, Refused, execution_settings, parse_fixed, weight_settings
-from vramplan.planner.decide import Decision, Lighter, Outcome, Prefer, decide
+from vramplan.planner.candidates import Refused, execution_settings, weight_settings
+from vramplan.planner.decide import Decision, Lighter, Outcome, decide
 from vramplan.planner.demand import Demand, PhaseDemand, weakest_basis
+from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.forms import Forms
+from vramplan.planner.order import Prefer
 from vramplan.recorded import settings_of
 from vramplan.residuals import Basis
 from vramplan.simulator.types import Simulation

@@ -12,7 +12,7 @@ from vramplan.calibration.store import append
 from vramplan.hardware import Hardware, Host
 from vramplan.hardware.types import Rates
 from vramplan.machine import known_budget
-from vramplan.planner.demand import DEFAULT_RATES
+from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.residuals import bundled_error, needed
 from vramplan.units import GIB, MIB
 

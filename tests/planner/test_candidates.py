@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
 from planner.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 
 from vramplan.errors import UsageError
-from vramplan.planner.candidates import Fixed, Row, parse_fixed, rows
+from vramplan.planner.candidates import Row, rows
+from vramplan.planner.companions import MOST_MIXES
 from vramplan.planner.decide import decide
+from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.group_offload import GroupOffload
@@ -92,7 +95,7 @@ def test_a_denoiser_that_cannot_share_takes_the_only_setting_it_has() -> None:
 def test_many_companions_are_thinned_but_keep_resident_and_the_smallest() -> None:
     encoders = [component(f"text_encoder_{index}", GIB, role="text_encoder", blocks=4) for index in range(9)]
     found = tried(pipeline(component("transformer", blocks=4), *encoders))
-    assert max(len(row.ladders) for row in found) <= 512 + 2  # and two ways of encoding first
+    assert max(prod(map(len, pool.axes[1:])) for row in found for pool in row.pools) <= MOST_MIXES
     for part in encoders:
         settings = {placement[part.name] for placement in placements(found)}
         assert {Resident(), GroupOffload(type="leaf")} <= settings

@@ -14,9 +14,10 @@ from planner.specs import GIB, MIB, WORK, budget, card, component, geometry, pip
 from vramplan.errors import NothingFitsError
 from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.types import PipelineSpec, Use
-from vramplan.planner.candidates import Fixed, parse_fixed, rows
+from vramplan.planner.candidates import rows
 from vramplan.planner.decide import Decision, Outcome, decide, worst_quality
 from vramplan.planner.demand import Pricer
+from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.profiles import load_pipeline_profile, pipeline_names
 from vramplan.strategies.encode_first import EncodeFirst

@@ -9,7 +9,8 @@ import pytest
 from planner.specs import GIB, MIB, WORK, card, component, geometry, pipeline, text_to_image
 
 from vramplan.pipeline.types import PipelineSpec, Use
-from vramplan.planner.demand import DISK_BYTES_PER_S, Demand, price
+from vramplan.planner.clock import DISK_BYTES_PER_S
+from vramplan.planner.demand import Demand, price
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.planner.loading import LoadDemand
 from vramplan.strategies.encode_first import EncodeFirst

@@ -23,8 +23,8 @@ from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.models import describe
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.live import modules_of
-from vramplan.planner.candidates import parse_fixed
 from vramplan.planner.decide import decide
+from vramplan.planner.fixed import parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.simulator.source import Source
 from vramplan.strategies import disk

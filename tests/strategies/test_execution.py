@@ -16,7 +16,8 @@ import vramplan
 from vramplan.hardware import Hardware, Host
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import describe_component
-from vramplan.planner.candidates import Fixed, execution_settings
+from vramplan.planner.candidates import execution_settings
+from vramplan.planner.fixed import Fixed
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels

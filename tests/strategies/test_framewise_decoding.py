@@ -12,7 +12,8 @@ from pipeline.small_vaes import VAES, small_vae
 from planner.specs import card, component, pipeline
 
 from vramplan.pipeline.component import describe_component
-from vramplan.planner.candidates import Fixed, rows
+from vramplan.planner.candidates import rows
+from vramplan.planner.fixed import Fixed
 from vramplan.snapshot import decode_settings
 from vramplan.strategies.framewise_decoding import FramewiseDecoding
 from vramplan.strategies.settings import format_setting

@@ -15,8 +15,9 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.types import Component, PipelineSpec, Tiling
-from vramplan.planner.candidates import Fixed, Row, parse_fixed, rows
+from vramplan.planner.candidates import Row, rows
 from vramplan.planner.decide import decide
+from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.planning import refuse_hooked
 from vramplan.strategies.base import offload_refusal

@@ -153,7 +153,8 @@ def test_files_cannot_hold_its_tensors() -> None:
 
 
 def forms(pipe: Any, allow: Any) -> set[str]:
-    from vramplan.planner.candidates import parse_fixed, weight_settings
+    from vramplan.planner.candidates import weight_settings
+    from vramplan.planner.fixed import parse_fixed
 
     spec = spec_from_pipeline(pipe)
     found = weight_settings(spec, parse_fixed({}, spec), allow)
@@ -169,7 +170,8 @@ def test_weights_are_rounded_no_more_than_is_allowed() -> None:
 
 def test_large_text_encoders_are_rounded_with_the_denoiser_or_not_at_all() -> None:
     from vramplan.models import describe
-    from vramplan.planner.candidates import parse_fixed, weight_settings
+    from vramplan.planner.candidates import weight_settings
+    from vramplan.planner.fixed import parse_fixed
 
     spec = describe("flux.1-dev").spec
     found = weight_settings(spec, parse_fixed({}, spec), "near_lossless")

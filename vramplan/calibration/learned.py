@@ -73,7 +73,7 @@ def with_measured_rates(accelerator: Accelerator) -> Accelerator:
     products are never taken to be faster than they were measured. Without a profile the measured rates stand for the
     peaks, and `reached` is the default's: that a pipeline reaches less than one large product is assumed.
     """
-    from vramplan.planner.demand import DEFAULT_RATES
+    from vramplan.planner.clock import DEFAULT_RATES
 
     probe = _probe(accelerator, read_store().records)
     if probe is None:

@@ -10,46 +10,16 @@ from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.companions import companion_pools, ladders_of
+from vramplan.planner.fixed import Fixed, together
 from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import (
-    PLAIN,
-    STORED,
-    format_setting,
-    parse_decode,
-    parse_execution,
-    parse_placement,
-    parse_weights,
-)
+from vramplan.strategies.settings import PLAIN, format_setting
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
-Ladder = tuple[Mapping[str, Placement], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fixed:
-    """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open, and so are
-    `weights` and `attention`; nothing is compiled that is not named."""
-
-    everywhere: Placement | None = None
-    placement: Mapping[str, Placement] = field(default_factory=dict)
-    decode: tuple[Decode, ...] | None = None
-    weights: Mapping[str, Weights] | None = None
-    attention: Mapping[str, Execution] | None = None
-    compile: Mapping[str, Execution] = field(default_factory=dict)
-
-    @property
-    def execution(self) -> dict[str, tuple[Execution, ...]]:
-        """Settings of attention and compiling, by component."""
-        return together(self.attention or {}, self.compile)
-
-
-def together(*axes: Mapping[str, Execution]) -> dict[str, tuple[Execution, ...]]:
-    """The settings of several axes, by component."""
-    names = dict.fromkeys(name for settings in axes for name in settings)
-    return {name: tuple(settings[name] for settings in axes if name in settings) for name in names}
+# Settings for one component, or for several that are placed together.
+Placed = Mapping[str, Placement]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,87 +34,35 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Candidates: every mix of one choice from each axis."""
+
+    axes: tuple[tuple[Placed, ...], ...]
+
+    @property
+    def placements(self) -> Iterable[Placed]:
+        """Every mix, the last axis changing fastest."""
+        return (self.mix(chosen) for chosen in product(*self.axes))
+
+    @staticmethod
+    def mix(chosen: Iterable[Placed]) -> dict[str, Placement]:
+        """One choice from each axis as one placement."""
+        return {name: setting for placed in chosen for name, setting in placed.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Candidates of one kind of setting for the denoiser: one line of an explanation.
+    """Candidates of one kind of setting for the denoiser: one line of an explanation."""
 
-    Each ladder is one mix of settings for the denoiser's companions; its rungs take more memory one after the
-    other, and less time.
-    """
-
-    ladders: tuple[Ladder, ...]
+    pools: tuple[Pool, ...]
     decode: tuple[Decode, ...]
     weights: Mapping[str, Weights] = field(default_factory=dict)
     execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
 
     @property
-    def placements(self) -> tuple[Mapping[str, Placement], ...]:
-        """Every rung of every ladder."""
-        return tuple(placement for ladder in self.ladders for placement in ladder)
-
-
-def parse_fixed(
-    settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec, accelerator: Accelerator | None = None
-) -> Fixed:
-    """`{"placement.transformer": "group_offload:type=leaf", "decode": ["vae_slicing"]}` as settings.
-
-    Raises:
-        UsageError: an axis or component that does not exist, or a setting that cannot stand there.
-    """
-    everywhere: Placement | None = None
-    placement: dict[str, Placement] = {}
-    decode: list[Decode] | None = None
-    weights: dict[str, Weights] | None = None
-    execution: dict[str, dict[str, Execution]] = {}
-    for key, value in settings.items():
-        axis, _, name = key.partition(".")
-        texts = [value] if isinstance(value, str) else list(value)
-        if axis != "decode" and len(texts) != 1:
-            raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
-        if key == "decode":
-            decode = _decode_settings(texts)
-        elif key == "placement":
-            everywhere = parse_placement(texts[-1])
-        elif axis == "placement" and name:
-            placement[name] = _component_placement(name, texts[-1], spec)
-        elif axis == "weights":
-            weights = (weights or {}) | _component_weights(name, texts[-1], spec)
-        elif axis in ("attention", "compile") and (name or texts[-1] == PLAIN):
-            execution.setdefault(axis, {}).update(_component_execution(axis, name, texts[-1], spec, accelerator))
-        else:
-            raise UsageError(
-                f"--set {key}: the axes are weights.COMPONENT, attention.COMPONENT, placement, placement.COMPONENT, "
-                "compile.COMPONENT and decode"
-            )
-    if everywhere is not None and everywhere.whole_pipeline and placement:
-        raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
-    told = None if decode is None else tuple(decode)
-    return Fixed(everywhere=everywhere, placement=placement, decode=told, weights=weights, **execution)
-
-
-def _component_execution(
-    axis: str, name: str, text: str, spec: PipelineSpec, accelerator: Accelerator | None
-) -> dict[str, Execution]:
-    """The setting for one component; `plain`, with or without a component, leaves it as it is."""
-    if text == PLAIN:
-        return {}
-    _check_name(f"{axis}.{name}", name, spec)
-    setting = parse_execution(text, axis)
-    reason = setting.refusal(spec.component(name), accelerator)
-    if reason is not None:
-        raise UsageError(f"{axis}.{name}: {reason}")
-    return {name: setting}
-
-
-def _component_weights(name: str, text: str, spec: PipelineSpec) -> dict[str, Weights]:
-    """The setting for one component; `stored`, with or without a component, leaves weights as they are stored."""
-    if text == STORED:
-        return {}
-    _check_name(f"weights.{name}", name, spec)
-    setting = parse_weights(text)
-    reason = setting.refusal(spec.component(name))
-    if reason is not None:
-        raise UsageError(f"weights.{name}: {reason}")
-    return {name: setting}
+    def placements(self) -> tuple[Placed, ...]:
+        """Every candidate of every pool."""
+        return tuple(placement for pool in self.pools for placement in pool.placements)
 
 
 def weight_settings(spec: PipelineSpec, fixed: Fixed, allow: Quality | None) -> list[dict[str, Weights]]:
@@ -186,32 +104,6 @@ def execution_settings(
     return [together(attention, fixed.compile) for attention in by_setting.values()]
 
 
-def _check_name(where: str, name: str, spec: PipelineSpec) -> None:
-    names = [component.name for component in spec.components]
-    if name not in names:
-        raise UsageError(f"{where}: {spec.class_name} has no {name}, only {', '.join(names)}")
-
-
-def _decode_settings(texts: Sequence[str]) -> list[Decode]:
-    """The settings of the decode axis, each strategy once: two tile sizes cannot both be."""
-    found = [parse_decode(text) for text in texts if text != PLAIN]
-    names = [setting.name for setting in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--set decode: {name} is given twice")
-    return found
-
-
-def _component_placement(name: str, text: str, spec: PipelineSpec) -> Placement:
-    _check_name(f"placement.{name}", name, spec)
-    setting = parse_placement(text)
-    if setting.whole_pipeline:
-        raise UsageError(
-            f"{setting.name} is for the whole pipeline, never for {name} alone: set placement={setting.name}"
-        )
-    return setting.complete(spec.component(name))
-
-
 def rows(
     spec: PipelineSpec, workload: Workload, fixed: Fixed, accelerator: Accelerator | None
 ) -> tuple[list[Row], list[Refused]]:
@@ -219,7 +111,7 @@ def rows(
     refused: dict[tuple[str, str], Refused] = {}
     groups = _placement_groups(spec, fixed, accelerator, refused)
     decodes = _decodes(spec, workload, fixed, refused)
-    found = [Row(ladders=tuple(group), decode=decode) for group in groups for decode in decodes if group]
+    found = [Row(pools=tuple(group), decode=decode) for group in groups for decode in decodes if group]
     return found, list(refused.values())
 
 
@@ -228,7 +120,7 @@ def _placement_groups(
     fixed: Fixed,
     accelerator: Accelerator | None,
     refused: dict[tuple[str, str], Refused],
-) -> Iterable[list[Ladder]]:
+) -> Iterable[list[Pool]]:
     def allowed(component: Component, setting: Placement) -> bool:
         reason = setting.refusal(component, spec, accelerator)
         beside = (other.beside(setting) for other in fixed.execution.get(component.name, ()))
@@ -240,15 +132,20 @@ def _placement_groups(
 
     if accelerator is None:
         _refuse_offload_on_cpu(fixed)
-        yield [({component.name: Resident() for component in spec.components},)]
+        yield [_alone(spec, Resident())]
         return
     for cls in PLACEMENTS:
         setting = fixed.everywhere or cls()
         if cls.whole_pipeline and isinstance(setting, cls) and not fixed.placement:
             verdicts = [allowed(component, setting) for component in spec.components]
-            yield [(dict.fromkeys((c.name for c in spec.components), setting),)] if all(verdicts) else []
+            yield [_alone(spec, setting)] if all(verdicts) else []
     if fixed.everywhere is None or not fixed.everywhere.whole_pipeline:
         yield from _mixed(spec, fixed, allowed)
+
+
+def _alone(spec: PipelineSpec, setting: Placement) -> Pool:
+    """One setting for all components, as the only candidate."""
+    return Pool(axes=((dict.fromkeys((component.name for component in spec.components), setting),),))
 
 
 def _refuse_offload_on_cpu(fixed: Fixed) -> None:
@@ -258,12 +155,8 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
             raise UsageError(f"{setting.name} needs an accelerator, and none was found; plan with --device NAME")
 
 
-def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]) -> Iterable[list[Ladder]]:
-    """Component by component: the denoisers share one setting, their companions take every mix.
-
-    Room that one rung leaves goes to the next one of whoever has the ladder: the denoisers, or where their setting
-    stands alone the heaviest companion. Any other companion has only a few rungs of its own.
-    """
+def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]) -> Iterable[list[Pool]]:
+    """Component by component: the denoisers share one setting, their companions take every mix."""
     heads = [component for component in spec.components if component.role in ("denoiser", "control")]
     heads = heads or list(spec.components[:1])
 
@@ -279,15 +172,10 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
     companions = [component for component in spec.components if component not in heads]
     pools = companion_pools([(component, options(component)) for component in companions], spec)
     per_head = {component.name: options(component) for component in heads}
-    names = [component.name for component in companions]
     for leading in ladders_of(per_head[heads[0].name]):
         rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
-        mixes = [mix for few, every in pools for mix in product(*(few if len(rungs) > 1 else every))]
         if rungs:
-            yield [
-                tuple({**placed, **dict(zip(names, rung, strict=True))} for placed in rungs for rung in product(*mix))
-                for mix in mixes
-            ]
+            yield [Pool(axes=(tuple(rungs), *axes)) for axes in pools]
 
 
 def _all_heads(leading: Placement, per_head: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:

@@ -1,42 +1,38 @@
-"""What the denoisers' companions may take beside them: every mix while there are few, one ladder at a time."""
+"""What the denoisers' companions may take beside them: every mix while there are few, thinned where there are many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.demand import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
+from vramplan.planner.clock import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
 from vramplan.strategies import Placement
 from vramplan.strategies.base import Hold
 
-Rungs = list[Placement]
-Choices = Sequence[tuple[Component, Rungs]]
+Settings = list[Placement]
+Choices = Sequence[tuple[Component, Settings]]
+Axes = tuple[tuple[dict[str, Placement], ...], ...]
 
-# Companions of the denoiser weigh on the choice one by one only while there are few of them.
-_MOST_COMPANION_CHOICES = 512
-# Rungs that a companion's ladder is thinned to where somebody else's takes up the room that is left.
-_FEW_RUNGS = 3
+# As many mixes are looked at beside each setting of the denoiser: some 100 of those make arrays of a few megabytes.
+MOST_MIXES = 4096
+# What a long ladder is thinned to, one after the other, where there are more mixes.
+_FEWER_RUNGS = (8, 3)
 
 
-def companion_pools(wanted: Choices, spec: PipelineSpec) -> list[tuple[list[list[Rungs]], list[list[Rungs]]]]:
-    """What each companion may take beside denoisers on a ladder, and beside those whose setting stands alone."""
+def companion_pools(wanted: Choices, spec: PipelineSpec) -> list[Axes]:
+    """What each companion may take: every mix of those that stay, and every mix beside each way of encoding first."""
     apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
-    together = [_pool(pool, spec) for pool in _freeing(wanted)]
-    most = _MOST_COMPANION_CHOICES - sum(prod(map(len, few)) for few, _ in together)
-    return [_pool(apart, spec, most), *together]
+    return [_axes(choices, spec) for choices in (apart, *_freeing(wanted))]
 
 
-def _pool(
-    choices: Choices, spec: PipelineSpec, most: int = _MOST_COMPANION_CHOICES
-) -> tuple[list[list[Rungs]], list[list[Rungs]]]:
-    """Everybody's choices one by one, few of each ladder; and the same with the heaviest companion's whole ladders."""
-    whole = [(component, _undominated(component, spec, usable)) for component, usable in choices]
-    few = [[[rung] for rung in kept] for kept in _thinned([(part, _few_rungs(usable)) for part, usable in whole], most)]
-    able = [place for place, (_, usable) in enumerate(whole) if any(len(rungs) > 1 for rungs in ladders_of(usable))]
-    climber = max(able, key=lambda place: (whole[place][0].weight_bytes, whole[place][0].name), default=None)
-    every = [ladders_of(whole[place][1]) if place == climber else kept for place, kept in enumerate(few)]
-    return few, every
+def _axes(choices: Choices, spec: PipelineSpec) -> Axes:
+    kept = _thinned([(component, _undominated(component, spec, usable)) for component, usable in choices])
+    return tuple(
+        tuple({component.name: setting} for setting in settings)
+        for (component, _), settings in zip(choices, kept, strict=True)
+    )
 
 
 def _freeing(wanted: Choices) -> Iterable[Choices]:
@@ -51,9 +47,9 @@ def _freeing(wanted: Choices) -> Iterable[Choices]:
             ]
 
 
-def ladders_of(settings: Sequence[Placement]) -> list[Rungs]:
+def ladders_of(settings: Sequence[Placement]) -> list[Settings]:
     """Settings that follow each other on one ladder together, each other one by itself."""
-    found: list[Rungs] = []
+    found: list[Settings] = []
     for setting in settings:
         if setting.ladder and found and found[-1][0].ladder == setting.ladder:
             found[-1].append(setting)
@@ -62,17 +58,7 @@ def ladders_of(settings: Sequence[Placement]) -> list[Rungs]:
     return found
 
 
-def _few_rungs(settings: Sequence[Placement]) -> Rungs:
-    """The settings, with `_FEW_RUNGS` of each ladder that has more: those in the middle of as many equal parts."""
-    few, found = _FEW_RUNGS, ladders_of(settings)
-    kept = (
-        [rungs[(2 * k + 1) * len(rungs) // (2 * few)] for k in range(few)] if len(rungs) > few else rungs
-        for rungs in found
-    )
-    return [rung for rungs in kept for rung in rungs]
-
-
-def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> list[Placement]:
+def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> Settings:
     """Those that no other beats: by what is on the device, in RAM and on disk, and by the time moving it takes.
 
     Times are equal up to their second digit; of equals the first is kept.
@@ -98,11 +84,28 @@ def _costs(hold: Hold) -> tuple[float, ...]:
     return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
 
 
-def _thinned(choices: Choices, most: int = _MOST_COMPANION_CHOICES) -> list[list[Placement]]:
-    """At most so many mixes: the lightest companions keep only their first and their smallest choice, where needed."""
-    kept = [options for _, options in choices]
-    for place in sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes):
-        if prod(map(len, kept)) <= most:
-            break
-        kept[place] = kept[place][:1] + kept[place][-1:] if len(kept[place]) > 1 else kept[place]
+def _thinned(choices: Choices) -> list[Settings]:
+    """At most `MOST_MIXES`, the lightest companions thinned first: their ladders, then all but their two ends."""
+    kept = [settings for _, settings in choices]
+    lightest = sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes)
+    steps: list[Callable[[Settings], Settings]] = [partial(_fewer_rungs, most=most) for most in _FEWER_RUNGS]
+    for thin in (*steps, _ends):
+        for place in lightest:
+            if prod(map(len, kept)) <= MOST_MIXES:
+                return kept
+            kept[place] = thin(kept[place])
     return kept
+
+
+def _fewer_rungs(settings: Settings, most: int) -> Settings:
+    """The settings, with `most` of each ladder that has more: those in the middle of as many equal parts."""
+    kept = (
+        [rungs[(2 * part + 1) * len(rungs) // (2 * most)] for part in range(most)] if len(rungs) > most else rungs
+        for rungs in ladders_of(settings)
+    )
+    return [rung for rungs in kept for rung in rungs]
+
+
+def _ends(settings: Settings) -> Settings:
+    """The first and the smallest."""
+    return settings[:1] + settings[-1:] if len(settings) > 1 else settings

@@ -9,9 +9,12 @@ from typing import Literal
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.candidates import Fixed, Ladder, Refused, Row, rows
+from vramplan.planner.candidates import Pool, Refused, Row, rows
 from vramplan.planner.demand import Demand, Pricer
+from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
+from vramplan.planner.order import Prefer, order, third_digit
+from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
 from vramplan.strategies.resident import Resident
@@ -20,7 +23,6 @@ from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
 Verdict = Literal["chosen", "fits", "rejected"]
-Prefer = Literal["speed", "memory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,7 @@ class _Chooser:
     budget: Budget
     prefer: Prefer
     fixed: Fixed
+    tables: dict[tuple[int, int], Table] = field(default_factory=dict)
 
     def asks_for(self, item: Decision) -> int:
         """The place of the quality that has to be allowed for it: what was set by hand is."""
@@ -152,42 +155,20 @@ class _Chooser:
         budget = replace(self.budget, vram_bytes=limit)
         of_row = ((form.weights, form.execution) == (row.weights, row.execution) for form, _ in self.pricers)
         pricer = next(pricer for (_, pricer), its in zip(self.pricers, of_row, strict=True) if its)
-        found: Decision | None = None
-        for ladder in row.ladders:
-            item = self._highest_rung(ladder, row, pricer, budget, found)
-            if found is None or self._order(item) < self._order(found):
-                found = item
-        assert found is not None  # no row is without a ladder
-        return found
+        best = (self._best_of(pool, pricer, row.decode, budget) for pool in row.pools)
+        judged = (_judge(row, placement, pricer(placement, row.decode), budget) for placement in best)
+        return min(judged, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
 
-    def _order(self, item: Decision) -> tuple[float, ...]:
-        return item.deficit_bytes, *rank(item, self.prefer)
-
-    def _highest_rung(
-        self, ladder: Ladder, row: Row, pricer: Pricer, budget: Budget, other: Decision | None
-    ) -> Decision:
-        """The last rung within the VRAM; the first one where none is, or where memory is what counts.
-
-        Where even the last one would take longer than the other that fits, it is left at that: lower ones take no less.
-        """
-
-        def judged(rung: int) -> Decision:
-            return _judge(row, ladder[rung], pricer(ladder[rung], row.decode), budget)
-
-        low, high = 0, len(ladder) - 1
-        top = judged(0 if self.prefer == "memory" else high)
-        if not high or self.prefer == "memory" or top.demand.vram_reserved_bytes <= (budget.vram_bytes or 0):
-            return top
-        if other is not None and not other.deficit_bytes and rank(top, "speed")[0] > rank(other, "speed")[0]:
-            return top
-        high -= 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if judged(middle).demand.vram_reserved_bytes <= (budget.vram_bytes or 0):
-                low = middle
-            else:
-                high = middle - 1
-        return judged(low)
+    def _best_of(
+        self, pool: Pool, pricer: Pricer, decode: tuple[Decode, ...], budget: Budget
+    ) -> Mapping[str, Placement]:
+        """The best placement of a pool: its only one, or that of a table of all, made when it is first asked for."""
+        if all(len(axis) == 1 for axis in pool.axes):
+            return pool.mix(axis[0] for axis in pool.axes)
+        key = id(pool), id(pricer)
+        if key not in self.tables:
+            self.tables[key] = Table(pool, pricer)
+        return self.tables[key].best(decode, budget, self.prefer)
 
 
 def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
@@ -299,19 +280,18 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
 
 
 def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Lower is better. Times are equal up to their third digit; then what changes less, then the simpler plan, then
-    less to hide, then memory.
-
-    RAM before VRAM: of two that are equally fast the one that offloads less is the simpler.
-    """
+    """Lower is better (`order`)."""
     demand = decision.demand
-    time, vram = float(f"{demand.seconds_per_call:.3g}"), demand.vram_reserved_bytes
-    hidden = float(f"{demand.transfer_seconds_per_step:.3g}")
-    offloaded = sum(setting != Resident() for setting in decision.placement.values())
-    changed = _index(decision), len(decision.weights)
-    if prefer == "speed":
-        return time, *changed, offloaded, hidden, demand.ram_bytes, vram
-    return vram or demand.ram_bytes, time, *changed, offloaded, hidden, demand.ram_bytes
+    return order(
+        prefer,
+        seconds=third_digit(demand.seconds_per_call),
+        quality=_index(decision),
+        changed=len(decision.weights),
+        offloaded=sum(setting != Resident() for setting in decision.placement.values()),
+        hidden=third_digit(demand.transfer_seconds_per_step),
+        ram_bytes=demand.ram_bytes,
+        vram_bytes=demand.vram_reserved_bytes,
+    )
 
 
 def _index(decision: Decision) -> int:

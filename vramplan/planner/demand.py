@@ -4,47 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from vramplan.hardware.types import Accelerator, Budget, Rates
+from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
-from vramplan.planner.footprint import Estimate, Footprint, Work
+from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, Need
+from vramplan.planner.footprint import Footprint
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
-from vramplan.planner.residency import Moment, replay
+from vramplan.planner.residency import Moment, replay, schedule
 from vramplan.residuals import Basis
 from vramplan.strategies.base import Decode, Hold, Placement
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
-
-# The share of the memory's peak rate that kernels without products reach. Assumed.
-_TRAFFIC_EFFICIENCY = 0.85
-# What Python and the driver take to launch one kernel, which the device waits for where kernels are small. Assumed.
-_LAUNCH_SECONDS = 6e-6
-# What a disk reads, in bytes per second: an NVMe drive of a laptop on PCIe 3.0. Assumed.
-DISK_BYTES_PER_S = 2e9
-# The share of what is hidden behind something longer that is paid all the same: copies take memory bandwidth, and a
-# link may be slower than it is taken to be. Assumed.
-_OVERLAP_COST = 0.05
-# What waiting for one transfer costs beside the transfer: a synchronisation and a launch. Assumed.
-PAUSE_SECONDS = 1e-4
-# Where neither a profile nor a measurement says: a PCIe 3.0 x16 card of the 12 GiB class.
-DEFAULT_RATES = Rates(
-    memory_bytes_per_s=360e9,
-    link_bytes_per_s=12e9,
-    half_flops_per_s=50e12,
-    reached=0.6,
-    source="assumed: a mid-range card on PCIe 3.0 x16",
-)
-
-CPU_RATES = Rates(
-    memory_bytes_per_s=40e9,
-    link_bytes_per_s=40e9,
-    half_flops_per_s=2e11,
-    reached=0.6,
-    source="assumed: a few cores in float32",
-)
-
-Bottleneck = Literal["compute", "transfer", "launch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +62,22 @@ class Demand:
     load: LoadDemand | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one component adds to the price of a candidate of which nothing lingers on the device.
+
+    `hold` and `load` as they are, None for a component that is loaded already. `beside_bytes` is what is reserved at
+    the component's highest moment beside the idle weights of all, None for one that is never used. `seconds` are those
+    of a call, `transfer_seconds` of moving weights in a step.
+    """
+
+    hold: Hold
+    load: Load | None
+    beside_bytes: int | None
+    seconds: float
+    transfer_seconds: float
+
+
 def price(
     spec: PipelineSpec,
     workload: Workload,
@@ -116,11 +102,14 @@ class Pricer:
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
+        # A pipeline any part of which is loaded already is not loaded again.
+        self.loaded = any(component.device is not None for component in spec.components)
         self._components = {component.name: component for component in spec.components}
         self._skips = any(use.optional for use in spec.uses)
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
-        self._decodes: dict[tuple[Decode, ...], dict[Use, _Need]] = {}
+        self._decodes: dict[tuple[Decode, ...], dict[Use, Need]] = {}
+        self._parts: dict[tuple[str, Placement, tuple[Decode, ...]], Part] = {}
 
     def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
         """The demand of one candidate."""
@@ -130,7 +119,7 @@ class Pricer:
         skipped = replay(self.spec, holds, skip_optional=True) if self._skips else []
         demands = [self._demand(moment, needs[moment.use]) for moment in (*moments, *skipped)]
         phases = _highest(demands)
-        clock = _Clock(needs, holds, self.rates)
+        clock = Clock(needs, holds, self.rates)
         step, call = clock.time(moments, self.steps)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
@@ -152,11 +141,41 @@ class Pricer:
             load=load,
         )
 
-    def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, _Need]:
+    @property
+    def workspace_bytes(self) -> int:
+        """What matrix products hold on the device all along, where activations do not contain it."""
+        return self.footprint.workspace_bytes if self.accelerator is not None else 0
+
+    def part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> Part:
+        """What one component adds to the price, by this setting and decode."""
+        key = name, setting, decode
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._part(name, setting, decode)
+        return found
+
+    def _part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> Part:
+        needs, hold = self._needs(decode), self._hold(name, setting)
+        uses = [use for use in self.spec.uses if use.component == name]
+        moments = [
+            Moment(use=use, weights_bytes=0, on_device=(), repeat=repeat)
+            for use, repeat in schedule(uses, skip_optional=False)
+        ]
+        clock = Clock(needs, {name: hold}, self.rates)
+        beside = [hold.running_bytes - hold.idle_bytes + needs[use].activation.reserved_bytes for use in uses]
+        return Part(
+            hold=hold,
+            load=None if self.loaded else self._load_of(name, setting),
+            beside_bytes=max(beside, default=None),
+            seconds=clock.time(moments, self.steps)[1],
+            transfer_seconds=sum(clock.transfer(moment) for moment in moments if moment.repeat),
+        )
+
+    def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, Need]:
         found = self._decodes.get(decode)
         if found is None:
             found = self._decodes[decode] = {
-                use: _Need(
+                use: Need(
                     activation=self.footprint.activation(use, decode),
                     work=self.footprint.work(use, decode),
                     rates=self.rates,
@@ -171,8 +190,8 @@ class Pricer:
             found = self._holds[name, setting] = setting.hold(self._components[name], self.spec)
         return found
 
-    def _demand(self, moment: Moment, need: _Need) -> PhaseDemand:
-        workspace = self.footprint.workspace_bytes if self.accelerator is not None else 0
+    def _demand(self, moment: Moment, need: Need) -> PhaseDemand:
+        workspace = self.workspace_bytes
         return PhaseDemand(
             name=moment.use.phase,
             component=moment.use.component,
@@ -184,16 +203,16 @@ class Pricer:
         )
 
     def _load(self, placement: Mapping[str, Placement]) -> LoadDemand | None:
-        loads = {}
-        for name, setting in placement.items():
-            if self._components[name].device is not None:
-                return None
-            found = self._loads.get((name, setting))
-            if found is None:
-                found = load_of(self._components[name], setting, self._hold(name, setting))
-                self._loads[name, setting] = found
-            loads[name] = found
-        return load_demand(loads)
+        if self.loaded:
+            return None
+        return load_demand({name: self._load_of(name, setting) for name, setting in placement.items()})
+
+    def _load_of(self, name: str, setting: Placement) -> Load:
+        found = self._loads.get((name, setting))
+        if found is None:
+            found = load_of(self._components[name], setting, self._hold(name, setting))
+            self._loads[name, setting] = found
+        return found
 
 
 def _host(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
@@ -238,66 +257,3 @@ def fits_sentence(demand: Demand, budget: Budget) -> str:
         free = "" if budget.disk_bytes is None else f" of {format_bytes(budget.disk_bytes)}"
         parts.append(f"{format_bytes(demand.disk_bytes)}{free} disk")
     return f"needs {' and '.join([', '.join(parts[:-1]), parts[-1]] if parts[1:] else parts)}"
-
-
-class _Need:
-    """What a use needs whatever the placement: activations, seconds of compute and of launching, forwards."""
-
-    __slots__ = ("activation", "forwards", "kernels", "launches")
-
-    def __init__(self, activation: Estimate, work: Work, rates: Rates) -> None:
-        products = work.flops / (rates.half_flops_per_s * rates.reached)
-        self.activation = activation
-        self.kernels = products + work.traffic_bytes / (rates.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)
-        self.launches = work.launches * _LAUNCH_SECONDS
-        self.forwards = work.forwards
-
-
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """Turns moments into seconds: computing and launching, whichever is longer, and bytes over the link."""
-
-    needs: Mapping[Use, _Need]
-    holds: Mapping[str, Hold]
-    rates: Rates
-
-    def time(self, moments: Sequence[Moment], steps: int) -> tuple[float, float]:
-        """Seconds per denoising step, and per call with this many steps."""
-        first = sum(self._seconds(moment) for moment in moments if moment.use.in_loop and not moment.repeat)
-        step = sum(self._seconds(moment) for moment in moments if moment.repeat)
-        rest = sum(self._seconds(moment) for moment in moments if not moment.use.in_loop)
-        read = sum(hold.read_bytes for hold in self.holds.values()) / DISK_BYTES_PER_S
-        left = sum(moment.loaded_bytes - moment.sent_back_bytes for moment in moments)
-        freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
-        return step, rest + first + step * (steps - 1) + freed + read
-
-    def transfer(self, moment: Moment) -> float:
-        """Seconds of moving weights for this use, waits between the transfers left out."""
-        hold, forwards = self.holds[moment.use.component], self.needs[moment.use].forwards
-        moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
-        whole = moment.loaded_bytes + moment.sent_back_bytes
-        read = forwards * hold.disk_bytes / DISK_BYTES_PER_S
-        return read + (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
-
-    def bottleneck(self, moments: Sequence[Moment]) -> Bottleneck:
-        """What takes longest in a step (in a call, for a pipeline without a loop)."""
-        step = [moment for moment in moments if moment.repeat] or moments
-        took: dict[Bottleneck, float] = {
-            "compute": sum(self.needs[moment.use].kernels for moment in step),
-            "transfer": sum(self.transfer(moment) + self._pauses(moment) for moment in step),
-            "launch": sum(self.needs[moment.use].launches for moment in step),
-        }
-        return max(took, key=lambda name: took[name])
-
-    def _seconds(self, moment: Moment) -> float:
-        hold, need = self.holds[moment.use.component], self.needs[moment.use]
-        busy = max(need.kernels, need.launches)
-        moved = self.transfer(moment) + self._pauses(moment)
-        if not hold.overlapped:
-            return busy + moved
-        waited = need.forwards * hold.waited_bytes / (self.rates.link_bytes_per_s * hold.rate)
-        hidden = moved - waited
-        return max(busy, hidden) + _OVERLAP_COST * min(busy, hidden) + waited
-
-    def _pauses(self, moment: Moment) -> float:
-        return self.needs[moment.use].forwards * self.holds[moment.use.component].pauses * PAUSE_SECONDS

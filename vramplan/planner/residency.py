@@ -38,7 +38,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
     there = {freed: sum(idle[name] for name in holds if holds[name].freed == freed) for freed in (True, False)}
     present: dict[str, int] = {}
     moments = []
-    for use, repeat in _schedule(spec.uses, skip_optional=skip_optional):
+    for use, repeat in schedule(spec.uses, skip_optional=skip_optional):
         hold = holds[use.component]
         loaded = sent_back = 0
         if hold.lingers:
@@ -65,7 +65,8 @@ def _predecessors(sequence: Sequence[str]) -> dict[str, str]:
     return dict(zip(sequence[1:], sequence[:-1], strict=True))
 
 
-def _schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use, int]]:
+def schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use, int]]:
+    """The uses of one call in order, each with the round of the loop it is in: those in the loop come twice."""
     kept = [use for use in uses if not (skip_optional and use.optional)]
     loop = [use for use in kept if use.in_loop]
     first = kept.index(loop[0]) if loop else len(kept)
