@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import numpy.typing as npt
 from regret_peers import PEERS, Asked, Choice
 
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.candidates import rows
+from vramplan.planner.candidates import Placed, rows
 from vramplan.planner.decide import Confirm, Decision, decide, rank
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
@@ -90,15 +92,6 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranked:
-    """A candidate with what all cases ask of it, worked out once."""
-
-    candidate: Candidate
-    quality: int
-    rank: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """A pipeline with every candidate priced."""
 
@@ -111,7 +104,8 @@ class Subject:
     price: Pricer
     plain: Decodes
     tiled: Decodes
-    candidates: tuple[Ranked, ...]
+    # A line each, priced one by one: VRAM and RAM in bytes, quality, and the rank.
+    candidates: npt.NDArray[np.float64]
     stock: Mapping[str, Candidate]
     priced_per_second: float
 
@@ -130,9 +124,8 @@ def subject_of(name: str, accelerator: Accelerator) -> Subject:
     for decode in decodes:  # simulates each, which is not what is timed below
         price(found[0].placements[0], decode)
     began = time.perf_counter()
-    every = [(placed, row.decode, price(placed, row.decode)) for row in found for placed in row.placements]
+    lines = [_line_of(placed, row.decode, price(placed, row.decode)) for row in found for placed in row.placements]
     took = time.perf_counter() - began
-    priced = [Candidate(placement=placed, decode=decode, demand=demand) for placed, decode, demand in every]
     tiled = max(decodes, key=_tile)
     return Subject(
         name=name,
@@ -144,15 +137,16 @@ def subject_of(name: str, accelerator: Accelerator) -> Subject:
         price=price,
         plain=() if () in decodes else tiled,
         tiled=tiled,
-        candidates=tuple(map(ranked, priced)),
+        candidates=np.array(lines),
         stock=stock_calls(spec, accelerator, price, () if () in decodes else tiled, tiled),
-        priced_per_second=len(every) / took,
+        priced_per_second=len(lines) / took,
     )
 
 
-def ranked(candidate: Candidate) -> Ranked:
-    decision = candidate.decision
-    return Ranked(candidate=candidate, quality=QUALITIES.index(decision.quality), rank=tuple(rank(decision, "speed")))
+def _line_of(placed: Placed, decode: Decodes, demand: Demand) -> tuple[float, ...]:
+    candidate = Candidate(placement=placed, decode=decode, demand=demand)
+    quality = QUALITIES.index(candidate.decision.quality)
+    return demand.vram_reserved_bytes, demand.ram_bytes, quality, *rank(candidate.decision, "speed")
 
 
 def _tile(decode: Decodes) -> int:
@@ -237,14 +231,14 @@ class Case:
             reason = str(error)
         return chosen, reason, time.perf_counter() - began
 
-    def best(self) -> Ranked | None:
-        """The best of every candidate that fits, at the first level of quality that has one."""
-        budget = self.budget
-        fitting = [item for item in self.subject.candidates if not item.candidate.short_bytes(budget)]
+    def best(self) -> tuple[float, ...] | None:
+        """The rank of the best of every candidate that fits, at the first level of quality that has one."""
+        budget, every = self.budget, self.subject.candidates
+        fitting = every[(every[:, 0] <= budget.vram_bytes) & (every[:, 1] <= budget.ram_bytes)]
         for level in (self.allow,) if self.allow else ("lossless", "near_lossless"):
-            able = [item for item in fitting if item.quality <= QUALITIES.index(level)]
-            if able:
-                return min(able, key=lambda item: item.rank)
+            able = fitting[fitting[:, 2] <= QUALITIES.index(level)]
+            if len(able):
+                return tuple(min(map(tuple, able[able[:, 3] == able[:, 3].min(), 3:].tolist())))
         return None
 
 
@@ -260,7 +254,7 @@ def judged(case: Case) -> dict[str, Any]:
         "planning_seconds": round(took, 4),
         "chosen": told(chosen) if chosen else None,
         "nothing_fits": reason or None,
-        "best_seconds": _rounded(best.candidate.demand.seconds_per_call) if best else None,
+        "best_seconds": best[0] if best else None,
         "failures": _failures(chosen, best),
     }
     quality = chosen.decision.quality if chosen else case.allow or "near_lossless"
@@ -274,13 +268,13 @@ def judged(case: Case) -> dict[str, Any]:
     return found
 
 
-def _failures(chosen: Candidate | None, best: Ranked | None) -> list[str]:
+def _failures(chosen: Candidate | None, best: tuple[float, ...] | None) -> list[str]:
     if chosen is None or best is None:
         return [] if chosen is None and best is None else ["chosen and best do not agree on whether anything fits"]
-    rank = ranked(chosen).rank
-    if rank == best.rank:
+    ours = tuple(rank(chosen.decision, "speed"))
+    if ours == best:
         return []
-    return ["not the fastest" if rank[0] > best.rank[0] else "as fast as the best, but not ranked with it"]
+    return ["not the fastest" if ours[0] > best[0] else "as fast as the best, but not ranked with it"]
 
 
 def fastest_stock(case: Case, quality: Quality) -> tuple[str, float] | None:
