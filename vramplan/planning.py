@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vramplan._version import __version__
 from vramplan.calibration.learned import versions
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.figures import Figures, figures
+from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -24,19 +24,14 @@ from vramplan.planfile import (
     Projected,
     fingerprint,
 )
-from vramplan.planner.candidates import Refused, execution_settings, weight_settings
-from vramplan.planner.decide import Decision, Lighter, Outcome, decide
-from vramplan.planner.demand import Demand, PhaseDemand, weakest_basis
+from vramplan.planner.candidates import Refused, weight_settings
+from vramplan.planner.decide import Decision, Outcome, decide
+from vramplan.planner.demand import Demand
 from vramplan.planner.fixed import Fixed, parse_fixed
-from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.forms import Forms
 from vramplan.planner.order import Prefer
 from vramplan.recorded import settings_of
-from vramplan.residuals import Basis
-from vramplan.simulator.types import Simulation
-from vramplan.strategies.base import Quality, Weights
-from vramplan.strategies.settings import grouped
-from vramplan.units import format_bytes
+from vramplan.strategies.base import Quality
 from vramplan.workload import Workload, make_workload
 
 
@@ -109,7 +104,7 @@ class Subject:
         }
         self.simulate = simulate
         self._forms = Forms(Source(model, self.spec))
-        self._known: dict[Any, _Figures] = {}
+        self._known: dict[Any, Figures] = {}
 
     def workload(self, given: Mapping[str, Any]) -> Workload:
         """What was given, and the pipeline's own for the rest.
@@ -131,20 +126,20 @@ class Subject:
         amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin, **held_bytes(spec)}
         known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
         told = parse_fixed(self.fixed, spec, accelerator)
-        figures = self._figures(work, accelerator if self.simulate else None, asked.allow, told)
-        basis = figures.basis(spec)
+        known = self._figures(work, accelerator if self.simulate else None, asked.allow, told)
+        basis = known.basis(spec)
         budget = known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
         outcome = decide(
             spec,
             work,
             budget,
             accelerator=accelerator,
-            footprint=figures.footprint,
+            footprint=known.footprint,
             fixed=told,
             allow=asked.allow,
             prefer=asked.prefer,
-            confirm=figures.confirm(budget) if confirm else None,
-            lighter=figures.lighter,
+            confirm=known.confirm(budget) if confirm else None,
+            lighter=known.lighter,
         )
         machine = MachineRecord(
             device=accelerator.device if accelerator else "cpu",
@@ -153,10 +148,10 @@ class Subject:
             budget=budget,
             software=versions(),
         )
-        notes = (*_notes(spec, accelerator, hardware), *figures.notes)
+        notes = (*_notes(spec, accelerator, hardware), *known.notes)
         return _written(spec, work, machine, outcome, notes, asked)
 
-    def _figures(self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed) -> _Figures:
+    def _figures(self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed) -> Figures:
         """The planner's numbers, made where no machine with these kernels asked for them before."""
         from vramplan.simulator.source import kernels_of
 
@@ -164,7 +159,7 @@ class Subject:
         key = work, kernels, allow
         if key not in self._known:
             weights = weight_settings(self.spec, told, allow)
-            self._known[key] = _figures(self._forms, work, accelerator, weights, told)
+            self._known[key] = figures(self._forms, work, accelerator, weights, told)
         return self._known[key]
 
 
@@ -194,134 +189,6 @@ def _written(
         refused=_once(outcome.refused),
         candidates=tuple(_considered(decision) for decision in outcome.decisions),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Figures:
-    """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
-
-    footprint: Footprint
-    lighter: tuple[Lighter, ...] = ()
-    simulated: Callable[[Decision, int], Simulation] | None = None
-    notes: tuple[str, ...] = ()
-
-    def basis(self, spec: PipelineSpec) -> Basis:
-        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
-        uses = [use for use in spec.uses if use.phase != "decode"]
-        return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
-
-    def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
-        """What has the last word on a decision within this budget; nothing without a simulation."""
-        run, capacity = self.simulated, budget.vram_bytes
-        if run is None or capacity is None:
-            return None
-
-        def confirm(decision: Decision) -> Decision:
-            from vramplan.simulator.run import SimulationError
-
-            try:
-                return confirmed(decision, run(decision, capacity))
-            except SimulationError as error:  # with everything resident it ran: these settings are what stops it
-                return replace(decision, verdict="rejected", reason=f"does not run: {error}")
-
-        return confirm
-
-
-def _figures(
-    forms: Forms,
-    work: Workload,
-    accelerator: Accelerator | None,
-    weights: Sequence[Mapping[str, Weights]],
-    told: Fixed,
-) -> _Figures:
-    """What the planner counts with, for the weights as they are stored and with each of these settings.
-
-    What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
-    pipeline, where it lowers what a denoiser needs.
-    """
-    from vramplan.simulator.run import SimulationError
-    from vramplan.simulator.source import simulated_footprint, traced_footprint
-
-    source, spec, execution = forms.source, forms.source.spec, told.execution
-    light = [(setting, forms.spec(setting)) for setting in weights]
-    if accelerator is None or spec.device_map is not None:
-        assumed = AssumedFootprint(spec=spec, workload=work)
-        return _Figures(
-            footprint=assumed,
-            lighter=tuple(
-                Lighter(weights=setting, execution=execution, spec=other, footprint=replace(assumed, spec=other))
-                for setting, other in light
-            ),
-        )
-    try:
-        footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
-    except SimulationError as error:
-        note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
-        traced = traced_footprint(source, work, accelerator)
-        others = tuple(
-            Lighter(
-                weights=setting,
-                execution=execution,
-                spec=other,
-                footprint=forms.footprint(setting, traced, traced.plain),
-            )
-            for setting, other in light
-        )
-        return _Figures(footprint=traced, lighter=others, notes=(note,))
-    lighter = tuple(
-        Lighter(
-            weights=setting,
-            execution=execution,
-            spec=other,
-            footprint=forms.footprint(setting, footprint, footprint.plain),
-        )
-        for setting, other in light
-    )
-    tried = (
-        (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
-        for item in execution_settings(spec, told, accelerator)
-    )
-    lighter += tuple(
-        Lighter(weights={}, execution=item, spec=spec, footprint=sliced)
-        for item, sliced in tried
-        if sliced.denoising_bytes < footprint.denoising_bytes
-    )
-
-    def simulated(decision: Decision, capacity: int) -> Simulation:
-        vaes = [component.name for component in spec.vaes]
-        decodes = [(setting, vaes) for setting in decision.decode]
-        placed = grouped(decision.placement, decision.weights, decision.execution)
-        return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
-
-    return _Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
-
-
-def confirmed(decision: Decision, simulation: Simulation) -> Decision:
-    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit."""
-    if simulation.stopped is not None:
-        reason = f"{simulation.stopped}: short by at least {format_bytes(simulation.short_bytes)}"
-        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=simulation.short_bytes)
-    on_device = {phase.name: phase.on_device for phase in decision.demand.phases}
-    phases = tuple(
-        PhaseDemand(
-            name=phase.name,
-            component=phase.component,
-            on_device=on_device[phase.name],
-            weights_bytes=phase.weights_bytes,
-            activation_bytes=phase.activation_bytes,
-            workspace_bytes=phase.workspace_bytes,
-            reserved_bytes=phase.peak_allocated_bytes,
-        )
-        for phase in simulation.phases
-        if phase.name != "load" and phase.name in on_device
-    )
-    demand = replace(
-        decision.demand,
-        vram_allocated_bytes=simulation.peak_allocated_bytes,
-        vram_reserved_bytes=simulation.peak_reserved_bytes,
-        phases=phases,
-    )
-    return replace(decision, demand=demand)
 
 
 def refuse_hooked(spec: PipelineSpec) -> None:

@@ -1,0 +1,149 @@
+"""Where the planner's numbers come from: simulating the call, tracing its components one by one, or rules of thumb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vramplan.hardware.types import Accelerator, Budget
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.candidates import execution_settings
+from vramplan.planner.decide import Decision, Lighter
+from vramplan.planner.demand import PhaseDemand, weakest_basis
+from vramplan.planner.fixed import Fixed
+from vramplan.planner.footprint import AssumedFootprint, Footprint
+from vramplan.planner.forms import Forms
+from vramplan.residuals import Basis
+from vramplan.simulator.types import Simulation
+from vramplan.strategies.base import Weights
+from vramplan.strategies.settings import grouped
+from vramplan.units import format_bytes
+from vramplan.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
+
+    footprint: Footprint
+    lighter: tuple[Lighter, ...] = ()
+    simulated: Callable[[Decision, int], Simulation] | None = None
+    notes: tuple[str, ...] = ()
+
+    def basis(self, spec: PipelineSpec) -> Basis:
+        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
+        uses = [use for use in spec.uses if use.phase != "decode"]
+        return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
+
+    def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
+        """What has the last word on a decision within this budget; nothing without a simulation."""
+        run, capacity = self.simulated, budget.vram_bytes
+        if run is None or capacity is None:
+            return None
+
+        def confirm(decision: Decision) -> Decision:
+            from vramplan.simulator.run import SimulationError
+
+            try:
+                return confirmed(decision, run(decision, capacity))
+            except SimulationError as error:  # with everything resident it ran: these settings are what stops it
+                return replace(decision, verdict="rejected", reason=f"does not run: {error}")
+
+        return confirm
+
+
+def figures(
+    forms: Forms,
+    work: Workload,
+    accelerator: Accelerator | None,
+    weights: Sequence[Mapping[str, Weights]],
+    told: Fixed,
+) -> Figures:
+    """What the planner counts with, for the weights as they are stored and with each of these settings.
+
+    What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
+    pipeline, where it lowers what a denoiser needs.
+    """
+    from vramplan.simulator.run import SimulationError
+    from vramplan.simulator.source import simulated_footprint, traced_footprint
+
+    source, spec, execution = forms.source, forms.source.spec, told.execution
+    light = [(setting, forms.spec(setting)) for setting in weights]
+    if accelerator is None or spec.device_map is not None:
+        assumed = AssumedFootprint(spec=spec, workload=work)
+        return Figures(
+            footprint=assumed,
+            lighter=tuple(
+                Lighter(weights=setting, execution=execution, spec=other, footprint=replace(assumed, spec=other))
+                for setting, other in light
+            ),
+        )
+    try:
+        footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
+    except SimulationError as error:
+        note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
+        traced = traced_footprint(source, work, accelerator)
+        others = tuple(
+            Lighter(
+                weights=setting,
+                execution=execution,
+                spec=other,
+                footprint=forms.footprint(setting, traced, traced.plain),
+            )
+            for setting, other in light
+        )
+        return Figures(footprint=traced, lighter=others, notes=(note,))
+    lighter = tuple(
+        Lighter(
+            weights=setting,
+            execution=execution,
+            spec=other,
+            footprint=forms.footprint(setting, footprint, footprint.plain),
+        )
+        for setting, other in light
+    )
+    tried = (
+        (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
+        for item in execution_settings(spec, told, accelerator)
+    )
+    lighter += tuple(
+        Lighter(weights={}, execution=item, spec=spec, footprint=sliced)
+        for item, sliced in tried
+        if sliced.denoising_bytes < footprint.denoising_bytes
+    )
+
+    def simulated(decision: Decision, capacity: int) -> Simulation:
+        vaes = [component.name for component in spec.vaes]
+        decodes = [(setting, vaes) for setting in decision.decode]
+        placed = grouped(decision.placement, decision.weights, decision.execution)
+        return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
+
+    return Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
+
+
+def confirmed(decision: Decision, simulation: Simulation) -> Decision:
+    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit."""
+    if simulation.stopped is not None:
+        reason = f"{simulation.stopped}: short by at least {format_bytes(simulation.short_bytes)}"
+        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=simulation.short_bytes)
+    on_device = {phase.name: phase.on_device for phase in decision.demand.phases}
+    phases = tuple(
+        PhaseDemand(
+            name=phase.name,
+            component=phase.component,
+            on_device=on_device[phase.name],
+            weights_bytes=phase.weights_bytes,
+            activation_bytes=phase.activation_bytes,
+            workspace_bytes=phase.workspace_bytes,
+            reserved_bytes=phase.peak_allocated_bytes,
+        )
+        for phase in simulation.phases
+        if phase.name != "load" and phase.name in on_device
+    )
+    demand = replace(
+        decision.demand,
+        vram_allocated_bytes=simulation.peak_allocated_bytes,
+        vram_reserved_bytes=simulation.peak_reserved_bytes,
+        phases=phases,
+    )
+    return replace(decision, demand=demand)
