@@ -171,6 +171,7 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
 
     companions = [component for component in spec.components if component not in heads]
     pools = companion_pools([(component, options(component)) for component in companions], spec)
+    pools = [axes for axes in pools if all(axes)]  # of a component that can take nothing there is no candidate
     per_head = {component.name: options(component) for component in heads}
     for leading in ladders_of(per_head[heads[0].name]):
         rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
