@@ -25,6 +25,7 @@ Sizes may be written `64 GiB`.
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -64,7 +66,14 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    return _sizes(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+    """A copy that the caller may spoil."""
+    return copy.deepcopy(_parsed(name))
+
+
+@cache
+def _parsed(name: str) -> dict[str, Any]:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    return _sizes(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def _sizes(value: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
+from vramplan.hardware.torch_answers import _is_answer, ask_torch, read_devices, torch_is_built_for
 
 TORCH = """
 import types
@@ -69,8 +69,12 @@ def test_a_torch_that_fails_gives_its_own_words(stand_in, text: str, words: str)
     assert words in answer
 
 
-def test_the_real_torch_has_no_such_devices_or_says_so() -> None:
-    assert isinstance(ask_torch("xpu"), list | str)
+@pytest.mark.parametrize("room", ["cuda", "xpu"])
+def test_the_real_torch_is_asked_for_what_it_has(room: str) -> None:
+    torch = pytest.importorskip("torch")
+    answers = read_devices(torch, room)
+    assert len(answers) == getattr(torch, room).device_count()
+    assert all(map(_is_answer, answers))
 
 
 @pytest.mark.parametrize(
