@@ -126,11 +126,11 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
 
     --format markdown makes a block for a bug report, without names and identifiers.
     """
-    from vramplan.machine import choose_machine, known_budget, measure_here
+    from vramplan.machine import find_machine, known_budget, measure_here
     from vramplan.report import to_yaml
     from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_view
 
-    hardware, accelerator = choose_machine(machine["device"])
+    hardware, accelerator = find_machine(machine["device"])
     if measure:
         hardware = measure_here(hardware, accelerator, machine["device"])
     machine.pop("device")
