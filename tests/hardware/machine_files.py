@@ -225,6 +225,18 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetNvLinkRemotePciInfo(self, card: Any, link: int) -> Any:
         return SimpleNamespace(busId=card["NvLinks"][link])
 
+    def nvmlDeviceGetFieldValues(self, card: Any, wanted: list[tuple[int, int]]) -> Any:
+        """`C2cLinks` of the card: MB/s of each link to its processor, null for one that is not active."""
+        links = card.get("C2cLinks") if isinstance(card, dict) else None
+        if links is None:
+            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)
+        known = {
+            real.NVML_FI_DEV_C2C_LINK_COUNT: lambda _: len(links),
+            real.NVML_FI_DEV_C2C_LINK_GET_STATUS: lambda link: int(links[link] is not None),
+            real.NVML_FI_DEV_C2C_LINK_GET_MAX_BW: lambda link: links[link] or 0,
+        }
+        return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=known[it](link))) for it, link in wanted]
+
     def nvmlDeviceGetMemoryInfo(self, card: Any) -> Any:
         """A list holds one answer for each time it is asked."""
         told = card.get("MemoryInfo", {"error": "NOT_SUPPORTED"})
