@@ -167,7 +167,7 @@ def test_every_fact_is_shown() -> None:
         "pinned RAM    at most 1.00 GiB (assumed)",
         "cores         8 (processor affinity)",
         "(ext4, turning)",
-        "less 9.00 GiB process limit: torch may use 50% of the total in this process",
+        "less 8.61 GiB process limit: torch may use 50% of the total in this process",
         "other programs: a desktop, a browser or another program may need it",
     ):
         assert words in text, words

@@ -13,7 +13,8 @@ The file's keys:
     nvml         left out: no library; {error: NAME}; or {driver, cards: [...]}, each card's answers by the name of the
                  question without `nvmlDeviceGet`; {error: NAME} is one too; what is left out is not supported
     cuda         the UUIDs CUDA answers; left out: it does not answer
-    torch        {built_for: [xpu], cuda: [...], xpu: [...]}: what torch answers in a process of its own
+    torch        {built_for: [xpu], cuda: [...], xpu: [...]}: what torch answers in a process of its own; built for CUDA
+                 where NVIDIA's library is and nothing else is said
     own          what torch says in this process, where it has started CUDA
     metal        what Metal recommends; sysctl: what that prints
     expected     {accelerators, host, notes}: the whole value; what is left out has the type's default
@@ -43,7 +44,7 @@ import psutil
 import pytest
 import yaml
 
-from vramplan.hardware import amd, apple, detect, intel, nvidia_order, rooted, spaced
+from vramplan.hardware import amd, apple, detect, intel, nvidia, nvidia_order, rooted, spaced
 from vramplan.hardware.types import Hardware
 from vramplan.units import parse_bytes
 
@@ -145,8 +146,11 @@ def _files(files: dict[str, Any], root: Path) -> None:
 
 
 def _torch(told: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    built = frozenset(told.get("built_for", ("cuda",)))
+    patch.setattr(nvidia, "torch_backends", lambda: built)
+    for user in (amd, intel, sys.modules["vramplan.hardware.detect"]):
+        patch.setattr(user, "torch_is_built_for", lambda backend: backend in built)
     for vendor in (amd, intel):
-        patch.setattr(vendor, "torch_is_built_for", lambda backend: backend in told.get("built_for", ()))
         patch.setattr(vendor, "ask_torch", lambda room: told.get(room, "torch did not answer (it was not asked for)"))
 
 
@@ -157,7 +161,9 @@ def _own(told: dict[str, Any]) -> ModuleType:
     torch.cuda = SimpleNamespace(
         is_initialized=lambda: True,
         device_count=lambda: len(devices),
-        get_device_properties=lambda index: SimpleNamespace(uuid=devices[index]["uuid"]),
+        get_device_properties=lambda index: SimpleNamespace(
+            uuid=devices[index]["uuid"], total_memory=devices[index]["total"]
+        ),
         memory_allocated=lambda index: devices[index]["allocated"],
         memory_reserved=lambda index: devices[index]["reserved"],
         get_per_process_memory_fraction=lambda index: devices[index]["fraction"],

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vramplan.errors import UsageError
 from vramplan.hardware import Accelerator, Budget, Hardware, Host, make_budget
+from vramplan.hardware.types import Own
 from vramplan.residuals import ProjectionError, bundled_error
 from vramplan.units import GIB, MIB
 
@@ -184,6 +185,21 @@ def test_exactly_nothing_left_is_refused_and_one_byte_is_not() -> None:
 def test_a_full_host_is_refused_with_the_numbers() -> None:
     with pytest.raises(UsageError, match=r"no ram is left.*1\.00 GiB, less reserve 3\.20 GiB"):
         make_budget(replace(MACHINE, host=replace(HOST, available_bytes=GIB)))
+
+
+def test_a_process_limit_is_torchs_own_and_not_shared_with_driver_and_desktop() -> None:
+    """Half of the 23.6 GiB that torch sees of 24: context and desktop come out of the other half."""
+    own = Own(has_context=False, allocated_bytes=GIB, cached_bytes=0, fraction=0.5, limit_bytes=int(0.5 * 23.6 * GIB))
+    exact = ProjectionError(share=0, least_bytes=0, reason="none")
+    budget = make_budget(with_card(own=own), error=exact)
+    assert budget.vram_bytes == int(0.5 * 23.6 * GIB) - GIB
+    assert sizes(budget, "vram")["process limit"] == 20 * GIB - 512 * MIB - OTHERS - budget.vram_bytes
+    untold = make_budget(with_card(own=replace(own, limit_bytes=None)), error=exact)
+    assert untold.vram_bytes == 12 * GIB - GIB
+    held = make_budget(with_card(own=own), error=exact, held_vram_bytes=GIB)
+    assert held.vram_bytes == int(0.5 * 23.6 * GIB)
+    loose = make_budget(with_card(own=replace(own, fraction=0.99, limit_bytes=23 * GIB)), error=exact)
+    assert "process limit" not in sizes(loose, "vram")
 
 
 BYTES = st.integers(min_value=0, max_value=1 << 40)

@@ -65,6 +65,7 @@ def spoiled(machine: dict[str, Any], seed: int) -> dict[str, Any]:
             if chance.random() < 0.25 and name not in (
                 "MigDevices",
                 "NvLinks",
+                "C2cLinks",
             ):  # not answers but what they are made of
                 card[name] = chance.choice(ANSWERS)
     if "CUDA_VISIBLE_DEVICES" in machine.get("environment", {}) or chance.random() < 0.3:

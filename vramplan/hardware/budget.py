@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from vramplan.errors import UsageError
@@ -70,7 +71,7 @@ def make_budget(
     taken: list[Deduction] = []
     if device is not None and vram is None:
         taken += _vram_deductions(device, hardware.host, context_bytes, held_vram_bytes)
-        taken += _kept_free(device, margin, error or bundled_error("simulated"), _free(device) - _sum(taken))
+        taken += _kept_free(device, margin, error or bundled_error("simulated"), held_vram_bytes, _sum(taken))
     if ram is None:
         taken += _present([_reserve(hardware.host), _given_back("ram", held_ram_bytes)])
     return Budget(
@@ -144,7 +145,7 @@ def _present(items: list[Deduction | None]) -> list[Deduction]:
 
 def _vram_deductions(device: Accelerator, host: Host, context_bytes: int | None, held_bytes: int) -> list[Deduction]:
     given = _given_back("vram", held_bytes)
-    shared = [_unknown_free(device), _host_share(device, host), _process_limit(device, host)]
+    shared = [_unknown_free(device), _host_share(device, host)]
     return _present([*shared, _context(device, context_bytes), given])
 
 
@@ -172,17 +173,18 @@ def _host_share(device: Accelerator, host: Host) -> Deduction | None:
     return Deduction(memory="vram", name="in use by the host", size_bytes=excess, reason=reason)
 
 
-def _process_limit(device: Accelerator, host: Host) -> Deduction | None:
-    """What is free but torch may not take, by the share of the total that the program set for itself."""
+def _process_limit(device: Accelerator, held_bytes: int, rest: int) -> Deduction | None:
+    """What would be free but torch may not take, by the share of the total that the program set for itself.
+
+    What the driver and other programs take does not count towards the share, so they come first.
+    """
     if device.own is None or device.own.fraction >= 1:
         return None
-    allowed = int(device.total_bytes * device.own.fraction) - device.own.allocated_bytes
+    most = device.own.limit_bytes
+    most = int(device.total_bytes * device.own.fraction) if most is None else most
+    excess = rest - max(0, most - device.own.allocated_bytes) - held_bytes
     reason = f"torch may use {device.own.fraction:.0%} of the total in this process (set_per_process_memory_fraction)"
-    pool = min(_free(device), host.available_bytes) if device.unified else _free(device)
-    excess = pool - max(0, allowed)
-    if excess <= 0:
-        return None
-    return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason)
+    return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason) if excess > 0 else None
 
 
 def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | None:
@@ -194,18 +196,33 @@ def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | Non
     return Deduction(memory="vram", name="driver context", size_bytes=size, reason=reason)
 
 
-def _kept_free(device: Accelerator, margin: str | None, error: ProjectionError, rest: int) -> list[Deduction]:
-    """Of what is left: what other programs may take, and what projections may be too low by; or what was asked for."""
+def _kept_free(
+    device: Accelerator, margin: str | None, error: ProjectionError, held_bytes: int, taken_bytes: int
+) -> Iterator[Deduction]:
+    """Of what is left: what other programs may take, what torch may not, and what projections may be too low by, or
+    what was asked for."""
+    rest = _free(device) - taken_bytes
+    others = None if margin is not None or device.unified else _others(device)
+    if others is not None:
+        yield others
+        rest -= others.size_bytes
+    limit = _process_limit(device, held_bytes, rest)
+    if limit is not None:
+        yield limit
+        rest -= limit.size_bytes
+    yield _margin(device, margin, error, rest)
+
+
+def _margin(device: Accelerator, margin: str | None, error: ProjectionError, rest: int) -> Deduction:
+    size, reason = error.margin_bytes(max(0, rest)), error.reason
     if margin is not None:
-        asked = f"kept free on purpose, as asked for: {margin}"
-        return [_margin(_margin_bytes(margin, device.total_bytes), asked)]
-    size = error.margin_bytes(max(0, rest))
-    if device.unified:
-        rule = f"kept free for the system and other programs: {_rule(_UNIFIED_SHARE, _UNIFIED_LEAST)}"
+        size, reason = _margin_bytes(margin, device.total_bytes), f"kept free on purpose, as asked for: {margin}"
+    elif device.unified:
         kept = max(_UNIFIED_LEAST, int(device.total_bytes * _UNIFIED_SHARE))
-        return [_margin(kept, rule) if kept >= size else _margin(size, error.reason)]
-    others = _others(device)
-    return _present([others, _margin(error.margin_bytes(max(0, rest - _sum(_present([others])))), error.reason)])
+        if kept >= size:
+            rule = _rule(_UNIFIED_SHARE, _UNIFIED_LEAST)
+            size, reason = kept, f"kept free for the system and other programs: {rule}"
+    return Deduction(memory="vram", name="margin", size_bytes=size, reason=reason)
 
 
 def _others(device: Accelerator) -> Deduction | None:
@@ -215,10 +232,6 @@ def _others(device: Accelerator) -> Deduction | None:
     drawn = "a desktop is drawn on this card" if device.display else "whether it draws a desktop is not known"
     reason = f"a desktop, a browser or another program may need it while the pipeline runs: {drawn}"
     return Deduction(memory="vram", name="other programs", size_bytes=_OTHERS_BYTES, reason=reason)
-
-
-def _margin(size: int, reason: str) -> Deduction:
-    return Deduction(memory="vram", name="margin", size_bytes=size, reason=reason)
 
 
 def _margin_bytes(amount: str, total_bytes: int) -> int:

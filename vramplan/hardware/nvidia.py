@@ -15,6 +15,7 @@ from vramplan.hardware.own import own_use
 from vramplan.hardware.rooted import at, exists
 from vramplan.hardware.spaced import middle, moved, spaced
 from vramplan.hardware.system import is_wsl
+from vramplan.hardware.torch_answers import torch_backends
 from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import MIB, format_bytes
 
@@ -48,13 +49,29 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
     except ImportError:
         yield "nvidia: the module pynvml is missing, no card was looked for: pip install nvidia-ml-py"
         return
+    seen = False
     try:
         with opened(nvml):
-            yield from _devices(nvml, host)
+            for item in _devices(nvml, host):
+                seen = seen or isinstance(item, Accelerator)
+                yield item
     except nvml.NVMLError_LibraryNotFound:
         yield from _without_library(host)
     except nvml.NVMLError as error:
         yield f"nvidia: the driver does not answer ({error}); see whether nvidia-smi works"
+    if seen:
+        yield from _unusable()
+
+
+def _unusable() -> Iterator[str]:
+    """Whether the installed torch is one that leaves NVIDIA cards alone, as PyPI's is on Windows."""
+    built = torch_backends()
+    if built is not None and "cuda" not in built:
+        what = "for AMD cards" if "hip" in built else "for Intel cards" if "xpu" in built else "for the processor alone"
+        yield (
+            f"nvidia: a card is here, but the installed torch is built {what}: "
+            "https://pytorch.org/get-started/locally has the command for one that uses it"
+        )
 
 
 def _without_library(host: Host) -> Iterator[Accelerator | str]:
