@@ -137,9 +137,7 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     budget, full = None, None
     try:
         budget = known_budget(hardware, accelerator, machine)
-    except UsageError as error:
-        if any(machine.values()):
-            raise
+    except NothingFitsError as error:
         full = error  # a machine with nothing left is still to be shown: who uses it is what one wants to know
     content = hardware_dict(hardware, budget)
     if output:

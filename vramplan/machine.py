@@ -76,7 +76,7 @@ def known_budget(
     """The budget for plans of this basis, with what was measured on this machine; `amounts` are `make_budget`'s.
 
     Raises:
-        UsageError: as `make_budget` does.
+        UsageError, NothingFitsError: as `make_budget` does.
     """
     from vramplan.calibration.learned import learned
 

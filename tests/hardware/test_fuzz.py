@@ -33,6 +33,7 @@ GARBAGE: tuple[Any, ...] = (
     {"hex": "fffe00ff" * 9},
     {"unreadable": True},
 )
+PARTS = ("MigDevices", "NvLinks", "C2cLinks", "error")  # not answers but what the stand-in makes them of
 ANSWERS: tuple[Any, ...] = (
     None,
     -1,
@@ -62,11 +63,7 @@ def spoiled(machine: dict[str, Any], seed: int) -> dict[str, Any]:
             files[path] = chance.choice(GARBAGE)
     for card in (machine.get("nvml") or {}).get("cards", []):
         for name in list(card):
-            if chance.random() < 0.25 and name not in (
-                "MigDevices",
-                "NvLinks",
-                "C2cLinks",
-            ):  # not answers but what they are made of
+            if chance.random() < 0.25 and name not in PARTS:
                 card[name] = chance.choice(ANSWERS)
     if "CUDA_VISIBLE_DEVICES" in machine.get("environment", {}) or chance.random() < 0.3:
         text = chance.choice(("", "0,", "99", "-1", "MIG-", "GPU-", "GPU-1b2f6,0", "1" * 400, "\u0663", "NoDevFiles"))

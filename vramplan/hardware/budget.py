@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from vramplan.errors import UsageError
+from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
 from vramplan.residuals import ProjectionError, bundled_error
 from vramplan.units import GIB, MIB, format_bytes, parse_amount, parse_bytes
@@ -63,7 +63,8 @@ def make_budget(
         held_vram_bytes: what the pipeline that is being placed holds already, which is given back; likewise in RAM.
 
     Raises:
-        UsageError: not an amount, more than the device has, or nothing is left to use.
+        UsageError: not an amount, or more than the device has.
+        NothingFitsError: nothing is left to use.
     """
     device = accelerator or next(iter(hardware.accelerators), None)
     if device is None and vram is not None:
@@ -120,14 +121,14 @@ def _rest(memory: str, owner: str, start: int, taken: list[Deduction]) -> int:
     """What the deductions leave of the start.
 
     Raises:
-        UsageError: nothing, with every number.
+        NothingFitsError: nothing, with every number.
     """
     ours = [item for item in taken if item.memory == memory]
     rest = start - _sum(ours)
     if rest <= 0:
         terms = ", ".join(f"{item.name} {format_bytes(item.size_bytes)}" for item in ours)
-        message = f"no {memory} is left to use: {owner} has {format_bytes(start)}, less {terms}"
-        raise UsageError(f"{message}; close other programs, or say how much may be used with {memory}=AMOUNT")
+        message = f"no {memory.upper()} is left to use: {owner} has {format_bytes(start)} free, less {terms}"
+        raise NothingFitsError(f"{message}; close other programs, or say how much may be used with --{memory}")
     return rest
 
 
