@@ -87,7 +87,7 @@ def test_another_driver_is_told(monkeypatch, folder) -> None:
         (None, "which this machine does not have"),
         (replace(CARD, name="another card"), "but cuda:0 is another card"),
         (replace(CARD, free_bytes=1030 * MIB), "the plan no longer fits: it needs"),
-        (replace(CARD, free_bytes=100 * MIB), "the plan no longer fits: no vram is left to use"),
+        (replace(CARD, free_bytes=100 * MIB), "the plan no longer fits: no VRAM is left to use"),
     ],
 )
 def test_what_cannot_be_any_more_is_refused(monkeypatch, folder, card: Accelerator | None, words: str) -> None:

@@ -98,6 +98,19 @@ def test_a_file_is_told_by_its_ending(name: str, is_file: bool) -> None:
         (lambda _: "a: [", "not readable YAML"),
         (lambda _: "schema_version: 1\nhost: !!python/object/apply:os.getcwd []", "not readable YAML"),
         (lambda _: "schema_version: 1\naccelerators: []", "host is missing"),
+        (
+            lambda text: text.replace("free_bytes: 21474836480", "free_bytes: 99999999999", 1),
+            "more than its total_bytes",
+        ),
+        (
+            lambda text: text.replace("available_bytes: 32212254720", "available_bytes: 99999999999"),
+            "more than host.tot",
+        ),
+        (lambda text: text.replace("index: 0", "index: -1"), r"accelerators.0.index: -1 is no size, rate or count"),
+        (lambda text: text.replace("total_bytes: 25769803776", "total_bytes: 0"), "a device without memory"),
+        (lambda text: text.replace("link_bytes_per_s: null", "link_bytes_per_s: .nan"), "link_bytes_per_s"),
+        (lambda text: text.replace("link_bytes_per_s: null", "link_bytes_per_s: 0.0"), "link_bytes_per_s: 0.0 is no"),
+        (lambda text: text.replace("fraction: 0.5", "fraction: -0.5"), r"accelerators.0.own.fraction: -0.5 is no"),
     ],
 )
 def test_a_file_that_is_none_is_refused_with_the_place(tmp_path: Path, spoil, words: str) -> None:
@@ -144,9 +157,9 @@ def test_a_full_card_is_shown_with_who_fills_it_and_is_an_error(tmp_path: Path) 
     path = tmp_path / "full.yaml"
     path.write_text(to_yaml(hardware_dict(replace(MACHINE, accelerators=(full,)), None)))
     done = CliRunner().invoke(main, ["detect", "--device", str(path)])
-    assert done.exit_code == 2
+    assert done.exit_code == 3
     assert "used by firefox" in done.stdout
-    assert "no vram is left to use" in done.stderr
+    assert "no VRAM is left to use" in done.stderr
     assert CliRunner().invoke(main, ["detect", "--device", str(path), "--vram", "1GiB"]).exit_code == 0
 
 
@@ -167,7 +180,7 @@ def test_every_fact_is_shown() -> None:
         "pinned RAM    at most 1.00 GiB (assumed)",
         "cores         8 (processor affinity)",
         "(ext4, turning)",
-        "less 9.00 GiB process limit: torch may use 50% of the total in this process",
+        "less 8.61 GiB process limit: torch may use 50% of the total in this process",
         "other programs: a desktop, a browser or another program may need it",
     ):
         assert words in text, words
@@ -191,7 +204,23 @@ def test_the_block_names_nobody() -> None:
         ("GPU-5d3f0a1b2c4e6f70", "<uuid>"),
         ("at /kubepods/pod7d1f2c3a_0b1c_4d2e_8f90_a1b2c3d4e5f6", "at /kubepods/pod<uuid>"),
         ("at /docker/3f1c0a9b8d7e6f5a4b3c2d1e0f9a8b7c", "at /docker/<id>"),
-        ("/slurm/uid_1000/job_77/step_0", "/slurm/uid_<id>/job_<id>/step_<id>"),
+        ("at /slurm/uid_1000/job_77/step_0", "at /slurm/uid_<id>/job_<id>/step_<id>"),
+        ("(cgroup v2 memory.max at /lxc/alices-box)", "(cgroup v2 memory.max at /lxc/<name>-<name>)"),
+        (
+            "at /user.slice/user-1000.slice/user@1000.service/app.slice/app-org.editor.scope",
+            "at /user.slice/user-<id>.slice/user@<id>.service/app.slice/app-<name>.<name>.scope",
+        ),
+        (
+            "at /kubepods.slice/kubepods-burstable-pod7d1f2c3a_0b1c_4d2e_8f90_a1b2c3d4e5f6.slice/cri-containerd-"
+            "3f1c0a9b8d7e6f5a4b3c2d1e0f9a8b7c.scope",
+            "at /kubepods.slice/kubepods-burstable-pod<uuid>.slice/cri-containerd-<id>.scope",
+        ),
+        ("/data/alice/store.jsonl cannot be read, D:\\alice\\x: no", "<path> cannot be read, <path>: no"),
+        (
+            "/proc/self/cgroup, /dev/kfd, https://pytorch.org/get/it",
+            "/proc/self/cgroup, /dev/kfd, https://pytorch.org/get/it",
+        ),
+        ("id_3f1c0a9b8d7e6f5a", "id_<id>"),
         ("24564 MiB, sm_89, 570.86.10, 0000:02:00.0", "24564 MiB, sm_89, 570.86.10, 0000:02:00.0"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.calibration.learned import versions
-from vramplan.errors import MismatchError, UsageError
+from vramplan.errors import MismatchError, NothingFitsError, UsageError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.machine import known_budget
@@ -48,7 +48,7 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
         return _broken(f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it")
     try:
         budget = _budget(plan, hardware, here, held_bytes(spec) if spec else {})
-    except UsageError as error:
+    except (NothingFitsError, UsageError) as error:
         return _broken(f"the plan no longer fits: {error}")
     sentence = fits_sentence(plan.projected, budget)
     if _short(plan, budget):

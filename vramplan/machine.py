@@ -17,6 +17,23 @@ from vramplan.units import format_bytes, parse_amount
 def choose_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
     """The machine to plan for and the accelerator of it that is used, None for the CPU.
 
+    The accelerator has the rates that are known of it: measured on this machine, or its profile's with the link that
+    was read where it stands. Whose programs use it is left out, as a plan may be passed on.
+
+    Raises:
+        UsageError: a device that this machine does not have and no profile describes.
+        VramplanError: a file that holds no machine.
+    """
+    hardware, accelerator = find_machine(device, vram=vram)
+    if accelerator is None or isinstance(device, Hardware):
+        return hardware, accelerator
+    here = not (isinstance(device, str) and is_hardware_file(device))
+    return hardware, _rated(replace(accelerator, others=None), here=here)
+
+
+def find_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
+    """The same as it was found, without looking for rates, which takes longer than detection itself.
+
     Without a device, on a machine that has none, an absolute `vram` stands for a card of that size.
 
     Raises:
@@ -24,8 +41,7 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
         VramplanError: a file that holds no machine.
     """
     if isinstance(device, str) and is_hardware_file(device):
-        written = load_hardware(device)
-        return written, next(map(_private, written.accelerators), None)
+        device = load_hardware(device)
     if isinstance(device, Hardware):
         return device, next(iter(device.accelerators), None)
     hardware = detect()
@@ -35,11 +51,18 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
         card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
         hardware = replace(hardware, accelerators=(card,))
     if device is None:
-        return _read(hardware, next(iter(hardware.accelerators), None))
+        return _with_store_notes(hardware), next(iter(hardware.accelerators), None)
     for accelerator in hardware.accelerators:
-        if device in (accelerator.device, accelerator.kind, accelerator.uuid):
-            return _read(hardware, accelerator)
+        if device.casefold() in _names(accelerator):
+            return _with_store_notes(hardware), accelerator
     return _elsewhere(device, hardware)
+
+
+def _names(accelerator: Accelerator) -> tuple[str, ...]:
+    """What it may be called by: `cuda:0`, `mps:0`, its kind, its identifier; the first of each kind `cuda` as well."""
+    room = accelerator.device.partition(":")[0]
+    names = (accelerator.device, f"{room}:{accelerator.index}", accelerator.kind, room, accelerator.uuid or "")
+    return tuple(name.casefold() for name in names if name)
 
 
 def known_budget(
@@ -53,7 +76,7 @@ def known_budget(
     """The budget for plans of this basis, with what was measured on this machine; `amounts` are `make_budget`'s.
 
     Raises:
-        UsageError: as `make_budget` does.
+        UsageError, NothingFitsError: as `make_budget` does.
     """
     from vramplan.calibration.learned import learned
 
@@ -71,8 +94,8 @@ def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: st
     """
     from vramplan.hardware.measuring import measure_machine
 
-    names = ("cpu",) if accelerator is None else (accelerator.device, accelerator.kind, accelerator.uuid)
-    if device is not None and device not in names:
+    names = ("cpu",) if accelerator is None else _names(accelerator)
+    if device is not None and device.casefold() not in names:
         raise UsageError(f"--measure: {device} is not in this machine; leave --device out to measure what is")
     return measure_machine(hardware, accelerator)
 
@@ -94,23 +117,28 @@ def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
     return replace(hardware, accelerators=(accelerator,), host=device_host(profile, hardware.host)), accelerator
 
 
-def _read(hardware: Hardware, accelerator: Accelerator | None) -> tuple[Hardware, Accelerator | None]:
-    """This machine and a card of it, with its rates and what could not be read of earlier measurements."""
-    from vramplan.calibration.learned import with_measured_rates
+def _with_store_notes(hardware: Hardware) -> Hardware:
+    """The machine with what could not be read of earlier measurements; without an accelerator there are none."""
     from vramplan.calibration.store import read_store
 
-    if accelerator is None:
-        return hardware, None
-    known = accelerator.rates is not None
-    card = _private(accelerator)
-    notes = (*hardware.notes, *read_store().notes)
-    return replace(hardware, notes=notes), card if known else with_measured_rates(card)
+    return replace(hardware, notes=(*hardware.notes, *read_store().notes)) if hardware.accelerators else hardware
 
 
-def _private(accelerator: Accelerator) -> Accelerator:
-    """The card with what is known of its speed. Whose programs use it now is nobody else's business, and a plan may be
-    passed on."""
-    from vramplan.profiles import rates_for
+def _rated(accelerator: Accelerator, *, here: bool) -> Accelerator:
+    """The accelerator with what is known of its speed; what was measured counts `here`, where it was."""
+    from vramplan.profiles import rates_for, with_link
 
-    rates = accelerator.rates or rates_for(accelerator.name, accelerator.total_bytes)
-    return replace(accelerator, rates=rates, others=None)
+    if accelerator.rates is not None:
+        return accelerator
+    link = accelerator.link_bytes_per_s
+    card = replace(accelerator, rates=rates_for(accelerator.name, accelerator.total_bytes, link))
+    if here:
+        from vramplan.calibration.learned import with_measured_rates
+
+        card = with_measured_rates(card)
+    if card.rates is None and link is not None:
+        from vramplan.planner.demand import DEFAULT_RATES
+
+        assumed = replace(DEFAULT_RATES, source="assumed: a mid-range card")
+        card = replace(card, rates=with_link(assumed, link))
+    return card

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -267,13 +267,27 @@ def device_host(profile: DeviceProfile, host: Host) -> Host:
     )
 
 
-def rates_for(accelerator_name: str, total_bytes: int | None = None) -> Rates | None:
+def rates_for(
+    accelerator_name: str, total_bytes: int | None = None, link_bytes_per_s: float | None = None
+) -> Rates | None:
     """The rates of the device that a driver calls by this name (`NVIDIA GeForce RTX 4090`); None if unknown.
 
-    Of models that share the name, the one whose memory is nearest to `total_bytes`.
+    Of models that share the name, the one whose memory is nearest to `total_bytes`. The link is the one that was read
+    where it stands, if it was: a slot may give it fewer lanes than the card takes.
     """
     found = _by_driver_name(accelerator_name, total_bytes)
-    return None if found is None else _rates(found)
+    if found is None:
+        return None
+    rates = _rates(found)
+    if link_bytes_per_s in (None, found.link_bytes_per_s) or found.link_bytes_per_s is None:
+        return rates
+    return with_link(replace(rates, source=f"profile {found.name}"), link_bytes_per_s)
+
+
+def with_link(rates: Rates, link_bytes_per_s: float) -> Rates:
+    """The rates with a link that was read on the machine itself: bytes per second one way at best."""
+    read = f"link assumed at {_LINK_EFFICIENCY:.0%} of the {link_bytes_per_s / 1e9:.3g} GB/s of its slot"
+    return replace(rates, link_bytes_per_s=link_bytes_per_s * _LINK_EFFICIENCY, source=f"{rates.source}, {read}")
 
 
 def compute_capability(accelerator_name: str) -> float | None:

@@ -14,20 +14,44 @@ from pathlib import Path
 _PATTERNS = (
     (re.compile(r"(?:GPU-|MIG-)*[0-9a-fA-F]{8}(?:[-_][0-9a-fA-F]{4}){3}[-_][0-9a-fA-F]{12}(?:/\d+/\d+)?"), "<uuid>"),
     (re.compile(r"\b(?:GPU|MIG)-[0-9a-zA-Z-]+"), "<uuid>"),
-    (re.compile(r"\b(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{16,}\b"), "<id>"),
+    (re.compile(r"(?<![0-9A-Za-z])(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{12,}(?![0-9A-Za-z])"), "<id>"),
     (re.compile(r"\b(uid_|user-|user@|job_|step_)\d+"), r"\1<id>"),
+)
+_GROUP = re.compile(r"(?<=\bat )/[^\s()]*")
+# What control groups are called by those who make them; anything else may be the name of a person or a machine.
+_GROUP_WORDS = frozenset(
+    (
+        *("system", "systemd", "user", "session", "app", "machine", "init", "slice", "scope", "service"),
+        *("docker", "containerd", "cri", "crio", "podman", "libpod", "lxc", "payload", "garden"),
+        *("kubepods", "burstable", "besteffort", "guaranteed", "pod"),
+        *("slurm", "slurmstepd", "uid", "job", "step", "task"),
+    )
+)
+# Folders that every system has; in others names of people and projects are to be expected.
+_PATH = re.compile(
+    r"""(?<!\bat )(?<![\w.<>:/~-])(?:[A-Za-z]:\\|/(?!(?:dev|proc|sys|usr|opt|etc)/))[^\s:;,()'"]*[/\\][^\s:;,()'"]*"""
 )
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text with UUIDs, long identifiers, and the names of host, user and home folder replaced."""
+    """The text with UUIDs, long identifiers, paths, and the names of host, user, control groups and home replaced."""
     known = {secret: "<uuid>" for secret in secrets if secret}
     known |= {name: what for name, what in _names() if len(name) > 1}
     for secret in sorted(known, key=len, reverse=True):
         text = re.sub(rf"(?<![0-9A-Za-z]){re.escape(secret)}(?![0-9A-Za-z])", known[secret], text, flags=re.IGNORECASE)
     for pattern, instead in _PATTERNS:
         text = pattern.sub(instead, text)
-    return text
+    return _PATH.sub("<path>", _GROUP.sub(lambda found: _group(found[0]), text))
+
+
+def _group(path: str) -> str:
+    """A control group's path with the words that say what made it."""
+    words = re.split(r"([/._@:-])", path)
+    return "".join(word if _is_plain(word) else "<name>" for word in words)
+
+
+def _is_plain(word: str) -> bool:
+    return word in _GROUP_WORDS or len(word) <= 1 or word.isdigit() or re.fullmatch(r"\w*<\w+>", word) is not None
 
 
 def _names() -> Iterable[tuple[str, str]]:

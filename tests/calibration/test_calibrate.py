@@ -15,7 +15,7 @@ from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.sample import measured_plans
 from vramplan.calibration.store import read_store
 from vramplan.cli import main
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware import Accelerator, Hardware, Host, Reading
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=None, driver="570")
@@ -36,14 +36,20 @@ def test_a_driver_that_does_not_say_what_is_free_leaves_the_context_unknown(monk
 
 
 def test_the_context_is_what_is_gone_beside_torchs_own_memory(monkeypatch) -> None:
-    """The driver's two answers and torch's are told; the kernels in between run for real, on the CPU."""
+    """The driver's two answers and torch's are told; the kernels in between run for real, on the CPU.
+
+    What torch has cached is free to it (`free_bytes`), and still not the driver's context.
+    """
     from dataclasses import replace
 
     answers = iter([6 * GIB, 6 * GIB - 400 * MIB])
     held = iter([0, 100 * MIB])
 
     def detect() -> Hardware:
-        return Hardware(accelerators=(replace(CARD, free_bytes=next(answers)),), host=HOST)
+        free = next(answers)
+        readings = (Reading(source="NVML", free_bytes=free),)
+        card = replace(CARD, free_bytes=free + 60 * MIB, free_readings=readings)
+        return Hardware(accelerators=(card,), host=HOST)
 
     monkeypatch.setattr("vramplan.calibration.probes.detect", detect)
     monkeypatch.setattr(torch.accelerator.memory, "memory_reserved", lambda device: next(held))

@@ -13,7 +13,8 @@ The file's keys:
     nvml         left out: no library; {error: NAME}; or {driver, cards: [...]}, each card's answers by the name of the
                  question without `nvmlDeviceGet`; {error: NAME} is one too; what is left out is not supported
     cuda         the UUIDs CUDA answers; left out: it does not answer
-    torch        {built_for: [xpu], cuda: [...], xpu: [...]}: what torch answers in a process of its own
+    torch        {built_for: [xpu], cuda: [...], xpu: [...]}: what torch answers in a process of its own; built for CUDA
+                 where NVIDIA's library is and nothing else is said
     own          what torch says in this process, where it has started CUDA
     metal        what Metal recommends; sysctl: what that prints
     expected     {accelerators, host, notes}: the whole value; what is left out has the type's default
@@ -25,6 +26,7 @@ Sizes may be written `64 GiB`.
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import re
@@ -33,6 +35,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -41,7 +44,7 @@ import psutil
 import pytest
 import yaml
 
-from vramplan.hardware import amd, apple, detect, intel, nvidia_order, rooted, spaced
+from vramplan.hardware import amd, apple, detect, intel, nvidia, nvidia_order, rooted, spaced
 from vramplan.hardware.types import Hardware
 from vramplan.units import parse_bytes
 
@@ -64,7 +67,14 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    return _sizes(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+    """A copy that the caller may spoil."""
+    return copy.deepcopy(_parsed(name))
+
+
+@cache
+def _parsed(name: str) -> dict[str, Any]:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    return _sizes(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def _sizes(value: Any) -> Any:
@@ -136,8 +146,11 @@ def _files(files: dict[str, Any], root: Path) -> None:
 
 
 def _torch(told: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    built = frozenset(told.get("built_for", ("cuda",)))
+    patch.setattr(nvidia, "torch_backends", lambda: built)
+    for user in (amd, intel, sys.modules["vramplan.hardware.detect"]):
+        patch.setattr(user, "torch_is_built_for", lambda backend: backend in built)
     for vendor in (amd, intel):
-        patch.setattr(vendor, "torch_is_built_for", lambda backend: backend in told.get("built_for", ()))
         patch.setattr(vendor, "ask_torch", lambda room: told.get(room, "torch did not answer (it was not asked for)"))
 
 
@@ -148,7 +161,9 @@ def _own(told: dict[str, Any]) -> ModuleType:
     torch.cuda = SimpleNamespace(
         is_initialized=lambda: True,
         device_count=lambda: len(devices),
-        get_device_properties=lambda index: SimpleNamespace(uuid=devices[index]["uuid"]),
+        get_device_properties=lambda index: SimpleNamespace(
+            uuid=devices[index]["uuid"], total_memory=devices[index]["total"]
+        ),
         memory_allocated=lambda index: devices[index]["allocated"],
         memory_reserved=lambda index: devices[index]["reserved"],
         get_per_process_memory_fraction=lambda index: devices[index]["fraction"],
@@ -215,6 +230,18 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetNvLinkRemotePciInfo(self, card: Any, link: int) -> Any:
         return SimpleNamespace(busId=card["NvLinks"][link])
+
+    def nvmlDeviceGetFieldValues(self, card: Any, wanted: list[tuple[int, int]]) -> Any:
+        """`C2cLinks` of the card: MB/s of each link to its processor, null for one that is not active."""
+        links = card.get("C2cLinks") if isinstance(card, dict) else None
+        if links is None:
+            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)
+        known = {
+            real.NVML_FI_DEV_C2C_LINK_COUNT: lambda _: len(links),
+            real.NVML_FI_DEV_C2C_LINK_GET_STATUS: lambda link: int(links[link] is not None),
+            real.NVML_FI_DEV_C2C_LINK_GET_MAX_BW: lambda link: links[link] or 0,
+        }
+        return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=known[it](link))) for it, link in wanted]
 
     def nvmlDeviceGetMemoryInfo(self, card: Any) -> Any:
         """A list holds one answer for each time it is asked."""

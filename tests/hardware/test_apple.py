@@ -1,10 +1,13 @@
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
-from vramplan.hardware import Accelerator, Host, Reading, apple
+from vramplan.hardware import Accelerator, Hardware, Host, Reading, apple, make_budget
+from vramplan.hardware.types import Own
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)
@@ -81,3 +84,27 @@ def test_without_metal_there_is_no_answer() -> None:
 @pytest.mark.parametrize(("memory", "usable_mib"), [(16, 10922), (32, 21845), (64, 49152)])
 def test_the_working_set_is_what_was_seen(memory: int, usable_mib: int) -> None:
     assert apple.working_set(memory * GIB) >> 20 == usable_mib
+
+
+def test_what_metal_says_is_not_assumed_even_where_it_is_what_would_be(mac, monkeypatch: pytest.MonkeyPatch) -> None:
+    mac("machdep.cpu.brand_string: Apple M2 Max\n")
+    monkeypatch.setattr(apple, "metal_working_set", lambda: apple.working_set(HOST.total_bytes))
+    (card,) = apple.probe(HOST)
+    assert isinstance(card, Accelerator)
+
+
+def test_what_this_process_holds_is_no_longer_free(mac, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 GiB that Metal recommends 9 are held: 15 are left, however much the host has."""
+    mac("machdep.cpu.brand_string: Apple M2 Max\n")
+    monkeypatch.setattr(apple, "metal_working_set", lambda: 24 * GIB)
+    metal = SimpleNamespace(driver_allocated_memory=lambda: 9 * GIB, current_allocated_memory=lambda: 8 * GIB)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(mps=metal))
+    (card,) = apple.probe(HOST)
+    assert card.free_bytes == 15 * GIB
+    assert card.own == Own(has_context=True, allocated_bytes=8 * GIB, cached_bytes=GIB, fraction=1.0)
+    assert [reading.free_bytes for reading in card.free_readings] == [20 * GIB, 15 * GIB]
+    budget = make_budget(Hardware(accelerators=(card,), host=HOST), held_vram_bytes=8 * GIB)
+    assert budget.vram_bytes <= 24 * GIB - GIB  # what is not this pipeline's stays taken
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    (card,) = apple.probe(HOST)
+    assert (card.free_bytes, card.own) == (20 * GIB, None)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.errors import UsageError
+from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware import Accelerator, Budget, Hardware, Host, make_budget
+from vramplan.hardware.types import Own
 from vramplan.residuals import ProjectionError, bundled_error
 from vramplan.units import GIB, MIB
 
@@ -170,20 +171,36 @@ def test_a_shared_pool_keeps_no_less_than_projections_were_off() -> None:
 
 def test_a_full_card_is_refused_with_the_numbers() -> None:
     with pytest.raises(
-        UsageError, match=r"no vram is left.*0\.50 GiB, less driver context 0\.50 GiB, other programs 0\.39 GiB, margin"
+        NothingFitsError,
+        match=r"no VRAM is left.*0\.50 GiB free, less driver context 0\.50 GiB, other programs 0\.39",
     ):
         make_budget(with_card(free_bytes=512 * MIB))
 
 
 def test_exactly_nothing_left_is_refused_and_one_byte_is_not() -> None:
-    with pytest.raises(UsageError, match="no vram is left"):
+    with pytest.raises(NothingFitsError, match="no VRAM is left"):
         make_budget(with_card(free_bytes=512 * MIB), margin="0")
     assert make_budget(with_card(free_bytes=512 * MIB + 1), margin="0").vram_bytes == 1
 
 
 def test_a_full_host_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UsageError, match=r"no ram is left.*1\.00 GiB, less reserve 3\.20 GiB"):
+    with pytest.raises(NothingFitsError, match=r"no RAM is left.*1\.00 GiB free, less reserve 3\.20 GiB"):
         make_budget(replace(MACHINE, host=replace(HOST, available_bytes=GIB)))
+
+
+def test_a_process_limit_is_torchs_own_and_not_shared_with_driver_and_desktop() -> None:
+    """Half of the 23.6 GiB that torch sees of 24: context and desktop come out of the other half."""
+    own = Own(has_context=False, allocated_bytes=GIB, cached_bytes=0, fraction=0.5, limit_bytes=int(0.5 * 23.6 * GIB))
+    exact = ProjectionError(share=0, least_bytes=0, reason="none")
+    budget = make_budget(with_card(own=own), error=exact)
+    assert budget.vram_bytes == int(0.5 * 23.6 * GIB) - GIB
+    assert sizes(budget, "vram")["process limit"] == 20 * GIB - 512 * MIB - OTHERS - budget.vram_bytes
+    untold = make_budget(with_card(own=replace(own, limit_bytes=None)), error=exact)
+    assert untold.vram_bytes == 12 * GIB - GIB
+    held = make_budget(with_card(own=own), error=exact, held_vram_bytes=GIB)
+    assert held.vram_bytes == int(0.5 * 23.6 * GIB)
+    loose = make_budget(with_card(own=replace(own, fraction=0.99, limit_bytes=23 * GIB)), error=exact)
+    assert "process limit" not in sizes(loose, "vram")
 
 
 BYTES = st.integers(min_value=0, max_value=1 << 40)
@@ -209,7 +226,7 @@ def machines(draw: st.DrawFn) -> Hardware:
 
 def budget_or_none(machine: Hardware, **amounts: object) -> Budget | None:
     """The budget; None where nothing is left, which must be said in no other way."""
-    with suppress(UsageError):
+    with suppress(NothingFitsError, UsageError):
         return make_budget(machine, **amounts)
     return None
 

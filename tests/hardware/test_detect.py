@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -95,3 +96,19 @@ def test_the_probes_see_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         yield from ()
 
     assert [run(monkeypatch, curious).host] == seen
+
+
+@pytest.mark.parametrize(("hip", "kept", "out"), [(False, "cuda", "an AMD card"), (True, "rocm", "an NVIDIA card")])
+def test_one_torch_has_one_cuda_0(monkeypatch: pytest.MonkeyPatch, hip: bool, kept: str, out: str) -> None:
+    def both(_host: Host) -> Iterator[Accelerator]:
+        yield replace(CARD, name="an NVIDIA card")
+        yield replace(CARD, kind="rocm", name="an AMD card")
+        yield replace(CARD, kind="xpu", name="an Intel card")
+
+    monkeypatch.setattr(detect_module, "torch_is_built_for", lambda backend: hip and backend == "hip")
+    hardware = run(monkeypatch, both)
+    assert [card.kind for card in hardware.accelerators] == sorted([kept, "xpu"])
+    vendor = "AMD" if hip else "NVIDIA"
+    assert hardware.notes == (
+        f"{out} is left out: a torch uses the cards of one vendor, and here those are {vendor}'s",
+    )

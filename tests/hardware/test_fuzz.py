@@ -1,6 +1,5 @@
 """Machines with files missing, full of garbage or unreadable, and drivers that answer nonsense: nothing ever raises."""
 
-import copy
 import json
 import random
 import tempfile
@@ -16,8 +15,9 @@ from pydantic import TypeAdapter
 
 from vramplan.hardware import detect, make_budget
 from vramplan.hardware.types import Hardware
-from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_text
+from vramplan.report_machine import hardware_dict, hardware_markdown
 
+HARDWARE = TypeAdapter(Hardware)
 GARBAGE: tuple[Any, ...] = (
     "",
     "-1",
@@ -33,6 +33,7 @@ GARBAGE: tuple[Any, ...] = (
     {"hex": "fffe00ff" * 9},
     {"unreadable": True},
 )
+PARTS = ("MigDevices", "NvLinks", "C2cLinks", "error")  # not answers but what the stand-in makes them of
 ANSWERS: tuple[Any, ...] = (
     None,
     -1,
@@ -53,7 +54,6 @@ ANSWERS: tuple[Any, ...] = (
 def spoiled(machine: dict[str, Any], seed: int) -> dict[str, Any]:
     """The machine with some of its files and answers gone or senseless."""
     chance = random.Random(seed)
-    machine = copy.deepcopy(machine)
     files = machine.get("files", {})
     for path in list(files):
         turn = chance.random()
@@ -63,10 +63,7 @@ def spoiled(machine: dict[str, Any], seed: int) -> dict[str, Any]:
             files[path] = chance.choice(GARBAGE)
     for card in (machine.get("nvml") or {}).get("cards", []):
         for name in list(card):
-            if chance.random() < 0.25 and name not in (
-                "MigDevices",
-                "NvLinks",
-            ):  # not answers but what they are made of
+            if chance.random() < 0.25 and name not in PARTS:
                 card[name] = chance.choice(ANSWERS)
     if "CUDA_VISIBLE_DEVICES" in machine.get("environment", {}) or chance.random() < 0.3:
         text = chance.choice(("", "0,", "99", "-1", "MIG-", "GPU-", "GPU-1b2f6,0", "1" * 400, "\u0663", "NoDevFiles"))
@@ -76,7 +73,7 @@ def spoiled(machine: dict[str, Any], seed: int) -> dict[str, Any]:
     return machine
 
 
-@settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(machines.names()), st.integers(0, 1 << 32))
 def test_a_spoiled_machine_is_still_detected(name: str, seed: int) -> None:
     machine = spoiled(machines.load(name), seed)
@@ -94,11 +91,10 @@ def check(hardware: Hardware) -> None:
         assert device.free_bytes is None or 0 <= device.free_bytes <= device.total_bytes
     assert 0 <= hardware.host.available_bytes <= hardware.host.total_bytes
     written = json.dumps(asdict(hardware))
-    assert TypeAdapter(Hardware).validate_json(written, strict=True) == hardware
+    assert HARDWARE.validate_json(written, strict=True) == hardware
     budget = make_budget(hardware, vram="1MiB" if hardware.accelerators else None, ram="1MiB")
     assert hardware_dict(hardware, budget)["schema_version"] == 1
-    assert hardware_text(hardware, budget)
-    assert hardware_markdown(hardware, budget)
+    assert hardware_markdown(hardware, budget)  # the text in it too
 
 
 @pytest.mark.parametrize("name", ["amd-card", "docker-v1-host-path", "gh200", "intel-card", "host-nvme", "jetson-orin"])

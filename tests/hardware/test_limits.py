@@ -109,7 +109,7 @@ def test_a_control_group_that_changes_while_the_program_runs(group: Group) -> No
 
 def test_file_cache_is_not_in_use(group: Group, tmp_path: Path) -> None:
     """A file read by a process of the group fills it with pages that the kernel gives back."""
-    size = LIMIT // 2
+    size = LIMIT // 4
     (tmp_path / "weights").write_bytes(os.urandom(MIB) * (size // MIB))
     os.sync()
     with (tmp_path / "weights").open("rb") as file:

@@ -12,10 +12,11 @@ from vramplan.hardware.types import Hardware
 from vramplan.report_machine import hardware_markdown, hardware_text
 
 NAMES = machines.names()
+HARDWARE = TypeAdapter(Hardware)
 
 
 def expected(machine: dict) -> Hardware:
-    return TypeAdapter(Hardware).validate_json(json.dumps(machine["expected"]), strict=True)
+    return HARDWARE.validate_json(json.dumps(machine["expected"]), strict=True)
 
 
 def test_there_are_enough_of_them_and_each_names_its_source() -> None:

@@ -12,6 +12,15 @@ from vramplan.hardware.measuring import measure_machine
 from vramplan.hardware.types import Measurement
 from vramplan.units import GIB, MIB
 
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that show whether it works, not how fast a machine is."""
+    monkeypatch.setattr(measure, "_COPY_BYTES_WITHIN", MIB)
+    monkeypatch.setattr(measure, "_DISK_BYTES", 8 * MIB)
+    monkeypatch.setattr(measure, "_PRODUCT_SIDES", {"cpu": (64,)})
+
+
 HOST = Host(total_bytes=8 * GIB, available_bytes=4 * GIB, cores=2, system="Linux")
 CARD = Accelerator(kind="cuda", index=7, name="not here", uuid="GPU-1", total_bytes=GIB, free_bytes=GIB)
 
@@ -39,6 +48,34 @@ def test_a_product_counts_multiplies_and_adds() -> None:
     found = measure.measure_product("cpu", "float32", side=256)
     assert sensible(found)
     assert (found.what, found.unit) == ("product_float32", "operations/s")
+
+
+def test_a_product_grows_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_PRODUCT_SIDES", {"cpu": (32, 64, 128)})
+    tried: list[int] = []
+
+    def took(seconds: float) -> measure.Measurement:
+        tried.clear()
+
+        def rates(_work: object, _torch: object, _device: str, amount: int) -> list[float]:
+            tried.append(round((amount / 2) ** (1 / 3)))
+            return [amount / seconds]
+
+        monkeypatch.setattr(measure, "_rates", rates)
+        return measure.measure_product("cpu", "float32")
+
+    took(measure._SECONDS / 100)
+    assert tried == [32, 64, 128]
+    took(measure._SECONDS / 4)  # the next would take twice the time there is
+    assert tried == [32]
+
+
+def test_a_cache_that_cannot_be_passed_by_is_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.setattr(measure.sys, "platform", "win32")
+    with pytest.raises(OSError, match="from its cache"):
+        measure.measure_disk_read(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_disk_is_read_and_left_clean(tmp_path: Path) -> None:

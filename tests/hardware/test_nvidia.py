@@ -31,6 +31,7 @@ FACTS = [
     "DisplayActive",
     "ComputeRunningProcesses",
     "GraphicsRunningProcesses",
+    "MPSComputeRunningProcesses",
     "VirtualizationMode",
     "AddressingMode",
     "NumaNodeId",
@@ -50,6 +51,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rooted, "ROOT", tmp_path)
     monkeypatch.setattr(spaced, "SECONDS", 0.0)
     monkeypatch.setattr(nvidia_order, "ask_cuda", lambda: None)
+    monkeypatch.setattr(nvidia, "torch_backends", lambda: frozenset({"cuda"}))
 
 
 @pytest.fixture
@@ -157,3 +159,21 @@ def test_this_very_process_is_no_neighbour(probe) -> None:
 
     (found,), _ = probe(card(ComputeRunningProcesses=[{"pid": os.getpid(), "usedGpuMemory": GIB}]))
     assert found.others == ()
+
+
+@pytest.mark.parametrize(
+    ("built", "words"),
+    [
+        (frozenset(), "for the processor alone"),
+        (frozenset({"hip"}), "for AMD cards"),
+        (frozenset({"xpu"}), "for Intel cards"),
+        (frozenset({"cuda"}), None),
+        (None, None),
+    ],
+)
+def test_a_torch_that_cannot_use_the_card_is_said(probe, monkeypatch, built, words: str | None) -> None:
+    monkeypatch.setattr(nvidia, "torch_backends", lambda: built)
+    assert [words in note for note in probe(card())[1]] == ([] if words is None else [True])
+    assert probe(error="DRIVER_NOT_LOADED")[1] == [
+        "nvidia: the driver does not answer (Driver Not Loaded); see whether nvidia-smi works"
+    ]

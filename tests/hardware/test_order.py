@@ -75,6 +75,54 @@ def test_a_device_of_cudas_that_nvml_does_not_know_is_unidentified(monkeypatch: 
     assert order.notes == ["nvidia: cuda:1 is none of the devices that the driver names: unidentified"]
 
 
+PARTS = [Unit(uuid="MIG-1", is_part=True, card=A), Unit(uuid="MIG-2", is_part=True, card=A), Unit(uuid=B)]
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        (f"{B}", False),
+        ("GPU-c90d", False),
+        ("MIG-2", False),
+        ("MIG-1,MIG-2", True),  # of instances CUDA shows one; how many newer drivers show is theirs to say
+        ("GPU-1b2f", True),  # a card that is split
+        (f"{B},GPU-nothing", True),
+        ("GPU-nothing", True),
+    ],
+)
+def test_cuda_is_asked_where_names_leave_doubt(monkeypatch: pytest.MonkeyPatch, text: str, asked: bool) -> None:
+    questions: list[str] = []
+    monkeypatch.setattr(nvidia_order, "ask_cuda", lambda: questions.append(text) or [BARE[1]])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+    order = cuda_order(PARTS)
+    assert bool(questions) is asked
+    assert order.notes == []
+    if asked:
+        assert order.candidates == [(2,)]
+
+
+def test_what_cuda_does_not_answer_is_read_from_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia_order, "ask_cuda", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{B},GPU-nothing")
+    assert cuda_order(PARTS).candidates == [(2,)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-nothing")
+    order = cuda_order(PARTS)
+    assert order.candidates == []
+    assert "names no device that is here" in order.notes[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1b2f")
+    assert cuda_order(PARTS).candidates == [(0, 1)]
+    assert cuda_order(PARTS[1:]).candidates == [(0,)]
+
+
+def test_an_instance_may_be_called_by_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch tells of an instance in some releases is its card's identity."""
+    monkeypatch.setattr(nvidia_order, "own_identities", lambda _: [A.removeprefix("GPU-")])
+    order = cuda_order(PARTS)
+    assert order.candidates == [(0, 1)]
+    assert order.notes == ["nvidia: cuda:0 is one of the MIG instances of its card: unidentified"]
+    assert cuda_order(PARTS[1:]) == nvidia_order.Order(candidates=[(0,)])
+
+
 def test_what_this_process_has_started_is_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the variable was changed after the start."""
     monkeypatch.undo()

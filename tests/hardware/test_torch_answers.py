@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
+from vramplan.hardware.torch_answers import _is_answer, ask_torch, read_devices, torch_backends, torch_is_built_for
 
 TORCH = """
 import types
@@ -69,27 +69,34 @@ def test_a_torch_that_fails_gives_its_own_words(stand_in, text: str, words: str)
     assert words in answer
 
 
-def test_the_real_torch_has_no_such_devices_or_says_so() -> None:
-    assert isinstance(ask_torch("xpu"), list | str)
+@pytest.mark.parametrize("room", ["cuda", "xpu"])
+def test_the_real_torch_is_asked_for_what_it_has(room: str) -> None:
+    torch = pytest.importorskip("torch")
+    answers = read_devices(torch, room)
+    assert len(answers) == getattr(torch, room).device_count()
+    assert all(map(_is_answer, answers))
 
 
 @pytest.mark.parametrize(
-    ("line", "built"),
+    ("lines", "built"),
     [
-        ("xpu: Optional[str] = None", False),
-        ("xpu: Optional[str] = '20250101'", True),
-        ("xpu = ''", False),
-        ("hip: Optional[str] = '6.4'", False),
-        ("", False),
+        ("cuda: Optional[str] = None\nxpu: Optional[str] = None", frozenset()),
+        ("cuda: Optional[str] = '12.8'\nhip: Optional[str] = None", frozenset({"cuda"})),
+        ("xpu: Optional[str] = '20250101'", frozenset({"xpu"})),
+        ("cuda = ''\nhip: Optional[str] = '6.4'", frozenset({"hip"})),
+        ("", None),
     ],
 )
 def test_what_torch_is_built_for_is_read_and_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, built: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, built: frozenset[str] | None
 ) -> None:
     import importlib.util
     from types import SimpleNamespace
 
-    (tmp_path / "version.py").write_text(f"__version__ = '2.13'\n{line}\nraise SystemExit\n")
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13'\n{lines}\nraise SystemExit\n")
     found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
-    assert torch_is_built_for("xpu") is built
+    assert torch_backends() == built
+    assert torch_is_built_for("xpu") is ("xpu" in (built or ()))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert torch_backends() is None

@@ -75,5 +75,8 @@ def _use(device: torch.device) -> None:
 
 
 def _free_bytes(accelerator: Accelerator) -> int | None:
-    found = (item.free_bytes for item in detect().accelerators if item.device == accelerator.device)
-    return next(found, None)
+    """What the drivers call free: without what torch has cached, which `free_bytes` counts as free."""
+    found = next((item for item in detect().accelerators if item.device == accelerator.device), None)
+    if found is None:
+        return None
+    return min((reading.free_bytes for reading in found.free_readings), default=found.free_bytes)

@@ -25,11 +25,15 @@ _TOPOLOGY = "/sys/class/kfd/kfd/topology/nodes"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
-    """A GPU: its PCI directory, and its node of the compute driver, whose order is ROCm's."""
+    """A GPU: its PCI directory, and its node of the compute driver, whose order is ROCm's.
+
+    A data centre card may be split: then it has a node for each of its `parts`.
+    """
 
     path: Path
     node: Path | None
     order: tuple[int, str]
+    parts: int = 1
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
@@ -54,21 +58,36 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
 
 
 def _cards() -> list[_Card]:
-    """AMD's GPUs; `card0-DP-1` and the like are connectors, not cards."""
+    """AMD's GPUs; `card0-DP-1` and the like are connectors, not cards.
+
+    Where the compute driver names GPUs, one that is not among them is none to compute on: it is too old, or a
+    container keeps it from this process (kfd_devcgroup_check_permission in the kernel's amdkfd; its node cannot be
+    read then).
+    """
     links = (link / "device" for link in entries(at("/sys/class/drm"), "card*") if link.name[4:].isdigit())
     paths = {path for link in links if read(link / "vendor") == _VENDOR and (path := resolved(link)) is not None}
-    nodes = {_address(node): node for node in entries(at(_TOPOLOGY), "*") if _properties(node).get("simd_count")}
-    found = []
+    nodes: dict[str, list[Path]] = {}
+    for node in entries(at(_TOPOLOGY), "*"):
+        if _properties(node).get("simd_count"):
+            nodes.setdefault(_address(node), []).append(node)
+    found: list[_Card] = []
     for path in paths:
-        node = nodes.get(path.name)
-        place = as_number(node.name) if node is not None else None
-        if number(path / "mem_info_vram_total") is not None:
-            found.append(_Card(path=path, node=node, order=(1 << 30 if place is None else place, path.name)))
+        if number(path / "mem_info_vram_total") is None:
+            continue
+        if not nodes:
+            found.append(_Card(path=path, node=None, order=(0, path.name)))
+        own = nodes.get(path.name, [])
+        found += (
+            _Card(path=path, node=node, order=(as_number(node.name) or 0, path.name), parts=len(own)) for node in own
+        )
     return sorted(found, key=lambda card: card.order)
 
 
 def _address(node: Path) -> str:
-    """The PCI address of a node (location_id is bus << 8 | device << 3 | function: kfd_topology.c)."""
+    """The PCI address of a node.
+
+    location_id is bus << 8 | device << 3 | function, and of a card that is split the part << 28 (kfd_topology.c).
+    """
     facts = _properties(node)
     location = facts.get("location_id", 0)
     bus, device, function = location >> 8 & 0xFF, location >> 3 & 0x1F, location & 7
@@ -86,7 +105,7 @@ def _visible(cards: list[_Card]) -> list[_Card]:
     """
     inner = os.environ.get("HIP_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     for wanted in (os.environ.get("ROCR_VISIBLE_DEVICES"), inner):
-        cards = [cards[position] for position in visible_positions(wanted, [_uuid(card.path) for card in cards])]
+        cards = [cards[position] for position in visible_positions(wanted, [_uuid(card) for card in cards])]
     return cards
 
 
@@ -112,7 +131,8 @@ def _device(
         kind="rocm",
         index=index,
         name=read(card.path / "product_name") or f"AMD GPU {read(card.path / 'device') or ''}".strip(),
-        uuid=_uuid(card.path),
+        uuid=_uuid(card),
+        part=None if card.parts == 1 else "partition",
         total_bytes=pool.total,
         free_bytes=free if free is None or own is None else min(pool.total, free + own.cached_bytes),
         unified=pool.shared,
@@ -131,9 +151,11 @@ def _device(
 class _Pool:
     """The memory ROCm gives programs of a card. Bytes.
 
-    A card has its own. A processor's GPU has what the firmware carved out for it, or, on kernels since 6.10 where
-    that is less than the graphics table may map (GTT), the host's memory up to there: which of both, the compute
-    driver's own topology says. Releases differ, and some count both (ROCm/ROCm#6004, ROCm/hip#3892).
+    A card has its own. Of one that is split each part has a bank (amdgpu_amdkfd_xcp_memory_size), while what is in use
+    is told of all of them together: all of it may be in this one. A processor's GPU has what the firmware carved out
+    for it, or, on kernels since 6.10 where that is less than the graphics table may map (GTT), the host's memory up to
+    there: which of both, the compute driver's own topology says. Releases differ, and some count both
+    (ROCm/ROCm#6004, ROCm/hip#3892).
     """
 
     def __init__(self, card: _Card, host: Host) -> None:
@@ -144,9 +166,12 @@ class _Pool:
         self.total = own = number(card.path / "mem_info_vram_total") or 0
         self.reason = "the middle of three readings"
         mapped = number(card.path / "mem_info_gtt_total") or 0
+        told = sum(table(bank).get("size_in_bytes", 0) for bank in _banks(card))
+        if card.parts > 1:
+            self.total = min(told or own // card.parts, own)
+            self.reason = "what is in use on the whole card may all be in this part"
         if not self.built_in:
             return
-        told = sum(table(bank).get("size_in_bytes", 0) for bank in _banks(card))
         if told > own:
             self.shared = True
             self.total = min(told, host.total_bytes, mapped or told)
@@ -223,8 +248,12 @@ def _others(card: _Card) -> tuple[Process, ...] | None:
     )
 
 
-def _uuid(card: Path) -> str | None:
-    unique = read(card / "unique_id")
+def _uuid(card: _Card) -> str | None:
+    """Of a card that is split each part has its own, which the compute driver knows as a number."""
+    unique = read(card.path / "unique_id")
+    if card.parts > 1 and card.node is not None:
+        own = _properties(card.node).get("unique_id")
+        unique = None if own is None else f"{own:016x}"
     return f"GPU-{unique}" if unique else None
 
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 
+from vramplan.hardware.own import own_metal_use
 from vramplan.hardware.rooted import as_number
 from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import GIB, MIB
@@ -21,23 +22,31 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
     answers = _sysctl()
     # The owner's limit comes first: Metal may have been asked before it was set.
     limit = (as_number(answers.get("iogpu.wired_limit_mb")) or 0) * MIB
-    total = limit or metal_working_set() or working_set(host.total_bytes)
-    if total == working_set(host.total_bytes) and not limit:
+    total = limit or metal_working_set()
+    if not total:
+        total = working_set(host.total_bytes)
         yield "apple: the GPU's share of memory is assumed; torch.mps.recommended_max_memory() tells Metal's"
     total = min(total, host.total_bytes) or total
-    available = Reading(source="available on the host", free_bytes=min(total, host.available_bytes))
+    readings = [Reading(source="available on the host", free_bytes=min(total, host.available_bytes))]
+    reason = "the memory is the host's"
+    own = own_metal_use()
+    if own is not None:
+        held = own.allocated_bytes + own.cached_bytes
+        readings.append(Reading(source="Metal, less this process' share", free_bytes=max(0, total - held)))
+        reason = "the memory is the host's: the least of both"
     name = answers.get("machdep.cpu.brand_string") or "Apple GPU"
     yield Accelerator(
         kind="mps",
         index=0,
         name=name,
         total_bytes=total,
-        free_bytes=available.free_bytes,
+        free_bytes=min(reading.free_bytes for reading in readings),
         unified=True,
         architecture=name.removeprefix("Apple ") if name.startswith("Apple M") else None,
         native=_native(name),
-        free_readings=(available,),
-        free_reason="the memory is the host's",
+        free_readings=tuple(readings),
+        free_reason=reason,
+        own=own,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from vramplan.errors import UsageError
+from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
 from vramplan.residuals import ProjectionError, bundled_error
 from vramplan.units import GIB, MIB, format_bytes, parse_amount, parse_bytes
@@ -62,7 +63,8 @@ def make_budget(
         held_vram_bytes: what the pipeline that is being placed holds already, which is given back; likewise in RAM.
 
     Raises:
-        UsageError: not an amount, more than the device has, or nothing is left to use.
+        UsageError: not an amount, or more than the device has.
+        NothingFitsError: nothing is left to use.
     """
     device = accelerator or next(iter(hardware.accelerators), None)
     if device is None and vram is not None:
@@ -70,7 +72,7 @@ def make_budget(
     taken: list[Deduction] = []
     if device is not None and vram is None:
         taken += _vram_deductions(device, hardware.host, context_bytes, held_vram_bytes)
-        taken += _kept_free(device, margin, error or bundled_error("simulated"), _free(device) - _sum(taken))
+        taken += _kept_free(device, margin, error or bundled_error("simulated"), held_vram_bytes, _sum(taken))
     if ram is None:
         taken += _present([_reserve(hardware.host), _given_back("ram", held_ram_bytes)])
     return Budget(
@@ -119,14 +121,14 @@ def _rest(memory: str, owner: str, start: int, taken: list[Deduction]) -> int:
     """What the deductions leave of the start.
 
     Raises:
-        UsageError: nothing, with every number.
+        NothingFitsError: nothing, with every number.
     """
     ours = [item for item in taken if item.memory == memory]
     rest = start - _sum(ours)
     if rest <= 0:
         terms = ", ".join(f"{item.name} {format_bytes(item.size_bytes)}" for item in ours)
-        message = f"no {memory} is left to use: {owner} has {format_bytes(start)}, less {terms}"
-        raise UsageError(f"{message}; close other programs, or say how much may be used with {memory}=AMOUNT")
+        message = f"no {memory.upper()} is left to use: {owner} has {format_bytes(start)} free, less {terms}"
+        raise NothingFitsError(f"{message}; close other programs, or say how much may be used with --{memory}")
     return rest
 
 
@@ -144,7 +146,7 @@ def _present(items: list[Deduction | None]) -> list[Deduction]:
 
 def _vram_deductions(device: Accelerator, host: Host, context_bytes: int | None, held_bytes: int) -> list[Deduction]:
     given = _given_back("vram", held_bytes)
-    shared = [_unknown_free(device), _host_share(device, host), _process_limit(device, host)]
+    shared = [_unknown_free(device), _host_share(device, host)]
     return _present([*shared, _context(device, context_bytes), given])
 
 
@@ -172,17 +174,18 @@ def _host_share(device: Accelerator, host: Host) -> Deduction | None:
     return Deduction(memory="vram", name="in use by the host", size_bytes=excess, reason=reason)
 
 
-def _process_limit(device: Accelerator, host: Host) -> Deduction | None:
-    """What is free but torch may not take, by the share of the total that the program set for itself."""
+def _process_limit(device: Accelerator, held_bytes: int, rest: int) -> Deduction | None:
+    """What would be free but torch may not take, by the share of the total that the program set for itself.
+
+    What the driver and other programs take does not count towards the share, so they come first.
+    """
     if device.own is None or device.own.fraction >= 1:
         return None
-    allowed = int(device.total_bytes * device.own.fraction) - device.own.allocated_bytes
+    most = device.own.limit_bytes
+    most = int(device.total_bytes * device.own.fraction) if most is None else most
+    excess = rest - max(0, most - device.own.allocated_bytes) - held_bytes
     reason = f"torch may use {device.own.fraction:.0%} of the total in this process (set_per_process_memory_fraction)"
-    pool = min(_free(device), host.available_bytes) if device.unified else _free(device)
-    excess = pool - max(0, allowed)
-    if excess <= 0:
-        return None
-    return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason)
+    return Deduction(memory="vram", name="process limit", size_bytes=excess, reason=reason) if excess > 0 else None
 
 
 def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | None:
@@ -194,18 +197,33 @@ def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | Non
     return Deduction(memory="vram", name="driver context", size_bytes=size, reason=reason)
 
 
-def _kept_free(device: Accelerator, margin: str | None, error: ProjectionError, rest: int) -> list[Deduction]:
-    """Of what is left: what other programs may take, and what projections may be too low by; or what was asked for."""
+def _kept_free(
+    device: Accelerator, margin: str | None, error: ProjectionError, held_bytes: int, taken_bytes: int
+) -> Iterator[Deduction]:
+    """Of what is left: what other programs may take, what torch may not, and what projections may be too low by, or
+    what was asked for."""
+    rest = _free(device) - taken_bytes
+    others = None if margin is not None or device.unified else _others(device)
+    if others is not None:
+        yield others
+        rest -= others.size_bytes
+    limit = _process_limit(device, held_bytes, rest)
+    if limit is not None:
+        yield limit
+        rest -= limit.size_bytes
+    yield _margin(device, margin, error, rest)
+
+
+def _margin(device: Accelerator, margin: str | None, error: ProjectionError, rest: int) -> Deduction:
+    size, reason = error.margin_bytes(max(0, rest)), error.reason
     if margin is not None:
-        asked = f"kept free on purpose, as asked for: {margin}"
-        return [_margin(_margin_bytes(margin, device.total_bytes), asked)]
-    size = error.margin_bytes(max(0, rest))
-    if device.unified:
-        rule = f"kept free for the system and other programs: {_rule(_UNIFIED_SHARE, _UNIFIED_LEAST)}"
+        size, reason = _margin_bytes(margin, device.total_bytes), f"kept free on purpose, as asked for: {margin}"
+    elif device.unified:
         kept = max(_UNIFIED_LEAST, int(device.total_bytes * _UNIFIED_SHARE))
-        return [_margin(kept, rule) if kept >= size else _margin(size, error.reason)]
-    others = _others(device)
-    return _present([others, _margin(error.margin_bytes(max(0, rest - _sum(_present([others])))), error.reason)])
+        if kept >= size:
+            rule = _rule(_UNIFIED_SHARE, _UNIFIED_LEAST)
+            size, reason = kept, f"kept free for the system and other programs: {rule}"
+    return Deduction(memory="vram", name="margin", size_bytes=size, reason=reason)
 
 
 def _others(device: Accelerator) -> Deduction | None:
@@ -215,10 +233,6 @@ def _others(device: Accelerator) -> Deduction | None:
     drawn = "a desktop is drawn on this card" if device.display else "whether it draws a desktop is not known"
     reason = f"a desktop, a browser or another program may need it while the pipeline runs: {drawn}"
     return Deduction(memory="vram", name="other programs", size_bytes=_OTHERS_BYTES, reason=reason)
-
-
-def _margin(size: int, reason: str) -> Deduction:
-    return Deduction(memory="vram", name="margin", size_bytes=size, reason=reason)
 
 
 def _margin_bytes(amount: str, total_bytes: int) -> int:

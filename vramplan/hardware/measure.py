@@ -6,7 +6,9 @@ the most. Works on `cpu` too, where a copy is one within the host's memory.
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,9 +22,10 @@ from vramplan.units import MIB
 Direction = Literal["host_to_device_pinned", "host_to_device_pageable", "device_to_host"]
 # Enough to hide the start of a copy: NVIDIA's bandwidthTest copies 32 MiB. Five runs show a spread.
 _COPY_BYTES, _COPY_BYTES_WITHIN, _RUNS = 128 * MIB, 32 * MIB, 5
-# A product that keeps every unit of a large card busy (about 1.1 Tflop at 8192), and one a processor can do in time.
-_PRODUCT_SIDE = {"cpu": 1024}
-_PRODUCT_SIDE_ELSEWHERE = 8192
+# The last keeps every unit of a large card busy (about 1.1 Tflop at 8192); a small one would need seconds for it, so
+# sides grow while there is time. And one a processor can do in time.
+_PRODUCT_SIDES = {"cpu": (1024,)}
+_PRODUCT_SIDES_ELSEWHERE = (2048, 4096, 8192)
 _DISK_BYTES = 64 * MIB
 # A measurement starts no run after this time: all five, a warm-up each, are to take less than 3 s together.
 _SECONDS = 0.25
@@ -68,26 +71,42 @@ def measure_product(device: str, dtype: str, *, side: int | None = None) -> Meas
     import torch
 
     kind = torch.device(device).type
-    length = side or _PRODUCT_SIDE.get(kind, _PRODUCT_SIDE_ELSEWHERE)
-    left, right = (torch.randn(length, length, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    rates = _rates(lambda: left @ right, torch, device, 2 * length**3)
+    sides = (side,) if side else _PRODUCT_SIDES.get(kind, _PRODUCT_SIDES_ELSEWHERE)
+    for length in sides:
+        left, right = (torch.randn(length, length, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        rates = _rates(lambda: left @ right, torch, device, 2 * length**3)  # noqa: B023  called in this very turn
+        if 8 * (2 * length**3) / min(rates) > _SECONDS:  # twice the side is eight times the work
+            break
     return _measured(f"product_{dtype}", "operations/s", rates)
 
 
-def measure_disk_read(folder: str | Path, *, size_bytes: int = _DISK_BYTES) -> Measurement:
-    """Bytes per second read from a new file in the folder, past the file cache where the system allows that.
+def measure_disk_read(folder: str | Path, *, size_bytes: int | None = None) -> Measurement:
+    """Bytes per second read from a new file in the folder, past the file cache.
 
     Raises:
-        OSError: the folder cannot be written to, or is full.
+        OSError: the folder cannot be written to, or is full, or the system reads from its file cache all the same.
     """
+    if not (hasattr(os, "posix_fadvise") or sys.platform == "darwin"):
+        raise OSError(errno.ENOTSUP, "this system would read the file from its cache, not from the disk")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".vramplan-measure-") as file:
-        written = _fill(file, size_bytes)
+        written = _fill(file, size_bytes or _DISK_BYTES)
         rates = _until_late(lambda: written / _read_once(file.name), runs=_RUNS)
     return _measured("disk_read", "bytes/s", rates)
 
 
+def _past_the_cache(descriptor: int) -> None:
+    """What is read and written through the descriptor does not stay in the file cache; what is in it is dropped."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    elif sys.platform != "win32":
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _fill(file: IO[bytes], size_bytes: int) -> int:
     """The bytes written to the disk itself: fewer than asked for where it is slow. Random, as some disks compress."""
+    _past_the_cache(file.fileno())
     start, written = time.perf_counter(), 0
     while written < size_bytes and (not written or time.perf_counter() - start < _SECONDS):
         file.write(os.urandom(8 * MIB))
@@ -100,8 +119,7 @@ def _fill(file: IO[bytes], size_bytes: int) -> int:
 def _read_once(name: str) -> float:
     """Seconds to read the file from the disk itself."""
     with open(name, "rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _past_the_cache(file.fileno())
         buffer = bytearray(8 * MIB)
         start = time.perf_counter()
         while file.readinto(buffer):

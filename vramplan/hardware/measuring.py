@@ -67,11 +67,16 @@ def _disk_speed(notes: list[str]) -> Iterator[Measurement]:
 
 
 def _key(hardware: Hardware, accelerator: Accelerator | None) -> dict[str, Any]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     device = accelerator or hardware.host
-    facts = ("uuid", "name", "driver") if accelerator is not None else ("total_bytes", "cores", "system")
-    return {name: getattr(device, name) for name in facts} | {"torch": version("torch")}
+    # A card that was moved to another slot has another link.
+    card = ("uuid", "name", "driver", "link_bytes_per_s")
+    facts = card if accelerator is not None else ("total_bytes", "cores", "system")
+    torch = None
+    with suppress(PackageNotFoundError):  # what cannot be measured is told then, one by one
+        torch = version("torch")
+    return {name: getattr(device, name) for name in facts} | {"torch": torch}
 
 
 def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> tuple[Measurement, ...]:

@@ -15,6 +15,7 @@ from vramplan.hardware.own import own_use
 from vramplan.hardware.rooted import at, exists
 from vramplan.hardware.spaced import middle, moved, spaced
 from vramplan.hardware.system import is_wsl
+from vramplan.hardware.torch_answers import torch_backends
 from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import MIB, format_bytes
 
@@ -48,13 +49,29 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
     except ImportError:
         yield "nvidia: the module pynvml is missing, no card was looked for: pip install nvidia-ml-py"
         return
+    seen = False
     try:
         with opened(nvml):
-            yield from _devices(nvml, host)
+            for item in _devices(nvml, host):
+                seen = seen or isinstance(item, Accelerator)
+                yield item
     except nvml.NVMLError_LibraryNotFound:
         yield from _without_library(host)
     except nvml.NVMLError as error:
         yield f"nvidia: the driver does not answer ({error}); see whether nvidia-smi works"
+    if seen:
+        yield from _unusable()
+
+
+def _unusable() -> Iterator[str]:
+    """Whether the installed torch is one that leaves NVIDIA cards alone, as PyPI's is on Windows."""
+    built = torch_backends()
+    if built is not None and "cuda" not in built:
+        what = "for AMD cards" if "hip" in built else "for Intel cards" if "xpu" in built else "for the processor alone"
+        yield (
+            f"nvidia: a card is here, but the installed torch is built {what}: "
+            "https://pytorch.org/get-started/locally has the command for one that uses it"
+        )
 
 
 def _without_library(host: Host) -> Iterator[Accelerator | str]:
@@ -72,10 +89,11 @@ def _without_library(host: Host) -> Iterator[Accelerator | str]:
 
 
 def _devices(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
-    units = _units(nvml)
+    cards = _cards(nvml)
+    units = [unit for card in cards for unit in card.units()]
     order = cuda_order([unit.name for unit in units])
     yield from order.notes
-    yield from _nothing_visible(nvml, units, order)
+    yield from _nothing_visible(cards, units, order)
     wanted = sorted({position for candidates in order.candidates for position in candidates})
     memories, lost = _memories(nvml, host, [units[position] for position in wanted])
     known = dict(zip(wanted, memories, strict=True))
@@ -93,18 +111,25 @@ def _devices(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
         yield device
 
 
-def _units(nvml: Any) -> list[_Unit]:
-    """Every whole card, and every instance of those that are split, in PCI order. Raises NVMLError."""
+def _cards(nvml: Any) -> list[_Card]:
+    """Every card in PCI order, without those that are not this process' to use. Raises NVMLError."""
     cards = [_Card(nvml, position) for position in range(whole(nvml.nvmlDeviceGetCount(), most=1024) or 0)]
-    return [unit for card in sorted(cards, key=lambda card: card.bus) for unit in card.units()]
+    return sorted((card for card in cards if not card.forbidden), key=lambda card: card.bus)
 
 
 class _Card:
-    """One card of NVML's, which may be split."""
+    """One card of NVML's, which may be split, or `forbidden`: counted, but kept from this process by a container or a
+    batch system. CUDA does not count those (NVML API reference, nvmlDeviceGetCount_v2)."""
 
     def __init__(self, nvml: Any, position: int) -> None:
         self.nvml = nvml
-        self.handle = ask(nvml, "nvmlDeviceGetHandleByIndex", position)
+        self.handle, self.forbidden = None, False
+        try:
+            self.handle = nvml.nvmlDeviceGetHandleByIndex(position)
+        except nvml.NVMLError_NoPermission:
+            self.forbidden = True
+        except nvml.NVMLError:  # it does not answer, and is told of where its memory is asked for
+            pass
         pci = ask(nvml, "nvmlDeviceGetPciInfo", self.handle)
         # Without an address the cards stay in NVML's order, which is the bus' too as far as is known.
         self.bus = (text(getattr(pci, "busId", None)) or f"{position:08}").lower()
@@ -124,21 +149,21 @@ class _Card:
         name = Unit(
             uuid=text(ask(self.nvml, "nvmlDeviceGetUUID", handle)),
             is_part=True,
+            card=self.uuid,
             old_name=f"MIG-{self.uuid}/{group}/{compute}",
         )
         return _Unit(handle=handle, card=self.handle, bus=self.bus, name=name)
 
 
-def _nothing_visible(nvml: Any, units: Sequence[_Unit], order: Order) -> Iterator[str]:
+def _nothing_visible(cards: Sequence[_Card], units: Sequence[_Unit], order: Order) -> Iterator[str]:
     """Why there is no device although there are cards: a variable, or MIG mode without an instance."""
     if units and not order.candidates and not order.notes:
         text = os.environ.get("CUDA_VISIBLE_DEVICES")
         told = f"CUDA_VISIBLE_DEVICES={text}" if text is not None else "CUDA itself"
         yield f"nvidia: {told} shows none of the {len(units)} device(s) here"
-    count = whole(ask(nvml, "nvmlDeviceGetCount"), most=1024) or 0
-    if not units and count:
+    if cards and not units:
         yield (
-            f"nvidia: all of the {count} card(s) are in MIG mode and have no instance this process may use: "
+            f"nvidia: all of the {len(cards)} card(s) are in MIG mode and have no instance this process may use: "
             "make one with nvidia-smi mig, or switch MIG off"
         )
 

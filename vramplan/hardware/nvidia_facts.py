@@ -15,6 +15,8 @@ from vramplan.hardware.types import Pcie, Peer, Process
 
 # The last number of links that any card has is 18 (NVIDIA H100 data sheet); NVML_NVLINK_MAX_LINKS is 36.
 _MOST_LINKS = 36
+# Numbers of fields (nvml.h): how many links to the processor's chip, whether one is active, and its MB/s.
+_C2C_COUNT, _C2C_STATUS, _C2C_RATE = 170, 171, 172
 # The first compute capability that computes in each dtype (CUDA C++ Programming Guide, arithmetic instructions;
 # float8: tensor cores from 8.9 on, PTX ISA, mma).
 _NATIVE_FROM = {
@@ -34,6 +36,9 @@ def card_facts(nvml: Any, handle: Any, card: Any, *, is_part: bool) -> dict[str,
     """
     capability = _capability(nvml, card)
     link = pcie_link(nvml, card)
+    one_space = ask(nvml, "nvmlDeviceGetAddressingMode", card) == getattr(nvml, "NVML_DEVICE_ADDRESSING_MODE_ATS", 2)
+    # Where the processor is on the same board, PCI Express is not what carries the copies.
+    chip_to_chip = chip_link_rate(nvml, card)
     return {
         "name": text(ask(nvml, "nvmlDeviceGetName", handle))
         or text(ask(nvml, "nvmlDeviceGetName", card))
@@ -46,11 +51,10 @@ def card_facts(nvml: Any, handle: Any, card: Any, *, is_part: bool) -> dict[str,
         "spills": is_wsl() or _is_wddm(nvml, card),
         "others": _others(nvml, handle),
         "pcie": link,
-        "link_bytes_per_s": link_rate(link),
+        "link_bytes_per_s": chip_to_chip or (None if one_space else link_rate(link)),
         "peers": _peers(nvml, card),
         "memory_node": whole(ask(nvml, "nvmlDeviceGetNumaNodeId", card), most=4095),
-        "one_space": ask(nvml, "nvmlDeviceGetAddressingMode", card)
-        == getattr(nvml, "NVML_DEVICE_ADDRESSING_MODE_ATS", 2),
+        "one_space": one_space,
     }
 
 
@@ -79,6 +83,28 @@ def pcie_link(nvml: Any, card: Any) -> Pcie | None:
     )
     empty = Pcie(generation=None, max_generation=None, width=None, max_width=None)
     return None if link == empty else link
+
+
+def chip_link_rate(nvml: Any, card: Any) -> float | None:
+    """Bytes per second one way over NVLink-C2C, the link between Grace and its GPU; None elsewhere.
+
+    A field in MB/s for each link that is active, 44,712 on each of GH200's ten (nvml.h, NVML_FI_DEV_C2C_LINK_*).
+    """
+    (count,) = _fields(nvml, card, [(_C2C_COUNT, 0)]) or (None,)
+    total = 0
+    for link in range(whole(count, most=_MOST_LINKS) or 0):
+        active, rate = _fields(nvml, card, [(_C2C_STATUS, link), (_C2C_RATE, link)]) or (None, None)
+        total += (whole(rate, most=10**6) or 0) if active == 1 else 0
+    return total * 1e6 or None
+
+
+def _fields(nvml: Any, card: Any, wanted: list[tuple[int, int]]) -> list[int | None]:
+    """The whole numbers of the fields, None for those the card does not have; nothing where it has none at all."""
+    answers = ask(nvml, "nvmlDeviceGetFieldValues", card, wanted)
+    try:
+        return [None if answer.nvmlReturn else int(answer.value.uiVal) for answer in answers]
+    except (TypeError, AttributeError, ValueError):
+        return []
 
 
 def _capability(nvml: Any, card: Any) -> tuple[int, int] | None:
@@ -116,7 +142,11 @@ def _others(nvml: Any, handle: Any) -> tuple[Process, ...] | None:
     """
     lists = [
         ask(nvml, question, handle)
-        for question in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+        for question in (
+            "nvmlDeviceGetComputeRunningProcesses",
+            "nvmlDeviceGetGraphicsRunningProcesses",
+            "nvmlDeviceGetMPSComputeRunningProcesses",  # clients of the multi-process service are in no other list
+        )
     ]
     if all(entries is None for entries in lists):
         return None

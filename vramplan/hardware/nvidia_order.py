@@ -40,10 +40,14 @@ _PATIENCE_SECONDS = 20  # starting the driver of many cards without persistence 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A card, or a part of one that CUDA shows as a device. `old_name` is a part's name before driver 470."""
+    """A card, or a part of one that CUDA shows as a device.
+
+    `card` is the identity of the card that a part is of, `old_name` a part's name before driver 470.
+    """
 
     uuid: str | None
     is_part: bool = False
+    card: str | None = None
     old_name: str | None = None
 
 
@@ -61,8 +65,9 @@ def cuda_order(units: Sequence[Unit]) -> Order:
     mine = own_identities("cuda")
     if mine is not None:
         return _by_identity(mine, units)
-    if names_devices(text):
-        return _named(text or "", units)
+    if text is not None and names_devices(text):
+        order = _named(text, units)
+        return order if _is_sure(order, text, units) else _as_cuda_says(order, units)
     if not units or text == "" or _order_is_plain(units):
         return Order(candidates=[(position,) for position in visible_positions(text, [unit.uuid for unit in units])])
     answered = ask_cuda()
@@ -85,6 +90,19 @@ def ask_cuda() -> list[str] | None:
         return None
 
 
+def _as_cuda_says(read: Order, units: Sequence[Unit]) -> Order:
+    """CUDA's own answer where the variable leaves doubt; what was read from the variable where there is none."""
+    answered = ask_cuda() if units else None
+    return read if answered is None else _by_identity(answered, units)
+
+
+def _is_sure(order: Order, text: str, units: Sequence[Unit]) -> bool:
+    """Whether every name in the list is that of one device, and no second device may be hidden by MIG."""
+    named = [position for candidates in order.candidates for position in candidates]
+    parts = any(units[position].is_part for position in named)
+    return len(named) == text.count(",") + 1 == len(order.candidates) and (len(named) == 1 or not parts)
+
+
 def _order_is_plain(units: Sequence[Unit]) -> bool:
     """Whether numbers mean positions: whole cards, and one only or in an order that the user pinned."""
     pinned = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
@@ -96,27 +114,48 @@ def _named(text: str, units: Sequence[Unit]) -> Order:
     old = text.startswith("MIG-GPU-")
     names = [unit.old_name if old and unit.old_name else unit.uuid for unit in units]
     positions = visible_positions(text, names)
-    notes = []
     if not positions:
-        notes.append(
+        return _named_by_card(text.partition(",")[0], units)
+    if len(positions) > 1 and any(units[position].is_part for position in positions):
+        note = "nvidia: CUDA shows one MIG instance to a process: the first that CUDA_VISIBLE_DEVICES names"
+        return Order(candidates=[(positions[0],)], notes=[note])
+    return Order(candidates=[(position,) for position in positions])
+
+
+def _named_by_card(name: str, units: Sequence[Unit]) -> Order:
+    """The parts of the card of that name, of which CUDA takes one; nothing where no one card with parts is meant."""
+    parts = tuple(place for place, unit in enumerate(units) if unit.is_part and (unit.card or "").startswith(name))
+    if len({units[place].card for place in parts}) != 1:
+        note = (
             "nvidia: CUDA_VISIBLE_DEVICES names no device that is here, or not clearly: "
             "`nvidia-smi -L` lists their names"
         )
-    if len(positions) > 1 and any(units[position].is_part for position in positions):
-        notes.append("nvidia: CUDA shows one MIG instance to a process: the first that CUDA_VISIBLE_DEVICES names")
-        positions = positions[:1]
-    return Order(candidates=[(position,) for position in positions], notes=notes)
+        return Order(candidates=[], notes=[note])
+    if len(parts) == 1:
+        return Order(candidates=[parts])
+    why = f"which of its {len(parts)} MIG instances CUDA takes is not known, it did not answer"
+    advice = "name one with CUDA_VISIBLE_DEVICES=MIG-... (`nvidia-smi -L` lists them)"
+    return Order(
+        candidates=[parts], notes=[f"nvidia: CUDA_VISIBLE_DEVICES names a card that is split: {why}: {advice}"]
+    )
 
 
 def _by_identity(uuids: Sequence[str], units: Sequence[Unit]) -> Order:
-    known = {_bare(unit.uuid): position for position, unit in enumerate(units) if unit.uuid}
-    found = [known.get(_bare(uuid)) for uuid in uuids]
-    everyone = tuple(range(len(units)))
-    order = Order(candidates=[everyone if position is None else (position,) for position in found])
-    for index, position in enumerate(found):
-        if position is None:
-            order.notes.append(f"nvidia: cuda:{index} is none of the devices that the driver names: unidentified")
+    order = Order(candidates=[_meant(_bare(uuid), units) for uuid in uuids])
+    for index, candidates in enumerate(order.candidates):
+        if len(candidates) == 1:
+            continue
+        parts = len(candidates) < len(units)
+        which = "one of the MIG instances of its card" if parts else "none of the devices that the driver names"
+        order.notes.append(f"nvidia: cuda:{index} is {which}: unidentified")
     return order
+
+
+def _meant(uuid: str, units: Sequence[Unit]) -> tuple[int, ...]:
+    """The device of that identity, or the parts of that card (older CUDA calls a part by its card); else any."""
+    exact = tuple(place for place, unit in enumerate(units) if _bare(unit.uuid) == uuid)
+    parts = tuple(place for place, unit in enumerate(units) if unit.is_part and _bare(unit.card) == uuid)
+    return exact[:1] or parts or tuple(range(len(units)))
 
 
 def _unidentified(text: str | None, units: Sequence[Unit]) -> Order:

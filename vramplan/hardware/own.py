@@ -35,12 +35,36 @@ def own_use(room: str, index: int, total_bytes: int) -> tuple[Own | None, tuple[
         fraction = float(torch.get_per_process_memory_fraction(index))
     if not reserved and fraction >= 1:
         return None, ()
+    limit = None
+    if fraction < 1:
+        with suppress(Exception):
+            limit = int(torch.get_device_properties(index).total_memory * fraction)
     if reserved:
         with suppress(Exception):
             free = int(torch.mem_get_info(index)[0])
             readings = (Reading(source="torch", free_bytes=max(0, min(free, total_bytes))),)
     cached = max(0, reserved - allocated)
-    return Own(has_context=reserved > 0, allocated_bytes=allocated, cached_bytes=cached, fraction=fraction), readings
+    own = Own(
+        has_context=reserved > 0,
+        allocated_bytes=allocated,
+        cached_bytes=cached,
+        fraction=fraction,
+        limit_bytes=limit,
+    )
+    return own, readings
+
+
+def own_metal_use() -> Own | None:
+    """What this process has of a Mac's memory through Metal; None where it has nothing, or no torch.
+
+    `driver_allocated_memory` counts what torch has cached too (https://docs.pytorch.org/docs/stable/mps.html).
+    """
+    metal = getattr(sys.modules.get("torch"), "mps", None)
+    try:
+        held, used = int(metal.driver_allocated_memory()), int(metal.current_allocated_memory())  # type: ignore[union-attr]
+    except Exception:  # no torch, or one without Metal
+        return None
+    return Own(has_context=True, allocated_bytes=used, cached_bytes=max(0, held - used), fraction=1.0) if held else None
 
 
 def own_identities(room: str) -> list[str] | None:

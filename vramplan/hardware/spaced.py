@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median_low
 from typing import TypeVar
 
 from vramplan.units import MIB
@@ -29,7 +28,7 @@ def spaced(read: Callable[[], Value]) -> list[Value]:
 def middle(readings: list[int | None]) -> int | None:
     """The middle one of those that gave a number; None where none did."""
     known = [reading for reading in readings if reading is not None]
-    return median_low(known) if known else None
+    return sorted(known)[(len(known) - 1) // 2] if known else None
 
 
 def moved(readings: list[int | None]) -> tuple[int, int] | None:

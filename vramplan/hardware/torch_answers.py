@@ -8,25 +8,31 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Room = Literal["cuda", "xpu"]
-Backend = Literal["hip", "xpu"]
+Backend = Literal["cuda", "hip", "xpu"]
 _PATIENCE_SECONDS = 60  # importing torch from a cold disk
 
 
-def torch_is_built_for(backend: Backend) -> bool:
-    """Whether the installed torch has the backend: its version.py says, which is read and not run.
+def torch_backends() -> frozenset[Backend] | None:
+    """What the installed torch is built for, the processor aside; None where none is installed, or it does not say.
 
-    `hip: Optional[str] = '6.4.43482'`, or None (torch 2.13).
+    Its version.py is read and not run: `hip: Optional[str] = '6.4.43482'`, or None (torch 2.13).
     """
     try:
         found = importlib.util.find_spec("torch")
         text = (Path(found.origin or "").parent / "version.py").read_text(encoding="utf-8") if found else ""
     except (OSError, ValueError, ImportError):
-        return False
-    match = re.search(rf"^{backend}\b[^=\n]*=\s*(.+)$", text, re.MULTILINE)
-    return match is not None and match[1].strip() not in ("None", "''", '""')
+        return None
+    told = dict(re.findall(r"^(cuda|hip|xpu)\b[^=\n]*=\s*(.+)$", text, re.MULTILINE))
+    built = (name for name in get_args(Backend) if told.get(name, "None").strip() not in ("None", "''", '""'))
+    return frozenset(built) if told else None
+
+
+def torch_is_built_for(backend: Backend) -> bool:
+    """Whether the installed torch has the backend."""
+    return backend in (torch_backends() or ())
 
 
 def ask_torch(room: Room) -> list[dict[str, Any]] | str:

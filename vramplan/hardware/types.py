@@ -89,7 +89,8 @@ class Peer:
 class Own:
     """What this very process has on a device: a context or not, what its tensors hold, and what torch has cached.
 
-    `fraction` is torch's limit on this process, as a share of the total.
+    `fraction` is torch's limit on this process, as a share of the total, and `limit_bytes` what that comes to by
+    torch's own total, which is less than the driver's; None where there is no limit, or torch does not say.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -98,6 +99,7 @@ class Own:
     allocated_bytes: int
     cached_bytes: int
     fraction: float
+    limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from vramplan.simulator.engine import Engine, label_of, value_of
+from vramplan.simulator.engine import Engine
 from vramplan.simulator.ledger import Block, Cost, Moved, Recorder, Taken
+from vramplan.simulator.shapes import label_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, storage_key, tensors_in
 
 # A forward that could not be recorded this often is not tried again: state may be there the first time only.

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vramplan.simulator.engine import CPU, META, Engine, label_of, normalized, value_of
+from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes, scores_bytes
+from vramplan.simulator.shapes import CPU, META, label_of, normalized, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, mapped, tensors_in
 
 

@@ -17,9 +17,10 @@ from unittest.mock import patch
 
 import torch
 
-from vramplan.simulator.engine import Engine, normalized
+from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops
 from vramplan.simulator.ledger import Block, Ledger
+from vramplan.simulator.shapes import normalized
 from vramplan.simulator.tensor import SimTensor
 
 

@@ -16,7 +16,8 @@ from vramplan.pipeline.build import build_weightless, component_class, weightles
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import modules_of
 from vramplan.pipeline.quantized import quantization_of
-from vramplan.simulator.engine import CPU, Engine
+from vramplan.simulator.engine import Engine
+from vramplan.simulator.shapes import CPU
 from vramplan.simulator.tensor import SimTensor
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The commands, those of a kind in a file."""
