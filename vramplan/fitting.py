@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,17 +12,21 @@ from typing import Any, Literal
 from vramplan.cards import CardSize, card_sizes
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Hardware
+from vramplan.largest import amount, edge_near, last_within
 from vramplan.machine import choose_machine
 from vramplan.planfile import Asked, Plan, Projected, Settings
 from vramplan.planner.legal import Dimension, legal_workloads
 from vramplan.planner.order import Prefer
 from vramplan.planning import Subject, projected
-from vramplan.strategies.base import QUALITIES, Quality
+from vramplan.progress import steps_shown
+from vramplan.smallest import Card, by_size, smallest_cards
+from vramplan.strategies.base import QUALITIES, Decode, Quality
 from vramplan.workload import Workload
 
 FIT_SCHEMA_VERSION = 1
 Question = Literal["cards", "largest", "models"]
 Try = Callable[..., "Row"]
+Need = Callable[[Workload], float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +53,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Smallest:
-    """The smallest card that a model runs on where so much may be done to the picture, and the least VRAM that it can
-    be brought down to there by preferring memory to speed. None where no card is large enough."""
+    """The smallest card that a model runs on where so much may be done to the picture (the row says how much is), and
+    the least VRAM that it can be brought down to there by preferring memory to speed, by price. None where no card is
+    large enough."""
 
     model: str
     allow: Quality
@@ -134,18 +140,19 @@ def fit(
     works = [subject.workload(workload) for subject in subjects]
     asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subjects[0].fixed)
     tries = [_try(subject, _called(model), asked) for subject, model in zip(subjects, names, strict=True)]
-    if largest is None and device is None and vram is None:
-        return _cards(list(zip(tries, works, strict=True)), asked)
-    hardware, accelerator = choose_machine(device, vram=vram)
-    at = [_on(attempt, hardware, accelerator, device) for attempt in tries]
-    if largest is None:
-        rows = [attempt(work) for attempt, work in zip(at, works, strict=True)]
-        return _answer("models", asked, sorted(rows, key=_merit))
-    ladders = [
-        legal_workloads(largest, subject.spec, subject.described.defaults, work)
-        for subject, work in zip(subjects, works, strict=True)
-    ]
-    found = [_largest(attempt, ladder) for attempt, ladder in zip(at, ladders, strict=True)]
+    with steps_shown("fit") as told:
+        if largest is None and device is None and vram is None:
+            return _cards(list(zip(subjects, tries, works, strict=True)), asked, told)
+        hardware, accelerator = choose_machine(device, vram=vram)
+        at = [_on(attempt, hardware, accelerator, device, told) for attempt in tries]
+        if largest is None:
+            rows = [attempt(work) for attempt, work in zip(at, works, strict=True)]
+            return _answer("models", asked, sorted(rows, key=_merit))
+        found = []
+        for subject, attempt, work in zip(subjects, at, works, strict=True):
+            ladder = legal_workloads(largest, subject.spec, subject.described.defaults, work)
+            need = _need(subject, hardware, accelerator, asked, told)
+            found.append(_largest(attempt, need, ladder, work))
     beyond = tuple(Largest(dimension=largest, next=following) for _, following in found)
     return _answer("largest", asked, [row for row, _ in found], largest=beyond)
 
@@ -212,81 +219,92 @@ def _filled(row: Row, plan: Plan, *, confirm: bool) -> Row:
     )
 
 
-def _on(attempt: Try, hardware: Hardware, accelerator: Accelerator | None, device: Any) -> Try:
+def _on(
+    attempt: Try, hardware: Hardware, accelerator: Accelerator | None, device: Any, told: Callable[[str], object]
+) -> Try:
     """The same for one card."""
+    from vramplan.report import workload_text
+
     called = device if isinstance(device, str) else None
-    return lambda work, **options: attempt(work, hardware, accelerator, device=called, **options)
+
+    def try_at(work: Workload, **options: Any) -> Row:
+        told(workload_text(work))
+        return attempt(work, hardware, accelerator, device=called, **options)
+
+    return try_at
 
 
-def _largest(attempt: Try, ladder: Sequence[Workload]) -> tuple[Row, Row | None]:
+def _largest(attempt: Try, need: Need, ladder: Sequence[Workload], work: Workload) -> tuple[Row, Row | None]:
     """The last workload that fits, or the first one where none does; and the next one, with what it lacks.
 
-    Halved by price first, which needs no simulation within the budget and rules out what the planner would; then the
-    last one is confirmed, and those below it where it is not.
+    Looked for by price first, decoded in what takes least, going up from the usual workload; then that place and the
+    next are planned for in full and simulated, and those beside them where they are not the last and the first.
     """
+    amounts = [amount(item) for item in ladder]
+    usual = max(0, bisect_right(amounts, amount(work)) - 1)
+    priced = last_within(amounts, lambda place: need(ladder[place]), 0, usual)
 
     @cache
-    def tried(place: int, confirm: bool) -> Row:
-        return attempt(ladder[place], confirm=confirm)
+    def tried(place: int) -> Row:
+        return attempt(ladder[place])
 
-    top = _last(len(ladder), lambda place: tried(place, confirm=False).fits)
-    if top >= 0 and not tried(top, confirm=True).fits:
-        top = _last(top, lambda place: tried(place, confirm=True).fits)
-    following = None if top + 1 == len(ladder) else tried(top + 1, confirm=True)
-    return (tried(top, confirm=True) if top >= 0 else tried(0, confirm=True)), following
+    top = edge_near(len(ladder), lambda place: tried(place).fits, priced)
+    return tried(max(top, 0)), None if top + 1 == len(ladder) else tried(top + 1)
 
 
-def _last(count: int, fits: Callable[[int], bool]) -> int:
-    """The last of so many places that fits, where all before one that fits do; -1 where none does."""
-    low, high = -1, count - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def _need(
+    subject: Subject,
+    hardware: Hardware,
+    accelerator: Accelerator | None,
+    asked: Asked,
+    told: Callable[[str], object],
+) -> Need:
+    """How much VRAM a workload is short of; less than nothing where it fits, None where the RAM is what lacks.
 
-
-def _cards(asking: Sequence[tuple[Try, Workload]], asked: Asked) -> Fits:
-    """A row for each size of card and model, by price, and the smallest card at each quality, simulated.
-
-    Of each kind of card the rows end with the first size that holds all of a model: larger ones differ in speed only.
+    How to decode in least is found for the first one asked for, and taken for the others.
     """
+    from vramplan.report import workload_text
+
+    known: list[tuple[Decode, ...]] = []
+
+    def short(work: Workload) -> float | None:
+        told(workload_text(work))
+        least = subject.least(work, hardware, accelerator, asked, *known)
+        if least is None:
+            return None
+        known[:] = [least.decode]
+        return 0 if least.limit_bytes is None else least.vram_bytes - least.limit_bytes
+
+    return short
+
+
+def _cards(subjects: Sequence[tuple[Subject, Try, Workload]], asked: Asked, told: Callable[[str], object]) -> Fits:
+    """A row for each size of card and model, by price, and the smallest card at each quality, simulated."""
     sizes = card_sizes()
     rows: list[Row] = []
     smallest: list[Smallest] = []
-    for attempt, work in asking:
-        at = [_at_size(attempt, work, size) for size in sizes]
-        at[-1](confirm=False, strict=True)  # what makes no sense on the largest is a mistake in the question
-        roomy: set[object] = set()
-        for try_at, size in zip(at, sizes, strict=True):
-            if size.kind not in roomy:
-                rows.append(try_at(confirm=False))
-                roomy |= {size.kind} if _holds_all(rows[-1]) else set()
-        limits = QUALITIES if asked.allow is None else (asked.allow,)
-        smallest += [_smallest(at, rows[-1].model, limit) for limit in limits]
+    for subject, attempt, work in subjects:
+        cards = [_card(subject, attempt, work, size, asked, told) for size in sizes]
+        cards[-1].attempt(confirm=False, strict=True)  # what makes no sense on the largest is a mistake in the question
+        priced = by_size(cards)
+        rows += [row for _, row in priced]
+        smallest += smallest_cards(priced, rows[-1].model, asked)
     return _answer("cards", asked, rows, smallest=tuple(smallest))
 
 
-def _holds_all(row: Row) -> bool:
-    """Whether nothing is offloaded and the picture is decoded as one."""
-    chosen = row.settings
-    return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
-
-
-def _at_size(attempt: Try, work: Workload, size: CardSize) -> Try:
-    """The same for the least card of a size; one with no memory left to use is a card that is too small."""
+def _card(
+    subject: Subject, attempt: Try, work: Workload, size: CardSize, asked: Asked, told: Callable[[str], object]
+) -> Card:
+    """The least card of a size; one with no memory left to use is a card that is too small."""
     hardware, accelerator = choose_machine(size.name)
-    return lambda **options: attempt(
-        work, hardware, accelerator, **{"strict": False, "device": size.name, "alike": size.alike} | options
-    )
 
+    def try_at(**options: Any) -> Row:
+        told(f"{subject.spec.family or subject.spec.class_name} on {size.name}")
+        given = {"strict": False, "device": size.name, "alike": size.alike} | options
+        return attempt(work, hardware, accelerator, **given)
 
-def _smallest(at: Sequence[Try], model: str, allow: Quality) -> Smallest:
-    """The first card that runs it when that is simulated, and the least it can be brought down to there."""
-    priced = (try_at for try_at in at if try_at(confirm=False, allow=allow).fits)
-    for try_at in priced:
-        row = try_at(allow=allow)
-        if row.fits:
-            least = try_at(allow=allow, prefer="memory").projected
-            size = least.vram_reserved_bytes if least else None
-            return Smallest(model=model, allow=allow, row=row, least_vram_bytes=size)
-    return Smallest(model=model, allow=allow, row=None, least_vram_bytes=None)
+    def least(allow: Quality | None) -> int | None:
+        found = subject.least(work, hardware, accelerator, replace(asked, allow=allow))
+        return found.vram_bytes if found else None
+
+    return Card(size=size, attempt=try_at, least=least)

@@ -7,9 +7,9 @@ from typing import Any
 
 from vramplan._version import __version__
 from vramplan.calibration.learned import versions
-from vramplan.errors import UsageError, VramplanError
+from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.figures import Figures, figures
-from vramplan.hardware.types import Accelerator, Hardware
+from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.machine import choose_machine, known_budget
 from vramplan.models import describe
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -31,7 +31,7 @@ from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.forms import Forms
 from vramplan.planner.order import Prefer
 from vramplan.recorded import settings_of
-from vramplan.strategies.base import Quality
+from vramplan.strategies.base import Decode, Quality
 from vramplan.workload import Workload, make_workload
 
 
@@ -82,6 +82,15 @@ def plan(
     return subject.plan(subject.workload(workload), hardware, accelerator, asked)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Least:
+    """The least VRAM that a candidate needs, what may be used (None on the CPU), and how that candidate decodes."""
+
+    vram_bytes: int
+    limit_bytes: int | None
+    decode: tuple[Decode, ...]
+
+
 class Subject:
     """A model that is planned for again and again: it is described once, and simulated once for each workload and
     kind of kernels, as a simulation depends on nothing else of a machine."""
@@ -122,13 +131,7 @@ class Subject:
     ) -> Plan:
         """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it."""
         spec = self.spec
-        refuse_hooked(spec)
-        amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin, **held_bytes(spec)}
-        known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
-        told = parse_fixed(self.fixed, spec, accelerator)
-        known = self._figures(work, accelerator if self.simulate else None, asked.allow, told)
-        basis = known.basis(spec)
-        budget = known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
+        told, known, budget = self._question(work, hardware, accelerator, asked)
         outcome = decide(
             spec,
             work,
@@ -150,6 +153,48 @@ class Subject:
         )
         notes = (*_notes(spec, accelerator, hardware), *known.notes)
         return _written(spec, work, machine, outcome, notes, asked)
+
+    def least(
+        self,
+        work: Workload,
+        hardware: Hardware,
+        accelerator: Accelerator | None,
+        asked: Asked,
+        decode: tuple[Decode, ...] | None = None,
+    ) -> Least | None:
+        """What this workload can be brought down to, by price, with whatever `plan` would resort to; decoded so, where
+        that is told. None where the RAM does not do for anything."""
+        told, known, budget = self._question(work, hardware, accelerator, asked)
+        resort: Quality = "lossy" if told.weights else "near_lossless"
+        try:
+            outcome = decide(
+                self.spec,
+                work,
+                replace(budget, vram_bytes=None),
+                accelerator=accelerator,
+                footprint=known.footprint,
+                fixed=told if decode is None else replace(told, decode=decode),
+                allow=asked.allow or resort,
+                prefer="memory",
+                lighter=known.lighter,
+            )
+        except NothingFitsError:
+            return None
+        chosen = outcome.chosen
+        return Least(vram_bytes=chosen.demand.vram_reserved_bytes, limit_bytes=budget.vram_bytes, decode=chosen.decode)
+
+    def _question(
+        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: Asked
+    ) -> tuple[Fixed, Figures, Budget]:
+        """What was fixed by hand, the planner's numbers, and what may be used."""
+        spec = self.spec
+        refuse_hooked(spec)
+        amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin, **held_bytes(spec)}
+        known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
+        told = parse_fixed(self.fixed, spec, accelerator)
+        known = self._figures(work, accelerator if self.simulate else None, asked.allow, told)
+        basis = known.basis(spec)
+        return told, known, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
 
     def _figures(self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed) -> Figures:
         """The planner's numbers, made where no machine with these kernels asked for them before."""

@@ -33,6 +33,23 @@ def moved_bytes(what: str, total_bytes: int) -> Iterator[Callable[[int], object]
         yield bar.update
 
 
+@contextmanager
+def steps_shown(what: str) -> Iterator[Callable[[str], object]]:
+    """Yields what is to be told of each thing that begins: it is named in one line, once all takes some seconds."""
+    if not _shown():
+        yield lambda text: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=what, delay=_SECONDS, leave=False, bar_format="{desc}: {postfix} ({n}, {elapsed})") as bar:
+
+        def told(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        yield told
+
+
 def beside_bars(say: Say) -> Say:
     """The same words on a line of their own while a bar is shown."""
     if not _shown():

@@ -62,6 +62,23 @@ class Counts(Block):
         return super().forward(given)
 
 
+class Joins(Block):
+    """Joins its halves line by line in place, as VAEs do with tiles; keeps a list, so that its forward is run."""
+
+    joined = 0
+
+    def forward(self, given: Any, *more: Any) -> Any:
+        self.seen = [*(self.seen or []), 1]
+        made = super().forward(given)
+        return self.blend_v(made[:256], made[256:], 8)
+
+    def blend_v(self, above: Any, below: Any, extent: int) -> Any:
+        type(self).joined += 1
+        for line in range(extent):
+            below[line] = above[-extent + line] * (1 - line / extent) + below[line] * (line / extent)
+        return below
+
+
 class World:
     """Two modules of a kind on a simulated device."""
 
@@ -138,6 +155,24 @@ def test_a_module_with_a_memory_of_its_own_is_run(kind: type[Block]) -> None:
     runs, (played, run) = both(kind, 4)
     assert runs == 4
     assert played == run
+
+
+def test_joining_tiles_is_played_back() -> None:
+    Joins.joined = 0
+    runs, (played, run) = both(Joins, 4)
+    assert (runs, Joins.joined) == (4, 1 + 4)
+    assert played == run
+
+
+def test_joining_what_is_known_is_run() -> None:
+    Joins.joined = 0
+    with world_of(Joins, Memo()) as world:
+        world.engine.ledger.modules.append("one")
+        for _ in range(3):
+            known = torch.ones(8, 4, device="cuda")
+            joined = world.modules["one"].blend_v(known[:4], known[4:], 2)
+            assert joined.sum() == 16, "its values are still believed"
+    assert Joins.joined == 3
 
 
 def test_a_list_that_a_module_may_change_is_a_reason_to_run() -> None:

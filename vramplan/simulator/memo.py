@@ -24,8 +24,16 @@ from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, storage_key,
 
 # A forward that could not be recorded this often is not tried again: state may be there the first time only.
 _MOST_TRIES = 2
-# What is no part of a module's structure: what `torch.nn.Module` and hooks keep on it, and the forward wrapped here.
-_NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}
+# How VAEs of diffusers 0.42 join tiles: in place and line by line, which is most of the operations of a tiled decode.
+_BLENDS = ("blend_v", "blend_h", "blend_t")
+# What is no part of a module's structure: what `torch.nn.Module` and hooks keep on it, and what is wrapped here.
+_NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+    "_diffusers_hook",
+    *_BLENDS,
+}
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 # Objects with at most this many attributes are told by them, as attention processors are; larger ones by themselves.
 _FEW = 8
@@ -144,24 +152,52 @@ class Memo:
     structures: dict[Any, int] = field(default_factory=dict)
 
     def attach(self, modules: Mapping[str, torch.nn.Module], engine: Engine) -> None:
-        """Record and replay these modules, by their qualified names; those without children are just run."""
+        """Record and replay these modules, by their qualified names, and how they join tiles; a module without children
+        is just run."""
         for name, module in modules.items():
-            if next(module.children(), None) is not None:
-                module.__dict__["forward"] = self._around(name, module, engine)
+            if next(module.children(), None) is None:
+                continue
+            module.__dict__["forward"] = self._around(name, module, engine)
+            for method in _BLENDS:
+                if hasattr(module, method):
+                    module.__dict__[method] = self._blending(name, module, method, engine)
 
     def _around(self, name: str, module: torch.nn.Module, engine: Engine) -> Callable[..., Any]:
-        original = module.forward
+        """The module's forward."""
         found: list[tuple[int | None, list[torch.nn.Module]]] = []
 
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if engine.ledger.module != name:
-                return original(*args, **kwargs)
+        def key(args: Any, kwargs: Any, done: bool) -> Any:
             if not found:  # now, as the hooks of an offload come after this one
                 found.append((self._structure(module), list(module.modules())))
             structure, parts = found[0]
+            return _key(self._structure(module) if done else structure, parts, args, kwargs)
+
+        return self._remembering(name, module.forward, key, engine)
+
+    def _blending(self, name: str, module: torch.nn.Module, method: str, engine: Engine) -> Callable[..., Any]:
+        """A method that changes an argument, of whose values nothing may be known."""
+
+        def key(args: Any, kwargs: Any, done: bool) -> Any:
+            if any(value_of(tensor) is not None for tensor in tensors_in((args, kwargs))):
+                return None
+            return (type(module), method), _arguments((args, kwargs), {})
+
+        return self._remembering(name, getattr(module, method), key, engine)
+
+    def _remembering(
+        self, name: str, original: Callable[..., Any], key_of: Callable[[Any, Any, bool], Any], engine: Engine
+    ) -> Callable[..., Any]:
+        """The same, played back where that was recorded; `key_of` tells what it depends on, before and once it is done.
+
+        None says that there is no telling.
+        """
+
+        @wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if engine.ledger.module != name:
+                return original(*args, **kwargs)
             with torch._C.DisableTorchFunction():
-                key = _key(structure, parts, args, kwargs)
+                key = key_of(args, kwargs, False)
                 recording = self.recordings.get(key)
                 if recording is not None:
                     return recording.play(engine, list(tensors_in((args, kwargs))))
@@ -173,11 +209,11 @@ class Memo:
             recorder = Recorder(name=name)
             made = _recorded(recorder, engine, original, args, kwargs)
             with torch._C.DisableTorchFunction():
-                if not recorder.broken and key == _key(self._structure(module), parts, args, kwargs):
+                if not recorder.broken and key == key_of(args, kwargs, True):
                     self._keep(key, recorder, made, list(tensors_in((args, kwargs))))
             return made
 
-        return forward
+        return call
 
     def _keep(self, key: Any, recorder: Recorder, made: Any, given: Sequence[torch.Tensor]) -> None:
         leaves, nesting = pytree.tree_flatten(made)
