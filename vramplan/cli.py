@@ -34,6 +34,8 @@ from vramplan.options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vramplan.planfile import Plan
+
 
 _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
@@ -223,7 +225,7 @@ def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: 
         check_picture(plot)
     loaded = load_plan(plan_file)
     if plot:
-        _draw(plot, loaded, quiet=obj["quiet"])
+        _draw(plot, loaded, loaded, quiet=obj["quiet"])
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
     _print(shown, lambda: explain_view(loaded), form, as_json=as_json)
@@ -277,6 +279,7 @@ def simulate(
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
+    from vramplan.planfile import load_plan
     from vramplan.plot.save import check_picture
     from vramplan.report import simulation_dict, simulation_view
     from vramplan.simulating import simulate_model, simulate_plan
@@ -290,7 +293,7 @@ def simulate(
     else:
         result = simulate_model(model, timeline=bool(plot), **given)
     if plot:
-        _draw(plot, result, quiet=obj["quiet"])
+        _draw(plot, result, load_plan(model) if Path(model).is_file() else None, quiet=obj["quiet"])
     _print(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
@@ -338,6 +341,27 @@ def code(plan_file: str) -> None:
     from vramplan.planfile import load_plan
 
     click.echo(plan_code(load_plan(plan_file)))
+
+
+@main.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(1, 65535), help="A free one where left out.")
+@click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open it in the browser.")
+def ui(folder: Path | None, port: int | None, *, opens: bool) -> None:
+    """Open a page on this machine to try models, cards and sizes: the profiles, and the pipelines in FOLDER.
+
+    Only this machine can reach it, and no file outside FOLDER is read. Prints its address; Ctrl-C ends it.
+    """
+    import webbrowser
+
+    from vramplan.ui.serve import can_open, serve
+
+    def say(address: str) -> None:
+        click.echo(address)
+        if opens and can_open():
+            webbrowser.open(address)
+
+    serve(folder, port, say)
 
 
 @main.group()
@@ -410,10 +434,13 @@ def _print(
         show(human())
 
 
-def _draw(path: str, shown: Any, *, quiet: bool) -> None:
+def _draw(path: str, shown: Any, plan: Plan | None, *, quiet: bool) -> None:
+    """Draw it, with what was measured of this plan here."""
+    from vramplan.calibration.recording import last_measured
     from vramplan.plot.save import save_picture
 
-    save_picture(path, shown)
+    record = None if plan is None else last_measured(plan)
+    save_picture(path, shown, None if record is None else record.measured)
     if not quiet:
         click.echo(f"wrote {path}", err=True)
 
