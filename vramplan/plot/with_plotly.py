@@ -78,7 +78,7 @@ def memory_figure(picture: MemoryPicture) -> Any:
         line={"shape": "hv", "width": 1}, hovertemplate="%{y:.2f} GiB", row=1, col=1,
     )  # fmt: skip
     if picture.budget is not None:
-        _budget_line(figure, picture.budget, row=1, col=1)
+        _budget_line(figure, picture.budget, "right" if picture.peak_at < 0.5 else "left", row=1, col=1)
     for span in picture.phases:
         if span.start:
             figure.add_vline(x=span.start, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
@@ -139,7 +139,7 @@ def candidates_figure(picture: CandidatesPicture) -> Any:
 
     figure = go.Figure()
     figure.add_hrect(y0=0, y1=picture.budget, fillcolor=CHOSEN, opacity=0.1, line_width=0, layer="below")
-    _budget_line(figure, picture.budget)
+    _budget_line(figure, picture.budget, "right")
     for group in picture.groups:
         figure.add_scatter(
             x=group.times, y=group.sizes, mode="markers", name=f"{group.name} ({len(group.times)})",
@@ -163,10 +163,10 @@ def _hovers(group: Dots) -> list[str]:
     ]
 
 
-def _budget_line(figure: Any, budget: float, **place: int) -> None:
+def _budget_line(figure: Any, budget: float, side: str, **place: int) -> None:
     line = {"color": LIMIT, "dash": "dash", "width": 1.5}
     note = {"text": f"budget {budget:.2f} GiB", "font": {"color": LIMIT}}
-    figure.add_hline(y=budget, line=line, annotation=note, annotation_position="top left", **place)
+    figure.add_hline(y=budget, line=line, annotation=note, annotation_position=f"top {side}", **place)
 
 
 def _framed(figure: Any) -> Any:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from vramplan.cards import card_sizes
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.machine import choose_machine
 from vramplan.planfile import Asked, Plan
 from vramplan.planning import Subject
-from vramplan.profiles import load_device_profile
+from vramplan.profiles import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
 from vramplan.ui.choices import Wish
 from vramplan.units import GIB
@@ -173,14 +172,14 @@ def _helps(wish: Wish) -> Iterator[str]:
         yield from _larger(card, lambda name: fits(device=name, vram=None))
 
 
-def _larger(card: Accelerator, fits: Any) -> Iterator[str]:
-    """The smallest of the larger cards of this kind on which it fits."""
-    sizes = [size for size in card_sizes() if size.memory_bytes > card.total_bytes and _alike(size.name, card)]
-    first = bisect_left(sizes, True, key=lambda size: fits(size.name))
-    if first < len(sizes):
-        yield f"a larger card: {sizes[first].name}, {sizes[first].memory_bytes / GIB:.0f} GiB"
-
-
-def _alike(name: str, card: Accelerator) -> bool:
-    profile = load_device_profile(name)
-    return profile.kind == card.kind and (profile.pool_bytes is not None) == card.unified
+def _larger(card: Accelerator, fits: Callable[[str], bool]) -> Iterator[str]:
+    """The smallest of the larger cards of this kind on which it fits: of each whole GiB the one with least memory."""
+    sizes: dict[int, DeviceProfile] = {}
+    for profile in sorted(device_profiles(), key=lambda profile: (profile.memory_bytes, profile.name)):
+        alike = profile.kind == card.kind and (profile.pool_bytes is not None) == card.unified
+        if alike and profile.memory_bytes > card.total_bytes:
+            sizes.setdefault(round(profile.memory_bytes / GIB), profile)
+    larger = list(sizes.values())
+    first = bisect_left(larger, True, key=lambda profile: fits(profile.name))
+    if first < len(larger):
+        yield f"a larger card: {larger[first].title}, {larger[first].memory_bytes / GIB:.0f} GiB"
