@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,14 +52,19 @@ def find_choices(folder: Path | None) -> Choices:
     found = {f"{_FOLDER}{name}": f"{name} (folder)" for name in names}
     hardware = detect()
     card = next(iter(hardware.accelerators), None)
-    devices = {profile.name: f"{profile.title}, {format_bytes(profile.memory_bytes)}" for profile in device_profiles()}
     return Choices(
         folder=root,
         models=found | {f"{_PROFILE}{name}": name for name in pipeline_names()},
-        devices={HERE: f"this machine: {card.name if card else 'the CPU'}"} | devices,
+        devices={HERE: f"this machine: {card.name if card else 'the CPU'}"} | _devices(),
         ram=f"{hardware.host.available_bytes / GIB:.1f}",
         accelerated=card is not None,
     )
+
+
+@cache
+def _devices() -> dict[str, str]:
+    """The device profiles, read once: there are many."""
+    return {profile.name: f"{profile.title}, {format_bytes(profile.memory_bytes)}" for profile in device_profiles()}
 
 
 def make_wish(choices: Choices, *, model: Any, device: Any, allow: Any, **numbers: Any) -> Wish:
