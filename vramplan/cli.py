@@ -202,10 +202,10 @@ def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: 
     With --largest: how much of it. Exit code 3 where nothing fits.
     """
     from vramplan.fitting import fit as find
-    from vramplan.report_fit import fits_dict
+    from vramplan.report_fit import fits_dict, fits_view
 
     found = find(models, settings=_fixed(fixed), **given)
-    _print(fits_dict(found), lambda: str(found), form, as_json=as_json)
+    _print(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
 

@@ -298,6 +298,13 @@ def _versus(name: str, projected: int, measured: int | None) -> tuple[str, str, 
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain table as text."""
-    from vramplan.terminal import as_text, table
+    from vramplan.terminal import as_text
 
-    return as_text(table(header, list(rows), _NUMERIC))
+    return as_text(table_view(header, rows))
+
+
+def table_view(header: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+    """A plain table, of whose numbers nothing is ever lost."""
+    from vramplan.terminal import table
+
+    return table(header, list(rows), _NUMERIC)
