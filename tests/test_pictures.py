@@ -120,8 +120,8 @@ class TestWhatIsShown:
 
     def test_every_candidate_is_a_dot(self, plan: Plan) -> None:
         picture = candidates_picture(plan)
-        assert sum(len(group.seconds) for group in picture.groups) == len(plan.candidates)
-        assert [len(group.seconds) for group in picture.groups if group.name == "chosen"] == [1]
+        assert sum(len(group.times) for group in picture.groups) == len(plan.candidates)
+        assert [len(group.times) for group in picture.groups if group.name == "chosen"] == [1]
 
     def test_without_an_accelerator_ram_is_what_is_shown(self, plan: Plan) -> None:
         vramless = replace(plan.machine, budget=replace(plan.machine.budget, vram_bytes=None), accelerator=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import pytest
 from pydantic import TypeAdapter
 from rich.text import Text
 
+from vramplan.fitting import Fits, Row, Smallest
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
 from vramplan.planfile import Plan, load_plan
+from vramplan.planning import projected
 from vramplan.report import explain_view, measured_text, plan_view, simulation_view
+from vramplan.report_fit import fits_view
 from vramplan.report_machine import hardware_view
 from vramplan.simulator.types import Simulation
 from vramplan.terminal import _AsciiText, _console, as_html, as_text, show
@@ -39,10 +43,32 @@ BUDGET = Budget(
         Deduction(memory="ram", name="reserve", size_bytes=GIB, reason="kept free for the system and this program"),
     ),
 )
+ROW = Row(
+    model="flux.1-dev",
+    workload=PLAN.workload,
+    device="rtx-4070",
+    memory_bytes=12 * GIB,
+    alike=("rtx-3060", "rtx-5070"),
+    fits=True,
+    settings=PLAN.settings,
+    quality=PLAN.quality,
+    projected=projected(PLAN.projected),
+)
+FITS = Fits(
+    question="cards",
+    asked=PLAN.asked,
+    fits=True,
+    rows=(replace(ROW, device="gtx-1650", memory_bytes=4 * GIB, fits=False, reason="short by 1.66 GiB"), ROW),
+    smallest=(
+        Smallest(model=ROW.model, allow="lossless", row=ROW, least_vram_bytes=5 * GIB),
+        Smallest(model=ROW.model, allow="lossy", row=None, least_vram_bytes=None),
+    ),
+)
 VIEWS = {
     "plan": plan_view(PLAN),
     "explain": explain_view(PLAN),
     "simulate": simulation_view(SIMULATION),
+    "fit": fits_view(FITS),
     "detect": hardware_view(Hardware(accelerators=(CARD,), host=HOST, notes=("a note",)), BUDGET),
 }
 LOOKS = {"colour": (StringIO, "truecolor"), "plain": (StringIO, None), "ascii": (_AsciiText, None)}

@@ -13,6 +13,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from vramplan._version import __version__
 from vramplan.commands.machine import calibrate, detect
+from vramplan.commands.page import ui
 from vramplan.commands.plans import check, code, explain, fit, plan
 from vramplan.commands.profiles import profiles
 from vramplan.commands.running import apply, simulate
@@ -86,5 +87,5 @@ def main() -> None:
     """
 
 
-for _command in (detect, plan, fit, explain, apply, simulate, check, calibrate, code, profiles):
+for _command in (detect, plan, fit, explain, apply, simulate, check, calibrate, code, ui, profiles):
     main.add_command(_command)

@@ -90,9 +90,10 @@ class Fits:
         return fits_text(self)
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from vramplan.report_fit import fits_view
+        from vramplan.terminal import as_html
 
-        return f"<pre>{escape(str(self))}</pre>"
+        return as_html(fits_view(self))
 
 
 def fit(

@@ -71,11 +71,26 @@ def plan_text(plan: Plan) -> str:
 def plan_view(plan: Plan) -> RenderableType:
     """The plan for a person: what was chosen, how near the limit, how fast, and why not the faster one."""
     from vramplan.bars import plan_bar
-    from vramplan.planner.demand import fits_sentence
     from vramplan.terminal import hang, stacked, table
 
+    bar = plan_bar(plan)
+    return stacked(
+        [
+            *(hang(f"{name:<9} {text}", 10) for name, text in plan_rows(plan)),
+            *(("", bar) if bar else ()),
+            "",
+            table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan), _NUMERIC),
+            *_notes(plan.notes),
+        ]
+    )
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What a plan says in short: the name of each thing, and the thing."""
+    from vramplan.planner.demand import fits_sentence
+
     card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
-    rows = [
+    return [
         ("pipeline", f"{plan.model.class_name} ({plan.model.source})"),
         ("on", f"{card} ({plan.machine.device})"),
         ("for", workload_text(plan.workload)),
@@ -86,16 +101,6 @@ def plan_view(plan: Plan) -> RenderableType:
         ("quality", plan.quality.replace("_", " ")),
         ("why", plan.reason),
     ]
-    bar = plan_bar(plan)
-    return stacked(
-        [
-            *(hang(f"{name:<9} {text}", 10) for name, text in rows),
-            *(("", bar) if bar else ()),
-            "",
-            table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan), _NUMERIC),
-            *_notes(plan.notes),
-        ]
-    )
 
 
 def _notes(notes: Sequence[str]) -> Iterator[RenderableType]:
@@ -293,6 +298,13 @@ def _versus(name: str, projected: int, measured: int | None) -> tuple[str, str, 
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain table as text."""
-    from vramplan.terminal import as_text, table
+    from vramplan.terminal import as_text
 
-    return as_text(table(header, list(rows), _NUMERIC))
+    return as_text(table_view(header, rows))
+
+
+def table_view(header: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+    """A plain table, of whose numbers nothing is ever lost."""
+    from vramplan.terminal import table
+
+    return table(header, list(rows), _NUMERIC)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.fitting import Fits, Largest, Row, Smallest
-from vramplan.report import format_seconds, settings_text, table_text, workload_text
+from vramplan.report import format_seconds, settings_text, table_view, workload_text
 from vramplan.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _NAMED = 2  # of the cards of one size
 
@@ -19,26 +22,34 @@ def fits_dict(fits: Fits) -> dict[str, Any]:
 
 
 def fits_text(fits: Fits) -> str:
-    """The answer for a person."""
-    return {"cards": _cards, "models": _models, "largest": _largest}[fits.question](fits)
+    """The answer for a person, as plain text."""
+    from vramplan.terminal import as_text
+
+    return as_text(fits_view(fits))
 
 
-def _cards(fits: Fits) -> str:
+def fits_view(fits: Fits) -> RenderableType:
+    """The answer for a person: the smallest cards, the models, or the largest workloads, and how each would run."""
+    from vramplan.terminal import stacked
+
+    return stacked(list({"cards": _cards, "models": _models, "largest": _largest}[fits.question](fits)))
+
+
+def _cards(fits: Fits) -> Iterator[RenderableType]:
     """For each model the smallest cards by quality, then the sizes of cards."""
-    parts = []
     for model in dict.fromkeys(row.model for row in fits.rows):
         rows = [row for row in fits.rows if row.model == model]
         answers = [item for item in fits.smallest if item.model == model]
-        smallest = table_text(
-            ("allowed", "smallest card", "memory", "least VRAM", "chosen there"), map(_answer, answers)
-        )
-        header = ("memory", "card", "VRAM", "a call", "quality", "chosen")
-        parts.append(f"{model}: {workload_text(rows[0].workload)}\n\n{smallest}\n\n{table_text(header, _sizes(rows))}")
-    note = (
+        yield f"{model}: {workload_text(rows[0].workload)}"
+        yield ""
+        yield table_view(("allowed", "smallest card", "memory", "least VRAM", "chosen there"), map(_answer, answers))
+        yield ""
+        yield table_view(("memory", "card", "VRAM", "a call", "quality", "chosen"), _sizes(rows))
+        yield ""
+    yield (
         "The smallest cards are simulated within their memory. The sizes are priced, each for its least card, up to "
         "the first of each kind that holds everything: larger ones differ in speed only."
     )
-    return "\n\n".join([*parts, note])
 
 
 def _answer(item: Smallest) -> Sequence[str]:
@@ -52,7 +63,7 @@ def _answer(item: Smallest) -> Sequence[str]:
 def _sizes(rows: Sequence[Row]) -> Iterable[Sequence[str]]:
     none = [row for row in rows if not row.fits]
     if none:
-        yield f"{len(none)} sizes", _names(none), "", "", "", "does not fit"
+        yield f"{len(none)} size{'s' if len(none) > 1 else ''}", _names(none), "", "", "", "does not fit"
     for row in rows:
         if row.fits:
             yield _whole(row), _names([row]), *_price(row), _chosen(row)
@@ -83,9 +94,11 @@ def _chosen(row: Row) -> str:
     return row.reason if row.settings is None else settings_text(row.settings)
 
 
-def _models(fits: Fits) -> str:
+def _models(fits: Fits) -> Iterator[RenderableType]:
     rows = [(row.model, workload_text(row.workload), *_price(row), _chosen(row)) for row in fits.rows]
-    return f"{_on(fits)}\n\n" + table_text(("model", "for", "VRAM", "a call", "quality", "chosen"), rows)
+    yield _on(fits)
+    yield ""
+    yield table_view(("model", "for", "VRAM", "a call", "quality", "chosen"), rows)
 
 
 def _on(fits: Fits) -> str:
@@ -94,11 +107,15 @@ def _on(fits: Fits) -> str:
     return f"on {row.device or 'the CPU'}{memory}"
 
 
-def _largest(fits: Fits) -> str:
-    lines = [_on(fits)]
+def _largest(fits: Fits) -> Iterator[RenderableType]:
+    from vramplan.terminal import hang
+
+    yield _on(fits)
     for row, beyond in zip(fits.rows, fits.largest, strict=True):
-        lines += ["", *_found(row, beyond)]
-    return "\n".join(lines)
+        first, *more = _found(row, beyond)
+        yield ""
+        yield first
+        yield from (hang(line, 10) for line in more)
 
 
 def _found(row: Row, beyond: Largest) -> Iterable[str]:

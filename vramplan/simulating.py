@@ -107,7 +107,7 @@ def simulate_model(
         plan = make_plan(model, device=device, vram=vram, ram=ram, margin=margin, **options)
     except NothingFitsError:
         plan = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
-    return simulate(model, plan, capacity_bytes=budget.vram_bytes, **stored)
+    return simulate(model, plan, capacity_bytes=budget.vram_bytes, timeline=timeline, **stored)
 
 
 def _with_room(hardware: Hardware, accelerator: Accelerator | None) -> Hardware:

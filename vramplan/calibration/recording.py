@@ -12,11 +12,12 @@ from typing import Any
 from vramplan.apply import Applied, applied_to
 from vramplan.calibration.learned import versions
 from vramplan.calibration.records import CallRecord, Took
-from vramplan.calibration.store import append
+from vramplan.calibration.store import append, read_store
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.live import modules_of
 from vramplan.planfile import Plan
+from vramplan.report import settings_text
 from vramplan.snapshot import decode_settings
 from vramplan.verify import Measured, current_rss_bytes, measured
 
@@ -60,10 +61,20 @@ def _decoding(pipe: Any) -> Any:
     return {name: decode_settings(module) for name, module in modules_of(pipe).items()}
 
 
+def last_measured(plan: Plan) -> CallRecord | None:
+    """The last call on this plan's device under its settings and of its size that this machine has measured."""
+    card = plan.machine.accelerator
+    wanted = (card.name if card else "cpu", plan.model.class_name, settings_text(plan.settings), _shape(plan))
+    found = (
+        item
+        for item in reversed(read_store().records)
+        if isinstance(item, CallRecord) and (item.device, item.pipeline, item.settings, item.shape) == wanted
+    )
+    return next(found, None)
+
+
 def record_of(applied: Applied, took: Measured) -> CallRecord:
     """What is kept of a call."""
-    from vramplan.report import settings_text
-
     plan = applied.plan
     card = plan.machine.accelerator
     projected = plan.projected

@@ -68,10 +68,10 @@ def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: 
     With --largest: how much of it. Exit code 3 where nothing fits.
     """
     from vramplan.fitting import fit as find
-    from vramplan.report_fit import fits_dict
+    from vramplan.report_fit import fits_dict, fits_view
 
     found = find(models, settings=fixed_by_hand(fixed), **given)
-    show_result(fits_dict(found), lambda: str(found), form, as_json=as_json)
+    show_result(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
 
@@ -91,7 +91,7 @@ def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: 
         check_picture(plot)
     loaded = load_plan(plan_file)
     if plot:
-        draw(plot, loaded, quiet=obj["quiet"])
+        draw(plot, loaded, loaded, quiet=obj["quiet"])
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
     show_result(shown, lambda: explain_view(loaded), form, as_json=as_json)

@@ -68,6 +68,7 @@ def simulate(
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
+    from vramplan.planfile import load_plan
     from vramplan.plot.save import check_picture
     from vramplan.report import simulation_dict, simulation_view
     from vramplan.simulating import simulate_model, simulate_plan
@@ -81,7 +82,7 @@ def simulate(
     else:
         result = simulate_model(model, timeline=bool(plot), **given)
     if plot:
-        draw(plot, result, quiet=obj["quiet"])
+        draw(plot, result, load_plan(model) if Path(model).is_file() else None, quiet=obj["quiet"])
     show_result(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")

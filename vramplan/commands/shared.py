@@ -15,6 +15,8 @@ from vramplan.options import Command
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vramplan.planfile import Plan
+
 
 def pass_told(command: Command) -> Command:
     """Hand the command what -v and -q said."""
@@ -61,11 +63,13 @@ def show_result(
         show(human())
 
 
-def draw(path: str, shown: Any, *, quiet: bool) -> None:
-    """Save a picture of it, and say so."""
+def draw(path: str, shown: Any, plan: Plan | None, *, quiet: bool) -> None:
+    """Save a picture of it, with what was measured of this plan here, and say so."""
+    from vramplan.calibration.recording import last_measured
     from vramplan.plot.save import save_picture
 
-    save_picture(path, shown)
+    record = None if plan is None else last_measured(plan)
+    save_picture(path, shown, None if record is None else record.measured)
     if not quiet:
         click.echo(f"wrote {path}", err=True)
 

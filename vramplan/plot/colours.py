@@ -15,5 +15,6 @@ LIMIT = "#D55E00"
 CHOSEN = "#009E73"
 FITS = "#56B4E9"
 TOO_LARGE = "#D55E00"
+MEASURED = "#CC79A7"
 # Lines and grids that are seen on both grounds.
 NEUTRAL = "#808080"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from vramplan.calibration.records import Took
 from vramplan.errors import VramplanError
 from vramplan.plot.colours import ACTIVATIONS, HOST, PINNED, WEIGHTS, WORKSPACE
 from vramplan.simulator.types import Moment, Simulation, Timeline
@@ -34,11 +35,20 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A peak that was measured, in GiB: a line at that height."""
+
+    name: str
+    size: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPicture:
     """Memory in GiB over places from 0 to 1, in the order of the call; phases are not to scale.
 
     `running` says what ran at each place. `budget` is None where no limit was set. `peak_name` says what made the
-    peak, at place `peak_at`. It `stopped` where memory ran out.
+    peak, at place `peak_at`. It `stopped` where memory ran out. What a real call took at most is in `measured_device`
+    and `measured_host`.
     """
 
     title: str
@@ -53,10 +63,16 @@ class MemoryPicture:
     peak_at: float
     peak: float
     peak_name: str
+    measured_device: Sequence[Level] = ()
+    measured_host: Sequence[Level] = ()
 
 
-def memory_picture(simulation: Simulation) -> MemoryPicture:
-    """The picture of a simulation. Raises VramplanError where its timeline was not asked for."""
+def memory_picture(simulation: Simulation, measured: Took | None = None) -> MemoryPicture:
+    """The picture of a simulation, with the peaks of a real call where one was measured.
+
+    Raises:
+        VramplanError: its timeline was not asked for.
+    """
     timeline = simulation.timeline
     if timeline is None or not timeline.moments:
         raise VramplanError("this simulation has no timeline to draw: simulate with timeline=True")
@@ -81,7 +97,17 @@ def memory_picture(simulation: Simulation) -> MemoryPicture:
         peak=highest.allocated_bytes / GIB,
         peak_name=f"peak {format_bytes(highest.allocated_bytes)} allocated: {_running(highest)}",
         stopped=simulation.stopped is not None,
+        measured_device=_levels(measured, ("reserved", "allocated"), "vram_{}_bytes"),
+        measured_host=_levels(measured, ("RAM",), "ram_bytes"),
     )
+
+
+def _levels(measured: Took | None, names: Sequence[str], attribute: str) -> list[Level]:
+    """What was measured of these."""
+    sizes = {name: getattr(measured, attribute.format(name), None) for name in names}
+    return [
+        Level(name=f"measured: {name} {format_bytes(size)}", size=size / GIB) for name, size in sizes.items() if size
+    ]
 
 
 def _title(simulation: Simulation) -> str:
@@ -96,18 +122,28 @@ def _running(moment: Moment) -> str:
 
 def _spans(timeline: Timeline) -> list[tuple[tuple[int, int], Span]]:
     """Each stretch of one phase: its first and last tick, and where it lies in the picture."""
-    found: list[tuple[str, int, int]] = []
-    for moment in timeline.moments:
-        if found and found[-1][0] == moment.phase:
-            found[-1] = (moment.phase, found[-1][1], moment.tick)
-        else:
-            found.append((moment.phase, moment.tick, moment.tick))
+    found = _stretches(timeline.moments)
     widths = [max(_LEAST_WIDTH, (end - start) / timeline.ticks) for _, start, end in found]
     starts = [sum(widths[:place]) / sum(widths) for place in range(len(widths) + 1)]
     return [
         ((first, last), Span(name=name, start=start, end=end))
         for (name, first, last), start, end in zip(found, starts[:-1], starts[1:], strict=True)
     ]
+
+
+def _stretches(moments: Sequence[Moment]) -> list[tuple[str, int, int]]:
+    """Phases one after another: name, first tick and last. What is put away between encoding and loading the rest is
+    the end of encoding: no step is made before all is loaded."""
+    found: list[tuple[str, int, int]] = []
+    last_load = max((moment.tick for moment in moments if moment.phase == "load"), default=0)
+    for moment in moments:
+        early = moment.phase == "denoise" and moment.tick < last_load and found
+        name = found[-1][0] if early else moment.phase
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1], moment.tick)
+        else:
+            found.append((name, moment.tick, moment.tick))
+    return found
 
 
 def _places(moments: Sequence[Moment], spans: Sequence[tuple[tuple[int, int], Span]]) -> list[float]:

@@ -6,6 +6,7 @@ from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
+from vramplan.calibration.records import Took
 from vramplan.errors import UsageError, VramplanError
 from vramplan.planfile import Plan
 from vramplan.simulator.types import Simulation
@@ -30,8 +31,10 @@ def check_picture(path: str | Path) -> None:
         raise VramplanError(f"--plot {path} needs {_PACKAGES[form]}: pip install 'vramplan[plot]'")
 
 
-def save_picture(path: str | Path, shown: Simulation | Plan) -> None:
+def save_picture(path: str | Path, shown: Simulation | Plan, measured: Took | None = None) -> None:
     """Write the memory over a simulated call, or the candidates of a plan: `.svg`, `.png` or `.html`.
+
+    What was `measured` of a real call is drawn on the same axes.
 
     Raises:
         VramplanError: there is nothing to draw, or it cannot be written; UsageError: as `check_picture`.
@@ -40,7 +43,8 @@ def save_picture(path: str | Path, shown: Simulation | Plan) -> None:
     from vramplan.files import write_bytes
 
     form = Path(path).suffix.lower()
-    write_bytes(path, _page(shown) if form == ".html" else _drawn(shown, form.removeprefix(".")))
+    drawn = _page(shown, measured) if form == ".html" else _drawn(shown, form.removeprefix("."), measured)
+    write_bytes(path, drawn)
 
 
 def picture_html(shown: Simulation | Plan) -> str:
@@ -54,20 +58,21 @@ def picture_html(shown: Simulation | Plan) -> str:
     return f'<img alt="memory" style="max-width: 100%" src="data:image/png;base64,{content}">'
 
 
-def _drawn(shown: Simulation | Plan, form: str) -> bytes:
+def _drawn(shown: Simulation | Plan, form: str, measured: Took | None = None) -> bytes:
     from vramplan.plot.candidates import candidates_picture
     from vramplan.plot.memory import memory_picture
     from vramplan.plot.with_matplotlib import draw_candidates, draw_memory, to_bytes
 
     if isinstance(shown, Plan):
-        return to_bytes(draw_candidates(candidates_picture(shown)), form)
-    return to_bytes(draw_memory(memory_picture(shown)), form)
+        return to_bytes(draw_candidates(candidates_picture(shown, measured)), form)
+    return to_bytes(draw_memory(memory_picture(shown, measured)), form)
 
 
-def _page(shown: Simulation | Plan) -> bytes:
+def _page(shown: Simulation | Plan, measured: Took | None) -> bytes:
     from vramplan.plot.candidates import candidates_picture
     from vramplan.plot.memory import memory_picture
     from vramplan.plot.with_plotly import candidates_page, memory_page
 
-    page = candidates_page(candidates_picture(shown)) if isinstance(shown, Plan) else memory_page(memory_picture(shown))
-    return page.encode()
+    if isinstance(shown, Plan):
+        return candidates_page(candidates_picture(shown, measured)).encode()
+    return memory_page(memory_picture(shown, measured)).encode()

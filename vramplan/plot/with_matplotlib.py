@@ -10,7 +10,7 @@ from vramplan.plot.candidates import CandidatesPicture
 from vramplan.plot.colours import CHOSEN, LIMIT, NEUTRAL
 from vramplan.plot.memory import MemoryPicture
 
-_SYMBOL_AREAS = {"o": 40, "x": 34, "+": 50, "*": 240}
+_SYMBOL_AREAS = {"o": 40, "x": 34, "+": 50, "*": 240, "D": 70}
 
 
 def draw_memory(picture: MemoryPicture) -> Any:
@@ -29,6 +29,9 @@ def draw_memory(picture: MemoryPicture) -> Any:
             linewidth=0,
         )
     _lines(vram, picture)
+    for axes, levels in ((vram, picture.measured_device), (ram, picture.measured_host)):
+        for level, dashes in zip(levels, ("-.", (0, (1, 1))), strict=False):
+            axes.axhline(level.size, color="black", linestyle=dashes, linewidth=1.2, label=level.name)
     _phases(vram, ram, picture)
     _peak(vram, picture)
     if picture.stopped:
@@ -54,7 +57,7 @@ def _lines(axes: Any, picture: MemoryPicture) -> None:
     axes.plot(
         picture.places, picture.reserved, drawstyle="steps-post", color="black", linewidth=1, label="reserved by torch"
     )
-    top = max([*picture.reserved, picture.budget or 0])
+    top = max([*picture.reserved, picture.budget or 0, *(level.size for level in picture.measured_device)])
     if picture.budget is not None:
         axes.axhline(picture.budget, color=LIMIT, linestyle="--", label=f"budget: {picture.budget:.2f} GiB")
     axes.set_ylim(0, top * 1.25)  # room for the label of the peak
@@ -95,8 +98,8 @@ def draw_candidates(picture: CandidatesPicture) -> Any:
     axes.axhline(picture.budget, color=LIMIT, linestyle="--", label=f"budget: {picture.budget:.2f} GiB")
     for group in picture.groups:
         axes.scatter(
-            group.seconds, group.sizes, c=group.colour, marker=group.symbol, s=_SYMBOL_AREAS[group.symbol],
-            label=f"{group.name} ({len(group.seconds)})", zorder=3,
+            group.times, group.sizes, c=group.colour, marker=group.symbol, s=_SYMBOL_AREAS[group.symbol],
+            label=f"{group.name} ({len(group.times)})", zorder=3,
             **({} if group.symbol in "x+" else {"edgecolors": "black", "linewidths": 0.6}),
         )  # fmt: skip
     if picture.logarithmic:
@@ -105,7 +108,7 @@ def draw_candidates(picture: CandidatesPicture) -> Any:
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0)
-    axes.set_xlabel("seconds a call, projected")
+    axes.set_xlabel(f"{picture.unit} a call, projected")
     axes.set_ylabel(f"{picture.memory} at the peak, GiB, projected")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=NEUTRAL, alpha=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -10,8 +11,8 @@ from vramplan.plot.candidates import CandidatesPicture, Dots
 from vramplan.plot.colours import CHOSEN, LIMIT, NEUTRAL
 from vramplan.plot.memory import Layer, MemoryPicture
 
-_SYMBOLS = {"o": "circle", "x": "x-thin-open", "+": "cross-thin-open", "*": "star"}
-_SIZES = {"o": 9, "x": 9, "+": 10, "*": 18}
+_SYMBOLS = {"o": "circle", "x": "x-thin-open", "+": "cross-thin-open", "*": "star", "D": "diamond"}
+_SIZES = {"o": 9, "x": 9, "+": 10, "*": 18, "D": 11}
 _GRID = "rgba(128,128,128,0.25)"
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -37,31 +38,35 @@ p {{ font-size: 0.85rem; margin: 0.3rem; overflow-wrap: anywhere; }}
 </body>
 </html>
 """
-# The page's own colour for every text and line of the figure, now and when the screen changes. Beside a narrow figure
-# there is no room for a legend, and a finger that drags there is to scroll.
-_FOLLOW = """
+_CONFIG = {"responsive": True, "displayModeBar": False}
+_DRESS = """
 const picture = document.getElementById('{plot_id}');
-const dark = window.matchMedia('(prefers-color-scheme: dark)');
-const narrow = window.matchMedia('(max-width: 50rem)');
-function follow() {
-  const style = getComputedStyle(document.body);
-  const text = style.color, ground = style.backgroundColor;
-  Plotly.relayout(picture, {
-    'font.color': text, 'hoverlabel.bgcolor': ground, 'hoverlabel.font.color': text,
-    'legend.x': narrow.matches ? 0 : 1.02, 'legend.y': narrow.matches ? -0.16 : 1, 'legend.yanchor': 'top',
-    'dragmode': narrow.matches ? false : 'zoom',
-  });
-  const lines = picture.data.map((trace, place) => trace.meta === 'text' ? place : -1).filter(place => place >= 0);
-  if (lines.length) Plotly.restyle(picture, {'line.color': text}, lines);
-}
-dark.addEventListener('change', follow);
-narrow.addEventListener('change', follow);
-follow();
+const dressed = () => { const now = dress(picture); Plotly.react(picture, now.data, now.layout); };
+onScreenChange(dressed);
+dressed();
 """
+
+
+def dress_script() -> str:
+    """JavaScript: `dress(figure)` gives a figure the colours of its page and a legend that suits its width, and
+    `onScreenChange(call)` calls when either changes."""
+    return (Path(__file__).parent / "dress.js").read_text(encoding="utf-8")
 
 
 def memory_page(picture: MemoryPicture) -> str:
     """The page with VRAM over RAM on one axis."""
+    return _page(memory_figure(picture), picture.title, memory_words(picture))
+
+
+def memory_words(picture: MemoryPicture) -> str:
+    """What made the peak, and how the figure is to be read."""
+    stop = " It stops where memory runs out." if picture.stopped else ""
+    below = "From left to right the call, in the order of its allocations; phases are not to scale."
+    return f"{picture.peak_name}. {below}{stop}"
+
+
+def memory_figure(picture: MemoryPicture) -> Any:
+    """VRAM over RAM on one axis, without the page's colours."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=(0.75, 0.25), vertical_spacing=0.05)
@@ -73,22 +78,38 @@ def memory_page(picture: MemoryPicture) -> str:
         line={"shape": "hv", "width": 1}, hovertemplate="%{y:.2f} GiB", row=1, col=1,
     )  # fmt: skip
     if picture.budget is not None:
-        _budget_line(figure, picture.budget, row=1, col=1)
+        _budget_line(figure, picture.budget, "right" if picture.peak_at < 0.5 else "left", row=1, col=1)
     for span in picture.phases:
         if span.start:
             figure.add_vline(x=span.start, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
         figure.add_annotation(
             x=(span.start + span.end) / 2, y=1, yref="paper", yanchor="bottom", text=span.name, showarrow=False
         )
-    figure.add_annotation(x=picture.peak_at, y=picture.peak, text="peak", ax=0, ay=-24, row=1, col=1)
+    for row, levels in ((1, picture.measured_device), (2, picture.measured_host)):
+        for level, dash in zip(levels, ("dashdot", "dot"), strict=False):
+            figure.add_scatter(
+                x=[0, 1], y=[level.size] * 2, name=level.name, mode="lines", meta="text",
+                line={"width": 1.5, "dash": dash}, hoverinfo="skip", row=row, col=1,
+            )  # fmt: skip
     figure.update_layout(hovermode="x unified")
     figure.update_xaxes(showticklabels=False, range=(0, 1), showgrid=False, zeroline=False, hoverformat=".0%")
-    top = max([*picture.reserved, picture.budget or 0]) * 1.12
+    top = max([*picture.reserved, picture.budget or 0, *(level.size for level in picture.measured_device)]) * 1.3
+    _peak(figure, picture, top)
     figure.update_yaxes(title="VRAM, GiB", range=(0, top), row=1, col=1)
     figure.update_yaxes(title="RAM, GiB", rangemode="tozero", row=2, col=1)
-    stop = " It stops where memory runs out." if picture.stopped else ""
-    below = "From left to right the call, in the order of its allocations; phases are not to scale."
-    return _page(figure, picture.title, f"{picture.peak_name}. {below}{stop}")
+    return _framed(figure)
+
+
+def _peak(figure: Any, picture: MemoryPicture, top: float) -> None:
+    """The label above the stack, on the side of the peak that has more room, in lines that a phone is wide enough for.
+    Names of modules are broken at their dots."""
+    right = picture.peak_at < 0.5
+    words = wrap(picture.peak_name.replace(".", ". "), 30, break_on_hyphens=False)
+    figure.add_annotation(
+        x=picture.peak_at, y=picture.peak, ax=picture.peak_at, ay=top * 0.98, axref="x", ayref="y",
+        text="<br>".join(escape(line.replace(". ", ".")) for line in words), align="left" if right else "right",
+        xanchor="left" if right else "right", yanchor="top", arrowcolor=NEUTRAL, arrowwidth=1.5, row=1, col=1,
+    )  # fmt: skip
 
 
 def _area(layer: Layer, picture: MemoryPicture, stack: str) -> dict[str, Any]:
@@ -107,24 +128,31 @@ def _area(layer: Layer, picture: MemoryPicture, stack: str) -> dict[str, Any]:
 
 def candidates_page(picture: CandidatesPicture) -> str:
     """The page with time against peak, the region that fits shaded."""
+    chosen = next((group.settings[0] for group in picture.groups if group.name == "chosen"), None)
+    region = f"In the green region {picture.memory} is enough."
+    return _page(candidates_figure(picture), picture.title, f"Chosen: {chosen}. {region}" if chosen else region)
+
+
+def candidates_figure(picture: CandidatesPicture) -> Any:
+    """Time against peak, the region that fits shaded, without the page's colours."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
     figure.add_hrect(y0=0, y1=picture.budget, fillcolor=CHOSEN, opacity=0.1, line_width=0, layer="below")
-    _budget_line(figure, picture.budget)
+    _budget_line(figure, picture.budget, "right")
     for group in picture.groups:
         figure.add_scatter(
-            x=group.seconds, y=group.sizes, mode="markers", name=f"{group.name} ({len(group.seconds)})",
+            x=group.times, y=group.sizes, mode="markers", name=f"{group.name} ({len(group.times)})",
             marker={
                 "symbol": _SYMBOLS[group.symbol], "size": _SIZES[group.symbol], "color": group.colour,
                 "line": {"width": 2 if group.symbol in "x+" else 1, "color": group.colour},
             },
-            text=_hovers(group), hovertemplate="%{y:.2f} GiB, %{x:.3g} s a call<br>%{text}<extra></extra>",
+            text=_hovers(group),
+            hovertemplate=f"%{{y:.2f}} GiB, %{{x:.3g}} {picture.unit} a call<br>%{{text}}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="seconds a call, projected", type="log" if picture.logarithmic else "linear")
+    figure.update_xaxes(title=f"{picture.unit} a call, projected", type="log" if picture.logarithmic else "linear")
     figure.update_yaxes(title=f"{picture.memory} at the peak, GiB, projected", rangemode="tozero")
-    chosen = next((group.settings[0] for group in picture.groups if group.name == "chosen"), None)
-    return _page(figure, picture.title, f"Chosen: {chosen}" if chosen else "")
+    return _framed(figure)
 
 
 def _hovers(group: Dots) -> list[str]:
@@ -135,13 +163,13 @@ def _hovers(group: Dots) -> list[str]:
     ]
 
 
-def _budget_line(figure: Any, budget: float, **place: int) -> None:
+def _budget_line(figure: Any, budget: float, side: str, **place: int) -> None:
     line = {"color": LIMIT, "dash": "dash", "width": 1.5}
     note = {"text": f"budget {budget:.2f} GiB", "font": {"color": LIMIT}}
-    figure.add_hline(y=budget, line=line, annotation=note, annotation_position="top left", **place)
+    figure.add_hline(y=budget, line=line, annotation=note, annotation_position=f"top {side}", **place)
 
 
-def _page(figure: Any, title: str, below: str) -> str:
+def _framed(figure: Any) -> Any:
     figure.update_xaxes(gridcolor=_GRID, linecolor=NEUTRAL)
     figure.update_yaxes(gridcolor=_GRID, linecolor=NEUTRAL, zerolinecolor=NEUTRAL)
     figure.update_layout(
@@ -152,8 +180,12 @@ def _page(figure: Any, title: str, below: str) -> str:
         plot_bgcolor="rgba(0,0,0,0)",
         legend={"traceorder": "reversed"},
     )
+    return figure
+
+
+def _page(figure: Any, title: str, below: str) -> str:
     made = figure.to_html(
         full_html=False, include_plotlyjs=True, div_id="picture", default_width="100%", default_height="100%",
-        config={"responsive": True, "displayModeBar": False}, post_script=_FOLLOW,
+        config=_CONFIG, post_script=dress_script() + _DRESS,
     )  # fmt: skip
     return _PAGE.format(title=escape(title), below=escape(below), figure=made)
