@@ -137,7 +137,7 @@ def _rated(accelerator: Accelerator, *, here: bool) -> Accelerator:
 
         card = with_measured_rates(card)
     if card.rates is None and link is not None:
-        from vramplan.planner.demand import DEFAULT_RATES
+        from vramplan.planner.clock import DEFAULT_RATES
 
         assumed = replace(DEFAULT_RATES, source="assumed: a mid-range card")
         card = replace(card, rates=with_link(assumed, link))
