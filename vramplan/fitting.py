@@ -121,7 +121,8 @@ def fit(
     `frames` or `batch`): the most of that which each model can make there; on this machine where no card is named.
 
     Raises:
-        UsageError: an argument that makes no sense. VramplanError: a model that cannot be read.
+        UsageError: an argument that makes no sense.
+        VramplanError: a model that cannot be read.
     """
     names = list(models) if isinstance(models, list | tuple) else [models]
     if not names:

@@ -59,14 +59,17 @@ def plan(
     and safetensors headers are read, no weight), or a bundled profile's name. `variant` is the one of its files to
     load, as `fp16`. `device` is `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a
     `Hardware`; the first accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`,
-    `-1GiB`, `85%`). `settings` fixes choices by hand as `--set` does. `workload` takes the names of the pipeline's
-    own call: height, width, num_frames, num_images_per_prompt, num_inference_steps, guidance_scale.
+    `-1GiB`, `85%`). `allow` is the least faithful setting that may be chosen, `prefer` what to choose by: `speed` or
+    `memory`. `settings` fixes choices by hand as `--set` does. `dtype` is the one to load in, `allow_pickle` accepts
+    pickled weights. `workload` takes the names of the pipeline's own call: height, width, num_frames,
+    num_images_per_prompt, num_inference_steps, guidance_scale.
 
     What running needs is read off a simulation of the pipeline, and the chosen plan is simulated within the
     budget before it is returned; `simulate=False` takes rules of thumb instead, at once.
 
     Raises:
-        NothingFitsError: no candidate fits. UsageError: an argument that makes no sense.
+        NothingFitsError: no candidate fits.
+        UsageError: an argument that makes no sense.
         VramplanError: the model cannot be read.
     """
     subject = Subject(
