@@ -3,9 +3,9 @@
     python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--strategies resident,model,sequential,group]
                                      [--json FILE] [--limit N] [--jobs N] [--part 1/4]
 
-`--strategies bits-resident,bits-model,bits-leaf,bits-block` makes each pipeline's call for real on the CPU, applies a
-plan with these placements, and says `ok` only where every tensor of the result is the same, bit for bit, with the
-plan on and after it was undone. `--part` takes every so many files of tests, to run in pieces.
+`--strategies bits` makes each pipeline's call for real on the CPU under every lossless plan instead: see
+`conformance_bits.py`. `--part` takes every so many files of tests, to run in pieces, and `--merge FILES` puts what
+`--json` kept of them together.
 
 DIR is the `tests` folder of a checkout of diffusers. It may be of another version than the library that is
 installed: files that cannot be imported are told of and left out.
@@ -32,6 +32,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from conformance_bits import BITS, outcomes
+
 STRATEGIES = ("resident", "model", "sequential", "group")
 _SECONDS = 180  # for one simulated call
 _HF_IDS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_TEST_DEVICE": "cpu"}
@@ -44,11 +46,14 @@ class TimedOutError(Exception):
 
 def main() -> None:
     args = _arguments()
+    if args.merge:
+        Path(args.json).write_text(json.dumps(_merged(args.merge), indent=1) + "\n")
+        return
     folder = Path(args.diffusers_tests).resolve()
     files = sorted(path.relative_to(folder) for path in folder.glob("pipelines/**/test_*.py"))
     part, parts = map(int, args.part.split("/"))
     files = files[part - 1 :: parts]
-    strategies = args.strategies.split(",")
+    strategies = list(BITS) if args.strategies == "bits" else args.strategies.split(",")
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -81,9 +86,11 @@ def _keep(args: argparse.Namespace, rows: Sequence[dict[str, Any]], seen: set[st
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--diffusers-tests", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--diffusers-tests", metavar="DIR")
+    what.add_argument("--merge", nargs="+", metavar="FILE", help="records of parts, the first with the words to keep")
     parser.add_argument("--only", help="pipelines or files whose name has this in it")
-    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="several of these, or bits")
     parser.add_argument("--json")
     parser.add_argument("--note", default="", help="words to keep with the results, such as the version of the tests")
     parser.add_argument("--limit", type=int, default=0)
@@ -160,15 +167,16 @@ def _row(cls: type, strategies: Sequence[str], trace: bool) -> dict[str, Any]:
             traceback.print_exc()
         return row | {"reason": _line(error)}
     row["built"] = True
+    bits = [strategy for strategy in strategies if strategy in BITS]
+    if bits:
+        with _quiet():
+            found = dict(outcomes(pipe, inputs, bits, _alarm))
+        return row | {name: {"status": status, "reason": reason} for name, (status, reason) in found.items()}
     for strategy in strategies:
-        start = time.perf_counter()
-        if strategy.startswith("bits-"):
-            status, reason = _same_bits(pipe, inputs, strategy.removeprefix("bits-"), trace)
-        else:
-            status, reason = _outcome(pipe, inputs, strategy, trace)
+        status, reason = _outcome(pipe, inputs, strategy, trace)
         if status == "failed":
             status, reason = _judged(pipe, inputs, reason)
-        row[strategy] = {"status": status, "reason": reason, "seconds": round(time.perf_counter() - start, 1)}
+        row[strategy] = {"status": status, "reason": reason}
     return row
 
 
@@ -272,7 +280,7 @@ def _whole(setting: Any) -> Callable[[Any], Place]:
     def choose(pipe: Any) -> Place:
         spec = _spec(pipe)
         for component in spec.components:
-            reason = setting.refusal(component, spec, _accelerator())
+            reason = setting.refusal(component, spec, accelerator())
             if reason:
                 return str(reason)
         names = [component.name for component in spec.components]
@@ -286,7 +294,7 @@ def _group(pipe: Any) -> Place:
     from vramplan.strategies.group_offload import GroupOffload
 
     spec, setting = _spec(pipe), GroupOffload(type="leaf")
-    reasons = {c.name: setting.refusal(c, spec, _accelerator()) for c in spec.components}
+    reasons = {c.name: setting.refusal(c, spec, accelerator()) for c in spec.components}
     names = [name for name, reason in reasons.items() if reason is None]
     if not names:
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -306,7 +314,8 @@ def _spec(pipe: Any) -> Any:
     return spec_from_pipeline(pipe)
 
 
-def _accelerator() -> Any:
+def accelerator() -> Any:
+    """A card that nothing is too large for."""
     from vramplan.hardware.types import Accelerator
 
     fields = inspect.signature(Accelerator).parameters
@@ -327,98 +336,6 @@ def _places() -> dict[str, Callable[[Any], Place]]:
 
 
 _PLACES = _places()
-
-
-# ---- real calls
-
-
-_BITS = {
-    "resident": "resident",
-    "model": "model_cpu_offload",
-    "leaf": "group_offload:type=leaf",
-    "block": "group_offload",
-}
-
-
-def _same_bits(pipe: Any, inputs: Callable[[], dict[str, Any]], name: str, trace: bool) -> tuple[str, str]:
-    """`ok` where the result is the same with a plan and after it was undone; `unfit` where two plain calls differ."""
-    from vramplan.apply import apply_plan
-
-    try:
-        with _quiet(), _alarm():
-            if hasattr(pipe, "set_progress_bar_config"):
-                pipe.set_progress_bar_config(disable=True)
-            plan = _plan(pipe, _BITS[name])
-            if isinstance(plan, str):
-                return "refused", plan
-            plain = _tensors(pipe(**inputs()))
-            if not plain or _differing(plain, _tensors(pipe(**inputs()))):
-                return "unfit", "two plain calls differ" if plain else "the result holds no tensors"
-            applied = apply_plan(pipe, plan, device="cpu")
-            try:
-                planned = _tensors(pipe(**inputs()))
-            finally:
-                applied.undo()
-            undone = _tensors(pipe(**inputs()))
-    except BaseException as error:
-        if trace:
-            traceback.print_exc()
-        return "failed", _line(error)
-    for told, found in (("with the plan", planned), ("after undoing", undone)):
-        if _differing(plain, found):
-            return "failed", f"other bits {told}: {_differing(plain, found)}"
-    return "ok", ""
-
-
-def _plan(pipe: Any, text: str) -> Any:
-    """The plan that places every component so that can be, the others resident; or why none can."""
-    from vramplan import plan
-    from vramplan.errors import VramplanError
-    from vramplan.hardware import Hardware, Host
-    from vramplan.strategies.settings import parse_placement
-
-    spec, setting = _spec(pipe), parse_placement(text)
-    reasons = {c.name: setting.complete(c).refusal(c, spec, _accelerator()) for c in spec.components}
-    able = [name for name, reason in reasons.items() if reason is None]
-    if not able or (setting.whole_pipeline and len(able) < len(reasons)):
-        return next(reason for reason in reasons.values() if reason is not None)
-    settings = {f"placement.{name}": text if name in able else "resident" for name in reasons}
-    settings = {"placement": text} if setting.whole_pipeline else settings
-    machine = Hardware(accelerators=(_accelerator(),), host=Host(total_bytes=1 << 40, available_bytes=1 << 40))
-    try:
-        return plan(pipe, device=machine, settings=settings, simulate=False)
-    except VramplanError as error:
-        return str(error)
-
-
-def _tensors(result: Any) -> list[Any]:
-    """Every tensor of a result, pictures and arrays as tensors too, in order."""
-    import numpy
-    import torch
-
-    if isinstance(result, torch.Tensor):
-        return [result.clone()]
-    if isinstance(result, numpy.ndarray):
-        return [torch.from_numpy(result.copy())]
-    if hasattr(result, "getdata"):
-        return [torch.from_numpy(numpy.array(result))]
-    if isinstance(result, dict):
-        return [tensor for item in result.values() for tensor in _tensors(item)]
-    if isinstance(result, list | tuple):
-        return [tensor for item in result for tensor in _tensors(item)]
-    return []
-
-
-def _differing(one: Sequence[Any], two: Sequence[Any]) -> str:
-    """Where two results differ, empty for nowhere. What is no number is equal to itself."""
-    import torch
-
-    if len(one) != len(two):
-        return f"{len(one)} tensors and {len(two)}"
-    for place, (before, after) in enumerate(zip(one, two, strict=True)):
-        if before.dtype != after.dtype or not torch.equal(before.nan_to_num(), after.nan_to_num()):
-            return f"tensor {place} of {len(one)}"
-    return ""
 
 
 # ---- what is told
@@ -487,6 +404,23 @@ def _record(rows: Sequence[Mapping[str, Any]], strategies: Sequence[str], note: 
         "counts": {s: dict(Counter(row[s]["status"] for row in built)) for s in strategies},
         "pipelines": pipelines,
         "not_built": {row["pipeline"]: row["reason"] for row in rows if not row["built"]},
+    }
+
+
+def _merged(files: Sequence[str]) -> dict[str, Any]:
+    """One record of several, a pipeline by the first that has it."""
+    records = [json.loads(Path(file).read_text()) for file in files]
+    first = records[0]
+    pipelines = {name: row for record in reversed(records) for name, row in record["pipelines"].items()}
+    unbuilt = {name: reason for record in records for name, reason in record["not_built"].items()}
+    strategies = list(next(iter(pipelines.values())))
+    return {
+        "versions": first["versions"],
+        "note": first["note"],
+        "built": len(pipelines),
+        "counts": {s: dict(Counter(row[s]["status"] for row in pipelines.values())) for s in strategies},
+        "pipelines": dict(sorted(pipelines.items())),
+        "not_built": {name: reason for name, reason in unbuilt.items() if name not in pipelines},
     }
 
 

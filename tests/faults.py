@@ -80,17 +80,18 @@ def lines_of(act: Callable[[], Any]) -> list[Line]:
 
 
 @contextmanager
-def failing_at(place: int, error: BaseException) -> Iterator[None]:
-    """The error is raised before the line that is run as number `place`."""
-    left = [place]
+def failing_at(place: int, error: BaseException) -> Iterator[list[Line]]:
+    """The error is raised before the line that is run as number `place`; where that is, the list tells afterwards."""
+    left, struck = [place], list[Line]()
 
     def count(frame: FrameType) -> None:
         left[0] -= 1
         if left[0] == -1:
+            struck.append((frame.f_code.co_filename, frame.f_lineno))
             raise error
 
     with tracing(count):
-        yield
+        yield struck
 
 
 def chosen(lines: list[Line], *, own: str = "vramplan") -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import call_kwargs, output_tensor
+from diffusers import StableDiffusionPipeline
 from make_pipeline import SMALL_KINDS
 
 import vramplan
@@ -271,6 +272,30 @@ class TestFailure:
         with pytest.raises(KeyboardInterrupt):
             vramplan.apply_plan(sd15, plan, device="cpu")
         assert state(sd15) == before
+
+
+class Combined(StableDiffusionPipeline):
+    """As Kandinsky's combined pipelines are: another one inside, of the same modules, which is told to offload."""
+
+    def enable_model_cpu_offload(self, gpu_id=None, device=None):
+        self.inner.enable_model_cpu_offload(gpu_id=gpu_id, device=device)
+
+    def __call__(self, *args, **kwargs):
+        made = self.inner(*args, **kwargs)
+        self.maybe_free_model_hooks()
+        return made
+
+
+def test_the_pipelines_inside_of_a_combined_one_are_unhooked_too(sd15, untouched):
+    pipe = Combined(**sd15.components, requires_safety_checker=False)
+    pipe.inner = sd15
+    before = state(pipe), state(sd15)
+    applied = vramplan.apply_plan(pipe, made(pipe, "sd15-small", {"placement": "model_cpu_offload"}), device="cpu")
+    assert sd15._all_hooks
+    applied.undo()
+    assert (state(pipe), state(sd15)) == before
+    assert torch.equal(output(pipe, "sd15-small"), untouched("sd15-small"))
+    assert not hooks(pipe)  # which the inner one's call would have put on again
 
 
 class TestSequential:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from vramplan.pipeline.component import device_of
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.live import modules_of, pipes_of
 from vramplan.strategies.base import Execution, Placed
 from vramplan.strategies.disk import bring_back
 from vramplan.strategies.kernel_state import KernelState
@@ -123,8 +123,8 @@ def _is_container(value: Any) -> bool:
 
 
 def _owners(pipe: Any, children: Iterable[Any]) -> Iterator[Any]:
-    """The pipeline, its modules, and the registries of hooks that are on these already."""
-    yield pipe
+    """The pipeline and those it is put together of, its modules, and registries of hooks that are on these already."""
+    yield from pipes_of(pipe)
     for child in children:
         yield child
         registry = vars(child).get("_diffusers_hook")
@@ -146,7 +146,7 @@ class Before:
     devices: Mapping[str, str]
     children: WeakKeyDictionary[Any, _Child]
     settings: Mapping[str, Mapping[str, Any]]
-    attributes: Mapping[str, Any]
+    attributes: Sequence[tuple[Any, Mapping[str, Any]]]
 
     @classmethod
     def of(cls, pipe: Any, rounded: Collection[str] = (), devices: Mapping[str, str] | None = None) -> Before:
@@ -162,7 +162,9 @@ class Before:
             devices=devices or {name: device_of(module) or "cpu" for name, module in modules.items()},
             children=WeakKeyDictionary({child: _Child.of(child, placed=devices is not None) for child in children}),
             settings={name: decode_settings(module) for name, module in modules.items()},
-            attributes={name: pipe.__dict__.get(name, _ABSENT) for name in _PIPE_ATTRIBUTES},
+            attributes=[
+                (part, {name: vars(part).get(name, _ABSENT) for name in _PIPE_ATTRIBUTES}) for part in pipes_of(pipe)
+            ],
         )
 
     def restore(self, pipe: Any, placed: Placed) -> None:
@@ -181,8 +183,9 @@ class Before:
             if name in kernels:
                 self._restore_kernels(module)
             vars(module).update(self.settings[name])
-        for name, value in self.attributes.items():
-            _set(pipe.__dict__, name, value)
+        for part, attributes in self.attributes:
+            for name, value in attributes.items():
+                _set(vars(part), name, value)
 
     def _restore_weights(self, name: str, module: torch.nn.Module) -> None:
         known = {child: self.children[child] for child in module.modules() if child in self.children}

@@ -154,6 +154,16 @@ def test_a_class_that_forbids_group_offload() -> None:
         decided(spec, {"placement.movq": "group_offload:type=leaf"})
 
 
+def test_statistics_that_are_read_while_they_are_in_a_file() -> None:
+    """They are moved to the device by hand, so torch does not see that nothing was loaded."""
+    prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=2, embedding_dim=8)
+    described = describe_component("prior", prior)
+    spec = with_part(described)
+    with pytest.raises(UsageError, match=r"reads clip_mean in post_process_latents\(\), while it is in its file"):
+        decided(spec, {"placement.prior": "group_offload:disk=true"})
+    assert GroupOffload().refusal(described, spec, card()) is None
+
+
 def with_attention() -> PipelineSpec:
     """An image encoder with nn.MultiheadAttention, as SigLIP's head has."""
 

@@ -66,6 +66,7 @@ def describe_component(
         group_offload_refusal=_group_refusal(module),
         block_offload_refusal=_block_refusal(role, module),
         leaf_offload_refusal=_leaf_refusal(module),
+        disk_offload_refusal=_disk_refusal(module),
         sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
         attention_slicing_refusal=attention_slicing_refusal(role, module),
@@ -172,6 +173,23 @@ def _leaf_refusal(module: torch.nn.Module) -> str | None:
                 f"{type(module).__name__} contains {_class_path(type(child))}, whose weights are used without a call "
                 "that would load them"
             )
+    return None
+
+
+def _disk_refusal(module: torch.nn.Module) -> str | None:
+    """Weights of the module's own that a method beside its forward reads, from the file's empty place.
+
+    PriorTransformer moves the statistics of its latents to the device itself, which hides from torch that they are
+    elsewhere: what memory happens to hold would go into the picture (diffusers 0.42, `ModuleGroup._offload_to_disk`).
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    called = {"__init__", "forward", *(code.co_names if code else ())}
+    own = module._parameters.keys() | module._buffers.keys()
+    for name, method in vars(type(module)).items():
+        if name in called or not inspect.isfunction(method):
+            continue
+        if read := own & set(method.__code__.co_names):
+            return f"{type(module).__name__} reads {min(read)} in {name}(), while it is in its file: leave disk out"
     return None
 
 

@@ -21,6 +21,13 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
+def pipes_of(pipe: Any) -> list[Any]:
+    """The pipeline, and those a combined one is put together of, which hook the same modules in their own calls."""
+    from diffusers import DiffusionPipeline
+
+    return [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
+
+
 def spec_from_pipeline(pipe: Any) -> PipelineSpec:
     """The description of a live `DiffusionPipeline`, hooks and devices included. Nothing is changed."""
     components = tuple(describe_component(name, module, live=True) for name, module in modules_of(pipe).items())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.live import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 
@@ -50,12 +51,14 @@ class ModelCpuOffload(WithoutOptions):
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """One call for the whole pipeline."""
-        forget_device(pipe)
+        for part in pipes_of(pipe):
+            forget_device(part)
         pipe.enable_model_cpu_offload(device=device)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
         """Take accelerate's hooks off."""
-        pipe.remove_all_hooks()
+        for part in pipes_of(pipe):
+            part.remove_all_hooks()
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """One line."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.live import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE, forget_device
@@ -54,14 +55,16 @@ class SequentialCpuOffload(WithoutOptions):
         if device.partition(":")[0] == "cpu":
             # accelerate 1.15 loses nn.Parameter between "cpu" and "cpu:0" (set_module_tensor_to_device).
             raise UsageError("sequential CPU offload cannot run on the CPU itself: it needs another device")
-        forget_device(pipe)
+        for part in pipes_of(pipe):
+            forget_device(part)
         for name in names:
             pipe.components[name].to("cpu")
         pipe.enable_sequential_cpu_offload(device=device)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
         """Take accelerate's hooks off; that also brings the weights back from the meta device."""
-        pipe.remove_all_hooks()
+        for part in pipes_of(pipe):
+            part.remove_all_hooks()
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """One line."""
