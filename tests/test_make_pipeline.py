@@ -228,7 +228,10 @@ class TestCommand:
             "bfloat16",
         ]
         done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0, done.stderr
+        # Libraries that are installed beside may talk there when diffusers imports them: torchao, bitsandbytes.
+        ours = [line for line in done.stderr.splitlines() if line.startswith(("error:", "Traceback"))]
+        assert ours == []
         assert done.stdout.strip() == str(tmp_path / "pipeline")
         assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
