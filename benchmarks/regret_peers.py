@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -80,6 +80,8 @@ class OneAtATime:
     name = "one_at_a_time"
     axis = "placement"
 
+    # All components: settings are put on one after another, this one once, with the first of them.
+    everything: tuple[str, ...] = ()
     swapped: tuple[str, ...] = ()
     streamed: tuple[tuple[str, int], ...] = ()
     leaves: tuple[str, ...] = ()
@@ -97,7 +99,7 @@ class OneAtATime:
             GroupOffload(type="leaf", stream=not of_a_vae).apply(pipe, [name], device)
         streamed = dict(self.streamed)
         held: dict[str, list[torch.Tensor]] = {}
-        for name in names:
+        for name in self.everything:
             module = pipe.components[name]
             if name in self.swapped:
                 own = [*module.parameters(), *module.buffers()]
@@ -106,7 +108,7 @@ class OneAtATime:
                 module.to(device)
         for tensors in held.values():
             _move(tensors, "cpu")
-        for name in names:
+        for name in self.everything:
             add_hook_to_module(pipe.components[name], _swap_hook(name, held, device))
 
 
@@ -160,7 +162,8 @@ class Asked:
         found = []
         for name, limit in limits.items():
             component = self.spec.component(name)
-            settings = [s for s in PartialResidency.variants(component) if self._within(s, component, limit)]
+            pinned = (setting for setting in PartialResidency.variants(component) if not setting.disk)
+            settings = [setting for setting in pinned if self._within(setting, component, limit)]
             found += [(name, settings[-1].streamed)] if settings else []
         return tuple(found)
 
@@ -176,7 +179,8 @@ class Asked:
         return Choice(priced=placed, runs_as=placed)
 
     def run_as(self, setting: OneAtATime) -> Mapping[str, Any]:
-        return dict.fromkeys((component.name for component in self.spec.components), setting)
+        names = tuple(component.name for component in self.spec.components)
+        return {names[0]: replace(setting, everything=names)}
 
 
 Rule = Callable[[Asked], Choice | None]

@@ -13,7 +13,7 @@ from vramplan.planner.candidates import Pool, Refused, Row, rows
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
-from vramplan.planner.order import Prefer, order, third_digit
+from vramplan.planner.order import Prefer, order, rounded
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
@@ -282,16 +282,16 @@ def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]
 def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     """Lower is better (`order`)."""
     demand = decision.demand
-    return order(
+    compared = order(
         prefer,
-        seconds=third_digit(demand.seconds_per_call),
+        seconds=demand.seconds_per_call,
         quality=_index(decision),
         changed=len(decision.weights),
         offloaded=sum(setting != Resident() for setting in decision.placement.values()),
-        hidden=third_digit(demand.transfer_seconds_per_step),
         ram_bytes=demand.ram_bytes,
         vram_bytes=demand.vram_reserved_bytes,
     )
+    return tuple(rounded(value, digits) for value, digits in compared)
 
 
 def _index(decision: Decision) -> int:

@@ -68,14 +68,13 @@ class Part:
 
     `hold` and `load` as they are, None for a component that is loaded already. `beside_bytes` is what is reserved at
     the component's highest moment beside the idle weights of all, None for one that is never used. `seconds` are those
-    of a call, `transfer_seconds` of moving weights in a step.
+    of a call.
     """
 
     hold: Hold
     load: Load | None
     beside_bytes: int | None
     seconds: float
-    transfer_seconds: float
 
 
 def price(
@@ -168,7 +167,6 @@ class Pricer:
             load=None if self.loaded else self._load_of(name, setting),
             beside_bytes=max(beside, default=None),
             seconds=clock.time(moments, self.steps)[1],
-            transfer_seconds=sum(clock.transfer(moment) for moment in moments if moment.repeat),
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, Need]:

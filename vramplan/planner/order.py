@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 Prefer = Literal["speed", "memory"]
+# Digits that times count to: what differs by less than the third is equally fast, and then, of plans that are equally
+# simple, the fifth counts, so that no memory is left idle that would save anything.
+_DIGITS, _FINER = 3, 5
 
 
-def third_digit(value: float) -> float:
-    """A time up to its third digit: to be faster by less is not to be faster."""
-    return float(f"{value:.3g}")
+def rounded(value: float, digits: int) -> float:
+    """The value up to so many digits, 0 for all of them."""
+    return float(f"{value:.{digits}g}") if digits else value
 
 
 def order(
@@ -19,17 +22,17 @@ def order(
     quality: Any,
     changed: Any,
     offloaded: Any,
-    hidden: Any,
     ram_bytes: Any,
     vram_bytes: Any,
-) -> tuple[Any, ...]:
-    """What is compared, one after the other, lower being better: of one candidate, or of many as arrays.
+) -> tuple[tuple[Any, int], ...]:
+    """What is compared, one after the other, lower being better, each with its digits (`rounded`).
 
-    Seconds of a call; the place of the quality among all; components whose weights are changed, and that are
-    offloaded; seconds of moving weights in a step, whether hidden or not; bytes. RAM before VRAM: of two that are
-    equally fast the one that offloads less is the simpler. Times count up to their third digit.
+    Of one candidate, or of many as arrays: seconds of a call; the place of the quality among all; components whose
+    weights are changed, and that are offloaded; bytes. RAM before VRAM: of two that are equally fast the one that
+    offloads less is the simpler.
     """
-    simpler = quality, changed, offloaded, hidden, ram_bytes
+    time = seconds, _DIGITS
+    simpler = (quality, 0), (changed, 0), (offloaded, 0), (seconds, _FINER), (ram_bytes, 0)
     if prefer == "speed":
-        return seconds, *simpler, vram_bytes
-    return vram_bytes + ram_bytes * (vram_bytes == 0), seconds, *simpler
+        return time, *simpler, (vram_bytes, 0)
+    return (vram_bytes + ram_bytes * (vram_bytes == 0), 0), time, *simpler

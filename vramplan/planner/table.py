@@ -18,7 +18,7 @@ from vramplan.hardware.types import Budget
 from vramplan.planner.candidates import Pool
 from vramplan.planner.demand import Part, Pricer
 from vramplan.planner.loading import Load
-from vramplan.planner.order import Prefer, order, third_digit
+from vramplan.planner.order import Prefer, order, rounded
 from vramplan.strategies import Decode, Placement
 from vramplan.strategies.base import QUALITIES
 from vramplan.strategies.resident import Resident
@@ -68,39 +68,37 @@ class Table:
         self.disk = self._whole(_sum(column.over(lambda part: part.hold.disk_bytes) for column in columns))
         self.quality = self._whole(_largest(column.of_settings(_quality) for column in columns))
         self.offloaded = self._whole(_sum(column.of_settings(_offloaded) for column in columns))
-        self._under: dict[tuple[Decode, ...], tuple[Array, Array, Array]] = {}
+        self._under: dict[tuple[Decode, ...], tuple[Array, Array]] = {}
 
     def best(self, decode: tuple[Decode, ...], budget: Budget, prefer: Prefer) -> dict[str, Placement]:
         """The first in order of those that are short by least, decoded so."""
-        vram, seconds, hidden = self.under(decode)
+        vram, seconds = self.under(decode)
         short = _over(self.ram, budget.ram_bytes)
         for needed, usable in ((vram, budget.vram_bytes), (self.disk, budget.disk_bytes)):
             short = short + _over(needed, usable)
-        kept = _lowest(short, np.arange(len(short)))
+        kept = _lowest(short, np.arange(len(short)), 0)
         ordered = order(
             prefer,
             seconds=seconds,
             quality=self.quality,
             changed=np.zeros_like(self.quality),  # all of a pool are of the same form
             offloaded=self.offloaded,
-            hidden=hidden,
             ram_bytes=self.ram,
             vram_bytes=vram,
         )
-        for key in ordered:
-            kept = _lowest(key, kept) if len(kept) > 1 else kept
+        for values, digits in ordered:
+            kept = _lowest(values, kept, digits) if len(kept) > 1 else kept
         place = np.unravel_index(int(kept[0]), self.lengths)
         return self.pool.mix(axis[int(index)] for axis, index in zip(self.pool.axes, place, strict=True))
 
-    def under(self, decode: tuple[Decode, ...]) -> tuple[Array, Array, Array]:
-        """What is reserved on the device, the seconds of a call, and those of moving weights in a step."""
+    def under(self, decode: tuple[Decode, ...]) -> tuple[Array, Array]:
+        """What is reserved on the device, and the seconds of a call."""
         found = self._under.get(decode)
         if found is None:
             columns = self._columns(decode)
             vram = _largest(map(_vram, _stages(columns))) + self.pricer.workspace_bytes
             seconds = _sum(column.over(lambda part: part.seconds) for column in columns)
-            hidden = _sum(column.over(lambda part: part.transfer_seconds) for column in columns)
-            found = self._under[decode] = self._whole(vram), self._whole(seconds), self._whole(hidden)
+            found = self._under[decode] = self._whole(vram), self._whole(seconds)
         return found
 
     def _columns(self, decode: tuple[Decode, ...]) -> list[_Column]:
@@ -196,14 +194,14 @@ def _over(needed: Array, usable: int | None) -> Array:
     return _NOTHING if usable is None else _larger(needed - usable, _NOTHING)
 
 
-def _lowest(values: Array, kept: Array) -> Array:
-    """The places of those kept whose value is lowest; times are equal up to their third digit."""
+def _lowest(values: Array, kept: Array, digits: int) -> Array:
+    """The places of those kept whose value, up to so many digits, is lowest."""
     found = values[kept]
-    if found.dtype.kind != "f":
+    if not digits:
         same: Array = kept[found == found.min()]
         return same
-    near: Array = kept[found <= found.min() * 1.02]  # more than one in the third digit
+    near: Array = kept[found <= found.min() * (1 + 10.0 ** (2 - digits))]  # more than one in the last digit
     every, place = np.unique(values[near], return_inverse=True)
-    rounded = np.array([third_digit(value) for value in every.tolist()])[place]
-    lowest: Array = near[rounded == rounded.min()]
+    shorter = np.array([rounded(value, digits) for value in every.tolist()])[place]
+    lowest: Array = near[shorter == shorter.min()]
     return lowest
