@@ -95,6 +95,7 @@ def test_a_file_is_told_by_its_ending(name: str, is_file: bool) -> None:
         (lambda text: text.replace("index: 0", "index: 0\n  colour: red"), "colour is not a key here"),
         (lambda text: text.replace("schema_version: 1", "schema_version: 9"), "write it again with vramplan detect -o"),
         (lambda _: "[]", "write it again"),
+        (lambda _: "schema_version: 1\nsettings: {}", "a plan, not a machine"),
         (lambda _: "a: [", "not readable YAML"),
         (lambda _: "schema_version: 1\nhost: !!python/object/apply:os.getcwd []", "not readable YAML"),
         (lambda _: "schema_version: 1\naccelerators: []", "host is missing"),
