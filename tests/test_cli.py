@@ -270,6 +270,8 @@ class TestBadInput:
         assert "bad.yaml: vramplan_version is missing" in failed(1, command, "bad.yaml")
         assert "not text" in failed(1, command, "binary")
         assert "cannot be read" in failed(1, command, "missing.yaml")
+        (here / "hardware.yaml").write_text("schema_version: 1\naccelerators: []\nhost: {}\n")
+        assert "a machine, not a plan: vramplan plan MODEL --device" in failed(1, command, "hardware.yaml")
 
 
 class TestFailures:

@@ -95,6 +95,7 @@ def test_a_file_is_told_by_its_ending(name: str, is_file: bool) -> None:
         (lambda text: text.replace("index: 0", "index: 0\n  colour: red"), "colour is not a key here"),
         (lambda text: text.replace("schema_version: 1", "schema_version: 9"), "write it again with vramplan detect -o"),
         (lambda _: "[]", "write it again"),
+        (lambda _: "schema_version: 1\nsettings: {}", "a plan, not a machine"),
         (lambda _: "a: [", "not readable YAML"),
         (lambda _: "schema_version: 1\nhost: !!python/object/apply:os.getcwd []", "not readable YAML"),
         (lambda _: "schema_version: 1\naccelerators: []", "host is missing"),
@@ -164,7 +165,8 @@ def test_a_full_card_is_shown_with_who_fills_it_and_is_an_error(tmp_path: Path) 
 
 
 def test_every_fact_is_shown() -> None:
-    text = hardware_text(MACHINE, make_budget(MACHINE))
+    machine = replace(MACHINE, accelerators=(replace(FULL, link_bytes_per_s=3.938e9),))
+    text = hardware_text(machine, make_budget(machine))
     for words in (
         "cuda:0        NVIDIA GeForce RTX 4090: 24.00 GiB, 20.00 GiB free",
         f"sm_89, driver 570.86.10, {UUID}",
@@ -180,6 +182,9 @@ def test_every_fact_is_shown() -> None:
         "pinned RAM    at most 1.00 GiB (assumed)",
         "cores         8 (processor affinity)",
         "(ext4, turning)",
+        "disk   99.00 GiB",
+        "less 1.00 GiB reserve: kept free on the disk",
+        "copies to it at most at 3.94 GB/s",
         "less 8.61 GiB process limit: torch may use 50% of the total in this process",
         "other programs: a desktop, a browser or another program may need it",
     ):

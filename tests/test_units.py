@@ -35,6 +35,13 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
         parse_bytes(text)
 
 
+def test_what_is_no_size_is_told_with_what_it_was_given_for() -> None:
+    with pytest.raises(UsageError, match=r"^vram 'lots' is not a size"):
+        parse_amount("lots", free_bytes=None, total_bytes=None, name="vram")
+    with pytest.raises(UsageError, match=r"^ram 'lots' is not a size"):
+        parse_amount("-lots", free_bytes=1, total_bytes=None, name="ram")
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [

@@ -37,6 +37,8 @@ def load_hardware(path: str | Path) -> Hardware:
         reason = getattr(error, "strerror", None) or "not text"
         raise VramplanError(f"{path}: cannot be read ({reason}); write one with vramplan detect -o {path}") from error
     content = read_plain_yaml(text, str(path))
+    if isinstance(content, dict) and "settings" in content:
+        raise VramplanError(f"{path}: a plan, not a machine: vramplan detect -o FILE writes a machine")
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise VramplanError(f"{path}: no machine of this version: write it again with vramplan detect -o {path}")
     facts = {key: value for key, value in content.items() if key not in ("schema_version", "budget")}

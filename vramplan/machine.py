@@ -110,8 +110,10 @@ def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
     from vramplan.profiles import device_accelerator, device_host, load_device_profile
 
     if device.partition(":")[0] in ("cuda", "xpu", "mps", "rocm"):
-        names = ", ".join(item.device for item in hardware.accelerators) or "none, so the plan would be for cpu"
-        raise UsageError(f"device {device}: this machine has {names}")
+        names = ", ".join(item.device for item in hardware.accelerators) or "no accelerator"
+        told = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that does not answer
+        advice = "any card can be planned for by its name, as rtx-4070 (vramplan profiles list)"
+        raise UsageError(f"device {device}: this machine has {names}{told}; {advice}")
     profile = load_device_profile(device)
     accelerator = device_accelerator(profile)
     return replace(hardware, accelerators=(accelerator,), host=device_host(profile, hardware.host)), accelerator

@@ -51,6 +51,8 @@ def hardware_view(hardware: Hardware, budget: Budget | None) -> RenderableType:
             views += [hang(line, 8) for line in _budget_lines("VRAM", budget.vram_bytes, vram)]
         ram = [item for item in budget.deductions if item.memory == "ram"]
         views += [hang(line, 8) for line in _budget_lines("RAM", budget.ram_bytes, ram)]
+        if budget.disk_bytes is not None:
+            views += [hang(line, 8) for line in _disk_budget(hardware.host, budget.disk_bytes)]
         views += ["", budget_bar(budget)] if budget.vram_bytes is not None else []
     views += [hang(f"note: {note}", 6, "yellow") for note in hardware.notes]
     return stacked(views)
@@ -109,6 +111,8 @@ def _link_facts(device: Accelerator) -> Iterator[str]:
         now = f"PCIe {link.generation or '?'} x{link.width or '?'} now"
         most = f"at most {link.max_generation or '?'} x{link.max_width or '?'}"
         yield f"{now}, {most}{_why_less(link.generation, link.max_generation, link.width, link.max_width)}"
+    if device.link_bytes_per_s is not None:
+        yield f"copies to it at most at {device.link_bytes_per_s / 1e9:.3g} GB/s"
     for peer in device.peers:
         yield f"{peer.count} {peer.link} link(s) to {peer.to}"
 
@@ -155,6 +159,15 @@ def _measurement(item: Measurement) -> str:
     scale, unit = (1e9, "GB/s") if item.unit == "bytes/s" else (1e12, "Tflop/s")
     middle, least, most = (f"{value / scale:.3g}" for value in (item.median, item.least, item.most))
     return f"measured {item.what.replace('_', ' ')}: {middle} {unit} ({least} to {most} in {item.runs} runs)"
+
+
+def _disk_budget(host: Host, count: int) -> Iterator[str]:
+    yield f"  {'disk':<5} {format_bytes(count):>10}"
+    if host.disk_in_memory:
+        yield "        nothing: what is offloaded there stays in RAM"
+    elif host.disk_free_bytes is not None:
+        kept = format_bytes(host.disk_free_bytes - count)
+        yield f"        less {kept} reserve: kept free on the disk that weights may be offloaded to"
 
 
 def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> Iterable[str]:

@@ -28,12 +28,16 @@ def format_bytes(count: int) -> str:
     return f"{count / KIB:.0f} KiB" if size >= KIB else f"{count} B"
 
 
-def parse_bytes(text: str) -> int:
-    """The bytes that `12GiB`, `12GB`, `12000M` or `512` stand for; a number without a unit is bytes."""
+def parse_bytes(text: str, *, name: str = "") -> int:
+    """The bytes that `12GiB`, `12GB`, `12000M` or `512` stand for; a number without a unit is bytes.
+
+    Raises:
+        UsageError: not a size; `name` says of what.
+    """
     match = _SIZE.fullmatch(text.strip())
     factor = _FACTORS.get(match["unit"].lower()) if match else None
     if match is None or factor is None:
-        raise UsageError(f"{text!r} is not a size: write it like 12GiB, 12GB or 12000M")
+        raise UsageError(f"{name and name + ' '}{text!r} is not a size: write it like 12GiB, 12GB or 12000M")
     return int(float(match["number"]) * factor)
 
 
@@ -47,11 +51,11 @@ def parse_amount(text: str, *, free_bytes: int | None, total_bytes: int | None, 
     """
     stripped = text.strip()
     if stripped.startswith("-"):
-        count = _known(free_bytes, stripped, name) - parse_bytes(stripped[1:])
+        count = _known(free_bytes, stripped, name) - parse_bytes(stripped[1:], name=name)
     elif stripped.endswith("%"):
         count = int(_known(total_bytes, stripped, name) * _percentage(stripped) / 100)
     else:
-        count = parse_bytes(stripped)
+        count = parse_bytes(stripped, name=name)
     if count <= 0:
         raise UsageError(f"{name} {text}: nothing is left to use ({format_bytes(count)}); give more than 0")
     return count

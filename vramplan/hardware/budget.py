@@ -68,7 +68,7 @@ def make_budget(
     """
     device = accelerator or next(iter(hardware.accelerators), None)
     if device is None and vram is not None:
-        raise UsageError(f"vram {vram}: this machine has no accelerator; name one to plan for, or leave vram out")
+        raise UsageError(f"vram {vram}: this machine has no accelerator: name a card with --device, or leave it out")
     taken: list[Deduction] = []
     if device is not None and vram is None:
         taken += _vram_deductions(device, hardware.host, context_bytes, held_vram_bytes)
@@ -241,7 +241,7 @@ def _margin_bytes(amount: str, total_bytes: int) -> int:
         return 0
     if amount.strip().endswith("%"):
         return parse_amount(amount, free_bytes=None, total_bytes=total_bytes, name="margin")
-    return parse_bytes(amount)
+    return parse_bytes(amount, name="margin")
 
 
 def _reserve(host: Host) -> Deduction:
