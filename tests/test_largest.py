@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vramplan.errors import UsageError
+from vramplan.fitting import _need
+from vramplan.hardware.types import Hardware, Host
 from vramplan.largest import amount, edge_near, last_within
+from vramplan.planfile import Asked
+from vramplan.planning import Least
 from vramplan.workload import Workload
 
 SIDES = [side * side for side in range(8, 257)]  # as pixels in patches: what memory grows with
@@ -71,3 +76,26 @@ def test_the_edge_is_found_from_a_guess(last: int, start: int) -> None:
 def test_memory_grows_with_pixels_frames_and_pictures() -> None:
     work = Workload(height=8, width=4, num_frames=5, num_images_per_prompt=2)
     assert amount(work) == 8 * 4 * 5 * 2
+
+
+def test_the_way_to_decode_is_kept_but_for_what_is_too_small_for_it() -> None:
+    asked: list[tuple[int, int, object]] = []
+
+    class Subject:
+        def least(self, work: Workload, *_: object) -> Least | None:
+            decode = _[3] if len(_) > 3 else None
+            asked.append((work.height, work.num_images_per_prompt, decode))
+            if decode is not None and work.height < 512:
+                raise UsageError("no larger than a tile")
+            tiles = ("tiles", work.num_images_per_prompt)
+            return Least(vram_bytes=work.height, limit_bytes=1000, decode=tiles) if work.height < 4096 else None
+
+    machine = Hardware(accelerators=(), host=Host(total_bytes=1, available_bytes=1))
+    short = _need(Subject(), machine, None, Asked(), lambda text: None)
+    works = [Workload(height=height, width=8) for height in (1024, 2048, 256, 4096)]
+    assert [short(work) for work in works] == [24, 1048, -744, None]
+    assert [decode for _, _, decode in asked] == [None, ("tiles", 1), ("tiles", 1), None, ("tiles", 1)]
+    asked.clear()
+    for _ in range(2):
+        short(Workload(height=1024, width=8, num_images_per_prompt=2))
+    assert [decode for _, _, decode in asked] == [None, ("tiles", 2)]

@@ -270,10 +270,15 @@ def _need(
     def short(work: Workload) -> float | None:
         told(workload_text(work))
         several = work.num_images_per_prompt > 1
-        least = subject.least(work, hardware, accelerator, asked, known.get(several))
+        try:
+            least = subject.least(work, hardware, accelerator, asked, known.get(several))
+        except UsageError:
+            if several not in known:
+                raise
+            least = subject.least(work, hardware, accelerator, asked)  # too small to be decoded so
         if least is None:
             return None
-        known[several] = least.decode
+        known.setdefault(several, least.decode)
         return 0 if least.limit_bytes is None else least.vram_bytes - least.limit_bytes
 
     return short
@@ -308,4 +313,4 @@ def _card(
         found = subject.least(work, hardware, accelerator, replace(asked, allow=allow))
         return found.vram_bytes if found else None
 
-    return Card(size=size, attempt=try_at, least=least)
+    return Card(size=size, attempt=cache(try_at), least=cache(least))
