@@ -416,6 +416,16 @@ class TestRefusals:
         (folder / "model_index.json").unlink()
         refused(f"{NAME} has no model_index.json")
 
+    def test_a_file_without_a_pipeline_around_it_is_read_by_its_header(self, online, tmp_path):
+        online.repositories["somebody/lora"] = tmp_path / "lora"
+        (tmp_path / "lora").mkdir()
+        write_header(tmp_path / "lora" / "style.safetensors", {"lora.weight": ([1 << 30], "BF16", 2)})
+        name = "somebody/lora/style.safetensors"
+        assert name in refused("somebody/lora has no model_index.json", "somebody/lora")
+        refused(f"{name}: its 1 tensors are of no checkpoint that diffusers knows", name)
+        refused("other.safetensors is missing", "somebody/lora/other.safetensors")
+        assert online.sent_bytes < MIB
+
     def test_a_class_of_somebodys_own_is_not_run(self, repository, folder):
         edit(folder / "model_index.json", _class_name=["pipeline", "MyPipeline"])
         (folder / "pipeline.py").write_text("raise SystemExit('it ran')")

@@ -71,6 +71,7 @@ ASKED_FOR = VIDEO | {
     "pixart-sigma",
     "qwen-image",
     "sana-1600m-1024",
+    "stable-audio-open",
     "stable-cascade",
     "stable-cascade-prior",
     "stable-diffusion-1.5",

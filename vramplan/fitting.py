@@ -150,11 +150,8 @@ def fit(
         if largest is None:
             rows = [attempt(work) for attempt, work in zip(at, works, strict=True)]
             return _answer("models", asked, sorted(rows, key=_merit))
-        found = []
-        for subject, attempt, work in zip(subjects, at, works, strict=True):
-            ladder = legal_workloads(largest, subject.spec, subject.described.defaults, work)
-            need = _need(subject, hardware, accelerator, asked, told)
-            found.append(_largest(attempt, need, ladder, work))
+        needs = [_need(subject, hardware, accelerator, asked, told) for subject in subjects]
+        found = [_largest(largest, *case) for case in zip(subjects, at, needs, works, strict=True)]
     beyond = tuple(Largest(dimension=largest, next=following) for _, following in found)
     return _answer("largest", asked, [row for row, _ in found], largest=beyond)
 
@@ -236,12 +233,15 @@ def _on(
     return try_at
 
 
-def _largest(attempt: Try, need: Need, ladder: Sequence[Workload], work: Workload) -> tuple[Row, Row | None]:
+def _largest(
+    dimension: Dimension, subject: Subject, attempt: Try, need: Need, work: Workload
+) -> tuple[Row, Row | None]:
     """The last workload that fits, or the first one where none does; and the next one, with what it lacks.
 
     Looked for by price first, decoded in what takes least, going up from the usual workload; then that place and the
     next are planned for in full and simulated, and those beside them where they are not the last and the first.
     """
+    ladder = legal_workloads(dimension, subject.spec, subject.described.defaults, work)
     amounts = [amount(item) for item in ladder]
     usual = max(0, bisect_right(amounts, amount(work)) - 1)
     priced = last_within(amounts, lambda place: need(ladder[place]), 0, usual)
@@ -263,18 +263,24 @@ def _need(
 ) -> Need:
     """How much VRAM a workload is short of; less than nothing where it fits, None where the RAM is what lacks.
 
-    How to decode in least is found for the first one asked for, and taken for the others.
+    How to decode in least is found for the first one asked for, of one picture and of several, and taken for others.
     """
     from vramplan.report import workload_text
 
-    known: list[tuple[Decode, ...]] = []
+    known: dict[bool, tuple[Decode, ...]] = {}
 
     def short(work: Workload) -> float | None:
         told(workload_text(work))
-        least = subject.least(work, hardware, accelerator, asked, *known)
+        several = work.num_images_per_prompt > 1
+        try:
+            least = subject.least(work, hardware, accelerator, asked, known.get(several))
+        except UsageError:
+            if several not in known:
+                raise
+            least = subject.least(work, hardware, accelerator, asked)  # too small to be decoded so
         if least is None:
             return None
-        known[:] = [least.decode]
+        known.setdefault(several, least.decode)
         return 0 if least.limit_bytes is None else least.vram_bytes - least.limit_bytes
 
     return short
@@ -309,4 +315,4 @@ def _card(
         found = subject.least(work, hardware, accelerator, replace(asked, allow=allow))
         return found.vram_bytes if found else None
 
-    return Card(size=size, attempt=try_at, least=least)
+    return Card(size=size, attempt=cache(try_at), least=cache(least))

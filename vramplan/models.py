@@ -36,7 +36,8 @@ def describe(
     """The model as a spec, with the defaults of its workload, from whichever source it comes.
 
     A name of the form `owner/name` is a repository of the hub, or, where that cannot be read, the bundled profile that
-    lists it. `hub:owner/name@commit` is what a plan calls one.
+    lists it. `hub:owner/name@commit` is what a plan calls one. A name that ends in `.safetensors` is a single-file
+    checkpoint, here or in a repository (`owner/name/file.safetensors`).
 
     Raises:
         VramplanError: what is no saved pipeline, or cannot be read. UsageError: a name that nothing goes by.
@@ -50,6 +51,9 @@ def describe(
     if not isinstance(model, str | Path):
         _refuse("a pipeline that is loaded already", variant=variant, revision=revision)
         return _describe_live(model, wanted)
+    if str(model).endswith((".safetensors", ".gguf")):
+        _refuse("a single file", variant=variant)
+        return _describe_single(str(model), revision, wanted)
     if Path(model).exists() or str(model).startswith((".", "/", "~")):
         _refuse("a local folder", revision=revision)
         return _describe_stored(FolderRepository(Path(model).expanduser()), **stored)
@@ -59,6 +63,26 @@ def describe(
         return _describe_named(str(model), revision, stored)
     _refuse("a profile", variant=variant, revision=revision)
     return _describe_profile(str(model), wanted)
+
+
+def _describe_single(name: str, revision: str | None, dtype: str | None) -> Model:
+    """A checkpoint in one file, by its header and the profile of its pipeline."""
+    from vramplan.pipeline.hub import hub_repository, is_repo_id
+    from vramplan.pipeline.repository import FolderRepository
+    from vramplan.pipeline.single import read_single_file
+
+    if name.endswith(".gguf"):
+        raise UsageError(
+            f"{name}: plan for the pipeline it is a part of, with --set weights.transformer=gguf:file={name}"
+        )
+    path, repo_id = Path(name).expanduser(), "/".join(name.split("/")[:2])
+    if path.is_file() or not is_repo_id(repo_id) or name.count("/") < 2:
+        _refuse("a file on this machine", revision=revision)
+        single = read_single_file(FolderRepository(path.parent), path.name)
+    else:
+        single = read_single_file(hub_repository(repo_id, revision), name.removeprefix(f"{repo_id}/"))
+    described = _describe_profile(single.profile.name, dtype or single.load_dtype)
+    return replace(described, spec=replace(described.spec, notes=(*described.spec.notes, single.note)))
 
 
 def _refuse(what: str, **given: str | None) -> None:

@@ -17,6 +17,13 @@ def progress_shown() -> bool:
     return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 
+def hide_bars() -> None:
+    """Nothing is shown from now on, of diffusers' own bars neither."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 @contextmanager
 def moved_bytes(what: str, total_bytes: int) -> Iterator[Callable[[int], object]]:
     """Yields what is to be told of bytes that are done: it moves a bar, once all takes some seconds.

@@ -62,14 +62,27 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
 @choice_options
 @set_option
 @format_options
-def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: bool, **given: Any) -> None:
+@pass_told
+def fit(
+    obj: Mapping[str, bool],
+    /,
+    *,
+    models: tuple[str, ...],
+    fixed: tuple[str, ...],
+    form: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Say which cards run MODEL, or with --device or --vram which of several models that card runs and how.
 
     With --largest: how much of it. Exit code 3 where nothing fits.
     """
     from vramplan.fitting import fit as find
+    from vramplan.progress import hide_bars
     from vramplan.report_fit import fits_dict, fits_view
 
+    if obj["quiet"]:
+        hide_bars()
     found = find(models, settings=fixed_by_hand(fixed), **given)
     show_result(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
     if not found.fits:

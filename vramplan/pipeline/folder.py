@@ -77,8 +77,11 @@ def read_index(repository: Repository) -> Mapping[str, Any]:
     Raises:
         VramplanError: there is none, it is damaged, or names a component that no folder can have.
     """
-    if INDEX not in repository.names(""):
-        raise VramplanError(f"{repository.where('')} has no {INDEX}: it is not a saved diffusers pipeline")
+    files = repository.names("")
+    if INDEX not in files:
+        single = min((name for name in files if name.endswith(".safetensors")), default=None)
+        advice = f"; if its {single} is a checkpoint in one file, write {repository.where(single)}" if single else ""
+        raise VramplanError(f"{repository.where('')} has no {INDEX}: it is not a saved diffusers pipeline{advice}")
     index = repository.read_json(INDEX)
     for name in index:
         if not name.isidentifier():

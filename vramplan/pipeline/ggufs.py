@@ -48,8 +48,8 @@ def check_file(path: Path) -> None:
 def _block_types(path: Path, modified: int, size: int, library: str, class_name: str, config: str) -> Mapping[str, str]:
     cls = component_class(library, class_name)
     module = build_weightless(library, class_name, json.loads(config))
-    tensors = _converted(path, cls, module, _tensors(path), json.loads(config))
-    _check_names(path, module, tensors)
+    tensors = converted(path, cls, module, _tensors(path), json.loads(config))
+    check_names(path, module, tensors)
     kept = frozenset(getattr(module, "_keep_in_fp32_modules", None) or ())
     found = {}
     for name, tensor in tensors.items():
@@ -86,10 +86,14 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _converted(
-    path: Path, cls: type, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]
+def converted(
+    path: object, cls: type, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors under the names the class has for them, by the conversion of `from_single_file` (diffusers 0.42)."""
+    """The tensors under the names the class has for them, by the conversion of `from_single_file` (diffusers 0.42).
+
+    Raises:
+        VramplanError: they are of something else; the message names `path`.
+    """
     from diffusers.loaders import single_file_model
 
     mapped = single_file_model._get_single_file_loadable_mapping_class(cls)
@@ -109,7 +113,7 @@ def _converted(
     return made
 
 
-def _check_names(path: Path, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_names(path: object, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises VramplanError where the file lacks a tensor of the class, or has one of another shape."""
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in tensors]

@@ -23,12 +23,17 @@ _LONGEST_JSON = 8 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor as the header of its file tells of it: torch's name of the dtype, elements, bytes."""
+    """A tensor as the header of its file tells of it: torch's name of the dtype, shape, bytes."""
 
     name: str
     dtype: str
-    elements: int
+    shape: tuple[int, ...]
     size_bytes: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
 
 
 class Repository(ABC):
@@ -109,7 +114,7 @@ def _tensor(name: str, entry: Any, data_bytes: int) -> StoredTensor:
     if end > data_bytes:
         raise _CutOffError
     return StoredTensor(
-        name=name, dtype=SAFETENSORS_DTYPES.get(dtype, dtype.lower()), elements=prod(shape), size_bytes=end - start
+        name=name, dtype=SAFETENSORS_DTYPES.get(dtype, dtype.lower()), shape=tuple(shape), size_bytes=end - start
     )
 
 
