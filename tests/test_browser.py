@@ -28,7 +28,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-PATIENCE_MS = 120_000  # a machine that does more than this; nothing waits longer than it must
+PATIENCE_MS = 300_000  # a machine that does more than this; nothing waits longer than it must
 SCREENS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
 
 # The ratio of luminances of a colour on another, as the Web Content Accessibility Guidelines 2.1 define it.
