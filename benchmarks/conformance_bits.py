@@ -121,8 +121,9 @@ class _State:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.before = _weights(pipe)
-        self.values = {name: tensor.clone() for name, tensor in self.before.items()}
+        before = _weights(pipe)
+        self.ties = _ties(before)
+        self.values = {name: tensor.clone() for name, tensor in before.items()}
         self.hooked = _hooked(pipe)
 
     def wrong(self, folder: Path) -> str:
@@ -130,12 +131,9 @@ class _State:
         import torch
 
         now = _weights(self.pipe)
-        if now.keys() != self.before.keys():
-            return f"weights have other names: {sorted(now.keys() ^ self.before.keys())[:3]}"
+        if _ties(now) != self.ties:
+            return "weights have other names, or share their memory with others"
         for name, tensor in now.items():
-            # torch itself makes new buffers when it moves a module
-            if isinstance(tensor, torch.nn.Parameter) and tensor is not self.before[name]:
-                return f"{name} is another tensor"
             if tensor.is_meta or not torch.equal(tensor.nan_to_num(), self.values[name].nan_to_num()):
                 return f"{name} has another value"
         if hooked := _hooked(self.pipe) ^ self.hooked:
@@ -154,6 +152,14 @@ def _weights(pipe: Any) -> dict[str, Any]:
         for name, tensor in (*child._parameters.items(), *child._buffers.items())
         if tensor is not None
     }
+
+
+def _ties(weights: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """The names of each tensor."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in weights.items():
+        found.setdefault(id(tensor), []).append(name)
+    return {tuple(names) for names in found.values()}
 
 
 def _hooked(pipe: Any) -> set[str]:
@@ -193,7 +199,7 @@ def _plan(pipe: Any, placement: str) -> Any:
     settings: dict[str, Any] = {f"placement.{name}": placement if name in able else "resident" for name in reasons}
     settings = {"placement": placement} if setting.whole_pipeline else settings
     vae = getattr(pipe, "vae", None)
-    decodes = ["vae_slicing"] if placement == "resident" and "enable_slicing" in dir(vae) else []
+    decodes = ["vae_slicing"] if placement == "resident" and hasattr(vae, "use_slicing") else []
     if getattr(vae, "use_tiling", False):  # it comes so, and may not do without
         decodes.append("vae_tiling")
     sizes = {"height": 1024, "width": 1024} if "vae_tiling" in decodes else {}

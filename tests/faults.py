@@ -94,16 +94,12 @@ def failing_at(place: int, error: BaseException) -> Iterator[list[Line]]:
         yield struck
 
 
-def chosen(lines: list[Line], *, own: str = "vramplan") -> list[int]:
-    """Every run of a line of vramplan's, and of every line of a library's the first, the middle and the last."""
+def chosen(lines: list[Line]) -> list[int]:
+    """Of every line the first run, the middle one and the last."""
     runs: dict[Line, list[int]] = {}
     for place, line in enumerate(lines):
         runs.setdefault(line, []).append(place)
-    found: set[int] = set()
-    for (path, _), places in runs.items():
-        few = (places[0], places[len(places) // 2], places[-1])
-        found.update(places if f"/{own}/" in path and len(places) <= 60 else few)
-    return sorted(found)
+    return sorted({place for at in runs.values() for place in (at[0], at[len(at) // 2], at[-1])})
 
 
 def kept(pipe: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Whatever goes wrong at whatever line of applying, undoing or replacing: the pipeline is as it was, or wholly applied.
 
-`VRAMPLAN_FAULTS=all` tries every place (an hour); otherwise a spread of them is tried.
+`VRAMPLAN_FAULTS=all` tries every line (long); otherwise a spread of them is tried.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import faults
 import pytest
@@ -58,7 +60,7 @@ KINDS = {
 }
 ALL = os.environ.get("VRAMPLAN_FAULTS") == "all"
 EACH = [(name, kind) for name, kinds in KINDS.items() for kind in (DENOISERS if ALL and len(kinds) > 1 else kinds)]
-EVERY = 10_000 if ALL else 12
+EVERY = 10_000 if ALL else 8
 
 
 class Backend:
@@ -145,12 +147,38 @@ def output(pipe, kind):
     return output_tensor(pipe(**call_kwargs(kind)))
 
 
+@pytest.fixture(scope="module")
+def untouched(small_pipeline):
+    """The output of each untouched pipeline, made once."""
+    return cache(lambda kind: output(small_pipeline(kind), kind))
+
+
 def put_on(subject, plan=None):
     return vramplan.apply_plan(subject.pipe, plan or subject.plan, device=subject.device)
 
 
 def rounded(subject):
     return bool(subject.plan.settings.weights)
+
+
+class Met(NamedTuple):
+    """What became of an error: where it was raised, nowhere if that was never reached, and whether nobody was told."""
+
+    struck: list[faults.Line]
+    silent: bool
+
+
+def struck_by(place, number, act):
+    """Do it with an error at that place, which has to come out as it is where it comes out."""
+    error, silent = faults.ERRORS[number % 3](), True
+    try:
+        with faults.failing_at(place, error) as struck:
+            act()
+    except type(error) as caught:
+        assert caught is error, place
+        silent = False
+    del error  # and with it the frames that it came through
+    return Met(struck, silent)
 
 
 def places(act, undo=lambda: None):
@@ -163,9 +191,9 @@ def places(act, undo=lambda: None):
 
 
 @pytest.mark.parametrize("subject", EACH, indirect=True, ids=" ".join)
-def test_an_apply_that_fails_leaves_the_pipeline_as_it_was(subject):
+def test_an_apply_that_fails_leaves_the_pipeline_as_it_was(subject, untouched):
     pipe = subject.pipe
-    plain = output(pipe, subject.kind)
+    plain = untouched(subject.kind)
     witness = faults.Witness(pipe, subject.folder)
     if rounded(subject):  # nothing would take it off again: the lines are learned on a twin
         found = casting_places(subject)
@@ -176,13 +204,9 @@ def test_an_apply_that_fails_leaves_the_pipeline_as_it_was(subject):
     witness = faults.Witness(pipe, subject.folder)
     whole = []
     for number, place in enumerate(found):
-        error = faults.ERRORS[number % 3]()
-        try:
-            with faults.failing_at(place, error):
-                put_on(subject)
-        except type(error) as caught:
-            assert caught is error, place
-        del error
+        met = struck_by(place, number, lambda: put_on(subject))
+        if met.silent:  # the apply before has left nothing to do there, or it was answered: put on without pinning
+            assert not met.struck or applied_to(pipe).notes, met
         if applied_to(pipe) is not None:  # it had got to the end, or was put on again without pinning
             whole.append(place)
             if rounded(subject):
@@ -209,23 +233,18 @@ UNDONE = [pair for pair in EACH if pair[0] != "casting"]
 
 
 @pytest.mark.parametrize("subject", UNDONE, indirect=True, ids=" ".join)
-def test_an_undo_that_fails_can_be_called_again_and_loses_nothing(subject):
+def test_an_undo_that_fails_can_be_called_again_and_loses_nothing(subject, untouched):
     pipe = subject.pipe
-    plain = output(pipe, subject.kind)
+    plain = untouched(subject.kind)
     witness = faults.Witness(pipe, subject.folder)
     applied = put_on(subject)
     found = places(lambda: applied_to(pipe).undo(), lambda: put_on(subject))
     assert not witness.wrong(objects=False)
     for number, place in enumerate(found):
         applied = put_on(subject)
-        error = faults.ERRORS[number % 3]()
-        try:
-            with faults.failing_at(place, error):
-                applied.undo()
-        except type(error) as caught:
-            assert caught is error, place
-            assert applied_to(pipe) in (applied, None)
-        del error
+        met = struck_by(place, number, applied.undo)
+        assert not (met.silent and met.struck), met
+        assert applied_to(pipe) in (applied, None)
         applied.undo()
         assert applied_to(pipe) is None
         assert not witness.wrong(objects=False), place
@@ -238,9 +257,9 @@ REPLACED = [("leaf", "flux-small"), ("disk", "flux-small"), ("model", "sd15-smal
 
 
 @pytest.mark.parametrize("subject", REPLACED, indirect=True, ids=" ".join)
-def test_a_plan_that_cannot_replace_another_leaves_it_on(subject):
+def test_a_plan_that_cannot_replace_another_leaves_it_on(subject, untouched):
     pipe = subject.pipe
-    plain = output(pipe, subject.kind)
+    plain = untouched(subject.kind)
     witness = faults.Witness(pipe, subject.folder)
     other = planned(pipe, subject.kind, {"placement": "group_offload:type=leaf,stream=false", "decode": "vae_slicing"})
     first = put_on(subject)
@@ -251,15 +270,11 @@ def test_a_plan_that_cannot_replace_another_leaves_it_on(subject):
     for number, place in enumerate(places(change, lambda: put_on(subject))):
         put_on(subject)
         first = applied_to(pipe)
-        error = faults.ERRORS[number % 3]()
-        try:
-            with faults.failing_at(place, error):
-                change()
-        except type(error) as caught:
-            assert caught is error, place
-            on = applied_to(pipe)
-            assert on is not None
-            assert on is first or on.plan == other, place
+        met = struck_by(place, number, change)
+        assert not (met.silent and met.struck), met
+        on = applied_to(pipe)
+        assert on is not None
+        assert on is first or on.plan == other, place
         if number % 10 == 0:
             assert torch.equal(output(pipe, subject.kind), plain), place
         applied_to(pipe).undo()
@@ -273,9 +288,9 @@ def test_a_plan_that_cannot_replace_another_leaves_it_on(subject):
 @pytest.mark.parametrize(
     "subject", [("leaf with stream", "flux-small"), ("block with stream", "flux-small")], indirect=True, ids=" ".join
 )
-def test_weights_that_cannot_be_pinned_are_pinned_on_the_fly_and_it_is_told(subject, monkeypatch, error):
+def test_weights_that_cannot_be_pinned_are_pinned_on_the_fly_and_it_is_told(subject, untouched, monkeypatch, error):
     pipe, calls = subject.pipe, [0]
-    plain = output(pipe, subject.kind)
+    plain = untouched(subject.kind)
     witness = faults.Witness(pipe, subject.folder)
 
     def pin(self):
@@ -420,6 +435,7 @@ def mounted(tmp_path, options):
 def test_a_disk_that_is_full_though_there_was_room_when_it_was_asked(tmp_path, size):
     fault = """
 from types import SimpleNamespace
+from typing import NamedTuple
 vramplan.strategies.disk.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40)
 """
     told = in_a_child(tmp_path, DISK, fault, *mounted(tmp_path, f"size={size}")).splitlines()

@@ -1,7 +1,7 @@
 """Out of memory in the middle of a call: step down to a smaller plan and make the call again.
 
 A decode that runs out is made again in smaller pieces where it stands: the denoising before it is not lost. Anything
-else starts the call anew, with the generators as they were, under the fastest plan for less memory.
+else starts the call anew, with its random numbers from the start, under the fastest plan for less memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from typing import Any
 
@@ -50,7 +50,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         warnings.warn(applied.changed, stacklevel=2)
     first, device = applied.plan, applied.device
     limit = first.projected.vram_reserved_bytes
-    states = [(generator, generator.get_state()) for generator in _generators(arguments)]
+    rewinds = _rewinds(arguments)
     for step in range(_MOST_STEPS + 1):
         try:
             with _decodes_again(pipe, first.workload, vae_names(first), say):
@@ -68,8 +68,8 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         smaller = planned_anew(pipe, first, vram=str(limit))
         applied = applied_anyway(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
-        for generator, state in states:
-            generator.set_state(state)
+        for rewind in rewinds:
+            rewind()
     tried = f"{_MOST_STEPS + 1} plans, the last within {format_bytes(limit)}"
     raise NothingFitsError(f"out of memory under {tried}: {reason}")
 
@@ -165,9 +165,14 @@ def _give_memory_back() -> None:
         torch.accelerator.memory.empty_cache()
 
 
-def _generators(arguments: Mapping[str, Any]) -> list[Any]:
+def _rewinds(arguments: Mapping[str, Any]) -> list[Callable[[], object]]:
+    """What puts every source of random numbers back to where it is now: the call's own, and torch's without one."""
     import torch
 
     given = arguments.get("generator")
     listed = given if isinstance(given, list | tuple) else [given]
-    return [item for item in listed if isinstance(item, torch.Generator)]
+    own = [partial(item.set_state, item.get_state()) for item in listed if isinstance(item, torch.Generator)]
+    modules: list[Any] = [torch]
+    if torch.accelerator.is_available():
+        modules.append(torch.get_device_module())
+    return [*own, *(partial(module.set_rng_state, module.get_rng_state()) for module in modules)]
