@@ -12,6 +12,7 @@ from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Block, Kind, Ledger
 from vramplan.simulator.shapes import (
     CPU,
+    META,
     aten,
     follow,
     forget_values,
