@@ -80,8 +80,6 @@ class Engine:
         )
         if target == here and kind_of == tensor.dtype and not copy and format_same:
             return tensor
-        if isinstance(tensor, SimTensor) and here == META != target:  # a plain one is a part that has no weights yet
-            raise NotImplementedError("Cannot copy out of meta tensor; no data!")  # in torch's own words
         if not isinstance(tensor, SimTensor):
             if target in (CPU, here):
                 with torch._C.DisableTorchFunctionSubclass():
