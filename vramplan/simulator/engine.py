@@ -12,7 +12,6 @@ from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Block, Kind, Ledger
 from vramplan.simulator.shapes import (
     CPU,
-    META,
     aten,
     follow,
     forget_values,
