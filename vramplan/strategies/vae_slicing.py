@@ -13,7 +13,11 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeSlicing:
-    """`vae.enable_slicing()`."""
+    """`vae.enable_slicing()`.
+
+    The arithmetic is that of the whole batch. A device may take another kernel for a batch of one, which rounds
+    otherwise: by 3e-6 of a range of 2 in float32 (a small `AutoencoderKL` on a CPU, batch of 4, diffusers 0.42).
+    """
 
     name: ClassVar[str] = "vae_slicing"
     axis: ClassVar[Axis] = "decode"
