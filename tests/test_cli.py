@@ -88,6 +88,13 @@ class TestImports:
         assert json.loads(done.stdout)["schema_version"] == 1
 
 
+def test_what_libraries_say_while_they_are_imported_is_not_in_the_way(sd15):
+    """torchao and bitsandbytes are installed beside the tests, and talk of kernels that they miss."""
+    done = process("plan", sd15, "--device", "cpu", *SMALL, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["candidates"]
+
+
 class TestVersionAndHelp:
     def test_as_a_module(self):
         done = process("--version")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -32,10 +33,18 @@ def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         warnings.simplefilter("ignore", FutureWarning)
+        _libraries_say(logging.ERROR)
     elif option.name == "verbose":
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.pop(name, None)
         warnings.simplefilter("default", FutureWarning)
+        _libraries_say(logging.NOTSET)
+
+
+def _libraries_say(level: int) -> None:
+    """What those that have no such variable say while they are imported, from this level on."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(level)
 
 
 class _Group(click.Group):
