@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -116,19 +115,16 @@ class TestReading:
         quick(simulate=True)
         assert not [path for path in repository.asked if path.endswith(("vocab.json", "merges.txt", "tokenizer.json"))]
 
-    def test_a_pipeline_of_12_billion_parameters_takes_5_mib_and_10_s(self, online, tmp_path):
+    def test_a_pipeline_of_12_billion_parameters_takes_5_mib(self, online, tmp_path):
         shards = {"transformer": 3, "text_encoder_2": 2}
         name = "black-forest-labs/FLUX.1-dev"
         online.repositories[name] = save_sparse("flux.1-dev", tmp_path / "flux", lambda part: shards.get(part, 1))
-        started = time.process_time()  # nothing is waited for here: the rest is a matter of what else runs
         plan = vramplan.plan(name, device="rtx-4070")
-        took = time.process_time() - started
         assert plan.model.source == f"hub:{name}@{COMMIT}"
         assert sum(record.weight_bytes for record in plan.model.components) > 33e9
         assert not [note for note in plan.notes if "its files hold" in note]
         assert plan.projected.basis == "simulated"
-        assert online.sent_bytes < 5 * MIB
-        assert took < 10, f"{took:.1f} s, {online.sent_bytes:,} bytes in {len(online.asked)} requests"
+        assert online.sent_bytes < 5 * MIB, f"{online.sent_bytes:,} bytes in {len(online.asked)} requests"
 
     def test_shards_weigh_what_one_file_weighs(self, online, small_pipeline, folder, tmp_path):
         small_pipeline(KIND).save_pretrained(tmp_path / "sharded", max_shard_size="200KB")

@@ -77,5 +77,8 @@ def test_what_is_over_at_once_shows_no_bar(small_pipeline) -> None:
 def test_a_notebook_is_shown_one_though_it_is_no_terminal(monkeypatch) -> None:
     with stderr("pipe"):
         assert not progress.progress_shown()
-        monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
-        assert progress.progress_shown()
+        terminal, notebook = SimpleNamespace(), SimpleNamespace(kernel=SimpleNamespace())
+        for shell, shown in ((None, False), (terminal, False), (notebook, True)):
+            there = SimpleNamespace(get_ipython=lambda shell=shell: shell)
+            monkeypatch.setitem(sys.modules, "IPython", there)
+            assert progress.progress_shown() is shown

@@ -14,7 +14,8 @@ Say = Callable[[str], None]
 
 def progress_shown() -> bool:
     """Whether somebody is there to see a progress bar: in a notebook, or where standard error is a terminal."""
-    return "ipykernel" in sys.modules or sys.stderr.isatty()
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython and ipython.get_ipython(), "kernel") or sys.stderr.isatty()
 
 
 def hide_bars() -> None:

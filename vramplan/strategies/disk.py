@@ -123,13 +123,15 @@ def _hooked(module: torch.nn.Module) -> Iterator[Any]:
 def _unhooked(folder: Path) -> list[Any]:
     """The groups with files in the folder whose hook is not on yet; the traceback of the error keeps them alive.
 
+    One that was interrupted while it was made has no file yet, and may not know of any.
+
     A group empties its weights before its hook is registered (diffusers 0.42, `GroupOffloadingHook.initialize_hook`):
     between the two nothing of the module's leads to the file.
     """
     from diffusers.hooks.group_offloading import ModuleGroup
 
     groups = (found for found in gc.get_objects() if type(found) is ModuleGroup)
-    return [group for group in groups if group.offload_to_disk_path == str(folder)]
+    return [group for group in groups if getattr(group, "offload_to_disk_path", None) == str(folder)]
 
 
 def _sweep(parent: Path) -> None:

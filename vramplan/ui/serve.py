@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -37,9 +38,10 @@ def serve(folder: Path | None, port: int | None, say: Callable[[str], None]) -> 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for each request
     app = make_page(folder, Worker().ask)
     server = _server(app.server, port)
-    guard(app, server.server_port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    say(f"http://{_ADDRESS}:{server.server_port}/")
+    guard(app, server.port)
+    for number in (signal.SIGINT, signal.SIGTERM):  # what a script starts in the background ignores the first
+        signal.signal(number, signal.default_int_handler)
+    say(f"http://{_ADDRESS}:{server.port}/")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -55,9 +57,11 @@ def _server(application: Any, port: int | None) -> Any:
     from werkzeug.serving import make_server
 
     try:
-        return make_server(_ADDRESS, port or 0, application, threaded=True)
-    except (OSError, SystemExit) as error:  # it ends the process where the port is taken
+        listening = socket.create_server((_ADDRESS, port or 0))  # werkzeug's own ends the process where it cannot
+    except OSError as error:
         raise VramplanError(f"port {port} cannot be had: choose another with --port, or leave it out") from error
+    with listening:
+        return make_server(_ADDRESS, port or 0, application, threaded=True, fd=listening.fileno())
 
 
 def guard(app: Any, port: int) -> None:
