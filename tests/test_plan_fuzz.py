@@ -21,7 +21,7 @@ import vramplan
 from vramplan.errors import VramplanError
 from vramplan.planfile import dump_plan, load_plan
 
-COUNT = int(os.environ.get("VRAMPLAN_FUZZ", "1500"))
+COUNT = int(os.environ.get("VRAMPLAN_FUZZ", "600"))
 
 
 @pytest.fixture(scope="module")

@@ -409,7 +409,7 @@ def profile_plan(name: str, gib: int, **options: Any) -> Outcome:
 
 
 PROFILES = {name: spec_from_profile(load_pipeline_profile(name)) for name in pipeline_names()}
-BUDGETS = (4, 6, 8, 12, 16, 24, 48, 80, 320)
+BUDGETS = (4, 8, 12, 24, 48, 320)
 
 
 @pytest.mark.parametrize("name", pipeline_names())
