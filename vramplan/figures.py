@@ -69,44 +69,29 @@ def figures(
 
     source, spec, execution = forms.source, forms.source.spec, told.execution
     light = [(setting, forms.spec(setting)) for setting in weights]
+
+    def lighter(needs: Callable[[Mapping[str, Weights], PipelineSpec], Footprint]) -> tuple[Lighter, ...]:
+        return tuple(
+            Lighter(weights=setting, execution=execution, spec=other, footprint=needs(setting, other))
+            for setting, other in light
+        )
+
     if accelerator is None or spec.device_map is not None:
         assumed = AssumedFootprint(spec=spec, workload=work)
-        return Figures(
-            footprint=assumed,
-            lighter=tuple(
-                Lighter(weights=setting, execution=execution, spec=other, footprint=replace(assumed, spec=other))
-                for setting, other in light
-            ),
-        )
+        return Figures(footprint=assumed, lighter=lighter(lambda _, other: replace(assumed, spec=other)))
     try:
         footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
     except SimulationError as error:
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
-        others = tuple(
-            Lighter(
-                weights=setting,
-                execution=execution,
-                spec=other,
-                footprint=forms.footprint(setting, traced, traced.plain),
-            )
-            for setting, other in light
-        )
+        others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
         return Figures(footprint=traced, lighter=others, notes=(note,))
-    lighter = tuple(
-        Lighter(
-            weights=setting,
-            execution=execution,
-            spec=other,
-            footprint=forms.footprint(setting, footprint, footprint.plain),
-        )
-        for setting, other in light
-    )
+    every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
     tried = (
         (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
         for item in execution_settings(spec, told, accelerator)
     )
-    lighter += tuple(
+    every += tuple(
         Lighter(weights={}, execution=item, spec=spec, footprint=sliced)
         for item, sliced in tried
         if sliced.denoising_bytes < footprint.denoising_bytes
@@ -118,7 +103,7 @@ def figures(
         placed = grouped(decision.placement, decision.weights, decision.execution)
         return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
 
-    return Figures(footprint=footprint, lighter=lighter, simulated=simulated, notes=footprint.plain.notes)
+    return Figures(footprint=footprint, lighter=every, simulated=simulated, notes=footprint.plain.notes)
 
 
 def confirmed(decision: Decision, simulation: Simulation) -> Decision:

@@ -167,7 +167,7 @@ class _Chooser:
             return pool.mix(axis[0] for axis in pool.axes)
         key = id(pool), id(pricer)
         if key not in self.tables:
-            self.tables[key] = Table(pool, pricer)
+            self.tables[key] = Table(pool, pricer, decode)
         return self.tables[key].best(decode, budget, self.prefer)
 
 

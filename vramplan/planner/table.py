@@ -57,13 +57,17 @@ class _Column:
 
 
 class Table:
-    """The prices of every mix of a pool. Sizes in bytes, times in seconds."""
+    """The prices of every mix of a pool. Sizes in bytes, times in seconds.
 
-    def __init__(self, pool: Pool, pricer: Pricer) -> None:
+    RAM and disk are the same under every decode; the one given is one that is asked for anyway, as to price another
+    could take a simulation.
+    """
+
+    def __init__(self, pool: Pool, pricer: Pricer, decode: tuple[Decode, ...]) -> None:
         self.pool = pool
         self.pricer = pricer
         self.lengths = tuple(map(len, pool.axes))
-        columns = self._columns(())
+        columns = self._columns(decode)
         self.ram = self._whole(_ram(_stages(columns), loaded=pricer.loaded))
         self.disk = self._whole(_sum(column.over(lambda part: part.hold.disk_bytes) for column in columns))
         self.quality = self._whole(_largest(column.of_settings(_quality) for column in columns))
