@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from click.testing import CliRunner
@@ -31,12 +30,12 @@ FEW = {"rtx-3050-laptop", "arc-a750", "rtx-a6000", "gtx-1650", "t4", "v100-32gb"
 
 
 @pytest.fixture(scope="module")
-def cards() -> Iterator[vramplan.Fits]:
+def cards() -> vramplan.Fits:
     with pytest.MonkeyPatch.context() as patch:
         few = tuple(size for size in card_sizes() if size.name in FEW)
         assert len(few) == len(FEW)
         patch.setattr(fitting, "card_sizes", lambda: few)
-        yield vramplan.fit("stable-diffusion-1.5", simulate=False, ram="32GiB")
+        return vramplan.fit("stable-diffusion-1.5", simulate=False, ram="32GiB")
 
 
 def test_every_device_profile_is_in_one_size_and_none_is_smaller_than_its_least() -> None:
