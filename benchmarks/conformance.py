@@ -1,6 +1,6 @@
 """Simulate every pipeline that diffusers' own tests can build offline, under every placement; or run it for real.
 
-    python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--strategies resident,model,sequential,group]
+    python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--strategies resident,model,sequential,group,block,disk,partial]
                                      [--json FILE] [--limit N] [--jobs N] [--part 1/4]
 
 `--strategies bits` makes each pipeline's call for real on the CPU under every lossless plan instead: see
@@ -34,7 +34,7 @@ from typing import Any
 
 from conformance_bits import BITS, outcomes
 
-STRATEGIES = ("resident", "model", "sequential", "group")
+STRATEGIES = ("resident", "model", "sequential", "group", "block", "disk", "partial")
 _SECONDS = 180  # of the CPU, for one call
 _HF_IDS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_TEST_DEVICE": "cpu"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
@@ -289,23 +289,29 @@ def _whole(setting: Any) -> Callable[[Any], Place]:
     return choose
 
 
-def _group(pipe: Any) -> Place:
-    """Leaves of every component that can be; what cannot stays on the device."""
-    from vramplan.strategies.group_offload import GroupOffload
+def _parts(placement: str) -> Callable[[Any], Place]:
+    """That placement of every component that can be; what cannot stays on the device."""
 
-    spec, setting = _spec(pipe), GroupOffload(type="leaf")
-    reasons = {c.name: setting.refusal(c, spec, accelerator()) for c in spec.components}
-    names = [name for name, reason in reasons.items() if reason is None]
-    if not names:
-        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    def choose(pipe: Any) -> Place:
+        from vramplan.strategies.settings import parse_placement
 
-    def place(hollow: Any) -> None:
-        setting.apply(hollow, names, "cuda:0")
-        for name, reason in reasons.items():
-            if reason is not None:
-                hollow.components[name].to("cuda:0")
+        spec = _spec(pipe)
+        settings = {c.name: parse_placement(placement).complete(c) for c in spec.components}
+        reasons = {c.name: settings[c.name].refusal(c, spec, accelerator()) for c in spec.components}
+        names = [name for name, reason in reasons.items() if reason is None]
+        if not names:
+            return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
-    return place
+        def place(hollow: Any) -> None:
+            for name, reason in reasons.items():
+                if reason is None:
+                    settings[name].apply(hollow, [name], "cuda:0")
+                else:
+                    hollow.components[name].to("cuda:0")
+
+        return place
+
+    return choose
 
 
 def _spec(pipe: Any) -> Any:
@@ -331,7 +337,10 @@ def _places() -> dict[str, Callable[[Any], Place]]:
         "resident": _resident,
         "model": _whole(ModelCpuOffload()),
         "sequential": _whole(SequentialCpuOffload()),
-        "group": _group,
+        "group": _parts("group_offload:type=leaf"),
+        "block": _parts("group_offload"),
+        "disk": _parts("group_offload:disk=true"),
+        "partial": _parts("partial_residency:streamed=3"),
     }
 
 
