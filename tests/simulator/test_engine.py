@@ -89,6 +89,13 @@ def test_two_devices_do_not_mix(engine: Engine) -> None:
         torch.zeros(3, 3, device="cuda") @ torch.zeros(3, 3)
 
 
+def test_nothing_is_copied_from_where_there_is_nothing(engine: Engine) -> None:
+    nowhere = torch.zeros(4, device="cuda").to("meta")
+    assert nowhere.device.type == "meta"
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        nowhere.to("cuda")
+
+
 def test_scalars_on_the_cpu_mix_with_anything(engine: Engine) -> None:
     assert (torch.ones(3, device="cuda") * torch.tensor(2.0)).tolist() == [2.0, 2.0, 2.0]
 

@@ -16,14 +16,14 @@ def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> 
 
     A component that has a dtype of its own in the profile keeps it.
     """
+    cls = profile_class(profile)
     components = []
     for name, part in profile.components.items():
         if part.parameters is None:
             continue
         module = build_weightless(part.library, part.class_name, part.config)
         cast_as_loaded(module, part.dtype or dtype or profile.dtype)
-        components.append(describe_component(name, module, library=part.library))
-    cls = profile_class(profile)
+        components.append(describe_component(name, module, library=part.library, pipeline=cls))
     return assemble(cls, tuple(components), source=f"profile:{profile.name}", family=profile.name)
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vramplan.pipeline.beside import called_beside, own_tensors, read_beside
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
 from vramplan.pipeline.quantized import element_count, marked, quantization_of
@@ -41,10 +42,14 @@ def describe_component(
     module: torch.nn.Module,
     *,
     library: str | None = None,
+    pipeline: type | None = None,
     live: bool = False,
     converted_at_load: bool = False,
 ) -> Component:
-    """The component as a value. `module` may be live or weightless; only shapes and dtypes are read."""
+    """The component as a value. `module` may be live or weightless; only shapes and dtypes are read.
+
+    `pipeline` is the class whose calls use it.
+    """
     library = library or type(module).__module__.split(".")[0]
     role = role_of(name, library, type(module).__name__)
     sizes = bytes_by_dtype(module)
@@ -64,9 +69,9 @@ def describe_component(
         slicing=hasattr(module, "use_slicing"),
         tiling=tiling_of(module),
         group_offload_refusal=_group_refusal(module),
-        block_offload_refusal=_block_refusal(role, module),
+        block_offload_refusal=_block_refusal(role, module) or _beside_refusal(pipeline, name, role, module),
         leaf_offload_refusal=_leaf_refusal(module),
-        disk_offload_refusal=_disk_refusal(module),
+        disk_offload_refusal=_disk_refusal(module) or _file_refusal(pipeline, name, module),
         sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
         attention_slicing_refusal=attention_slicing_refusal(role, module),
@@ -184,13 +189,28 @@ def _disk_refusal(module: torch.nn.Module) -> str | None:
     """
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     called = {"__init__", "forward", *(code.co_names if code else ())}
-    own = module._parameters.keys() | module._buffers.keys()
+    own = own_tensors(module)
     for name, method in vars(type(module)).items():
         if name in called or not inspect.isfunction(method):
             continue
         if read := own & set(method.__code__.co_names):
             return f"{type(module).__name__} reads {min(read)} in {name}(), while it is in its file: leave disk out"
     return None
+
+
+def _beside_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
+    """A VAE is always called by its methods: what its class says of its blocks is made for that."""
+    called = None if role == "vae" else called_beside(pipeline, name, module)
+    if pipeline is None or called is None:
+        return None
+    return f"{pipeline.__name__} calls {called} of {name} by itself, which loads no groups; use leaf-level"
+
+
+def _file_refusal(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+    read = read_beside(pipeline, name, module)
+    if pipeline is None or read is None:
+        return None
+    return f"{pipeline.__name__} reads {read} of {name} by itself, while it is in its file: leave disk out"
 
 
 def _sequential_refusal(module: torch.nn.Module) -> str | None:

@@ -61,7 +61,7 @@ def spec_from_repository(
     """
     index = read_index(repository)
     cls = pipeline_class(repository, index)
-    parts = tuple(_components(repository, index, dtype=dtype, variant=variant, allow_pickle=allow_pickle))
+    parts = tuple(_components(repository, index, cls, dtype=dtype, variant=variant, allow_pickle=allow_pickle))
     components = tuple(component for component, _ in parts)
     if variant is not None and not any(component.variant for component in components):
         found = sorted({name for component in components for name in variants(repository, component.name)})
@@ -141,6 +141,7 @@ def variants(repository: Repository, name: str) -> list[str]:
 def _components(
     repository: Repository,
     index: Mapping[str, Any],
+    pipeline: type,
     *,
     dtype: str | None,
     variant: str | None,
@@ -158,7 +159,7 @@ def _components(
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
             own = variant if variant in variants(repository, name) else None
             component, note = _component(
-                repository, name, library, class_name, dtype=dtype, variant=own, allow_pickle=allow_pickle
+                repository, name, library, class_name, pipeline, dtype=dtype, variant=own, allow_pickle=allow_pickle
             )
             yield replace(component, variant=own), note
 
@@ -168,6 +169,7 @@ def _component(
     name: str,
     library: str,
     class_name: str,
+    pipeline: type,
     *,
     dtype: str | None,
     variant: str | None,
@@ -181,7 +183,7 @@ def _component(
     module = weightless_component(repository, name, library, class_name, dtype or stored_dtype, variant=variant)
     # pickles may be read whole; what loading makes of quantized weights is taken to be the process's own memory
     converted = stored is None or dtype not in (None, stored_dtype) or bool(stored.packed)
-    component = describe_component(name, module, library=library, converted_at_load=converted)
+    component = describe_component(name, module, library=library, pipeline=pipeline, converted_at_load=converted)
     return component, _disagreement(name, module, stored)
 
 

@@ -30,8 +30,11 @@ def pipes_of(pipe: Any) -> list[Any]:
 
 def spec_from_pipeline(pipe: Any) -> PipelineSpec:
     """The description of a live `DiffusionPipeline`, hooks and devices included. Nothing is changed."""
-    components = tuple(describe_component(name, module, live=True) for name, module in modules_of(pipe).items())
-    return assemble(type(pipe), components, source="live", pipe=pipe)
+    cls = type(pipe)
+    components = tuple(
+        describe_component(name, module, pipeline=cls, live=True) for name, module in modules_of(pipe).items()
+    )
+    return assemble(cls, components, source="live", pipe=pipe)
 
 
 def assemble(

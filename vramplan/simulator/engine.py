@@ -79,6 +79,8 @@ class Engine:
         )
         if target == here and kind_of == tensor.dtype and not copy and format_same:
             return tensor
+        if here.type == "meta" != target.type and isinstance(tensor, SimTensor):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
         if not isinstance(tensor, SimTensor):
             if target in (CPU, here):
                 with torch._C.DisableTorchFunctionSubclass():

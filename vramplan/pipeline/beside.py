@@ -1,0 +1,107 @@
+"""Parts of a component that a pipeline's own code uses beside calling the component.
+
+Hooks on the component run in its own forward. Where the pipeline calls a layer of it by itself, as Stable Diffusion
+does with the text encoder's last norm for `clip_skip`, or reads a tensor of it, nothing has brought the weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# transformers' accessors, which find a layer by a name they are told (5.14, `EmbeddingAccessMixin`)
+_ACCESSORS = frozenset({"get_input_embeddings", "get_output_embeddings"})
+Path = tuple[str, ...]
+
+
+def called_beside(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+    """The layer, or the method that runs layers, of the component that the pipeline calls by itself; None for none."""
+    for path, called in _reached(pipeline).get(name, ()):
+        holder, rest = _walk(module, path)
+        if called and (_runs_layers(holder, rest) if rest else holder is not module and _weighs(holder)):
+            return ".".join(path)
+    return None
+
+
+def read_beside(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+    """The parameter or buffer of the component that the pipeline reads by itself; None for none."""
+    for path, _ in _reached(pipeline).get(name, ()):
+        holder, rest = _walk(module, path)
+        if rest and rest[0] in own_tensors(holder):
+            return ".".join(path[: len(path) - len(rest) + 1])
+    return None
+
+
+def own_tensors(module: torch.nn.Module) -> set[str]:
+    """The names of the parameters and buffers that are a module's own."""
+    return {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+
+
+def _walk(module: torch.nn.Module, path: Path) -> tuple[torch.nn.Module, Path]:
+    """How far the path leads through submodules, and what is left of it."""
+    for number, step in enumerate(path):
+        child = module._modules.get(step)
+        if child is None:
+            return module, path[number:]
+        module = child
+    return module, ()
+
+
+def _runs_layers(module: torch.nn.Module, rest: Path) -> bool:
+    """Whether that is a method of the module that uses weights of it."""
+    if len(rest) > 1 or rest[0] == "forward":
+        return False
+    if rest[0] in _ACCESSORS:
+        return True
+    method = getattr(type(module), rest[0], None)
+    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    if code is None:
+        return False
+    layers = {name for name, child in module._modules.items() if child is not None and _weighs(child)}
+    return not (layers | own_tensors(module)).isdisjoint(code.co_names)
+
+
+def _weighs(module: torch.nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+@lru_cache
+def _reached(cls: type | None) -> dict[str, list[tuple[Path, bool]]]:
+    """By what follows `self.` or stands by itself: where its attributes lead, and whether that is called, in order."""
+    found: dict[str, list[tuple[Path, bool]]] = {}
+    for base in () if cls is None else cls.__mro__:
+        # how adapters and textual inversions are loaded is no part of a call
+        if not base.__module__.startswith(("diffusers.loaders.", "diffusers.pipelines.pipeline_utils")):
+            for name, path, called in _chains(base):
+                found.setdefault(name, []).append((path, called))
+    return {name: sorted(set(paths)) for name, paths in found.items()}
+
+
+def _chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):  # built in, or written where there is no file
+        return
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in inner and len(names := _names(node)) > 1:
+            yield names[0], names[1:], id(node) in called
+
+
+def _names(node: ast.expr) -> Path:
+    """The names of `a.b.c`, without a `self` before them; none where it starts with something else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return ()
+    return tuple(reversed(names if node.id == "self" else [*names, node.id]))
