@@ -244,7 +244,8 @@ def _disagreement(name: str, module: torch.nn.Module, stored: StoredWeights | No
     """A note, where the files hold another number of elements than the class has saved tensors."""
     if stored is None:
         return f"{name}: sizes are those of the class; its weights are pickles, which were not read"
-    expected = sum(tensor.numel() for tensor in tensors_of(module) if id(tensor) not in _packed_tensors(module))
+    packed = _packed_tensors(module)
+    expected = sum(tensor.numel() for tensor in tensors_of(module) if id(tensor) not in packed)
     unsaved = sum(tensor.numel() for tensor in _unsaved_tensors(module))
     if expected - unsaved == stored.elements:
         return None
