@@ -34,6 +34,25 @@ os.environ["VRAMPLAN_PROFILES"] = str(Path(os.environ["VRAMPLAN_CACHE"]) / "prof
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests marked `diagonal(a, b)`, as few pairs as bring every `a` and every `b`; all where VRAMPLAN_TESTS=all."""
+    if os.environ.get("VRAMPLAN_TESTS") == "all":
+        return
+    count: dict[tuple[object, str], int] = {}
+    marked = {item: mark.args for item in items if (mark := item.get_closest_marker("diagonal"))}
+    for item, names in marked.items():
+        for name in names:
+            key = (item.function, name)  # type: ignore[attr-defined]
+            count[key] = max(count.get(key, 0), item.callspec.indices[name] + 1)  # type: ignore[attr-defined]
+    left = set()
+    for item, names in marked.items():
+        fewest = min(count[item.function, name] for name in names)  # type: ignore[attr-defined]
+        if len({item.callspec.indices[name] % fewest for name in names}) > 1:  # type: ignore[attr-defined]
+            left.add(item)
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(scope="session")
 def _quiet_libraries() -> None:
     import diffusers

@@ -85,6 +85,7 @@ def lora(tmp_path_factory):
     return make
 
 
+@pytest.mark.diagonal("kind", "name")
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_lora_is_charged_and_the_pictures_are_those_of_the_pipeline_alone(lora, kind, name):
@@ -157,6 +158,7 @@ def output_like(pipe, kind):
     return output_tensor(pipe(**call_kwargs(kind), ip_adapter_image=picture))
 
 
+@pytest.mark.diagonal("kind", "name")
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("kind", ["sd15-small", "sdxl-small"])
 def test_an_ip_adapter_is_charged_and_the_pictures_are_those_of_the_pipeline_alone(kind, name, tmp_path):
@@ -217,6 +219,7 @@ class TestBehindItsBack:
         assert torch.equal(output(pipe, "sdxl-small"), output(alone, "sdxl-small"))
 
 
+@pytest.mark.diagonal("kind", "name")
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("kind", ["sd15-small", "sdxl-small"])
 def test_a_controlnet_makes_another_pipeline_which_is_planned_for_once_the_first_has_no_plan(kind, name):

@@ -59,6 +59,7 @@ def ordinary(plan, pipe):
 
 
 class TestLoading:
+    @pytest.mark.diagonal("kind", "dtype")
     @pytest.mark.parametrize("dtype", [None, "bfloat16"])
     @pytest.mark.parametrize("kind", SMALL_KINDS)
     def test_every_component_is_loaded_as_planned(self, small_folder, kind, dtype) -> None:
@@ -70,6 +71,7 @@ class TestLoading:
             assert str(applied.pipe.components[record.name].dtype) == f"torch.{record.dtype}"
         assert sorted(line.split()[1].rstrip(":") for line in said) == sorted(plan.settings.placement)
 
+    @pytest.mark.diagonal("kind", "settings")
     @pytest.mark.parametrize("settings", [{}, FIRST, BY_LEAF, {"placement": "model_cpu_offload"}])
     @pytest.mark.parametrize("kind", SMALL_KINDS)
     def test_the_output_is_that_of_an_ordinary_load(self, small_folder, small_pipeline, kind, settings) -> None:
@@ -250,6 +252,7 @@ def make_live(pipe):
 
 
 class TestScript:
+    @pytest.mark.diagonal("kind", "settings")
     @pytest.mark.parametrize("settings", [{}, FIRST, BY_LEAF, {"placement": "model_cpu_offload"}])
     @pytest.mark.parametrize("kind", SMALL_KINDS)
     def test_it_runs_and_its_output_is_that_of_the_ordinary_call(

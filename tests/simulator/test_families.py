@@ -62,6 +62,7 @@ def test_resident_has_everything_on_the_device(name: str) -> None:
     assert result.host_peak_bytes >= total
 
 
+@pytest.mark.diagonal("name", "placement")
 @pytest.mark.parametrize("placement", OFFLOADS)
 def test_offload_does_the_same_with_less(name: str, placement: str) -> None:
     resident, offloaded = simulated(name, "resident"), simulated(name, placement)
@@ -79,6 +80,7 @@ def test_offload_does_the_same_with_less(name: str, placement: str) -> None:
         assert offloaded.pinned_peak_bytes > 0
 
 
+@pytest.mark.diagonal("name", "placement")
 @pytest.mark.parametrize("placement", ["resident", "partial_residency"])
 def test_played_back_or_not_makes_no_difference(name: str, placement: str) -> None:
     played = simulated(name, placement)

@@ -39,6 +39,7 @@ def simulated(pipe: Any, kind: str, placement: str, decode: tuple[str, ...] = ()
     return Source(pipe, spec).run(workload_of(kind), grouped(placed), decodes, accelerator=CARD)
 
 
+@pytest.mark.diagonal("kind", "placement")
 @pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize(
     "placement",
