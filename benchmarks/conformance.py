@@ -1,7 +1,8 @@
 """Simulate every pipeline that diffusers' own tests can build offline, under every placement; or run it for real.
 
-    python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--strategies resident,model,sequential,group,block,disk,partial]
-                                     [--json FILE] [--limit N] [--jobs N] [--part 1/4]
+    python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--json FILE]
+                                     [--strategies resident,model,sequential,group,block,disk,partial]
+                                     [--limit N] [--jobs N] [--part 1/4]
 
 `--strategies bits` makes each pipeline's call for real on the CPU under every lossless plan instead: see
 `conformance_bits.py`. `--part` takes every so many files of tests, to run in pieces, and `--merge FILES` puts what
