@@ -17,7 +17,16 @@ from annotated_types import Gt
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.pcie import LANE_BYTES_PER_S
 from vramplan.hardware.types import Accelerator, AcceleratorKind, Host, Rates
-from vramplan.profile_files import ProfileKind, is_users, mentions, mistakes, profile_files, read_document, read_profile
+from vramplan.profile_files import (
+    ProfileKind,
+    is_users,
+    located,
+    mentions,
+    mistakes,
+    profile_files,
+    read_document,
+    read_profile,
+)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
@@ -231,7 +240,8 @@ def own_profiles(kind: ProfileKind) -> dict[str, tuple[str, ...]]:
 
 
 def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
-    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it."""
+    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it: in its form, and,
+    where that is right, in what it says of the classes that are installed here."""
     try:
         document = read_document(path)
     except VramplanError as error:
@@ -239,6 +249,10 @@ def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
     keys = document.keys() if isinstance(document, dict) else set()
     kind = max(_TYPES, key=lambda kind: len(keys & {item.name for item in fields(_TYPES[kind])}))
     found = mistakes(path, _TYPES[kind])
+    if kind == "pipelines" and not found:
+        from vramplan.pipeline.bundled import contradictions
+
+        found = located(path, contradictions(read_profile(path, PipelineProfile)))
     if keys and document.get("name") != path.stem:
         found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
     return kind, found
