@@ -75,7 +75,9 @@ class ComponentProfile:
     """One component: its class, its configuration, and how many parameters that makes.
 
     `config` is what `build_weightless` takes; `parameters` counts each tied tensor once and is None for
-    what has no weights; `dtype` is the one its authors load it in where the pipeline's is not;
+    what has no weights; `published` is a figure that others give for them, with its source in brackets: a count
+    (`2.8B`) or the size of them all in a dtype (`23.8 GB in bfloat16`), of two components alike together (`57.2 GB for
+    both in bfloat16`); `dtype` is the one its authors load it in where the pipeline's is not;
     `model_max_length` is a tokenizer's, in tokens; `unconfirmed` marks what was recalled and not seen in
     a source.
     """
