@@ -137,7 +137,13 @@ def read_document(path: Path) -> Any:
 
 
 def _yaml_files(folder: Path) -> Iterable[Path]:
-    return sorted(path for path in folder.glob("*.yaml") if path.is_file())
+    """Sorted by name; none where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(".yaml") and entry.is_file())
+    except OSError:
+        return []
+    return [folder / name for name in names]
 
 
 def _validated(document: Any, profile_type: type[T]) -> tuple[T | None, Sequence[Mistake]]:
