@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator, Budget
@@ -102,14 +103,27 @@ def figures(
         if sliced.denoising_bytes < footprint.denoising_bytes
     )
 
+    vaes = [component.name for component in spec.vaes]
+    stopped: dict[Any, Simulation] = {}
+
     def simulated(decision: Decision, capacity: int) -> Simulation:
-        vaes = [component.name for component in spec.vaes]
+        beside = decision.placement, decision.weights, decision.execution
+        key = capacity, *(frozenset(settings.items()) for settings in beside)
+        if key in stopped:  # however it would have been decoded
+            return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
-        placed = grouped(decision.placement, decision.weights, decision.execution)
-        return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
+        found = source.run(work, grouped(*beside), decodes, accelerator=accelerator, capacity_bytes=capacity)
+        if _before_vaes(found, vaes):
+            stopped[key] = found
+        return found
 
     notes = (*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call"))
     return Figures(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
+
+
+def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
+    """Whether it was stopped before it came to any VAE."""
+    return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
 
 
 def _unseen(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:

@@ -13,7 +13,11 @@ import torch
 from calls import workload_of
 
 import vramplan
+from vramplan.figures import figures
 from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.planner.decide import Decision
+from vramplan.planner.fixed import parse_fixed
+from vramplan.planner.forms import Forms
 from vramplan.planning import describe
 from vramplan.profiles import device_accelerator, load_device_profile
 from vramplan.simulator import cache
@@ -21,6 +25,7 @@ from vramplan.simulator.pipeline import parts_from_live, parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
+from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB, MIB
 from vramplan.workload import Workload
@@ -128,6 +133,8 @@ def test_too_small_a_device_says_where_it_ran_out(small_pipeline: Callable[..., 
     assert result.stopped is not None
     assert "out of memory in" in result.stopped
     assert (result.short_bytes > 0) == lacks
+    assert result.stopped_in in ("load", "encode", "denoise", "decode")
+    assert f"({result.stopped_in})" in result.stopped
 
 
 def test_the_chosen_plan_was_confirmed_within_the_budget(small_pipeline: Callable[..., Any]) -> None:
@@ -198,3 +205,35 @@ def test_what_other_cards_had_recorded_serves_and_makes_no_difference(
     held = [item.peak_allocated_bytes for item in found]
     assert held[2] == held[1] + 24 * MIB  # what cuBLAS holds on Hopper
     assert (held[0] == held[1]) == (not matter)
+
+
+@pytest.mark.parametrize(
+    ("stopped_in", "vae_in", "runs"),
+    [("denoise", None, 1), ("load", None, 1), ("denoise", "encode", 3), ("encode", None, 3), ("decode", "decode", 3)],
+)
+def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
+    small_pipeline: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_in: Any,
+    vae_in: str | None,
+    runs: int,
+) -> None:
+    pipe, work = small_pipeline("sd15-small"), workload_of("sd15-small")
+    source = Source(pipe, spec := describe(pipe).spec)
+    found = figures(Forms(source), work, CARD, (), parse_fixed({}, spec, CARD))
+    assert found.simulated is not None
+    plain = source.run(work, [], [], accelerator=CARD)
+    uses = tuple(use for use in plain.uses if use.component != "vae" or use.phase == vae_in)
+    uses += (replace(uses[0], phase="encode", component="vae"),) if vae_in == "encode" else ()
+    stopped = replace(plain, stopped="out of memory", stopped_in=stopped_in, uses=uses)
+    made: list[int] = []
+    monkeypatch.setattr(source, "run", lambda *_, capacity_bytes, **__: made.append(capacity_bytes) or stopped)
+    placement = {component.name: Resident() for component in spec.components}
+    for capacity in (100, 200):
+        for decode in ((), (parse_decode("vae_slicing"),), (parse_decode("vae_tiling:tile=32"),)):
+            way = Decision(placement=placement, decode=decode, demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
+            assert found.simulated(way, capacity) is stopped
+    assert made == [100] * runs + [200] * runs
+    for setting in ("model_cpu_offload", "group_offload"):  # another placement is another call
+        found.simulated(replace(way, placement=dict.fromkeys(placement, parse_placement(setting))), 200)
+    assert len(made) == 2 * runs + 2
