@@ -25,7 +25,7 @@ WIDTH = 16  # of every text encoder that is made here
 class Family(NamedTuple):
     """How to make a pipeline and what to ask of it.
 
-    `real` tells whether a real call on the CPU is short; `needs` names a package that the pipeline cannot do without.
+    `real` tells whether a real call on the CPU is short; `needs` names a package that a real call cannot do without.
     """
 
     make: Callable[[], Any]

@@ -159,6 +159,19 @@ class TestPlanCode:
         assert code.index("apply_group_offloading(pipe") < code.index("enable_tiling()")
         assert code.count("import torch") == 1
 
+    def test_components_are_loaded_in_the_order_of_the_plan(self, small_folder):
+        settings = {"placement": "resident", "placement.unet": "group_offload:blocks=1"}
+        plan = make_plan(small_folder("sd15-small"), settings=settings, dtype="bfloat16")
+        order = plan.projected.load.order
+        by_size = sorted(plan.model.components, key=lambda record: -record.weight_bytes)
+        assert (order[-1], by_size[0].name) == ("unet", "unet")  # what stays in RAM comes last, the largest or not
+        code = plan_code(plan)
+        assert sorted(order, key=lambda name: code.index(f"pipe.{name} = ")) == list(order)
+        older = replace(plan, projected=replace(plan.projected, load=replace(plan.projected.load, order=())))
+        assert plan_code(older).index("pipe.unet = ") == min(
+            plan_code(older).index(f"pipe.{name} = ") for name in order
+        )
+
     def test_each_of_several_dtypes_is_loaded(self, sd15_plan):
         first, *rest = sd15_plan.model.components
         plan = replace(sd15_plan, model=replace(sd15_plan.model, components=(replace(first, dtype="bfloat16"), *rest)))

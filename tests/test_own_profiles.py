@@ -154,6 +154,57 @@ def test_a_mistake_deep_in_a_pipeline_has_its_line(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "changes", "place", "said"),
+    [
+        (
+            "vae",
+            {"config": {"latent_chanels": 16}},
+            "config.latent_chanels",
+            "takes no latent_chanels, but latent_channels",
+        ),
+        ("text_encoder", {"config": {"hiden_size": 8}}, "config.hiden_size", "takes no hiden_size, but hidden_size"),
+        ("scheduler", {"config": {"red": 1}}, "config.red", "FlowMatchEulerDiscreteScheduler takes no red"),
+        ("vae", {"parameters": 7}, "parameters", "7, but AutoencoderKL has 83,819,683 as configured"),
+        ("vae", {"parameters": None}, "", "AutoencoderKL has weights: give its number of parameters"),
+        ("vae", {"class": "AutoencoderXL"}, "class", "diffusers.AutoencoderXL is not a class"),
+        ("vae", {"config": {"block_out_channels": 5}}, "config", "no AutoencoderKL can be built from it"),
+    ],
+)
+def test_what_the_libraries_say_otherwise_is_a_mistake(
+    write: Write, part: str, changes: dict[str, Any], place: str, said: str
+) -> None:
+    document = yaml.safe_load(profile_path("pipelines", "flux.1-dev").read_text(encoding="utf-8"))
+    kept = {name: item for name, item in document["components"].items() if name in ("vae", "text_encoder", "scheduler")}
+    given = changes.get("config", {})
+    kept[part] |= changes | ({"config": kept[part]["config"] | given} if given else {})
+    path = write("pipelines", "mine", like="flux.1-dev", components=kept)
+    _, (told,) = check_profile(path)
+    where = ".".join(filter(None, ("components", part, place)))
+    number = int(told.removeprefix(f"{path}:").partition(":")[0])
+    assert told.startswith(f"{path}:{number}: {where}: ")
+    assert said in told
+    key = where.rpartition(".")[2]
+    assert path.read_text(encoding="utf-8").splitlines()[number - 1].strip().startswith(f"{key}:")
+
+
+def test_a_pipeline_class_that_is_not_here_is_a_mistake(write: Write) -> None:
+    _, found = check_profile(write("pipelines", "mine", like="stable-diffusion-1.5", pipeline="NoPipeline"))
+    assert [line for line in found if "pipeline: profile mine: diffusers" in line and "has no NoPipeline" in line]
+
+
+def test_weights_without_a_count_are_not_left_out_silently(write: Write) -> None:
+    """Without its denoiser a pipeline would fit anything."""
+    components = yaml.safe_load(profile_path("pipelines", "stable-diffusion-1.5").read_text(encoding="utf-8"))[
+        "components"
+    ]
+    del components["unet"]["parameters"]
+    write("pipelines", "mine", like="stable-diffusion-1.5", components=components)
+    planned = run("plan", "mine", "--device", "rtx-4090")
+    assert planned.exit_code == 1
+    assert "components.unet: UNet2DConditionModel has weights: give its number of parameters" in planned.stderr
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"pool_bytes": 1 << 40}, "the whole document: give one of link"),

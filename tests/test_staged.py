@@ -69,7 +69,7 @@ class TestLoading:
         assert type(applied.pipe).__name__ == plan.model.class_name
         for record in plan.model.components:
             assert str(applied.pipe.components[record.name].dtype) == f"torch.{record.dtype}"
-        assert sorted(line.split()[1].rstrip(":") for line in said) == sorted(plan.settings.placement)
+        assert tuple(line.split()[1].rstrip(":") for line in said) == plan.projected.load.order
 
     @pytest.mark.diagonal("kind", "settings")
     @pytest.mark.parametrize("settings", [{}, FIRST, BY_LEAF, {"placement": "model_cpu_offload"}])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import execution_settings
@@ -14,7 +16,7 @@ from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.forms import Forms
 from vramplan.residuals import Basis
-from vramplan.simulator.types import Simulation
+from vramplan.simulator.types import SimulatedPhase, Simulation
 from vramplan.strategies.base import Weights
 from vramplan.strategies.settings import grouped
 from vramplan.units import format_bytes
@@ -82,10 +84,14 @@ def figures(
     try:
         footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
     except SimulationError as error:
+        if not any(use.phase == "denoise" for use in spec.uses):
+            raise VramplanError(
+                f"{spec.class_name}: no component denoises, and its whole call cannot be simulated: {error}"
+            ) from error
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
         others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
-        return Figures(footprint=traced, lighter=others, notes=(note,))
+        return Figures(footprint=traced, lighter=others, notes=(note, *_unseen(spec, traced.plain, "could be traced")))
     every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
     tried = (
         (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
@@ -97,38 +103,71 @@ def figures(
         if sliced.denoising_bytes < footprint.denoising_bytes
     )
 
-    def simulated(decision: Decision, capacity: int) -> Simulation:
-        vaes = [component.name for component in spec.vaes]
-        decodes = [(setting, vaes) for setting in decision.decode]
-        placed = grouped(decision.placement, decision.weights, decision.execution)
-        return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity)
+    vaes = [component.name for component in spec.vaes]
+    stopped: dict[Any, Simulation] = {}
 
-    return Figures(footprint=footprint, lighter=every, simulated=simulated, notes=footprint.plain.notes)
+    def simulated(decision: Decision, capacity: int) -> Simulation:
+        beside = decision.placement, decision.weights, decision.execution
+        key = capacity, *(frozenset(settings.items()) for settings in beside)
+        if key in stopped:  # however it would have been decoded
+            return stopped[key]
+        decodes = [(setting, vaes) for setting in decision.decode]
+        found = source.run(work, grouped(*beside), decodes, accelerator=accelerator, capacity_bytes=capacity)
+        if _before_vaes(found, vaes):
+            stopped[key] = found
+        return found
+
+    notes = (*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call"))
+    return Figures(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
+
+
+def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
+    """Whether it was stopped before it came to any VAE."""
+    return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
+
+
+def _unseen(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
+    """A note for what the planner has no figures of, and counts with rules of thumb."""
+    names = {
+        use.component: None
+        for use in spec.uses
+        if not use.optional and simulation.use(use.phase, use.component) is None
+    }
+    return (f"not all {what}: rules of thumb stand in for {', '.join(names)}",) if names else ()
 
 
 def confirmed(decision: Decision, simulation: Simulation) -> Decision:
-    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit."""
+    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit.
+
+    A phase that the simulated call did not come to stays as it was priced.
+    """
     if simulation.stopped is not None:
-        reason = f"{simulation.stopped}: short by at least {format_bytes(simulation.short_bytes)}"
-        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=simulation.short_bytes)
-    on_device = {phase.name: phase.on_device for phase in decision.demand.phases}
-    phases = tuple(
-        PhaseDemand(
-            name=phase.name,
-            component=phase.component,
-            on_device=on_device[phase.name],
-            weights_bytes=phase.weights_bytes,
-            activation_bytes=phase.activation_bytes,
-            workspace_bytes=phase.workspace_bytes,
-            reserved_bytes=phase.peak_allocated_bytes,
-        )
-        for phase in simulation.phases
-        if phase.name != "load" and phase.name in on_device
-    )
+        short = simulation.short_bytes
+        lack = f"short by at least {format_bytes(short)}" if short else "as much is free, but in pieces too small"
+        reason = f"{simulation.stopped}: {lack}"
+        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=max(1, short))
+    found = {phase.name: phase for phase in simulation.phases}
+    phases, unseen = [], []
+    for priced in decision.demand.phases:
+        if (seen := found.get(priced.name)) is None:
+            unseen.append(priced)
+        phases.append(priced if seen is None else _simulated_phase(priced, seen))
     demand = replace(
         decision.demand,
-        vram_allocated_bytes=simulation.peak_allocated_bytes,
-        vram_reserved_bytes=simulation.peak_reserved_bytes,
-        phases=phases,
+        vram_allocated_bytes=max([simulation.peak_allocated_bytes, *(phase.allocated_bytes for phase in unseen)]),
+        vram_reserved_bytes=max([simulation.peak_reserved_bytes, *(phase.reserved_bytes for phase in unseen)]),
+        phases=tuple(phases),
     )
     return replace(decision, demand=demand)
+
+
+def _simulated_phase(priced: PhaseDemand, seen: SimulatedPhase) -> PhaseDemand:
+    return PhaseDemand(
+        name=priced.name,
+        component=seen.component,
+        on_device=priced.on_device,
+        weights_bytes=seen.weights_bytes,
+        activation_bytes=seen.activation_bytes,
+        workspace_bytes=seen.workspace_bytes,
+        reserved_bytes=seen.peak_allocated_bytes,
+    )

@@ -128,6 +128,8 @@ class Subject:
         work = make_workload(self.described.defaults, given)
         if work.num_frames > 1 and not self.spec.video:
             raise UsageError(f"{self.spec.class_name} makes pictures: leave the number of frames out")
+        if self.spec.sound and any(given.get(name) is not None for name in ("height", "width")):
+            raise UsageError(f"{self.spec.class_name} makes sound: leave height and width out")
         return work
 
     def plan(
@@ -202,9 +204,7 @@ class Subject:
 
     def _figures(self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed) -> Figures:
         """The planner's numbers, made where no machine with these kernels asked for them before."""
-        from vramplan.simulator.source import kernels_of
-
-        kernels = None if accelerator is None else tuple(kernels_of(accelerator).values())
+        kernels = None if accelerator is None else tuple(self._forms.source.kernels(accelerator).values())
         key = work, kernels, allow
         if key not in self._known:
             weights = weight_settings(self.spec, told, allow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,6 +13,8 @@ from vramplan.errors import VramplanError
 
 ProfileKind = Literal["pipelines", "devices"]
 T = TypeVar("T")
+# A place in a file, as the keys and positions that lead there, and what is wrong at it.
+Mistake = tuple[Sequence[int | str], str]
 # More files than come with vramplan.
 _KEPT = 1024
 
@@ -91,20 +93,26 @@ def read_profile(path: Path, profile_type: type[T]) -> T:
 def _read(path: Path, modified: int, size: int, profile_type: type[Any]) -> Any:
     found, errors = _validated(read_document(path), profile_type)
     if errors:
-        raise VramplanError(f"{path}: {_told(errors[0])}; correct the file")
+        raise VramplanError(f"{path}: {_told(*errors[0])}; correct the file")
     return found
 
 
 def mistakes(path: Path, profile_type: type[Any]) -> tuple[str, ...]:
-    """What keeps the file from being used, one line each: `FILE:LINE: place: what is wrong`. None if nothing does."""
-    import yaml
-
+    """What keeps the file from being used, one line each, as `located` has them. None if nothing does."""
     try:
         _, errors = _validated(read_document(path), profile_type)
     except VramplanError as error:
         return (str(error),)
-    root = yaml.compose(path.read_bytes()) if errors else None
-    return tuple(f"{path}:{_line(root, error['loc'])}: {_told(error)}" for error in errors)
+    return located(path, errors)
+
+
+def located(path: Path, found: Iterable[Mistake]) -> tuple[str, ...]:
+    """What is wrong at places of a file, one line each: `FILE:LINE: place: what is wrong`."""
+    import yaml
+
+    found = list(found)
+    root = yaml.compose(path.read_bytes()) if found else None
+    return tuple(f"{path}:{_line(root, place)}: {_told(place, text)}" for place, text in found)
 
 
 def read_document(path: Path) -> Any:
@@ -129,23 +137,28 @@ def read_document(path: Path) -> Any:
 
 
 def _yaml_files(folder: Path) -> Iterable[Path]:
-    return sorted(path for path in folder.glob("*.yaml") if path.is_file())
+    """Sorted by name; none where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(".yaml") and entry.is_file())
+    except OSError:
+        return []
+    return [folder / name for name in names]
 
 
-def _validated(document: Any, profile_type: type[T]) -> tuple[T | None, Sequence[Mapping[str, Any]]]:
-    """The profile, or the errors in it."""
+def _validated(document: Any, profile_type: type[T]) -> tuple[T | None, Sequence[Mistake]]:
+    """The profile, or the mistakes in it."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
         # Through JSON, strict validation takes a list for a tuple and a mapping for a dataclass: no more.
         return TypeAdapter(profile_type).validate_json(json.dumps(document), strict=True), ()
     except ValidationError as error:
-        return None, error.errors()
+        return None, [(item["loc"], item["msg"].removeprefix("Value error, ")) for item in error.errors()]
 
 
-def _told(error: Mapping[str, Any]) -> str:
-    place = ".".join(str(step) for step in error["loc"]) or "the whole document"
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+def _told(place: Iterable[int | str], text: str) -> str:
+    return f"{'.'.join(map(str, place)) or 'the whole document'}: {text}"
 
 
 def _line(node: Any, place: Iterable[int | str]) -> int:

@@ -17,7 +17,16 @@ from annotated_types import Gt
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.pcie import LANE_BYTES_PER_S
 from vramplan.hardware.types import Accelerator, AcceleratorKind, Host, Rates
-from vramplan.profile_files import ProfileKind, is_users, mentions, mistakes, profile_files, read_document, read_profile
+from vramplan.profile_files import (
+    ProfileKind,
+    is_users,
+    located,
+    mentions,
+    mistakes,
+    profile_files,
+    read_document,
+    read_profile,
+)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
@@ -66,7 +75,9 @@ class ComponentProfile:
     """One component: its class, its configuration, and how many parameters that makes.
 
     `config` is what `build_weightless` takes; `parameters` counts each tied tensor once and is None for
-    what has no weights; `dtype` is the one its authors load it in where the pipeline's is not;
+    what has no weights; `published` is a figure that others give for them, with its source in brackets: a count
+    (`2.8B`) or the size of them all in a dtype (`23.8 GB in bfloat16`), of two components alike together (`57.2 GB for
+    both in bfloat16`); `dtype` is the one its authors load it in where the pipeline's is not;
     `model_max_length` is a tokenizer's, in tokens; `unconfirmed` marks what was recalled and not seen in
     a source.
     """
@@ -231,7 +242,8 @@ def own_profiles(kind: ProfileKind) -> dict[str, tuple[str, ...]]:
 
 
 def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
-    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it."""
+    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it: in its form, and,
+    where that is right, in what it says of the classes that are installed here."""
     try:
         document = read_document(path)
     except VramplanError as error:
@@ -239,6 +251,10 @@ def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
     keys = document.keys() if isinstance(document, dict) else set()
     kind = max(_TYPES, key=lambda kind: len(keys & {item.name for item in fields(_TYPES[kind])}))
     found = mistakes(path, _TYPES[kind])
+    if kind == "pipelines" and not found:
+        from vramplan.pipeline.bundled import contradictions
+
+        found = located(path, contradictions(read_profile(path, PipelineProfile)))
     if keys and document.get("name") != path.stem:
         found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
     return kind, found

@@ -99,10 +99,10 @@ class Script:
             yield from setting.code(names, self.vaes)
 
     def _loading(self, placed: Placed, wanted: Sequence[str]) -> Iterator[str]:
-        """Each of these loaded and placed, the largest first, on an object that stands in for the pipeline."""
+        """Each of these loaded and placed, in the order of the plan, on an object that stands in for the pipeline."""
         yield "from types import SimpleNamespace"
         yield "pipe = SimpleNamespace()  # one component after another, each placed before the next is loaded"
-        for record in sorted(self.plan.model.components, key=lambda record: -record.weight_bytes):
+        for record in self._in_order():
             if record.name not in wanted:
                 continue
             settings = [setting for setting, names in placed if record.name in names]
@@ -119,6 +119,14 @@ class Script:
             yield self._component(record, where, source)
             for setting in (setting for setting in settings if setting not in direct):
                 yield from setting.code([record.name], self._device)
+
+    def _in_order(self) -> list[ComponentRecord]:
+        """The components as they are loaded: in the plan's order, else the largest first."""
+        load = self.plan.projected.load
+        place = {name: number for number, name in enumerate(load.order if load else ())}
+        return sorted(
+            self.plan.model.components, key=lambda record: (place.get(record.name, len(place)), -record.weight_bytes)
+        )
 
     def _component(self, record: ComponentRecord, where: str, source: Path | None) -> str:
         call = f"from_pretrained({self._source}" if source is None else self._single_file(source)

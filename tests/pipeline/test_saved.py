@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from make_pipeline import build
+from safetensors.torch import load_file, save_file
 
 import vramplan
 from vramplan.errors import UsageError, VramplanError
@@ -136,3 +137,60 @@ def test_what_the_files_do_not_tell_is_refused(quantized_folder: Any, tmp_path: 
     assert stored is not None
     assert {layer.quantized for layer in stored.packed.values()} == {"bitsandbytes nf4"}
     assert build("flux-small").text_encoder_2.config.num_layers > 1
+
+
+def rewritten(small_folder: Any, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """The small FLUX pipeline with other tensors in its transformer's file."""
+    folder = Path(shutil.copytree(small_folder("flux-small"), target))
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return folder
+
+
+def in_8_bits(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: tensor.to(torch.float8_e4m3fn if tensor.dim() > 1 else torch.bfloat16) for name, tensor in tensors.items()
+    }
+
+
+def test_weights_in_8_bits_are_loaded_in_a_dtype_to_compute_in(small_folder: Any, tmp_path: Path) -> None:
+    folder = rewritten(small_folder, tmp_path / "pipeline", in_8_bits)
+    plan = vramplan.plan(folder, device=MACHINE, settings={"placement": "resident"}, height=64, width=64)
+    record = next(item for item in plan.model.components if item.name == "transformer")
+    assert (record.dtype, plan.projected.basis) == ("bfloat16", "simulated")
+    (note,) = plan.notes
+    assert "transformer: its files are in float8_e4m3fn" in note
+    pipe = load_applied(plan, folder, None, device="cpu", say=lambda _: None).applied.pipe
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert module_bytes(pipe.transformer) == record.weight_bytes
+    told = spec_from_folder(folder, dtype="float16")
+    assert (told.notes, told.component("transformer").converted_at_load) == ((), True)
+    cast = vramplan.plan(
+        folder, device=MACHINE, settings={"weights.transformer": "layerwise_casting"}, height=64, width=64
+    )
+    assert cast.projected.vram_allocated_bytes < plan.projected.vram_allocated_bytes
+
+
+@pytest.mark.parametrize("scale", ["scaled_fp8", "transformer_blocks.0.attn.to_q.scale_weight", "x.weight_scale"])
+def test_weights_with_scales_that_diffusers_leaves_out_are_refused(
+    small_folder: Any, tmp_path: Path, scale: str
+) -> None:
+    def scaled(tensors: dict[str, Any]) -> dict[str, Any]:
+        return in_8_bits(tensors) | {scale: torch.ones(1)}
+
+    folder = rewritten(small_folder, tmp_path / "pipeline", scaled)
+    with pytest.raises(VramplanError, match=f"transformer: its weights are of 8 bits with scales .*{scale}") as caught:
+        spec_from_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "quanto", None])
+def test_another_library_is_named_in_one_line(small_folder: Any, tmp_path: Path, method: str | None) -> None:
+    folder = Path(shutil.copytree(small_folder("flux-small"), tmp_path / "pipeline"))
+    path = folder / "text_encoder_2" / "config.json"
+    told = {"quantization_config": {"quant_method": method} if method else ["?"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    by = f" by {method}" if method else ""
+    with pytest.raises(VramplanError, match=f"text_encoder_2: its weights are quantized{by}, not by") as caught:
+        spec_from_folder(folder)
+    assert "\n" not in str(caught.value)

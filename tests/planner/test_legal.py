@@ -10,6 +10,7 @@ import pytest
 from vramplan.errors import UsageError
 from vramplan.models import describe
 from vramplan.pipeline.bundled import profile_class
+from vramplan.pipeline.classes import class_facts
 from vramplan.planner.legal import legal_workloads, size_step
 from vramplan.profiles import load_pipeline_profile
 from vramplan.workload import make_workload
@@ -56,3 +57,26 @@ def test_pictures_have_no_frames() -> None:
         legal_workloads("frames", described.spec, described.defaults, usual)
     with pytest.raises(UsageError, match="there are size, frames, batch"):
         legal_workloads("height", described.spec, described.defaults, usual)  # type: ignore[arg-type]
+
+
+def test_sound_has_batches_alone() -> None:
+    described = describe("stable-audio-open")
+    usual = make_workload(described.defaults, {})
+    for dimension in ("size", "frames"):
+        with pytest.raises(UsageError, match=f"StableAudioPipeline makes sound, which has no {dimension}"):
+            legal_workloads(dimension, described.spec, described.defaults, usual)
+    ladder = legal_workloads("batch", described.spec, described.defaults, usual)
+    assert [work.num_images_per_prompt for work in ladder[:3]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("sound", "names"),
+    [
+        (True, ("AudioLDM2Pipeline", "MusicLDMPipeline", "StableAudio3Pipeline")),
+        (False, ("LTX2Pipeline", "DDPMPipeline", "StableCascadeDecoderPipeline")),
+    ],
+)
+def test_what_makes_sound_is_told_from_its_call(sound: bool, names: tuple[str, ...]) -> None:
+    import diffusers
+
+    assert {name: class_facts(getattr(diffusers, name)).sound for name in names} == dict.fromkeys(names, sound)

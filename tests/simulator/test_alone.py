@@ -11,12 +11,19 @@ import pytest
 from calls import workload_of
 
 import vramplan
+from vramplan.errors import VramplanError
+from vramplan.figures import confirmed
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.models import describe
+from vramplan.planner.decide import Decision
+from vramplan.planner.demand import price
+from vramplan.simulator import alone
 from vramplan.simulator.alone import traced_alone
+from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.run import SimulationError
 from vramplan.simulator.source import Source
+from vramplan.strategies.resident import Resident
 from vramplan.units import GIB
 
 SMALL = ("sd15-small", "sdxl-small", "flux-small", "cogvideox-small")
@@ -76,3 +83,69 @@ def test_tiling_is_priced_from_the_decode_alone(small_pipeline: Callable[..., An
         for plan in (plain, tiled)
     ]
     assert peaks[1] < peaks[0]
+
+
+def test_what_cannot_be_traced_either_is_named_and_counted_by_rules_of_thumb(
+    small_pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = undriveable(small_pipeline)
+    whole = vramplan.plan(pipe, device=MACHINE, height=64, width=64)
+    monkeypatch.setenv("VRAMPLAN_CACHE", "0")
+    monkeypatch.setattr(alone, "_denoiser_inputs", lambda *_: iter([{"hidden_states": (1, 1)}]))
+    plan = vramplan.plan(pipe, device=MACHINE, height=64, width=64)
+    assert (whole.projected.basis, plan.projected.basis) == ("derived", "assumed")
+    assert "not all could be traced: rules of thumb stand in for transformer" in plan.notes
+    assert [phase.name for phase in plan.projected.phases] == ["encode", "denoise", "decode"]
+    denoise = plan.projected.phases[1]
+    assert denoise.component == "transformer"
+    assert denoise.activation_bytes > 0
+
+
+def test_a_pipeline_without_its_denoiser_does_not_fit_everything(small_pipeline: Callable[..., Any]) -> None:
+    pipe = diffusers.FluxPipeline(**small_pipeline("flux-small").components | {"transformer": None})
+    with pytest.raises(VramplanError, match="FluxPipeline: no component denoises, and its whole call"):
+        vramplan.plan(pipe, device=MACHINE, height=64, width=64)
+
+
+class Skips(diffusers.FluxPipeline):
+    """Never comes to its denoiser."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.encode_prompt("a fox", None, device="cuda:0")
+
+
+def test_a_phase_that_the_simulated_call_left_out_is_counted_and_told(small_pipeline: Callable[..., Any]) -> None:
+    plan = vramplan.plan(Skips(**small_pipeline("flux-small").components), device=MACHINE, height=64, width=64)
+    assert plan.projected.basis == "assumed"
+    assert "not all ran in the simulated call: rules of thumb stand in for transformer, vae" in plan.notes
+    assert {phase.name for phase in plan.projected.phases} == {"encode", "denoise", "decode"}
+
+
+def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price(small_pipeline: Callable[..., Any]) -> None:
+    pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
+    source = Source(pipe, spec := describe(pipe).spec)
+    found = source.run(work, [], [], accelerator=CARD)
+    footprint = SimulatedFootprint(spec=spec, workload=work, plain=found, decode=lambda _: found)
+    placement = {component.name: Resident() for component in spec.components}
+    demand = price(spec, work, placement, (), footprint=footprint, accelerator=CARD)
+    priced = Decision(placement=placement, decode=(), demand=demand, verdict="fits", reason="", deficit_bytes=0)
+    whole, (_, denoise, _) = confirmed(priced, found).demand, demand.phases
+    assert whole.vram_reserved_bytes == found.peak_reserved_bytes
+    without = replace(found, phases=tuple(phase for phase in found.phases if phase.name != "denoise"))
+    low = confirmed(priced, replace(without, peak_reserved_bytes=1, peak_allocated_bytes=1)).demand
+    assert low.phases == (whole.phases[0], denoise, whole.phases[2])
+    assert (low.vram_reserved_bytes, low.vram_allocated_bytes) == (denoise.reserved_bytes, denoise.allocated_bytes)
+
+
+@pytest.mark.parametrize(("short", "lack"), [(0, "as much is free, but in pieces too small"), (2048, "at least 2 KiB")])
+def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(
+    small_pipeline: Callable[..., Any], short: int, lack: str
+) -> None:
+    pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
+    found = Source(pipe, describe(pipe).spec).run(work, [], [], accelerator=CARD)
+    stopped = replace(found, stopped="out of memory", short_bytes=short)
+    priced = Decision(placement={}, decode=(), demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
+    told = confirmed(priced, stopped)
+    assert told.verdict == "rejected"
+    assert lack in told.reason
+    assert told.deficit_bytes == max(1, short)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calls import workload_of
 
 import vramplan
+from vramplan.figures import figures
 from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.planner.decide import Decision
+from vramplan.planner.fixed import parse_fixed
+from vramplan.planner.forms import Forms
 from vramplan.planning import describe
+from vramplan.profiles import device_accelerator, load_device_profile
 from vramplan.simulator import cache
 from vramplan.simulator.pipeline import parts_from_live, parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
+from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
-from vramplan.units import GIB
+from vramplan.units import GIB, MIB
 from vramplan.workload import Workload
 
 SMALL = ("sd15-small", "sdxl-small", "flux-small", "cogvideox-small")
@@ -117,15 +125,17 @@ def test_flux_takes_what_was_measured() -> None:
     assert offloaded.peak_allocated_bytes / GIB == pytest.approx(22.64, rel=0.01)
 
 
-def test_too_small_a_device_says_where_it_ran_out(small_pipeline: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("mib", "lacks"), [(12, True), (24, False)])
+def test_too_small_a_device_says_where_it_ran_out(small_pipeline: Callable[..., Any], mib: int, lacks: bool) -> None:
+    """By how much at least; by none where as much is free, in pieces too small."""
     parts = parts_from_live(small_pipeline("sd15-small"))
-    result = run_simulation(
-        parts, workload_of("sd15-small"), lambda pipe: pipe.to("cuda"), capacity_bytes=24 * 1024 * 1024
-    )
+    result = run_simulation(parts, workload_of("sd15-small"), lambda pipe: pipe.to("cuda"), capacity_bytes=mib * MIB)
     assert result.fits is False
     assert result.stopped is not None
     assert "out of memory in" in result.stopped
-    assert result.short_bytes > 0
+    assert (result.short_bytes > 0) == lacks
+    assert result.stopped_in in ("load", "encode", "denoise", "decode")
+    assert f"({result.stopped_in})" in result.stopped
 
 
 def test_the_chosen_plan_was_confirmed_within_the_budget(small_pipeline: Callable[..., Any]) -> None:
@@ -178,3 +188,53 @@ def test_expandable_segments_reserve_less(small_pipeline: Callable[..., Any], mo
     expandable = simulated(pipe, "sdxl-small", "resident")
     assert expandable.peak_allocated_bytes == fixed.peak_allocated_bytes
     assert expandable.peak_reserved_bytes < fixed.peak_reserved_bytes
+
+
+@pytest.mark.parametrize(("dtype", "matter"), [("float32", ()), ("bfloat16", ("bfloat16",))])
+def test_what_other_cards_had_recorded_serves_and_makes_no_difference(
+    small_pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dtype: str, matter: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("VRAMPLAN_CACHE", "0")
+    pipe, work = small_pipeline("flux-small", torch_dtype=getattr(torch, dtype)), workload_of("flux-small")
+    spec = describe(pipe).spec
+    cards = [device_accelerator(load_device_profile(name)) for name in ("t4", "rtx-4090", "h100-80gb")]
+    source = Source(pipe, spec)
+    assert [source.kernels(card)["math_dtypes"] for card in cards] == [matter, (), ()]
+    found = [source.run(work, [], [], accelerator=card) for card in cards]
+    alone = [Source(pipe, spec).run(work, [], [], accelerator=card) for card in cards]
+    assert [replace(item, wall_seconds=0) for item in found] == [replace(item, wall_seconds=0) for item in alone]
+    held = [item.peak_allocated_bytes for item in found]
+    assert held[2] == held[1] + 24 * MIB  # what cuBLAS holds on Hopper
+    assert (held[0] == held[1]) == (not matter)
+
+
+@pytest.mark.parametrize(
+    ("stopped_in", "vae_in", "runs"),
+    [("denoise", None, 1), ("load", None, 1), ("denoise", "encode", 3), ("encode", None, 3), ("decode", "decode", 3)],
+)
+def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
+    small_pipeline: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_in: Any,
+    vae_in: str | None,
+    runs: int,
+) -> None:
+    pipe, work = small_pipeline("sd15-small"), workload_of("sd15-small")
+    source = Source(pipe, spec := describe(pipe).spec)
+    found = figures(Forms(source), work, CARD, (), parse_fixed({}, spec, CARD))
+    assert found.simulated is not None
+    plain = source.run(work, [], [], accelerator=CARD)
+    uses = tuple(use for use in plain.uses if use.component != "vae" or use.phase == vae_in)
+    uses += (replace(uses[0], phase="encode", component="vae"),) if vae_in == "encode" else ()
+    stopped = replace(plain, stopped="out of memory", stopped_in=stopped_in, uses=uses)
+    made: list[int] = []
+    monkeypatch.setattr(source, "run", lambda *_, capacity_bytes, **__: made.append(capacity_bytes) or stopped)
+    placement = {component.name: Resident() for component in spec.components}
+    for capacity in (100, 200):
+        for decode in ((), (parse_decode("vae_slicing"),), (parse_decode("vae_tiling:tile=32"),)):
+            way = Decision(placement=placement, decode=decode, demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
+            assert found.simulated(way, capacity) is stopped
+    assert made == [100] * runs + [200] * runs
+    for setting in ("model_cpu_offload", "group_offload"):  # another placement is another call
+        found.simulated(replace(way, placement=dict.fromkeys(placement, parse_placement(setting))), 200)
+    assert len(made) == 2 * runs + 2

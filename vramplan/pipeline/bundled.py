@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+
 from vramplan.errors import VramplanError
-from vramplan.pipeline.build import build_weightless
+from vramplan.pipeline.build import build_weightless, component_class
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import assemble
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.profiles import PipelineProfile
+from vramplan.profiles import ComponentProfile, PipelineProfile
+
+Place = tuple[str, ...]
 
 
 def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> PipelineSpec:
     """The description of the pipeline the profile stands for, loaded with `dtype` or the profile's own.
 
     A component that has a dtype of its own in the profile keeps it.
+
+    Raises:
+        VramplanError: a class unknown here, or a component that has weights and no `parameters` in the profile.
     """
     cls = profile_class(profile)
     components = []
     for name, part in profile.components.items():
         if part.parameters is None:
+            if _has_weights(component_class(part.library, part.class_name)):
+                raise VramplanError(f"profile {profile.name}: components.{name}: {_no_count(part)}")
             continue
         module = build_weightless(part.library, part.class_name, part.config)
         cast_as_loaded(module, part.dtype or dtype or profile.dtype)
@@ -35,3 +48,75 @@ def profile_class(profile: PipelineProfile) -> type:
     if not isinstance(found, type):
         raise VramplanError(f"profile {profile.name}: diffusers {diffusers.__version__} has no {profile.pipeline}")
     return found
+
+
+def contradictions(profile: PipelineProfile) -> Iterator[tuple[Place, str]]:
+    """What the installed libraries say against a profile, each with its place in the file: a class they do not have, a
+    key of a configuration that its class does not take, another number of parameters than the class has."""
+    try:
+        profile_class(profile)
+    except VramplanError as error:
+        yield ("pipeline",), str(error)
+    for name, part in profile.components.items():
+        for place, text in _contradictions(part):
+            yield ("components", name, *place), text
+
+
+def unknown_keys(part: ComponentProfile) -> list[str]:
+    """The keys of a component's configuration that its class does nothing with. Raises VramplanError without a class.
+
+    Of transformers' classes those are known too that their code reads; what has no weights there takes anything.
+    """
+    cls = component_class(part.library, part.class_name)
+    config, names = _config_of(cls), _names(cls)
+    if config is None:
+        return [] if part.library == "transformers" else [key for key in part.config if key not in names]
+    code = inspect.getsource(sys.modules[cls.__module__])
+    return [key for key in part.config if not (key in names or hasattr(config, key) or f"config.{key}" in code)]
+
+
+def _contradictions(part: ComponentProfile) -> Iterator[tuple[Place, str]]:
+    try:
+        cls = component_class(part.library, part.class_name)
+    except VramplanError as error:
+        yield ("class",), str(error)
+        return
+    unknown = unknown_keys(part)
+    for key in unknown:
+        near = difflib.get_close_matches(key, _names(cls), n=1)
+        yield ("config", key), f"{part.class_name} takes no {key}" + "".join(f", but {name}" for name in near)
+    if unknown or not _has_weights(cls):
+        return
+    if part.parameters is None:
+        yield (), _no_count(part)
+        return
+    try:
+        module = build_weightless(part.library, part.class_name, part.config)
+    except Exception as error:  # what a wrong configuration makes a class raise is anybody's guess
+        reason = " ".join(str(error).split())[:200]
+        yield ("config",), f"no {part.class_name} can be built from it ({reason})"
+        return
+    count = sum(parameter.numel() for parameter in module.parameters())
+    if count != part.parameters:
+        yield ("parameters",), f"{part.parameters:,}, but {part.class_name} has {count:,} as configured"
+
+
+def _has_weights(cls: Any) -> bool:
+    import torch
+
+    return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+
+
+def _no_count(part: ComponentProfile) -> str:
+    return f"{part.class_name} has weights: give its number of parameters"
+
+
+def _names(cls: Any) -> Collection[str]:
+    """What a class is configured with: arguments of diffusers' classes, keys of transformers' configurations."""
+    config = _config_of(cls)
+    return inspect.signature(cls).parameters.keys() if config is None else list(config.to_dict())
+
+
+def _config_of(cls: Any) -> Any:
+    config_class = getattr(cls, "config_class", None)
+    return None if config_class is None else config_class()

@@ -44,6 +44,7 @@ class ClassFacts:
     excluded: frozenset[str]
     unknown_in_sequence: tuple[str, ...]
     video: bool
+    sound: bool
     conditions: bool
     optional_uses: frozenset[str]
     frees_hooks: bool
@@ -64,6 +65,7 @@ def class_facts(cls: type) -> ClassFacts:
         excluded=frozenset(getattr(cls, "_exclude_from_cpu_offload", None) or ()),
         unknown_in_sequence=tuple(name for name in sequence or () if name not in expected),
         video=not arguments.isdisjoint(FRAME_ARGUMENTS) or "Video" in cls.__name__,
+        sound="height" not in arguments and ("Audio" in cls.__name__ or any("audio" in name for name in arguments)),
         conditions=not _CONDITION_ARGUMENTS.isdisjoint(arguments),
         optional_uses=_OPTIONAL_USES.get(cls.__name__, frozenset()),
         frees_hooks=_mentions(call, "maybe_free_model_hooks"),

@@ -5,7 +5,7 @@ No weight is read: a header says the name, dtype and shape of every tensor in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 # What diffusers and transformers call their weights.
 _STEMS = ("diffusion_pytorch_model", "model")
+# What weights of 8 bits are multiplied with again, as others than diffusers (0.42) write them beside them.
+_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv", "scaled_fp8")
+# What weights are loaded in whose own dtype nothing is computed in.
+_COMPUTED = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +56,9 @@ def spec_from_repository(
 ) -> PipelineSpec:
     """The description of a saved pipeline, as loading it with `dtype` would make it.
 
-    Without `dtype` each component keeps the dtype it is stored in, so that loading changes nothing. A component that
-    has no files of the `variant` is loaded without one, as diffusers does.
+    Without `dtype` each component keeps the dtype it is stored in, so that loading changes nothing, unless that is one
+    of 8 bits, in which nothing is computed. A component that has no files of the `variant` is loaded without one, as
+    diffusers does.
 
     Raises:
         VramplanError: not a saved pipeline, a part of it missing or damaged, a class unknown here, or
@@ -67,7 +72,7 @@ def spec_from_repository(
         found = sorted({name for component in components for name in variants(repository, component.name)})
         there = f"it has {', '.join(found)}" if found else "it has none"
         raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {there}")
-    notes = tuple(note for _, note in parts if note)
+    notes = tuple(note for _, own in parts for note in own)
     return assemble(cls, components, source=repository.source, notes=notes)
 
 
@@ -114,6 +119,12 @@ def stored_weights(repository: Repository, name: str, variant: str | None = None
         return None
     headers = [repository.header(path) for path in files]
     tensors = [tensor for found, _ in headers for tensor in found]
+    scaled = next((tensor.name for tensor in tensors if tensor.name.endswith(_SCALES)), None)
+    if scaled is not None and "quantization_config" not in read_config(repository, name):
+        raise VramplanError(
+            f"{repository.where(name)}: its weights are of 8 bits with scales beside them ({scaled}), which diffusers "
+            "would leave out: take the checkpoint it was made from"
+        )
     packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
     plain = [tensor for tensor in tensors if layer_of(tensor.name) not in packed]
     by_dtype: dict[str, int] = {}
@@ -146,7 +157,7 @@ def _components(
     dtype: str | None,
     variant: str | None,
     allow_pickle: bool,
-) -> Iterable[tuple[Component, str | None]]:
+) -> Iterable[tuple[Component, Sequence[str]]]:
     import torch
 
     for name, entry in index.items():
@@ -158,10 +169,10 @@ def _components(
         cls = component_class(library, class_name)
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
             own = variant if variant in variants(repository, name) else None
-            component, note = _component(
+            component, notes = _component(
                 repository, name, library, class_name, pipeline, dtype=dtype, variant=own, allow_pickle=allow_pickle
             )
-            yield replace(component, variant=own), note
+            yield replace(component, variant=own), notes
 
 
 def _component(
@@ -174,17 +185,24 @@ def _component(
     dtype: str | None,
     variant: str | None,
     allow_pickle: bool,
-) -> tuple[Component, str | None]:
+) -> tuple[Component, Sequence[str]]:
     read_config(repository, name)  # what a missing folder lacks first
     stored = stored_weights(repository, name, variant)
     if stored is None and not allow_pickle:
         raise _without_weights(repository, name)
     stored_dtype = stored.dtype if stored else "float32"
-    module = weightless_component(repository, name, library, class_name, dtype or stored_dtype, variant=variant)
+    own_dtype = _COMPUTED if stored_dtype.startswith("float8") else stored_dtype
+    module = weightless_component(repository, name, library, class_name, dtype or own_dtype, variant=variant)
     # pickles may be read whole; what loading makes of quantized weights is taken to be the process's own memory
-    converted = stored is None or dtype not in (None, stored_dtype) or bool(stored.packed)
+    converted = stored is None or (dtype or own_dtype) != stored_dtype or bool(stored.packed)
     component = describe_component(name, module, library=library, pipeline=pipeline, converted_at_load=converted)
-    return component, _disagreement(name, module, stored)
+    notes = [_disagreement(name, module, stored)]
+    if own_dtype != stored_dtype and dtype is None:
+        notes.append(
+            f"{name}: its files are in {stored_dtype}, in which nothing is computed; it is loaded in {own_dtype}, and "
+            f"--set weights.{name}=layerwise_casting brings it to 8 bits again"
+        )
+    return component, [note for note in notes if note]
 
 
 def read_config(repository: Repository, name: str) -> dict[str, Any]:
@@ -209,8 +227,10 @@ def weightless_component(
         return module
     stored = stored_weights(repository, name, variant)
     if stored is None or not stored.packed:
+        told = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        by = f" by {told}" if told not in (None, "bitsandbytes", "torchao") else ""
         raise VramplanError(
-            f"{repository.where(name)}: its weights are quantized, not by bitsandbytes or torchao into safetensors "
+            f"{repository.where(name)}: its weights are quantized{by}, not by bitsandbytes or torchao into safetensors "
             "files; load the pipeline and call vramplan.auto_configure(pipe)"
         )
     cast_as_loaded(module, stored.dtype if keeps_saved_dtype(module, stored.packed) else dtype)

@@ -59,6 +59,7 @@ def assemble(
         excluded=frozenset(getattr(pipe or cls, "_exclude_from_cpu_offload", ())) & names,
         uses=uses_of(components, facts),
         video=facts.video,
+        sound=facts.sound,
         frees_hooks=facts.frees_hooks,
         device_map=_several_devices(device_map),
         encode_refusal=encode_refusal(cls),

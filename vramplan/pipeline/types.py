@@ -139,6 +139,7 @@ class PipelineSpec:
 
     `sequence` is `model_cpu_offload_seq` split at its arrows, None where the class has none, less the
     names that are not components of this pipeline. `excluded` is `_exclude_from_cpu_offload`.
+    `sound` says that it makes sound, which has no height and width: those of its workload stand for its length.
     `frees_hooks` says whether its call ends by sending every component back (`maybe_free_model_hooks`);
     `encode_refusal` why its prompt cannot be encoded apart from the rest, None where it can.
     """
@@ -150,6 +151,7 @@ class PipelineSpec:
     excluded: frozenset[str]
     uses: tuple[Use, ...]
     video: bool
+    sound: bool = False
     frees_hooks: bool = True
     device_map: Mapping[str, str] | None = None
     encode_refusal: str | None = None

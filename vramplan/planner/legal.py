@@ -31,10 +31,13 @@ def legal_workloads(
     Pictures keep the ratio of their sides as nearly as whole patches can. `defaults` are the pipeline's own workload.
 
     Raises:
-        UsageError: no dimension, or frames of a pipeline that makes pictures.
+        UsageError: no dimension, frames of a pipeline that makes pictures, or anything but a batch of one that makes
+        sound.
     """
     if dimension not in DIMENSIONS:
         raise UsageError(f"largest {dimension}: there are {', '.join(DIMENSIONS)}")
+    if spec.sound and dimension != "batch":
+        raise UsageError(f"{spec.class_name} makes sound, which has no {dimension}: ask for the largest batch")
     if dimension == "frames":
         return tuple(replace(work, num_frames=count) for count in _frame_counts(spec, defaults, work))
     if dimension == "batch":

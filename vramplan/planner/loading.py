@@ -20,12 +20,16 @@ _KEPT_BY_MALLOC = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadDemand:
-    """The highest moment of loading in RAM: while this component is loaded, beside what was loaded before."""
+    """The highest moment of loading in RAM: while this component is loaded, beside what was loaded before.
+
+    `order` are all components in the order they are loaded; empty in plans of before it was kept.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     component: str
     ram_bytes: int
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +69,12 @@ def load_order(loads: Mapping[str, Load]) -> list[str]:
 def load_demand(loads: Mapping[str, Load]) -> LoadDemand | None:
     """The highest moment of loading in that order, None where there is nothing to load."""
     held, freed, highest = 0, True, None
-    for name in load_order(loads):
+    ordered = tuple(load_order(loads))
+    for name in ordered:
         load = loads[name]
         if freed and not load.freed:
             held, freed = 0, False
         if highest is None or held + load.peak_bytes > highest.ram_bytes:
-            highest = LoadDemand(component=name, ram_bytes=held + load.peak_bytes)
+            highest = LoadDemand(component=name, ram_bytes=held + load.peak_bytes, order=ordered)
         held += load.kept_bytes
     return highest

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from vramplan.simulator.inferred import inferred
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Block, Kind, Ledger
 from vramplan.simulator.shapes import (
@@ -169,7 +171,7 @@ class Engine:
         with torch._C.DisableTorchFunctionSubclass():
             results = pointwise(func.overloadpacket, [shapes[id(tensor)] for tensor in tensors])
             if results is None:
-                results = func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))
+                results = inferred(func, args, kwargs, shapes, partial(_on_shapes, func, args, kwargs, shapes))
         if func._schema.is_mutable:
             forget_values(func, args, kwargs)
         by_key = {storage_key(t.meta): t for t in tensors if isinstance(t, SimTensor)}
@@ -242,3 +244,8 @@ class Engine:
         for recorder in self.ledger.recorders:
             recorder.broken = True
         self.notes[text] = self.notes.get(text, 0) + 1
+
+
+def _on_shapes(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
+    """What torch's meta kernel makes of the shapes in place of the tensors."""
+    return func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))

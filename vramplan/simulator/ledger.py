@@ -192,7 +192,7 @@ class Ledger:
             self.timeline.note(self, block, block.chunk.size if block.chunk is not None else 0)
 
     def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
-        self.short_bytes = max(1, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
+        self.short_bytes = max(0, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
         where = self.module or self.component or "the pipeline"
         doing = self.operation or "moving weights"
         return torch.OutOfMemoryError(

@@ -91,7 +91,7 @@ class Source:
         self.model = model
         self.spec = spec
         self._parts: Parts | None = None
-        self._memos: dict[tuple[int, ...], Memo] = {}
+        self._memos: dict[tuple[Any, ...], Memo] = {}
 
     @property
     def parts(self) -> Parts:
@@ -126,7 +126,7 @@ class Source:
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import First, run_simulation
 
-        kernels = kernels_of(accelerator)
+        kernels = self.kernels(accelerator)
         placed = [
             (setting, names) for setting, names in placed if not isinstance(setting, Execution) or setting.simulated
         ]
@@ -160,18 +160,30 @@ class Source:
 
         return cached(key, make)
 
-    def _memo(self, kernels: Mapping[str, int]) -> Memo:
-        """What simulations with these kernels have recorded."""
+    def kernels(self, accelerator: Accelerator | None) -> dict[str, Any]:
+        """What is known of a card's kernels, as `Kernels` names it, as far as it makes a difference to this model: how
+        a dtype is computed in that none of its components has does not. Where weights are in another dtype than what
+        is computed there is no telling."""
+        found = kernels_of(accelerator)
+        parts = self.spec.components
+        if any(part.quantized or part.hooks for part in parts):
+            return found
+        held = {dtype for part in parts for dtype in part.dtype_bytes}
+        return found | {"math_dtypes": tuple(dtype for dtype in found["math_dtypes"] if dtype in held)}
+
+    def _memo(self, kernels: Mapping[str, Any]) -> Memo:
+        """What simulations with these kernels have recorded, whatever cuBLAS holds: that is taken anew in each."""
         from vramplan.simulator.memo import Memo
 
-        return self._memos.setdefault(tuple(kernels.values()), Memo())
+        key = tuple(value for name, value in kernels.items() if name != "cublas_bytes")
+        return self._memos.setdefault(key, Memo())
 
     def alone(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
         """One forward of each component by itself, from the cache where that was made before."""
         from vramplan.simulator.alone import traced_alone
         from vramplan.simulator.kernels import Kernels
 
-        kernels = kernels_of(accelerator)
+        kernels = self.kernels(accelerator)
         key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
         return cached(key, lambda: traced_alone(self.parts, self.spec, workload, Kernels(**kernels)))
 
@@ -182,7 +194,7 @@ class Source:
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import run_decode
 
-        kernels = kernels_of(accelerator)
+        kernels = self.kernels(accelerator)
         names = {item.component for item in latents}
         here = [(setting, [name for name in given if name in names]) for setting, given in decodes]
         key = {

@@ -116,8 +116,10 @@ class Simulation:
     """What a call of a pipeline takes on the simulated device.
 
     `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
-    memory, `short_bytes` by how much at least. `to_device_bytes` and `to_host_bytes` crossed the link. `notes`
-    tells what had to be assumed. `modules` are in the order they first ran. `timeline` is there where it was asked for.
+    memory, `short_bytes` by how much at least: 0 where as much was free, in pieces too small. `to_device_bytes` and
+    `to_host_bytes` crossed the link. `notes` tells what had to be assumed. `modules` are in the order they first ran.
+    `stopped_in` is the phase that it was stopped in.
+    `timeline` is there where it was asked for.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -141,6 +143,7 @@ class Simulation:
     notes: tuple[str, ...]
     modules: tuple[SimulatedModule, ...] = ()
     timeline: Timeline | None = None
+    stopped_in: SimulatedPhaseName | None = None
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None where it did not run there."""
