@@ -117,7 +117,7 @@ def draw_candidates(picture: CandidatesPicture) -> Any:
     named = next((group for group in picture.groups if group.name == "chosen"), None)
     title = picture.title if named is None else f"{picture.title}\n{fill('chosen: ' + named.settings[0], 110)}"
     figure.suptitle(title, fontsize=11)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
