@@ -46,7 +46,7 @@ def content(by: str) -> str:
     if kind == "part":
         return part(*rest.split())
     if kind == "vramplan":
-        return f"```console\n$ {by}\n{output(by)}\n```"
+        return f"```text\n$ {by}\n{output(by)}\n```"
     raise RuntimeError(f"{by!r}: starts with neither vramplan, part nor table")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,3 +93,19 @@ def small_pipeline(small_folder: Callable[[str], Path]) -> Callable[..., Diffusi
         return pipeline
 
     return load
+
+
+@pytest.fixture(scope="session")
+def address(small_folder: Callable[[str], Path]) -> Iterator[str]:
+    """Where `vramplan ui` serves the page; it ends with exit code 0 and without a word when it is interrupted."""
+    command = [sys.executable, "-m", "vramplan", "ui", str(small_folder("sd15-small").parent), "--no-open"]
+    served = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert served.stdout is not None
+        yield served.stdout.readline().strip()
+        served.send_signal(signal.SIGINT)
+        _, said = served.communicate(timeout=60)
+        assert (served.returncode, said) == (0, "")
+    finally:
+        served.kill()
+        served.communicate()

@@ -363,7 +363,8 @@ class TestCode:
 class TestApply:
     def test_without_a_prompt_it_loads_applies_and_says_so(self, plan_file):
         result = ok("apply", plan_file)
-        assert 'pipe.unet.to("cpu")' in result.stdout
+        assert result.stdout.startswith("pipeline  StableDiffusionPipeline (")
+        assert '\n  pipe.unet.to("cpu")\n' in result.stdout
         assert "nothing generated: give --prompt" in result.stdout
         assert result.stderr.startswith("loading ")
 
@@ -411,7 +412,7 @@ class TestApply:
         done = process("apply", "plan.yaml", "--prompt", "a red fox", "-o", "out.png")
         assert done.returncode == 0, done.stderr
         self.check_report(done)
-        assert "wrote out.png" in done.stdout
+        assert "\nwrote     out.png\n" in done.stdout
         with Image.open(here / "out.png") as image:
             image.load()
             assert image.size == (64, 64)
@@ -428,13 +429,16 @@ class TestApply:
         assert sorted(path.name for path in here.iterdir()) == ["out.mp4", "plan.yaml"]
 
     def check_report(self, done):
+        assert next(line for line in done.stdout.splitlines() if line.startswith("took ")).endswith(" s")
         header = next(line for line in done.stdout.splitlines() if "projected" in line)
         assert header.split() == ["projected", "measured", "difference"]
         rows = {
-            line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("RAM", "time"))
+            line[:6].strip(): line[6:].split()
+            for line in done.stdout.splitlines()
+            if line.startswith(("RAM ", "a call "))
         }
         assert len(rows["RAM"]) == 5  # two sizes with their units, and the difference
-        assert len(rows["time"]) == 4
+        assert len(rows["a call"]) == 4
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1] == "generating on cpu"
 

@@ -215,11 +215,13 @@ class TestRunPlan:
     def test_it_says_what_it_does_and_reports_what_it_did(self, small_folder, tmp_path):
         plan = make_plan(small_folder("flux-small"), device="cpu", batch=2)
         said = []
-        report = run_plan(plan, prompt="a fox", output=str(tmp_path / "a.png"), say=said.append)
+        ran = run_plan(plan, prompt="a fox", output=str(tmp_path / "a.png"), say=said.append)
         assert (said[0], said[-1]) == (f"loading {plan.model.source}", "generating on cpu")
         assert names(tmp_path) == ["a-0.png", "a-1.png"]
-        assert f"wrote {tmp_path / 'a-0.png'}\nwrote {tmp_path / 'a-1.png'}" in report
-        assert "projected   measured" in report
+        assert ran.written == (tmp_path / "a-0.png", tmp_path / "a-1.png")
+        assert (ran.plan, ran.notes) == (plan, ())
+        assert 'pipe.vae.to("cpu")' in ran.calls
+        assert ran.took.seconds > 0
 
     def test_the_same_seed_gives_the_same_picture(self, small_folder, tmp_path):
         plan = make_plan(small_folder("sd15-small"), device="cpu")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -17,6 +18,9 @@ from click.testing import CliRunner
 from pydantic import TypeAdapter
 
 import vramplan
+from vramplan.calibration.recording import last_measured, record_of
+from vramplan.calibration.records import CallRecord, Took
+from vramplan.calibration.store import append
 from vramplan.cli import main
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
@@ -29,6 +33,7 @@ from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.types import Simulation
 from vramplan.units import GIB, MIB
+from vramplan.verify import Measured, Peak
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
@@ -137,6 +142,84 @@ class TestWhatIsShown:
             candidates_picture(replace(plan, candidates=()))
 
 
+def took(plan: Plan, **changes: Any) -> CallRecord:
+    """A call under this plan that took a quarter of a gigabyte, most of it while decoding."""
+    found = Measured(
+        seconds=2.0,
+        vram_allocated_bytes=192 * MIB,
+        vram_reserved_bytes=256 * MIB,
+        ram_bytes=GIB,
+        phases={
+            "encode": Peak(allocated_bytes=32 * MIB, reserved_bytes=64 * MIB),
+            "denoise": Peak(allocated_bytes=64 * MIB, reserved_bytes=128 * MIB),
+            "decode": Peak(allocated_bytes=192 * MIB, reserved_bytes=256 * MIB),
+        },
+    )
+    return replace(record_of(SimpleNamespace(plan=plan), found), **changes)
+
+
+class TestMeasured:
+    def test_each_phase_has_its_own_height_on_the_simulations_axes(self, simulation: Simulation, plan: Plan) -> None:
+        picture = memory_picture(simulation, took(plan).measured)
+        reserved, allocated = picture.measured_device
+        spans = {span.name: span for span in picture.phases}
+        assert [level.name for level in picture.measured_device] == [
+            "measured: reserved 0.25 GiB",
+            "measured: allocated 0.19 GiB",
+        ]
+        heights = dict(zip(reserved.places, zip(reserved.sizes, allocated.sizes, strict=True), strict=False))
+        assert reserved.places[0] == spans["encode"].start
+        assert reserved.places[-1] == spans["decode"].end
+        assert reserved.sizes == pytest.approx([0.0625, 0.0625, 0.125, 0.125, 0.25, 0.25])
+        assert heights[spans["decode"].end] == pytest.approx((0.25, 0.1875))
+        assert (reserved.highest, allocated.highest) == pytest.approx((0.25, 0.1875))
+        (ram,) = picture.measured_host
+        assert (ram.places, ram.sizes) == ([0, 1], [1.0, 1.0])
+
+    def test_a_phase_that_was_not_measured_is_a_gap(self, simulation: Simulation, plan: Plan) -> None:
+        whole = took(plan).measured
+        phases = {name: peak for name, peak in whole.phases.items() if name != "denoise"}
+        level, _ = memory_picture(simulation, replace(whole, phases=phases)).measured_device
+        assert level.sizes == [0.0625, 0.0625, None, 0.25, 0.25]
+        assert level.places[2] is None
+
+    def test_where_only_the_call_was_measured_it_is_one_line(self, simulation: Simulation, plan: Plan) -> None:
+        level, _ = memory_picture(simulation, replace(took(plan).measured, phases={})).measured_device
+        assert (level.places, level.sizes) == ([0, 1], [0.25, 0.25])
+        on_cpu = Took(
+            vram_allocated_bytes=None, vram_reserved_bytes=None, ram_bytes=GIB, seconds_per_step=None,
+            seconds_per_call=1.0,
+        )  # fmt: skip
+        assert memory_picture(simulation, on_cpu).measured_device == []
+
+    def test_it_is_the_last_call_of_these_settings_this_size_and_this_card(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: Plan
+    ) -> None:
+        monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path))
+        assert last_measured(plan) is None
+        for record in (took(plan, time="first"), took(plan, time="last")):
+            assert append(record) is None
+        for changes in ({"device": "x"}, {"settings": "x"}, {"shape": "x"}, {"pipeline": "x"}):
+            assert append(took(plan, time="another", **changes)) is None
+        found = last_measured(plan)
+        assert found == took(plan, time="last")
+        assert last_measured(replace(plan, workload=replace(plan.workload, height=128))) is None
+
+    @pytest.mark.parametrize("form", ["svg", "html"])
+    def test_the_command_draws_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: Plan, form: str) -> None:
+        monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path))
+        path, plain, drawn = tmp_path / "plan.yaml", tmp_path / f"plain.{form}", tmp_path / f"drawn.{form}"
+        path.write_text(vramplan.dump_plan(plan), encoding="utf-8")
+        for picture in (plain, drawn):
+            for command in ("simulate", "explain"):
+                done = CliRunner().invoke(main, [command, str(path), "--plot", str(picture.with_stem(command))])
+                assert done.exit_code == 0, done.stderr
+                text = picture.with_stem(command).read_text(encoding="utf-8")
+                word = {"simulate": "measured: reserved 0.25 GiB", "explain": "the chosen one, measured"}[command]
+                assert (word in text) == (picture is drawn)
+            append(took(plan))
+
+
 class TestFiles:
     @pytest.mark.parametrize("form", ["svg", "png"])
     def test_matplotlib_writes_both_pictures(self, tmp_path: Path, simulation: Simulation, plan: Plan, form) -> None:
@@ -195,6 +278,22 @@ class TestFiles:
             assert "timeline" not in json.loads(done.stdout)
             assert done.stderr.endswith(f"wrote {picture}\n")
             assert picture.stat().st_size > 1000
+
+    @pytest.mark.parametrize("form", ["svg", "png", "html"])
+    def test_a_model_is_simulated_and_drawn_without_a_plan_file(
+        self, tmp_path: Path, small_folder: Callable[[str], Path], form: str
+    ) -> None:
+        pytest.importorskip({"html": "plotly"}.get(form, "matplotlib"))
+        picture = tmp_path / f"memory.{form}"
+        folder = str(small_folder("sd15-small"))
+        sizes = ("--height", "64", "--width", "64", "--steps", "2", "--set", "placement=model_cpu_offload")
+        done = CliRunner().invoke(main, ["simulate", folder, "--device", "rtx-3060", *sizes, "--plot", str(picture)])
+        assert done.exit_code == 0, done.stderr
+        assert done.stdout.startswith("VRAM ")
+        content = picture.read_bytes()
+        starts = {"svg": b"<?xml", "png": b"\x89PNG\r\n\x1a\n", "html": b"<!DOCTYPE html>"}
+        assert content.startswith(starts[form])
+        assert form == "png" or all(word in content for word in (b"unet", b"decode", b"activations", b"budget"))
 
     def test_a_notebook_shows_the_picture_where_there_is_one(self, simulation: Simulation) -> None:
         pytest.importorskip("matplotlib")

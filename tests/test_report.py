@@ -14,15 +14,15 @@ from vramplan.planfile import Settings
 from vramplan.planner.candidates import Refused
 from vramplan.report import (
     explain_text,
-    measured_text,
     plan_text,
     settings_text,
     to_json,
     to_yaml,
 )
+from vramplan.report_apply import measured_text
 from vramplan.report_machine import hardware_dict, hardware_text
-from vramplan.units import GIB, MIB
-from vramplan.verify import Measured
+from vramplan.units import GIB, MIB, format_bytes
+from vramplan.verify import Measured, Peak
 
 CARD = Accelerator(kind="cuda", index=1, name="made-up card", total_bytes=8 * GIB, free_bytes=None)
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB, limit_bytes=16 * GIB, limit_source="cgroup")
@@ -160,7 +160,7 @@ class TestExplain:
 class TestMeasured:
     def rows(self, plan, **measured):
         table = lines(measured_text(plan, Measured(**measured)))
-        return {line.split("  ")[0].strip(): line.split() for line in table[2:]}
+        return {line.strip().split("  ")[0]: line.split() for line in table[2:]}
 
     def test_projected_stands_beside_measured_with_the_difference(self, plan):
         demand = replace(plan.projected, vram_allocated_bytes=3 * GIB, vram_reserved_bytes=4 * GIB, ram_bytes=GIB)
@@ -174,10 +174,17 @@ class TestMeasured:
         assert rows["VRAM allocated"][2:] == ["3.00", "GiB", "2.00", "GiB", "+50.0%"]
         assert rows["VRAM reserved"][-1] == "-20.0%"
         assert rows["RAM"][-1] == "+0.0%"
-        assert rows["time"][-2:] == ["2", "s"]
+        assert rows["a call"][-2:] == ["2", "s"]
+
+    def test_a_phase_that_was_told_apart_has_its_row(self, plan):
+        rows = self.rows(plan, phases={"denoise": Peak(allocated_bytes=GIB, reserved_bytes=2 * GIB)})
+        highest = max(phase.allocated_bytes for phase in plan.projected.phases if phase.name == "denoise")
+        assert rows["denoise"][3:5] == ["1.00", "GiB"]
+        assert rows["denoise"][1:3] == format_bytes(highest).split()
+        assert not {"encode", "decode"} & rows.keys()
 
     def test_what_was_not_measured_is_no_row(self, plan):
-        assert set(self.rows(plan, seconds=1.0, ram_bytes=MIB)) == {"RAM", "time"}
+        assert set(self.rows(plan, seconds=1.0, ram_bytes=MIB)) == {"RAM", "a call"}
 
     def test_nothing_measured_divides_by_nothing(self, plan):
         assert "%" not in measured_text(plan, Measured(seconds=0.0, ram_bytes=0))

@@ -231,10 +231,10 @@ class TestEncodeFirst:
         plan = make_plan(small_folder("sd15-small"), settings=FIRST)
         on_cpu = replace(plan, machine=replace(plan.machine, device="cpu", accelerator=None))
         said = []
-        report = run_plan(on_cpu, prompt=PROMPT, output=str(tmp_path / "a.png"), say=said.append)
+        ran = run_plan(on_cpu, prompt=PROMPT, output=str(tmp_path / "a.png"), say=said.append)
         assert "encoding the prompt on cpu" in said
         assert (tmp_path / "a.png").stat().st_size > 50
-        assert "projected" in report
+        assert ran.took.seconds > 0
 
     def test_embeddings_that_the_call_would_change_are_not_used(self, small_pipeline) -> None:
         pipe = small_pipeline("sd15-small")

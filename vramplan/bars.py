@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vramplan.planfile import Plan
     from vramplan.planner.demand import PhaseDemand
     from vramplan.simulator.types import SimulatedPhase, Simulation
+    from vramplan.verify import Measured
 
 
 def plan_bar(plan: Plan) -> Bar | None:
@@ -19,18 +20,40 @@ def plan_bar(plan: Plan) -> Bar | None:
 
     What is neither the plan's, nor kept free, nor the driver's context, is other programs' or not to be used.
     """
-    device, budget, demand = plan.machine.accelerator, plan.machine.budget, plan.projected
-    if device is None or budget.vram_bytes is None or not demand.phases:
+    demand = plan.projected
+    if not demand.phases:
+        return None
+    peak = max(demand.phases, key=lambda phase: phase.allocated_bytes)
+    computing = _computing(peak, demand.vram_reserved_bytes - peak.allocated_bytes)
+    return _whole_device("VRAM", plan, computing, demand.vram_reserved_bytes)
+
+
+def versus_bars(plan: Plan, measured: Measured) -> list[Bar]:
+    """The plan's bar over that of what its call took, on one scale; none without a device, or where that is not known.
+
+    What is in tensors is not told apart by what it is for: only a simulation knows.
+    """
+    projected, allocated, reserved = plan_bar(plan), measured.vram_allocated_bytes, measured.vram_reserved_bytes
+    if projected is None or allocated is None or reserved is None:
+        return []
+    took = [Part("in tensors", allocated, "█#", WEIGHTS[2]), _kept(reserved - allocated)]
+    real = _whole_device("measured ", plan, took, reserved)
+    return [Bar("projected", projected.parts), real] if real else []
+
+
+def _whole_device(name: str, plan: Plan, computing: list[Part], reserved_bytes: int) -> Bar | None:
+    device, budget = plan.machine.accelerator, plan.machine.budget
+    if device is None or budget.vram_bytes is None:
         return None
     taken = {item.name: item.size_bytes for item in budget.deductions if item.memory == "vram"}
-    peak = max(demand.phases, key=lambda phase: phase.allocated_bytes)
     context, margin = taken.get("driver context", 0), taken.get("margin", 0)
+    beyond = max(0, reserved_bytes - budget.vram_bytes)  # of a call that took more than was planned
     return Bar(
-        "VRAM",
+        name,
         [
-            *_computing(peak, demand.vram_reserved_bytes - peak.allocated_bytes),
-            _headroom(budget.vram_bytes - demand.vram_reserved_bytes),
-            Part("margin", margin, "◇m", HOST),
+            *computing,
+            _headroom(budget.vram_bytes - reserved_bytes),
+            Part("margin", margin - beyond, "◇m", HOST),
             Part("context", context, "▚c", LIMIT),
             Part("not to be used", device.total_bytes - budget.vram_bytes - margin - context, "▞x", NEUTRAL),
         ],
@@ -63,8 +86,12 @@ def _computing(peak: PhaseDemand | SimulatedPhase, cached: int) -> list[Part]:
         Part("weights", peak.weights_bytes, "█#", WEIGHTS[0]),
         Part("activations", peak.activation_bytes, "▓+", ACTIVATIONS),
         Part("workspace", peak.workspace_bytes, "▒~", WORKSPACE),
-        Part("kept by torch", cached, "░:", FITS),
+        _kept(cached),
     ]
+
+
+def _kept(size: int) -> Part:
+    return Part("kept by torch", size, "░:", FITS)
 
 
 def _headroom(size: int) -> Part:

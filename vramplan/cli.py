@@ -19,6 +19,7 @@ from vramplan.commands.plans import check, code, explain, fit, plan
 from vramplan.commands.profiles import profiles
 from vramplan.commands.running import apply, simulate
 from vramplan.errors import VramplanError
+from vramplan.progress import TALKING
 
 _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
@@ -42,8 +43,7 @@ def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
 
 
 def _libraries_say(level: int) -> None:
-    """What those that have no such variable say while they are imported, from this level on."""
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+    for name in TALKING:
         logging.getLogger(name).setLevel(level)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,22 @@ from vramplan.units import format_bytes
 if TYPE_CHECKING:
     from vramplan.encode import Encoded
     from vramplan.strategies.base import Placed
+    from vramplan.verify import Measured
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _VIDEOS = (".mp4", ".gif")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What `vramplan apply` did: the plan that was on at the end, its diffusers calls, and notes where it had to be
+    done otherwise; the files written; and what the call took, None where none was made."""
+
+    plan: Plan
+    calls: Sequence[str]
+    notes: Sequence[str]
+    written: Sequence[Path] = ()
+    took: Measured | None = None
 
 
 def run_plan(
@@ -32,8 +46,8 @@ def run_plan(
     recover: bool = True,
     bars: bool = True,
     say: Callable[[str], None] = print,
-) -> str:
-    """Load, apply, generate when there is a prompt; the report of what was done and what it took.
+) -> Ran:
+    """Load, apply, generate when there is a prompt; what was done and what it took.
 
     With `recover` a call that runs out of memory is made again under a smaller plan. `bars` show progress to whoever
     is there to see it.
@@ -45,7 +59,6 @@ def run_plan(
     from vramplan.apply import applied_to
     from vramplan.calibration.recording import calibrating
     from vramplan.recover import recovering_call
-    from vramplan.report import measured_text
     from vramplan.staged import load_applied
     from vramplan.verify import current_rss_bytes
 
@@ -62,16 +75,14 @@ def run_plan(
     loaded = load_applied(plan, folder, None if prompt is None else arguments, allow_pickle=allow_pickle, say=say)
     applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not shown)
-    lines = ["applied to the pipeline:", *(f"  {call}" for call in applied.calls), *applied.notes]
     if prompt is None:
-        return "\n".join([*lines, "nothing generated: give --prompt to generate and measure"])
+        return Ran(plan=applied.plan, calls=applied.calls, notes=applied.notes)
     say(f"generating on {applied.device}")
     with calibrating(pipe, ram_before_bytes=before, say=say) as took, loaded.watched():
         result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
-    if output:
-        lines += [f"wrote {path}" for path in write_result(result, Path(output))]
+    written = write_result(result, Path(output)) if output else []
     last = applied_to(pipe) or applied
-    return "\n".join([*lines, "", measured_text(last.plan, took)])
+    return Ran(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), took=took)
 
 
 def _without_bars() -> None:

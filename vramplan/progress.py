@@ -9,6 +9,9 @@ from contextlib import contextmanager
 # Less than this is over before a bar can be read. Assumed.
 _SECONDS = 2.0
 
+# Loggers of libraries that talk while they are imported, and are told by no variable not to.
+TALKING = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
 Say = Callable[[str], None]
 
 

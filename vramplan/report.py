@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vramplan.calibration.records import ProbeRecord
     from vramplan.planfile import Plan, Settings
     from vramplan.simulator.types import Simulation
-    from vramplan.verify import Measured
     from vramplan.workload import Workload
 
 SIMULATE_SCHEMA_VERSION = 1
@@ -80,7 +79,7 @@ def plan_view(plan: Plan) -> RenderableType:
             *(("", bar) if bar else ()),
             "",
             table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan), _NUMERIC),
-            *_notes(plan.notes),
+            *notes_view(plan.notes),
         ]
     )
 
@@ -103,7 +102,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _notes(notes: Sequence[str]) -> Iterator[RenderableType]:
+def notes_view(notes: Sequence[str]) -> Iterator[RenderableType]:
+    """A line for each note."""
     from vramplan.terminal import hang
 
     return (hang(f"note: {note}", 6, "yellow") for note in notes)
@@ -245,7 +245,7 @@ def simulation_view(simulation: Simulation) -> RenderableType:
             simulation_bar(simulation),
             "",
             table(header, rows, _NUMERIC),
-            *_notes(simulation.notes),
+            *notes_view(simulation.notes),
         ]
     )
 
@@ -271,36 +271,6 @@ def probe_text(record: ProbeRecord) -> str:
         for name, rate, unit, word in rates
     ]
     return "\n".join([*lines, *(f"note: {name}: {reason}" for name, reason in record.notes.items())])
-
-
-def measured_text(plan: Plan, measured: Measured) -> str:
-    """Projected against measured, side by side."""
-
-    demand = plan.projected
-    rows = [
-        _versus("VRAM allocated", demand.vram_allocated_bytes, measured.vram_allocated_bytes),
-        _versus("VRAM reserved", demand.vram_reserved_bytes, measured.vram_reserved_bytes),
-        _versus("RAM", demand.ram_bytes, measured.ram_bytes),
-    ]
-    rows = [row for row in rows if row is not None]
-    if measured.seconds_per_step is not None:
-        rows.append(("a step", format_seconds(demand.seconds_per_step), format_seconds(measured.seconds_per_step), ""))
-    rows.append(("time", format_seconds(demand.seconds_per_call), format_seconds(measured.seconds), ""))
-    return table_text(("", "projected", "measured", "difference"), [row for row in rows if row is not None])
-
-
-def _versus(name: str, projected: int, measured: int | None) -> tuple[str, str, str, str] | None:
-    if measured is None:
-        return None
-    difference = f"{(projected - measured) / measured:+.1%}" if measured else ""
-    return name, format_bytes(projected), format_bytes(measured), difference
-
-
-def table_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain table as text."""
-    from vramplan.terminal import as_text
-
-    return as_text(table_view(header, rows))
 
 
 def table_view(header: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:

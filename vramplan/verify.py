@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The most of a device's memory at any moment of a phase, in bytes: in tensors, and held by torch's allocator."""
+
+    allocated_bytes: int
+    reserved_bytes: int
 
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
     """Peaks and duration of a call. VRAM is None on the CPU; `ram_bytes` is the process's highest so far.
 
-    `seconds_per_step` is of denoising, its first step left out; None where that was not timed.
+    `seconds_per_step` is of denoising, its first step left out; None where that was not timed. `phases` are `encode`,
+    `denoise` and `decode`, as far as they could be told apart on a device.
     """
 
     seconds: float = 0.0
@@ -20,11 +29,13 @@ class Measured:
     vram_allocated_bytes: int | None = None
     vram_reserved_bytes: int | None = None
     ram_bytes: int = 0
+    phases: dict[str, Peak] = field(default_factory=dict)
 
 
 @contextmanager
 def measured(device: str) -> Iterator[Measured]:
-    """Fills the yielded value when the block ends. Resets the device's peak statistics when it starts."""
+    """Fills the yielded value when the block ends. Resets the device's peak statistics when it starts, and wherever a
+    phase ends (`phase_ended`)."""
     import torch
 
     result = Measured()
@@ -38,10 +49,45 @@ def measured(device: str) -> Iterator[Measured]:
     finally:
         if on_accelerator:
             torch.accelerator.synchronize(device)
-            result.vram_allocated_bytes = torch.accelerator.max_memory_allocated(device)
-            result.vram_reserved_bytes = torch.accelerator.max_memory_reserved(device)
+            last = _peak(device)
+            parts = [*result.phases.values(), last]
+            result.vram_allocated_bytes = max(part.allocated_bytes for part in parts)
+            result.vram_reserved_bytes = max(part.reserved_bytes for part in parts)
+            if result.phases:
+                result.phases["decode"] = last
         result.seconds = time.perf_counter() - start
         result.ram_bytes = peak_rss_bytes()
+
+
+def phase_ended(took: Measured, device: str, name: str) -> None:
+    """Books what the device held at most since the last phase ended, or since measuring started, on this one.
+
+    To be called inside the block of `measured`. Peaks are kept where memory is asked for, on the host, so that nothing
+    has to be waited for.
+    """
+    if device.startswith("cpu"):
+        return
+    import torch
+
+    peak, before = _peak(device), took.phases.get(name)
+    took.phases[name] = peak if before is None else _higher(before, peak)
+    torch.accelerator.reset_peak_memory_stats(device)
+
+
+def _peak(device: str) -> Peak:
+    import torch
+
+    return Peak(
+        allocated_bytes=torch.accelerator.max_memory_allocated(device),
+        reserved_bytes=torch.accelerator.max_memory_reserved(device),
+    )
+
+
+def _higher(one: Peak, other: Peak) -> Peak:
+    return Peak(
+        allocated_bytes=max(one.allocated_bytes, other.allocated_bytes),
+        reserved_bytes=max(one.reserved_bytes, other.reserved_bytes),
+    )
 
 
 def current_rss_bytes() -> int:

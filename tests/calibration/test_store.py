@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vramplan.calibration import store
-from vramplan.calibration.records import from_line, to_line
+from vramplan.calibration.records import SCHEMA, from_line, to_line
 from vramplan.calibration.store import append, read_store, store_folder
+from vramplan.units import GIB
+from vramplan.verify import Peak
 
 resource = pytest.importorskip("resource")
 
@@ -182,9 +185,29 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line(folder: Pa
 
 def test_a_later_versions_lines_are_left_alone(folder: Path) -> None:
     folder.mkdir()
-    (folder / "calibration.jsonl").write_text('{"schema": 2, "kind": "dream"}\n')
+    (folder / "calibration.jsonl").write_text(f'{{"schema": {SCHEMA + 1}, "kind": "dream"}}\n')
     append(call(1))
     assert read_store() == store.Stored(records=(call(1),))
+
+
+def test_a_line_of_the_version_before_phases_is_read(folder: Path) -> None:
+    content = json.loads(to_line(call(1))) | {"schema": 1}
+    for name in ("projected", "measured"):
+        assert content[name].pop("phases") == {}
+    folder.mkdir()
+    (folder / "calibration.jsonl").write_text(json.dumps(content) + "\n")
+    assert read_store() == store.Stored(records=(call(1),))
+
+
+def test_phases_come_back_and_a_broken_one_costs_its_line(folder: Path) -> None:
+    phases = {"denoise": Peak(allocated_bytes=GIB, reserved_bytes=2 * GIB)}
+    record = replace(call(1), measured=replace(call(1).measured, phases=phases))
+    append(record)
+    assert read_store().records == (record,)
+    broken = to_line(record).replace(str(2 * GIB), "-1")
+    (folder / "calibration.jsonl").write_text(f"{broken}\n{to_line(record)}\n")
+    assert read_store().records == (record,)
+    assert "could not be read" in read_store().notes[0]
 
 
 def test_of_a_very_long_file_the_end_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,4 +262,5 @@ def test_sizes_are_sizes(key: str, value: object) -> None:
         return
     assert record is not None
     found = getattr(record.measured, key)
-    assert found is None or 0 <= found < 1 << 62
+    sizes = [size for peak in found.values() for size in asdict(peak).values()] if key == "phases" else [found]
+    assert all(size is None or 0 <= size < 1 << 62 for size in sizes)

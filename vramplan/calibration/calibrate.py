@@ -75,7 +75,8 @@ def _check_torch(accelerator: Accelerator) -> None:
 
 def _run_sample(accelerator: Accelerator, say: Say) -> None:
     from vramplan.calibration.sample import MODEL, measured_plans, sample_pipeline
-    from vramplan.report import measured_text, settings_text
+    from vramplan.report import settings_text
+    from vramplan.report_apply import measured_text
 
     say(f"making {MODEL} with random weights")
     pipe = sample_pipeline(accelerator.device)

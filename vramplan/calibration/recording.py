@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +19,7 @@ from vramplan.pipeline.live import modules_of
 from vramplan.planfile import Plan
 from vramplan.report import settings_text
 from vramplan.snapshot import decode_settings
-from vramplan.verify import Measured, current_rss_bytes, measured
+from vramplan.verify import Measured, current_rss_bytes, measured, phase_ended
 
 Say = Callable[[str], None]
 
@@ -31,7 +31,7 @@ def calibrating(pipe: Any, *, ram_before_bytes: int | None = None, say: Say = pr
     The yielded value is filled when the block ends. `ram_before_bytes` is what the process held before the pipeline
     was loaded; RAM is counted from the start of the block where it is left out. Nothing is kept of a block that
     fails, that changes the plan, or that ran on another device than the plan is for; where it could not be kept,
-    `say` is told.
+    `say` is told. The device's peak statistics are reset wherever a phase ends.
 
     Raises:
         VramplanError: vramplan has applied nothing to this pipeline.
@@ -42,13 +42,18 @@ def calibrating(pipe: Any, *, ram_before_bytes: int | None = None, say: Say = pr
     changed = applied.changed
     before = current_rss_bytes() if ram_before_bytes is None else ram_before_bytes
     decoding = _decoding(pipe)
-    with measured(applied.device) as took, _steps_timed(pipe, applied.device) as steps:
+    with measured(applied.device) as took, _steps_watched(pipe, applied.device, took) as steps:
         yield took
     took.ram_bytes = max(0, took.ram_bytes - before)
     took.seconds_per_step = steps.seconds
+    if not steps.count:
+        took.phases.clear()  # where denoising ended was not seen
+    if any(getattr(pipe, name, None) is None for name in applied.plan.settings.placement):
+        took.phases.pop("encode", None)  # the prompt was encoded before, by encoders that are gone
     if changed is not None:
         say(f"not kept for later plans: {changed}")
     elif applied_to(pipe) is not applied or _decoding(pipe) != decoding:
+        took.phases.clear()  # of several calls
         say("not kept for later plans: the call ran out of memory, and not all of it ran under the plan")
     elif applied.device == applied.plan.machine.device:
         note = append(record_of(applied, took))
@@ -97,6 +102,7 @@ def record_of(applied: Applied, took: Measured) -> CallRecord:
             ram_bytes=took.ram_bytes,
             seconds_per_step=took.seconds_per_step,
             seconds_per_call=took.seconds,
+            phases=took.phases,
         ),
     )
 
@@ -119,43 +125,52 @@ def _shape(plan: Plan) -> str:
 
 
 class _Steps:
-    """When denoising steps ended: `seconds` each took on average, None for fewer than two."""
+    """When denoising steps ended, `count` of them: `seconds` each took on average, None for fewer than two."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait = wait
+    def __init__(self, device: str, took: Measured) -> None:
+        self._device, self._took = device, took
+        self._wait = _waiting(device)
         self._first = self._last = 0.0
-        self._count = 0
+        self.count = 0
+        self._began = False
 
     def start(self) -> None:
-        self._count = 0
+        phase_ended(self._took, self._device, "denoise" if self._began else "encode")
+        self._began = True
+        self.count = 0
 
     def ended(self) -> None:
+        phase_ended(self._took, self._device, "denoise")
         self._wait()
         self._last = time.perf_counter()
-        self._first = self._last if not self._count else self._first
-        self._count += 1
+        self._first = self._last if not self.count else self._first
+        self.count += 1
 
     @property
     def seconds(self) -> float | None:
-        return (self._last - self._first) / (self._count - 1) if self._count > 1 else None
+        return (self._last - self._first) / (self.count - 1) if self.count > 1 else None
 
 
 @contextmanager
-def _steps_timed(pipe: Any, device: str) -> Iterator[_Steps]:
-    """Times the steps of the call in the block by the progress bar, which every pipeline moves at the end of each.
+def _steps_watched(pipe: Any, device: str, took: Measured) -> Iterator[_Steps]:
+    """Watches the steps of the call in the block by the progress bar, which every pipeline makes before the first and
+    moves at the end of each, or goes through: times them, and tells what is before and after them apart.
 
     Not by a callback, which is an argument of somebody else's call, and not at the scheduler, which some pipelines
     copy. The first step, which also warms up, is left out; waiting for the device keeps the host from running ahead.
     """
-    steps = _Steps(_waiting(device))
+    steps = _Steps(device, took)
     real = getattr(pipe, "progress_bar", None)
     if real is None:
         yield steps
         return
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         bar = real(*args, **kwargs)
         steps.start()
+        if bar.iterable is not None:
+            bar.iterable = _each(bar.iterable, steps.ended)
+            return bar
         update = bar.update
 
         def moved(*values: Any) -> Any:
@@ -165,11 +180,17 @@ def _steps_timed(pipe: Any, device: str) -> Iterator[_Steps]:
         bar.update = moved
         return bar
 
-    pipe.__dict__["progress_bar"] = timed
+    pipe.__dict__["progress_bar"] = watched
     try:
         yield steps
     finally:
         pipe.__dict__.pop("progress_bar", None)
+
+
+def _each(items: Iterable[Any], ended: Callable[[], None]) -> Iterator[Any]:
+    for item in items:
+        yield item
+        ended()
 
 
 def _waiting(device: str) -> Callable[[], None]:

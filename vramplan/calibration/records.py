@@ -11,19 +11,25 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
-SCHEMA = 1
+from vramplan.verify import Peak
+
+SCHEMA = 2  # 1 had no phases
 _LARGEST, _LONGEST = 1 << 62, 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Took:
-    """Peaks in bytes and times in seconds; None for what a device or a pipeline does not tell."""
+    """Peaks in bytes and times in seconds; None for what a device or a pipeline does not tell.
+
+    `phases` are the peaks of `encode`, `denoise` and `decode`, where they were told apart.
+    """
 
     vram_allocated_bytes: int | None
     vram_reserved_bytes: int | None
     ram_bytes: int
     seconds_per_step: float | None
     seconds_per_call: float
+    phases: Mapping[str, Peak] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +130,7 @@ def _checked(value: Any, hint: Any) -> Any:
     if wanted in (int, float) and _is_size(value, wanted):
         return wanted(value)
     if typing.get_origin(wanted) is not None and isinstance(value, dict):
-        return {str(key): _checked(item, str) for key, item in value.items()}
+        return {str(key): _checked(item, typing.get_args(wanted)[1]) for key, item in value.items()}
     raise ValueError(f"{value!r:.60} is no {hint}")
 
 

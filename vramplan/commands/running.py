@@ -41,6 +41,8 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
     from vramplan.drift import current_plan
     from vramplan.generate import check_output, run_plan
     from vramplan.planfile import load_plan
+    from vramplan.report_apply import apply_view
+    from vramplan.terminal import show
 
     if output and not given["prompt"]:
         raise UsageError("--output needs --prompt: there is nothing to write without generating")
@@ -49,7 +51,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
         check_output(output, loaded)
     say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
     current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
-    click.echo(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given))
+    show(apply_view(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given)))
 
 
 @click.command()

@@ -11,7 +11,8 @@ function dress(figure) {
     hoverlabel: {...figure.layout.hoverlabel, bgcolor: ground, font: {color: text}},
     legend: {...figure.layout.legend, x: narrow ? 0 : 1.02, y: narrow ? -0.16 : 1, yanchor: 'top'},
     annotations: (figure.layout.annotations || []).map(
-      note => note.yref === 'paper' ? {...note, font: {...note.font, size: narrow ? 9 : 12}} : note),
+      note => note.yref === 'paper' ? {...note, font: {...note.font, size: narrow ? 9 : 12}}
+        : note.showarrow === false ? note : {...note, bgcolor: ground}),
     dragmode: narrow ? false : 'zoom',
   };
   const data = figure.data.map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,10 +36,19 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """A peak that was measured, in GiB: a line at that height."""
+    """What was measured, in GiB: a line at the height of the peak, over the whole call or a step for each phase.
+
+    `places` are the ends of each of its stretches, `sizes` its height there; None where it is broken off.
+    """
 
     name: str
-    size: float
+    places: Sequence[float | None]
+    sizes: Sequence[float | None]
+
+    @property
+    def highest(self) -> float:
+        """Its highest place."""
+        return max(size for size in self.sizes if size is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +77,7 @@ class MemoryPicture:
 
 
 def memory_picture(simulation: Simulation, measured: Took | None = None) -> MemoryPicture:
-    """The picture of a simulation, with the peaks of a real call where one was measured.
+    """The picture of a simulation, with the peaks of a real call where one was measured, phase by phase where known.
 
     Raises:
         VramplanError: its timeline was not asked for.
@@ -97,17 +106,32 @@ def memory_picture(simulation: Simulation, measured: Took | None = None) -> Memo
         peak=highest.allocated_bytes / GIB,
         peak_name=f"peak {format_bytes(highest.allocated_bytes)} allocated: {_running(highest)}",
         stopped=simulation.stopped is not None,
-        measured_device=_levels(measured, ("reserved", "allocated"), "vram_{}_bytes"),
-        measured_host=_levels(measured, ("RAM",), "ram_bytes"),
+        measured_device=[] if measured is None else list(_measured_device(measured, [span for _, span in spans])),
+        measured_host=[] if measured is None else [_level("RAM", measured.ram_bytes, [])],
     )
 
 
-def _levels(measured: Took | None, names: Sequence[str], attribute: str) -> list[Level]:
-    """What was measured of these."""
-    sizes = {name: getattr(measured, attribute.format(name), None) for name in names}
-    return [
-        Level(name=f"measured: {name} {format_bytes(size)}", size=size / GIB) for name, size in sizes.items() if size
-    ]
+def _measured_device(measured: Took, spans: Sequence[Span]) -> Iterator[Level]:
+    """What the device held, and had in tensors: by phase, or over the call where phases were not told apart."""
+    phases = [(span, measured.phases[span.name]) for span in spans if span.name in measured.phases]
+    if measured.vram_reserved_bytes:
+        steps = [(span, peak.reserved_bytes) for span, peak in phases]
+        yield _level("reserved", measured.vram_reserved_bytes, steps)
+    if measured.vram_allocated_bytes:
+        steps = [(span, peak.allocated_bytes) for span, peak in phases]
+        yield _level("allocated", measured.vram_allocated_bytes, steps)
+
+
+def _level(name: str, highest: int, steps: Sequence[tuple[Span, int]]) -> Level:
+    places: list[float | None] = []
+    sizes: list[float | None] = []
+    for span, size in steps:
+        gap: list[None] = [None] if places and places[-1] != span.start else []
+        places += [*gap, span.start, span.end]
+        sizes += [*gap, size / GIB, size / GIB]
+    return Level(
+        name=f"measured: {name} {format_bytes(highest)}", places=places or [0, 1], sizes=sizes or [highest / GIB] * 2
+    )
 
 
 def _title(simulation: Simulation) -> str:

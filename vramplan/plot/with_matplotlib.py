@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from math import nan
 from textwrap import fill
 from typing import Any
 
@@ -31,7 +32,8 @@ def draw_memory(picture: MemoryPicture) -> Any:
     _lines(vram, picture)
     for axes, levels in ((vram, picture.measured_device), (ram, picture.measured_host)):
         for level, dashes in zip(levels, ("-.", (0, (1, 1))), strict=False):
-            axes.axhline(level.size, color="black", linestyle=dashes, linewidth=1.2, label=level.name)
+            places, sizes = ([nan if one is None else one for one in ends] for ends in (level.places, level.sizes))
+            axes.plot(places, sizes, color="black", linestyle=dashes, linewidth=1.6, label=level.name)
     _phases(vram, ram, picture)
     _peak(vram, picture)
     if picture.stopped:
@@ -57,7 +59,7 @@ def _lines(axes: Any, picture: MemoryPicture) -> None:
     axes.plot(
         picture.places, picture.reserved, drawstyle="steps-post", color="black", linewidth=1, label="reserved by torch"
     )
-    top = max([*picture.reserved, picture.budget or 0, *(level.size for level in picture.measured_device)])
+    top = max([*picture.reserved, picture.budget or 0, *(level.highest for level in picture.measured_device)])
     if picture.budget is not None:
         axes.axhline(picture.budget, color=LIMIT, linestyle="--", label=f"budget: {picture.budget:.2f} GiB")
     axes.set_ylim(0, top * 1.25)  # room for the label of the peak
@@ -115,7 +117,7 @@ def draw_candidates(picture: CandidatesPicture) -> Any:
     named = next((group for group in picture.groups if group.name == "chosen"), None)
     title = picture.title if named is None else f"{picture.title}\n{fill('chosen: ' + named.settings[0], 110)}"
     figure.suptitle(title, fontsize=11)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

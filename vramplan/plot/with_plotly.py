@@ -88,12 +88,12 @@ def memory_figure(picture: MemoryPicture) -> Any:
     for row, levels in ((1, picture.measured_device), (2, picture.measured_host)):
         for level, dash in zip(levels, ("dashdot", "dot"), strict=False):
             figure.add_scatter(
-                x=[0, 1], y=[level.size] * 2, name=level.name, mode="lines", meta="text",
+                x=level.places, y=level.sizes, name=level.name, mode="lines", meta="text",
                 line={"width": 1.5, "dash": dash}, hoverinfo="skip", row=row, col=1,
             )  # fmt: skip
     figure.update_layout(hovermode="x unified")
     figure.update_xaxes(showticklabels=False, range=(0, 1), showgrid=False, zeroline=False, hoverformat=".0%")
-    top = max([*picture.reserved, picture.budget or 0, *(level.size for level in picture.measured_device)]) * 1.3
+    top = max([*picture.reserved, picture.budget or 0, *(level.highest for level in picture.measured_device)]) * 1.3
     _peak(figure, picture, top)
     figure.update_yaxes(title="VRAM, GiB", range=(0, top), row=1, col=1)
     figure.update_yaxes(title="RAM, GiB", rangemode="tozero", row=2, col=1)

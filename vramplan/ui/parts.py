@@ -78,8 +78,8 @@ def _number(name: str, hint: str, step: int | str) -> Any:
 
 
 def _figure(name: str, title: str, *more: Any) -> Any:
-    graph = dcc.Graph(id=name, responsive=True, config={"displayModeBar": False}, className="graph")
-    return html.Section([html.H2(title), *more, graph], id=f"{name}-part", hidden=True)
+    graph = dcc.Graph(id=name, responsive=True, config={"displayModeBar": False})  # as high as what it stands in
+    return html.Section([html.H2(title), *more, html.Div(graph, className="graph")], id=f"{name}-part", hidden=True)
 
 
 def answer_view(found: Answer) -> Any:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.errors import UsageError, VramplanError
+from vramplan.progress import TALKING
 from vramplan.ui.choices import Wish
 
 _ADDRESS = "127.0.0.1"
@@ -121,12 +122,22 @@ class Worker:
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=_told())
 
 
-def _begin() -> None:
+def _told() -> tuple[dict[str, int]]:
+    """From which level on each library talks here."""
+    return ({name: logging.getLogger(name).level for name in TALKING},)
+
+
+def _begin(levels: Mapping[str, int]) -> None:
     """In the worker: Ctrl-C is the server's, and where the server is gone the worker goes too."""
+    from tqdm import tqdm
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes, and missed where this one is ended
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 

@@ -168,6 +168,8 @@ def _helps(wish: Wish) -> Iterator[str]:
     smaller = replace(work, height=work.height // 32 * 16, width=work.width // 32 * 16)
     if min(smaller.height, smaller.width) > 0 and fits(smaller):
         yield workload_text(smaller)
+    if wish.device and asked.vram and fits(device=wish.device, vram=None):
+        yield "all of the card's memory"
     if card is not None:
         yield from _larger(card, lambda name: fits(device=name, vram=None))
 
