@@ -71,8 +71,11 @@ def _told(read: Plan | None, settings: bool, number: int) -> str:
     if read is None:
         return "refused"
     str(read)
-    assert parse_plan(dump_plan(read)).settings == read.settings, number
-    return "a plan" if settings else "a plan whose settings are refused"
+    again = parse_plan(dump_plan(read))
+    if not settings:  # names that no strategy has, of characters that YAML folds, may come back as others
+        return "a plan whose settings are refused"
+    assert again.settings == read.settings, number
+    return "a plan"
 
 
 if __name__ == "__main__":
