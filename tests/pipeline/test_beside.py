@@ -20,6 +20,14 @@ class Skips(diffusers.StableDiffusionPipeline):
         return self.text_encoder.final_layer_norm(states)
 
 
+class Hands(diffusers.StableDiffusionPipeline):
+    """Hands a layer to a function that calls it, after counting others."""
+
+    def encode(self, states):
+        assert len(self.text_encoder.encoder.layers) > 1
+        return self.run(states, layer=self.text_encoder.final_layer_norm)
+
+
 class Reads(diffusers.StableDiffusionPipeline):
     """Reads a weight, and calls what has none."""
 
@@ -42,6 +50,7 @@ def refusals(pipeline, name, what):
     [
         (Skips, "text_encoder", CLIP, "Skips calls final_layer_norm of text_encoder by itself", None),
         (Skips, "text_encoder_2", CLIP, None, None),
+        (Hands, "text_encoder", CLIP, "Hands calls final_layer_norm of text_encoder by itself", None),
         (Reads, "text_encoder", CLIP, None, "Reads reads final_layer_norm.weight of text_encoder by itself"),
         (BARE["Bare"], "text_encoder", CLIP, None, None),  # its source is nowhere
         (None, "text_encoder", CLIP, None, None),

@@ -7,6 +7,7 @@ does with the text encoder's last norm for `clip_skip`, or reads a tensor of it,
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -74,7 +75,8 @@ def _weighs(module: torch.nn.Module) -> bool:
 
 @lru_cache
 def _reached(cls: type | None) -> dict[str, list[tuple[Path, bool]]]:
-    """By what follows `self.` or stands by itself: where its attributes lead, and whether that is called, in order."""
+    """By what follows `self.` or stands by itself: where its attributes lead, and whether that is called or
+    handed on, in order."""
     found: dict[str, list[tuple[Path, bool]]] = {}
     for base in () if cls is None else cls.__mro__:
         # how adapters and textual inversions are loaded is no part of a call
@@ -89,11 +91,19 @@ def _chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # built in, or written where there is no file
         return
-    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {id(node.func) for node in calls} | {id(handed) for node in calls for handed in _handed(node)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in inner and len(names := _names(node)) > 1:
             yield names[0], names[1:], id(node) in called
+
+
+def _handed(call: ast.Call) -> Iterator[ast.expr]:
+    """What somebody else may call: Motif-Video hands the vision tower of its text encoder to a function of its own."""
+    if not (isinstance(call.func, ast.Name) and hasattr(builtins, call.func.id)):
+        yield from call.args
+        yield from (keyword.value for keyword in call.keywords)
 
 
 def _names(node: ast.expr) -> Path:
