@@ -240,4 +240,6 @@ def _text(value: ast.JoinedStr | ast.Constant) -> str | None:
 def _named(part: ast.expr) -> str:
     value = part.value if isinstance(part, ast.FormattedValue) else part
     names = re.findall(r"[A-Za-z_]\w*", ast.unparse(value))
-    return "CLASS" if {"class_name", "__name__"} & {*names} else names[-1].upper() if isinstance(value, ast.Attribute) else "..."
+    if {"class_name", "__name__"} & {*names}:
+        return "CLASS"
+    return names[-1].upper() if isinstance(value, ast.Attribute) else "..."
