@@ -29,7 +29,11 @@ class Hands(diffusers.StableDiffusionPipeline):
 
 
 class Reads(diffusers.StableDiffusionPipeline):
-    """Reads a weight, and calls what has none."""
+    """Reads a weight, calls what has none, and a layer only when it is made."""
+
+    def __init__(self, *parts, **options):
+        super().__init__(*parts, **options)
+        self.text_encoder.final_layer_norm(None)
 
     def encode(self, text_encoder, states):
         text_encoder.encoder.layers.to(states.device)

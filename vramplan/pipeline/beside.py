@@ -91,6 +91,9 @@ def _chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # built in, or written where there is no file
         return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):  # what is done while the pipeline is made is done before any hook
+            node.body = [item for item in node.body if getattr(item, "name", "") != "__init__"]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {id(node.func) for node in calls} | {id(handed) for node in calls for handed in _handed(node)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
