@@ -44,10 +44,10 @@ class ClassFacts:
     excluded: frozenset[str]
     unknown_in_sequence: tuple[str, ...]
     video: bool
-    sound: bool
     conditions: bool
     optional_uses: frozenset[str]
     frees_hooks: bool
+    sound: bool = False
     problem: str | None = None
 
 
