@@ -98,7 +98,9 @@ def test_what_is_converted_while_loading_is_charged_once() -> None:
 def test_what_is_converted_on_its_way_to_the_device_is_there_in_part() -> None:
     parts = [replace(part, converted_at_load=True) for part in text_to_image(denoiser=8 * GIB).components]
     demand = demand_of(pipeline(*parts), Resident())
-    assert demand.load == LoadDemand(component="transformer", ram_bytes=2 * GIB)
+    assert demand.load == LoadDemand(
+        component="transformer", ram_bytes=2 * GIB, order=("transformer", "text_encoder", "vae")
+    )
     assert demand.ram_bytes == 2 * GIB
     assert demand_of(text_to_image(), Resident()).ram_bytes == 0
 

@@ -60,10 +60,13 @@ def load_of(component: Component, setting: Placement, hold: Hold) -> Load:
 
 def load_order(loads: Mapping[str, Load]) -> list[str]:
     """The components in the order that needs the least RAM: those first that are freed, then those that give back most.
+    Of those alike the first by name, in whatever order they are listed.
 
     Loading one after another, each with a peak of which it keeps a part, is lowest in the order of what they give back.
     """
-    return sorted(loads, key=lambda name: (not loads[name].freed, loads[name].kept_bytes - loads[name].peak_bytes))
+    return sorted(
+        loads, key=lambda name: (not loads[name].freed, loads[name].kept_bytes - loads[name].peak_bytes, name)
+    )
 
 
 def load_demand(loads: Mapping[str, Load]) -> LoadDemand | None:
