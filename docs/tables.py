@@ -67,6 +67,23 @@ def conformance() -> str:
     )
 
 
+def bits() -> str:
+    """In how many of diffusers' own test pipelines a plan changed no bit of the result."""
+    found = json.loads(newest("conformance-bits", "json").read_text(encoding="utf-8"))
+    plans = {name.removeprefix("bits-"): counts for name, counts in found["counts"].items()}
+    states = ("ok", "failed", "refused", "unfit")
+    rows = [f"| {name} | {' | '.join(str(each.get(state, 0)) for state in states)} |" for name, each in plans.items()]
+    return "\n".join(
+        [
+            f"{found['built']} of them were called for real, on the CPU, without a plan and under each of these:",
+            "",
+            "| plan | the same bits, and undone wholly | not so | refused | plain calls fail or differ |",
+            "|---|--:|--:|--:|--:|",
+            *rows,
+        ]
+    )
+
+
 def regret() -> str:
     """How the choice compares with stock diffusers calls, by the model's own prices."""
     cases = json.loads(newest("regret", "json").read_text(encoding="utf-8"))
