@@ -24,9 +24,9 @@ def apply_view(ran: Ran) -> RenderableType:
     from vramplan.bars import plan_bar, versus_bars
     from vramplan.terminal import hang, stacked
 
-    bar = plan_bar(ran.plan)
     views = [hang(f"{name:<9} {text}", 10) for name, text in _rows(ran)]
     if ran.took is None:
+        bar = plan_bar(ran.plan)
         views += ["", bar] if bar else []
         views += ["", "nothing generated: give --prompt to generate and measure"]
     else:

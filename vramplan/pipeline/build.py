@@ -37,6 +37,13 @@ def component_class(library: str, class_name: str) -> Any:
     raise VramplanError(f"{library}.{class_name} is not a class of diffusers or transformers installed here")
 
 
+def has_weights(cls: type) -> bool:
+    """Whether components of the class are modules, not tokenizers, schedulers or processors."""
+    import torch
+
+    return issubclass(cls, torch.nn.Module)
+
+
 def weightless_copy(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module, live or weightless, on the meta device. Tied tensors stay tied.
 

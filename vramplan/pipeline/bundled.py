@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vramplan.errors import VramplanError
-from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.pipeline.build import build_weightless, component_class, has_weights
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import assemble
@@ -31,7 +31,7 @@ def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> 
     components = []
     for name, part in profile.components.items():
         if part.parameters is None:
-            if _has_weights(component_class(part.library, part.class_name)):
+            if has_weights(component_class(part.library, part.class_name)):
                 raise VramplanError(f"profile {profile.name}: components.{name}: {_no_count(part)}")
             continue
         module = build_weightless(part.library, part.class_name, part.config)
@@ -85,7 +85,7 @@ def _contradictions(part: ComponentProfile) -> Iterator[tuple[Place, str]]:
     for key in unknown:
         near = difflib.get_close_matches(key, _names(cls), n=1)
         yield ("config", key), f"{part.class_name} takes no {key}" + "".join(f", but {name}" for name in near)
-    if unknown or not _has_weights(cls):
+    if unknown or not has_weights(cls):
         return
     if part.parameters is None:
         yield (), _no_count(part)
@@ -99,12 +99,6 @@ def _contradictions(part: ComponentProfile) -> Iterator[tuple[Place, str]]:
     count = sum(parameter.numel() for parameter in module.parameters())
     if count != part.parameters:
         yield ("parameters",), f"{part.parameters:,}, but {part.class_name} has {count:,} as configured"
-
-
-def _has_weights(cls: Any) -> bool:
-    import torch
-
-    return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
 
 
 def _no_count(part: ComponentProfile) -> str:

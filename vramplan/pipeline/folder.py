@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
-from vramplan.pipeline.build import build_weightless, component_class
+from vramplan.pipeline.build import build_weightless, component_class, has_weights
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.geometry import tensors_of
@@ -158,8 +158,6 @@ def _components(
     variant: str | None,
     allow_pickle: bool,
 ) -> Iterable[tuple[Component, Sequence[str]]]:
-    import torch
-
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
@@ -167,7 +165,7 @@ def _components(
         if not isinstance(library, str) or not isinstance(class_name, str):
             raise VramplanError(f"{repository.where(INDEX)}: {name} must name a library and a class, not {entry!r}")
         cls = component_class(library, class_name)
-        if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+        if has_weights(cls):
             own = variant if variant in variants(repository, name) else None
             component, notes = _component(
                 repository, name, library, class_name, pipeline, dtype=dtype, variant=own, allow_pickle=allow_pickle
