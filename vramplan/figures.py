@@ -145,7 +145,7 @@ def confirmed(decision: Decision, simulation: Simulation) -> Decision:
         short = simulation.short_bytes
         lack = f"short by at least {format_bytes(short)}" if short else "as much is free, but in pieces too small"
         reason = f"{simulation.stopped}: {lack}"
-        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=max(1, short))
+        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=short or simulation.over_bytes)
     found = {phase.name: phase for phase in simulation.phases}
     phases, unseen = [], []
     for priced in decision.demand.phases:

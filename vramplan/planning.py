@@ -133,9 +133,17 @@ class Subject:
         return work
 
     def plan(
-        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: Asked, *, confirm: bool = True
+        self,
+        work: Workload,
+        hardware: Hardware,
+        accelerator: Accelerator | None,
+        asked: Asked,
+        *,
+        confirm: bool = True,
+        thorough: bool = True,
     ) -> Plan:
-        """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it."""
+        """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it, and
+        giving up early unless it is to be `thorough` (`decide`)."""
         spec = self.spec
         told, known, budget = self._question(work, hardware, accelerator, asked)
         outcome = decide(
@@ -149,6 +157,7 @@ class Subject:
             prefer=asked.prefer,
             confirm=known.confirm(budget) if confirm else None,
             lighter=known.lighter,
+            thorough=thorough,
         )
         machine = MachineRecord(
             device=accelerator.device if accelerator else "cpu",

@@ -313,6 +313,45 @@ class TestAnyPipeline:
         assert len({(tuple(sorted(i.placement.items(), key=str)), i.decode) for i in asked}) == len(asked)
 
 
+    @QUICK
+    @given(specs(), WORKS, VRAM, st.sampled_from([1.0, 3.0]))
+    def test_too_large_a_step_down_costs_next_to_nothing(self, spec, work, vram, guess) -> None:
+        """What is passed over because it was said to be shorter than it is comes back where it is faster."""
+        footprint = Simulated(spec=spec, workload=work)
+        limit = vram - GIB // 4
+
+        def confirm(item: Decision) -> Decision:
+            over = item.demand.vram_reserved_bytes - limit
+            return replace(item, verdict="rejected", deficit_bytes=int(over * guess), reason="no") if over > 0 else item
+
+        options = {"work": work, "footprint": footprint}
+        try:
+            best = choose(spec, limit, **options).chosen
+        except NothingFitsError:
+            with pytest.raises(NothingFitsError):
+                choose(spec, vram, confirm=confirm, **options)
+            return
+        chosen = choose(spec, vram, confirm=confirm, **options).chosen
+        assert chosen.demand.vram_reserved_bytes <= limit
+        if chosen.quality == best.quality:
+            assert chosen.demand.seconds_per_call <= best.demand.seconds_per_call * 1.02
+
+    def test_only_a_thorough_search_tries_each_kind_of_placement(self) -> None:
+        """One kind is said to be short by all there is, another is not."""
+        spec = text_to_image()
+        options: dict[str, Any] = {"footprint": Simulated(spec=spec, workload=WORK), "allow": "lossless"}
+
+        def confirm(item: Decision) -> Decision:
+            if isinstance(item.placement["transformer"], SequentialCpuOffload):
+                return item
+            return replace(item, verdict="rejected", deficit_bytes=100 * GIB, reason="no")
+
+        found = choose(spec, 16 * GIB, confirm=confirm, **options).chosen
+        assert isinstance(found.placement["transformer"], SequentialCpuOffload)
+        with pytest.raises(NothingFitsError, match="nothing lossless fits"):
+            choose(spec, 16 * GIB, confirm=confirm, thorough=False, **options)
+
+
 class Simulated(AssumedFootprint):
     """The same figures, called simulated: worth confirming."""
 

@@ -143,9 +143,9 @@ def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(
 ) -> None:
     pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
     found = Source(pipe, describe(pipe).spec).run(work, [], [], accelerator=CARD)
-    stopped = replace(found, stopped="out of memory", short_bytes=short)
+    stopped = replace(found, stopped="out of memory", short_bytes=short, over_bytes=4096)
     priced = Decision(placement={}, decode=(), demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
     told = confirmed(priced, stopped)
     assert told.verdict == "rejected"
     assert lack in told.reason
-    assert told.deficit_bytes == max(1, short)
+    assert told.deficit_bytes == (short or 4096)

@@ -134,6 +134,8 @@ def test_too_small_a_device_says_where_it_ran_out(small_pipeline: Callable[..., 
     assert result.stopped is not None
     assert "out of memory in" in result.stopped
     assert (result.short_bytes > 0) == lacks
+    assert result.over_bytes > 0
+    assert result.over_bytes >= result.short_bytes
     assert result.stopped_in in ("load", "encode", "denoise", "decode")
     assert f"({result.stopped_in})" in result.stopped
 

@@ -19,7 +19,7 @@ from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
-from vramplan.units import format_bytes
+from vramplan.units import MIB, format_bytes
 from vramplan.workload import Workload
 
 Verdict = Literal["chosen", "fits", "rejected"]
@@ -65,6 +65,8 @@ class Outcome:
 Confirm = Callable[[Decision], Decision]
 # One more simulation is made for a plan that would take at most this share of the time.
 _WORTH_A_TRY = 0.99
+# Candidates nearer to one another than this are not told apart: the least that torch's allocator takes for more.
+_STEP_BYTES = 20 * MIB
 # What may be chosen when the user said nothing: the second only where the first has nothing that fits.
 _LAST_RESORT: tuple[Quality, ...] = ("lossless", "near_lossless")
 
@@ -96,6 +98,7 @@ def decide(
     prefer: Prefer = "speed",
     confirm: Confirm | None = None,
     lighter: Sequence[Lighter] = (),
+    thorough: bool = True,
 ) -> Outcome:
     """Price every candidate and choose.
 
@@ -105,7 +108,8 @@ def decide(
     With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
     that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
     `confirm` has the last word on a candidate that fits by its price: it returns the decision with what it
-    found, with a deficit where it does not fit after all. Assumed prices are not worth confirming.
+    found, with a deficit where it does not fit after all. Assumed prices are not worth confirming. It is asked for
+    every kind of placement before nothing is said to fit, if it is to be `thorough`.
 
     Raises:
         NothingFitsError: with the deficit of the nearest candidate.
@@ -126,7 +130,7 @@ def decide(
     pool = [(row, chooser.best(row)) for row in found]
     default = (*_LAST_RESORT, "lossy") if fixed.weights else _LAST_RESORT  # what is set by hand is allowed
     for limit in (allow,) if allow else default:
-        chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
+        chosen, pool = _first_confirmed(pool, limit, chooser, confirm, thorough=thorough)
         if chosen is not None:
             others = [_told(item, chosen, limit, chooser) for _, item in pool if item is not chosen]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
@@ -181,19 +185,30 @@ def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
 
 
 def _first_confirmed(
-    pool: Sequence[tuple[Row, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None
+    pool: Sequence[tuple[Row, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None, *, thorough: bool
 ) -> tuple[Decision | None, list[tuple[Row, Decision]]]:
     """The best decision that fits and is confirmed, and all of them with what confirming found out.
 
-    One that is not confirmed gives way to the next best of its row, within as much less as it was short by. It
-    also rules out those that decode alike and were priced at as much or more: they would fare no better.
+    One that is not confirmed gives way to the next best of its row within as much less as it was short by, and so do
+    all that decode alike; those that were priced at as much or more are ruled out with it: they would fare no better.
+    Once something fits, what was passed over is tried as far as it is faster. Where nothing does, and it is to be
+    `thorough`, every row is tried again from just below what failed.
     """
     done: list[tuple[Row, Decision]] = []
     waiting = list(pool)
+    lowest: dict[tuple[Decode, ...], Decision] = {}  # of those that failed the one priced lowest
+    bold = True
     while True:
         able = [
             entry for entry in waiting if entry[1].verdict == "fits" and chooser.asks_for(entry[1]) <= _index_of(limit)
         ]
+        if not able and bold and thorough and lowest:
+            bold = False
+            passed = [row for row, _ in pool if row.decode in lowest]
+            again = [(row, chooser.best(row, _vram(lowest[row.decode]) - 1)) for row in passed]
+            waiting = [entry for entry in waiting if entry[0].decode not in lowest]
+            waiting += [entry for entry in again if not entry[1].deficit_bytes]
+            continue
         if not able:
             return None, [*done, *waiting]
         row, item = entry = min(able, key=lambda entry: rank(entry[1], chooser.prefer))
@@ -203,41 +218,81 @@ def _first_confirmed(
         found = confirm(item)
         done.append((row, found))
         if found.verdict != "rejected":
-            return _one_more_rung(row, item, found, chooser, confirm), [*done, *waiting]
+            best = _one_more_rung(row, item, found, lowest.get(row.decode), chooser, confirm)
+            for other, _ in pool:
+                if other.decode in lowest:
+                    best = _between(other, lowest[other.decode], best, limit, chooser, confirm)
+            return best, [*done, *waiting]
         if not found.deficit_bytes:
             continue  # it cannot run at all, which says nothing of its neighbours
-        priced = item.demand.vram_reserved_bytes
-        waiting = [_below(other, priced - 1, chooser) if other[0].decode == row.decode else other for other in waiting]
-        smaller = chooser.best(row, priced - found.deficit_bytes)
+        lowest[row.decode] = item
+        within = _vram(item) - (found.deficit_bytes if bold else 1)
+        alike = [other for other in waiting if other[0].decode == row.decode]
+        waiting = [other for other in waiting if other[0].decode != row.decode]
+        waiting += [_below(other, within, found, chooser) for other in alike]
+        smaller = chooser.best(row, _vram(item) - found.deficit_bytes)
         waiting += [(row, smaller)] if not smaller.deficit_bytes else []
 
 
-def _one_more_rung(row: Row, priced: Decision, found: Decision, chooser: _Chooser, confirm: Confirm) -> Decision:
+def _vram(item: Decision) -> int:
+    return item.demand.vram_reserved_bytes
+
+
+def _one_more_rung(
+    row: Row, priced: Decision, found: Decision, failed: Decision | None, chooser: _Chooser, confirm: Confirm
+) -> Decision:
     """A faster one of the row that fits after all, where simulating found less than was priced; else what was found."""
-    spare = priced.demand.vram_reserved_bytes - found.demand.vram_reserved_bytes
+    spare = _vram(priced) - _vram(found)
     limit = chooser.budget.vram_bytes
     if spare <= 0 or limit is None:
         return found
     higher = chooser.best(row, limit + spare)
-    if higher.deficit_bytes or higher.demand.seconds_per_call > found.demand.seconds_per_call * _WORTH_A_TRY:
+    if not _worth_a_try(higher, found) or (failed is not None and _vram(higher) >= _vram(failed)):
         return found
     tried = confirm(higher)
     return found if tried.verdict == "rejected" else tried
 
 
-def _below(entry: tuple[Row, Decision], vram_bytes: int, chooser: _Chooser) -> tuple[Row, Decision]:
+def _between(
+    row: Row, failed: Decision, found: Decision, limit: Quality, chooser: _Chooser, confirm: Confirm
+) -> Decision:
+    """One of the row that was priced at less than what failed and is faster than what was found, by halving."""
+    low, high = 0, _vram(failed)
+    while True:
+        top = chooser.best(row, high - 1)
+        if not _worth_a_try(top, found) or _vram(top) <= low or chooser.asks_for(top) > _index_of(limit):
+            return found
+        half = (low + _vram(top)) // 2
+        middle = chooser.best(row, half)
+        if not _worth_a_try(middle, found):
+            if _vram(top) - low > _STEP_BYTES:
+                low = half
+                continue
+            middle = top
+        tried = confirm(middle)
+        if tried.verdict == "rejected":
+            high = _vram(middle)
+        else:
+            found, low = tried, _vram(middle)
+
+
+def _worth_a_try(other: Decision, found: Decision) -> bool:
+    return not other.deficit_bytes and other.demand.seconds_per_call <= found.demand.seconds_per_call * _WORTH_A_TRY
+
+
+def _below(entry: tuple[Row, Decision], vram_bytes: int, failed: Decision, chooser: _Chooser) -> tuple[Row, Decision]:
     """The entry where it needs no more than that, else the best of its row that does, else the entry ruled out."""
     row, item = entry
-    priced = item.demand.vram_reserved_bytes
-    if item.deficit_bytes or priced <= vram_bytes:
+    if item.deficit_bytes or _vram(item) <= vram_bytes:
         return entry
     smaller = chooser.best(row, vram_bytes)
     if not smaller.deficit_bytes:
         return row, smaller
     reason = (
-        f"projected at {format_bytes(priced)} of VRAM, and a candidate of no more did not fit when it was simulated"
+        f"projected at {format_bytes(_vram(item))} of VRAM, and one that was projected at {format_bytes(_vram(failed))}"
+        f" was short by {format_bytes(failed.deficit_bytes)} when it was simulated"
     )
-    return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=priced - vram_bytes)
+    return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=_vram(item) - vram_bytes)
 
 
 def _judge(row: Row, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:

@@ -68,6 +68,7 @@ def traced_alone(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: 
         fits=None,
         stopped=None,
         short_bytes=0,
+        over_bytes=0,
         to_device_bytes=0,
         to_host_bytes=0,
         operations=operations,

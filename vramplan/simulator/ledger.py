@@ -144,6 +144,7 @@ class Ledger:
         self.operation = ""
         self.operations = 0
         self.short_bytes = 0
+        self.over_bytes = 0
         self.costs: dict[tuple[str, str], Cost] = {}
         self.module_costs: dict[str, Cost] = {}
         self.peaks: dict[SimulatedPhaseName, Peak] = {}
@@ -193,6 +194,7 @@ class Ledger:
 
     def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
         self.short_bytes = max(0, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
+        self.over_bytes = max(1, error.requested_bytes + error.reserved_bytes - error.capacity_bytes)
         where = self.module or self.component or "the pipeline"
         doing = self.operation or "moving weights"
         return torch.OutOfMemoryError(

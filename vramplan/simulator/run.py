@@ -284,6 +284,7 @@ def _result(
         fits=None if capacity is None else stopped is None,
         stopped=stopped,
         short_bytes=ledger.short_bytes if stopped else 0,
+        over_bytes=ledger.over_bytes if stopped else 0,
         stopped_in=ledger.phase if stopped else None,
         uses=tuple(
             SimulatedUse(

@@ -116,8 +116,9 @@ class Simulation:
     """What a call of a pipeline takes on the simulated device.
 
     `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
-    memory, `short_bytes` by how much at least: 0 where as much was free, in pieces too small. `to_device_bytes` and
-    `to_host_bytes` crossed the link. `notes` tells what had to be assumed. `modules` are in the order they first ran.
+    memory, `short_bytes` by how much at least: 0 where as much was free, in pieces too small; `over_bytes` is by how
+    much that request went over the capacity beside all that was reserved. `to_device_bytes` and `to_host_bytes` crossed
+    the link. `notes` tells what had to be assumed. `modules` are in the order they first ran.
     `stopped_in` is the phase that it was stopped in.
     `timeline` is there where it was asked for.
     """
@@ -136,6 +137,7 @@ class Simulation:
     fits: bool | None
     stopped: str | None
     short_bytes: int
+    over_bytes: int
     to_device_bytes: int
     to_host_bytes: int
     operations: int
