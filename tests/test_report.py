@@ -101,6 +101,12 @@ class TestPlan:
         more = replace(plan, workload=replace(plan.workload, num_frames=9, num_images_per_prompt=2))
         assert "64 x 64 x 9 frames, 2 per prompt, 2 steps" in plan_text(more)
 
+    def test_sound_has_no_size(self) -> None:
+        sound = vramplan.plan("stable-audio-open", device="rtx-4070", simulate=False, num_images_per_prompt=2)
+        rows = dict(line.split(maxsplit=1) for line in lines(plan_text(sound))[:8])
+        assert rows["for"] == "sound, 2 per prompt, 100 steps"
+        assert "256" not in plan_text(sound)
+
     def test_every_phase_is_a_row(self, plan):
         text = plan_text(plan)
         table = text[text.index("phase ") :]

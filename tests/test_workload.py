@@ -61,6 +61,15 @@ def test_any_sensible_workload_is_kept(counts: dict[str, int], guidance: float |
     assert made.guidance_scale == guidance
 
 
+def test_sound_has_no_size_and_is_estimated_as_a_picture_of_as_many_latents() -> None:
+    sound = make_workload(call_defaults(diffusers.StableAudioPipeline, {"sample_size": 1024}, 2048, sound=True), {})
+    assert sound.sound
+    assert (sound.height, sound.width) == (1, 1)
+    assert sound.sides == (256, 256)
+    assert not Workload(height=64, width=1).sound
+    assert Workload(height=64, width=1).sides == (64, 1)
+
+
 def test_the_calls_own_defaults_come_first() -> None:
     told = call_defaults(diffusers.CogVideoXPipeline, {"sample_height": 60, "sample_width": 90, "sample_frames": 49}, 8)
     assert (told["height"], told["width"], told["num_frames"]) == (480, 720, 49)

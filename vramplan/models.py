@@ -169,4 +169,4 @@ def _workload(profile: PipelineProfile) -> dict[str, Any]:
 def _defaults(cls: type, spec: PipelineSpec) -> dict[str, Any]:
     denoiser = next((component for component in spec.components if component.role == "denoiser"), None)
     spatial, _ = vae_scale(next(iter(spec.vaes), None))
-    return call_defaults(cls, denoiser.config if denoiser else {}, spatial)
+    return call_defaults(cls, denoiser.config if denoiser else {}, spatial, sound=spec.sound)

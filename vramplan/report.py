@@ -111,9 +111,10 @@ def notes_view(notes: Sequence[str]) -> Iterator[RenderableType]:
 
 def workload_text(work: Workload) -> str:
     """What is generated: `1360 x 768 x 81 frames, 2 per prompt, 50 steps`."""
+    size = "sound" if work.sound else f"{work.width} x {work.height}"
     frames = f" x {work.num_frames} frames" if work.num_frames > 1 else ""
     batch = f", {work.num_images_per_prompt} per prompt" if work.num_images_per_prompt > 1 else ""
-    return f"{work.width} x {work.height}{frames}{batch}, {work.num_inference_steps} steps"
+    return f"{size}{frames}{batch}, {work.num_inference_steps} steps"
 
 
 def _loading_row(plan: Plan) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ from vramplan.errors import UsageError
 # Names the pipelines' own __call__ uses, beside those of Workload itself.
 _ALIASES = {"steps": "num_inference_steps", "frames": "num_frames", "batch": "num_images_per_prompt"}
 _LARGEST = 1 << 20
+# The longest sound that Stable Audio Open makes, 47.55 s, is 1,024 latents: as many as a picture of this side has.
+_SOUND_SIDE = 256
 # What pipelines of videos call the number of frames (diffusers 0.42: TextToVideoZero, WanAnimate).
 FRAME_ARGUMENTS = ("num_frames", "video_length", "segment_frame_length")
 
@@ -20,7 +22,7 @@ FRAME_ARGUMENTS = ("num_frames", "video_length", "segment_frame_length")
 class Workload:
     """One call of the pipeline: pixels, frames, pictures per prompt, denoising steps, guidance.
 
-    `num_frames` is 1 for pictures. `guidance_scale` above 1 makes the denoiser run on twice the batch
+    `num_frames` is 1 for pictures, `height` and `width` are 1 for sound. `guidance_scale` above 1 makes the denoiser run on twice the batch
     in pipelines that guide without a classifier; None where the pipeline has its own default.
     """
 
@@ -32,6 +34,16 @@ class Workload:
     num_images_per_prompt: int = 1
     num_inference_steps: int = 50
     guidance_scale: float | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether it makes no picture."""
+        return self.height == self.width == 1
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width in pixels to estimate with: for sound those of a picture of as many latents."""
+        return (_SOUND_SIDE, _SOUND_SIDE) if self.sound else (self.height, self.width)
 
 
 WORKLOAD_NAMES = frozenset(field.name for field in fields(Workload))
@@ -62,7 +74,7 @@ def _check_count(name: str, value: Any) -> None:
         raise UsageError(f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
 
 
-def call_defaults(cls: type, config: Mapping[str, Any], scale: int) -> dict[str, Any]:
+def call_defaults(cls: type, config: Mapping[str, Any], scale: int, *, sound: bool = False) -> dict[str, Any]:
     """What a pipeline generates when nothing is said: its call's defaults, else the denoiser's own size.
 
     `config` is the denoiser's configuration, `scale` the VAE's pixels per latent.
@@ -76,7 +88,8 @@ def call_defaults(cls: type, config: Mapping[str, Any], scale: int) -> dict[str,
     frames = next((parameters[name].default for name in FRAME_ARGUMENTS if name in parameters), None)
     told |= {"num_frames": frames} if _is_number(frames) else {}
     video = not parameters.keys().isdisjoint(FRAME_ARGUMENTS)
-    return _sizes_from_config(config, scale, video=video) | told
+    sizes = {"height": 1, "width": 1} if sound else _sizes_from_config(config, scale, video=video)
+    return sizes | told
 
 
 def _is_number(value: Any) -> bool:

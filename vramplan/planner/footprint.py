@@ -148,10 +148,11 @@ class AssumedFootprint:
     def _whole(self, vae: Component) -> Picture:
         work = self.workload
         frames = work.num_frames if self.spec.video else 1
-        pixels = work.height * work.width * frames * work.num_images_per_prompt
+        height, width = work.sides
+        pixels = height * width * frames * work.num_images_per_prompt
         return Picture(
-            height=work.height,
-            width=work.width,
+            height=height,
+            width=width,
             frames=frames,
             batch=work.num_images_per_prompt,
             whole_pixels=pixels,
@@ -174,7 +175,8 @@ def denoiser_shape(component: Component, spec: PipelineSpec, workload: Workload)
     vae = next(iter(spec.vaes), None)
     spatial, temporal = vae_scale(vae)
     frames = 1 + (workload.num_frames - 1) // temporal if spec.video else 1
-    pixels = -(-workload.height // spatial) * -(-workload.width // spatial) * frames
+    height, width = (-(-side // spatial) for side in workload.sides)
+    pixels = height * width * frames
     convolutional = "block_out_channels" in config
     patch = prod(patch_of(config, vae))
     tokens = pixels // patch + (0 if convolutional else _ENCODER_TOKENS)

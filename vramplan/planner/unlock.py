@@ -33,7 +33,7 @@ def _vram(demand: Demand, limit: int, workload: Workload, accelerator: Accelerat
     short = demand.vram_reserved_bytes - limit
     if short <= 0:
         return
-    size = _smaller(demand, limit, workload)
+    size = None if workload.sound else _smaller(demand, limit, workload)
     if size is not None:
         yield size
     if accelerator is not None and accelerator.free_bytes is not None and not accelerator.unified:
