@@ -40,16 +40,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of tests marked `diagonal(a, b)`, as few pairs as bring every `a` and every `b`; all where VRAMPLAN_TESTS=all."""
     if os.environ.get("VRAMPLAN_TESTS") == "all":
         return
-    count: dict[tuple[object, str], int] = {}
+    values: dict[tuple[object, str], list[object]] = {}  # of each parameter, in their order
     marked = {item: mark.args for item in items if (mark := item.get_closest_marker("diagonal"))}
+
+    def of(item: pytest.Item, name: str) -> tuple[object, list[object]]:
+        value = item.callspec.params[name]  # type: ignore[attr-defined]
+        return value, values.setdefault((item.function, name), [])  # type: ignore[attr-defined]
+
     for item, names in marked.items():
-        for name in names:
-            key = (item.function, name)  # type: ignore[attr-defined]
-            count[key] = max(count.get(key, 0), item.callspec.indices[name] + 1)  # type: ignore[attr-defined]
+        for value, seen in (of(item, name) for name in names):
+            seen += [value] if value not in seen else []
     left = set()
     for item, names in marked.items():
-        fewest = min(count[item.function, name] for name in names)  # type: ignore[attr-defined]
-        if len({item.callspec.indices[name] % fewest for name in names}) > 1:  # type: ignore[attr-defined]
+        pair = [of(item, name) for name in names]
+        fewest = min(len(seen) for _, seen in pair)
+        if len({seen.index(value) % fewest for value, seen in pair}) > 1:
             left.add(item)
     config.hook.pytest_deselected(items=list(left))
     items[:] = [item for item in items if item not in left]

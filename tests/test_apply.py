@@ -121,6 +121,7 @@ def sd15(small_pipeline):
     return small_pipeline("sd15-small")
 
 
+@pytest.mark.diagonal("kind", "name")
 @pytest.mark.parametrize("name", LOSSLESS)
 @pytest.mark.parametrize("kind", SMALL_KINDS)
 def test_a_lossless_plan_changes_no_bit_and_undo_leaves_nothing(small_pipeline, untouched, kind, name):

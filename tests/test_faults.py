@@ -162,14 +162,15 @@ def rounded(subject):
     return bool(subject.plan.settings.weights)
 
 
-# Here diffusers takes any RuntimeError for a text that names no device, and goes on (0.42, `ModelMixin.to`).
-TAKEN = ("torch.device(arg)", "device_arg_or_kwarg_present = True")
+# Here libraries take an error and go on: diffusers any RuntimeError, for a text that names no device (0.42,
+# `ModelMixin.to`), safetensors any Exception, for an old torch (0.8, `storage_ptr`).
+TAKEN = ("torch.device(arg)", "device_arg_or_kwarg_present = True", "return tensor.untyped_storage().data_ptr()")
 
 
 class Met(NamedTuple):
     """What became of an error: where it was raised, nowhere if that was never reached, and whether nobody was told.
 
-    What diffusers took is silent by right.
+    What a library took is silent by right.
     """
 
     struck: list[faults.Line]

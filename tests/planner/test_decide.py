@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -444,10 +445,14 @@ def profile_plan(name: str, gib: int, **options: Any) -> Outcome:
         num_inference_steps=told.num_inference_steps,
         guidance_scale=told.guidance_scale,
     )
-    return choose(PROFILES[name], gib * GIB, work=work, **options)
+    return choose(profile_spec(name), gib * GIB, work=work, **options)
 
 
-PROFILES = {name: spec_from_profile(load_pipeline_profile(name)) for name in pipeline_names()}
+@cache
+def profile_spec(name: str) -> PipelineSpec:
+    return spec_from_profile(load_pipeline_profile(name))
+
+
 BUDGETS = (4, 8, 12, 24, 48, 320)
 
 
@@ -494,7 +499,7 @@ def test_flux_never_goes_leaf_by_leaf_where_blocks_fit() -> None:
 
 
 def test_settings_by_hand_win_over_speed() -> None:
-    spec = PROFILES["stable-diffusion-xl"]
+    spec = profile_spec("stable-diffusion-xl")
     fixed = parse_fixed({"placement": "sequential_cpu_offload"}, spec)
     assert set(profile_plan("stable-diffusion-xl", 80, fixed=fixed).chosen.placement.values()) == {
         SequentialCpuOffload()
