@@ -206,6 +206,29 @@ def test_views_share_the_memory_they_shared() -> None:
         assert world.engine.ledger.allocator.allocated_bytes == before - 512 * SIZE * 4
 
 
+def test_tiles_of_one_tensor_are_alike_wherever_they_start() -> None:
+    """What is returned of a tile's own memory starts where that tile does."""
+    offsets = []
+    for memo in (Memo(), None):
+        Views.runs = 0
+        with world_of(Views, memo) as world:
+            whole = torch.zeros(2048, SIZE, device="cuda")
+            made = [world.call("one", whole[start : start + 512]) for start in (0, 512, 1024)]
+            offsets.append([(item[1]["view"].storage_offset(), item[0].storage_offset()) for item in made])
+            assert all(item[1]["view"].block is whole.block for item in made)
+        assert Views.runs == (1 if memo else 3)
+    assert offsets == [[(0, 0), (512 * SIZE, 0), (1024 * SIZE, 0)]] * 2
+
+
+def test_how_far_apart_two_arguments_start_makes_a_difference() -> None:
+    Block.runs = 0
+    with world_of(Block, Memo()) as world:
+        whole = torch.zeros(2048, SIZE, device="cuda")
+        for first, second in ((0, 512), (512, 1024), (0, 1024)):
+            world.call("one", whole[first : first + 512], whole[second : second + 512])
+    assert Block.runs == 2
+
+
 def test_memory_runs_out_in_the_same_place() -> None:
     told = []
     for memo in (Memo(), None):

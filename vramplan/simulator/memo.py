@@ -63,7 +63,7 @@ class _Output:
     """One tensor that a forward returned: the block or argument it lies in, and how.
 
     `block` is the number of a block the forward took; else it lies in the memory of the argument at place `argument`,
-    and is that argument itself where it is the `same`.
+    `offset` elements from where that starts, and is that argument itself where it is the `same`.
     """
 
     block: int | None
@@ -131,15 +131,15 @@ class Recording:
             assert isinstance(source, SimTensor)
             if item.same:
                 return source
-            storage, block = source.meta, source.block
+            storage, block, offset = source.meta, source.block, int(source.meta.storage_offset()) + item.offset
         else:
             assert item.block is not None
-            block = blocks[item.block]
+            block, offset = blocks[item.block], item.offset
             if item.storage not in storages:
                 storages[item.storage] = torch.empty(item.storage_bytes, dtype=torch.uint8, device="meta")
             storage = storages[item.storage]
         shape = torch.empty(0, dtype=item.dtype, device="meta")
-        shape.set_(storage.untyped_storage(), item.offset, item.shape, item.stride)
+        shape.set_(storage.untyped_storage(), offset, item.shape, item.stride)
         return make(engine, shape, item.label, block, None if item.value is None else item.value.clone())
 
 
@@ -302,8 +302,11 @@ def _weights(parts: Sequence[torch.nn.Module]) -> Any:
     return tuple(found)
 
 
-def _arguments(given: Any, seen: dict[int, int]) -> Any:
+def _arguments(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
     """What matters of arguments: shapes, places, values as far as they are known, and which share their memory.
+
+    Where in its memory an argument starts does not matter, as with the tiles of one latent, but how far from where
+    another starts that is there too.
 
     Raises:
         _UnlikeError: an object, or a list that the module may change.
@@ -313,9 +316,12 @@ def _arguments(given: Any, seen: dict[int, int]) -> Any:
         if value is not None and value.numel() > VALUE_LIMIT:
             raise _UnlikeError
         known = None if value is None else _digest(value)
-        shared = seen.setdefault(id(given.block), len(seen)) if isinstance(given, SimTensor) else None
         meta = given.meta if isinstance(given, SimTensor) else given
-        return meta.shape, meta.stride(), meta.storage_offset(), meta.dtype, label_of(given), shared, known
+        offset, shared = int(meta.storage_offset()), None
+        if isinstance(given, SimTensor):
+            shared, first = seen.setdefault(id(given.block), (len(seen), offset))
+            offset -= first
+        return meta.shape, meta.stride(), offset, meta.dtype, label_of(given), shared, known
     if isinstance(given, _PLAIN):
         return type(given), given
     if type(given) is tuple:
@@ -346,6 +352,8 @@ def _outputs(leaves: Sequence[Any], given: Sequence[torch.Tensor], recorder: Rec
         if block is None and argument is None:
             return None
         value = leaf.value
+        within = None if argument is None else given[argument]
+        start = int(within.meta.storage_offset()) if isinstance(within, SimTensor) else 0
         found.append(
             _Output(
                 block=block,
@@ -355,7 +363,7 @@ def _outputs(leaves: Sequence[Any], given: Sequence[torch.Tensor], recorder: Rec
                 storage_bytes=leaf.meta.untyped_storage().nbytes(),
                 shape=tuple(leaf.meta.shape),
                 stride=leaf.meta.stride(),
-                offset=int(leaf.meta.storage_offset()),
+                offset=int(leaf.meta.storage_offset()) - start,
                 dtype=leaf.meta.dtype,
                 label=leaf.label,
                 value=None if value is None else value.clone(),
