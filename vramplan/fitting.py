@@ -182,7 +182,6 @@ def _try(subject: Subject, model: str, asked: Asked) -> Try:
         device: str | None = None,
         alike: tuple[str, ...] = (),
         confirm: bool = True,
-        thorough: bool = True,
         strict: bool = True,
         **changes: Any,
     ) -> Row:
@@ -195,8 +194,7 @@ def _try(subject: Subject, model: str, asked: Asked) -> Try:
             fits=False,
         )
         try:
-            wanted = replace(asked, **changes)
-            plan = subject.plan(work, hardware, accelerator, wanted, confirm=confirm, thorough=thorough)
+            plan = subject.plan(work, hardware, accelerator, replace(asked, **changes), confirm=confirm)
         except (NothingFitsError, UsageError) as error:
             if strict and isinstance(error, UsageError):
                 raise
@@ -240,8 +238,8 @@ def _largest(
 ) -> tuple[Row, Row | None]:
     """The last workload that fits, or the first one where none does; and the next one, with what it lacks.
 
-    Looked for by price first, decoded in what takes least, going up from the usual workload; then that place and those
-    about it are planned for and simulated. Nothing is given up for good but for the one that is beyond.
+    Looked for by price first, decoded in what takes least, going up from the usual workload; then that place and the
+    next are planned for in full and simulated, and those beside them where they are not the last and the first.
     """
     ladder = legal_workloads(dimension, subject.spec, subject.described.defaults, work)
     amounts = [amount(item) for item in ladder]
@@ -249,17 +247,11 @@ def _largest(
     priced = last_within(amounts, lambda place: need(ladder[place]), 0, usual)
 
     @cache
-    def quick(place: int) -> Row:
-        return attempt(ladder[place], thorough=False)
+    def tried(place: int) -> Row:
+        return attempt(ladder[place])
 
-    @cache
-    def full(place: int) -> Row:
-        return quick(place) if quick(place).fits else attempt(ladder[place])
-
-    top = edge_near(len(ladder), lambda place: quick(place).fits, priced)
-    while top + 1 < len(ladder) and full(top + 1).fits:
-        top += 1
-    return full(max(top, 0)), None if top + 1 == len(ladder) else full(top + 1)
+    top = edge_near(len(ladder), lambda place: tried(place).fits, priced)
+    return tried(max(top, 0)), None if top + 1 == len(ladder) else tried(top + 1)
 
 
 def _need(

@@ -133,17 +133,9 @@ class Subject:
         return work
 
     def plan(
-        self,
-        work: Workload,
-        hardware: Hardware,
-        accelerator: Accelerator | None,
-        asked: Asked,
-        *,
-        confirm: bool = True,
-        thorough: bool = True,
+        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: Asked, *, confirm: bool = True
     ) -> Plan:
-        """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it, and
-        giving up early unless it is to be `thorough` (`decide`)."""
+        """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it."""
         spec = self.spec
         told, known, budget = self._question(work, hardware, accelerator, asked)
         outcome = decide(
@@ -157,7 +149,6 @@ class Subject:
             prefer=asked.prefer,
             confirm=known.confirm(budget) if confirm else None,
             lighter=known.lighter,
-            thorough=thorough,
         )
         machine = MachineRecord(
             device=accelerator.device if accelerator else "cpu",

@@ -98,7 +98,6 @@ def decide(
     prefer: Prefer = "speed",
     confirm: Confirm | None = None,
     lighter: Sequence[Lighter] = (),
-    thorough: bool = True,
 ) -> Outcome:
     """Price every candidate and choose.
 
@@ -108,8 +107,7 @@ def decide(
     With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
     that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
     `confirm` has the last word on a candidate that fits by its price: it returns the decision with what it
-    found, with a deficit where it does not fit after all. Assumed prices are not worth confirming. It is asked for
-    every kind of placement before nothing is said to fit, if it is to be `thorough`.
+    found, with a deficit where it does not fit after all. Assumed prices are not worth confirming.
 
     Raises:
         NothingFitsError: with the deficit of the nearest candidate.
@@ -130,7 +128,7 @@ def decide(
     pool = [(row, chooser.best(row)) for row in found]
     default = (*_LAST_RESORT, "lossy") if fixed.weights else _LAST_RESORT  # what is set by hand is allowed
     for limit in (allow,) if allow else default:
-        chosen, pool = _first_confirmed(pool, limit, chooser, confirm, thorough=thorough)
+        chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
         if chosen is not None:
             others = [_told(item, chosen, limit, chooser) for _, item in pool if item is not chosen]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
@@ -185,14 +183,14 @@ def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
 
 
 def _first_confirmed(
-    pool: Sequence[tuple[Row, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None, *, thorough: bool
+    pool: Sequence[tuple[Row, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None
 ) -> tuple[Decision | None, list[tuple[Row, Decision]]]:
     """The best decision that fits and is confirmed, and all of them with what confirming found out.
 
     One that is not confirmed gives way to the next best of its row within as much less as it was short by, and so do
     all that decode alike; those that were priced at as much or more are ruled out with it: they would fare no better.
-    Once something fits, what was passed over is tried as far as it is faster. Where nothing does, and it is to be
-    `thorough`, every row is tried again from just below what failed.
+    Once something fits, what was passed over is tried as far as it is faster. Where nothing does, every row is tried
+    again from just below what failed, as memory lies in pieces that differ with the kind of placement.
     """
     done: list[tuple[Row, Decision]] = []
     waiting = list(pool)
@@ -202,7 +200,7 @@ def _first_confirmed(
         able = [
             entry for entry in waiting if entry[1].verdict == "fits" and chooser.asks_for(entry[1]) <= _index_of(limit)
         ]
-        if not able and bold and thorough and lowest:
+        if not able and bold and lowest:
             bold = False
             passed = [row for row, _ in pool if row.decode in lowest]
             again = [(row, chooser.best(row, _vram(lowest[row.decode]) - 1)) for row in passed]
