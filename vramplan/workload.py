@@ -22,8 +22,8 @@ FRAME_ARGUMENTS = ("num_frames", "video_length", "segment_frame_length")
 class Workload:
     """One call of the pipeline: pixels, frames, pictures per prompt, denoising steps, guidance.
 
-    `num_frames` is 1 for pictures, `height` and `width` are 1 for sound. `guidance_scale` above 1 makes the denoiser run on twice the batch
-    in pipelines that guide without a classifier; None where the pipeline has its own default.
+    `num_frames` is 1 for pictures, `height` and `width` are 1 for sound. `guidance_scale` above 1 makes the denoiser
+    run on twice the batch in pipelines that guide without a classifier; None where the pipeline has its own default.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
