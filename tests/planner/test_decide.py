@@ -337,17 +337,32 @@ class TestAnyPipeline:
             assert chosen.demand.seconds_per_call <= best.demand.seconds_per_call * 1.02
 
     def test_every_kind_of_placement_is_tried_before_nothing_fits(self) -> None:
-        """One kind is said to be short by more than there is, another is not."""
+        """One kind is said to be short by more than there is, another is not. None is asked for twice, or left out."""
         spec = text_to_image()
+        asked: list[Any] = []
 
         def confirm(item: Decision) -> Decision:
+            asked.append((dict(item.placement), item.decode))
             if isinstance(item.placement["transformer"], SequentialCpuOffload):
                 return item
             return replace(item, verdict="rejected", deficit_bytes=100 * GIB, reason="no")
 
         options: dict[str, Any] = {"footprint": Simulated(spec=spec, workload=WORK), "allow": "lossless"}
-        found = choose(spec, 16 * GIB, confirm=confirm, **options).chosen
-        assert isinstance(found.placement["transformer"], SequentialCpuOffload)
+        outcome = choose(spec, 16 * GIB, confirm=confirm, **options)
+        assert isinstance(outcome.chosen.placement["transformer"], SequentialCpuOffload)
+        assert all(one not in asked[:place] for place, one in enumerate(asked))
+        lossless = {str(row.decode) for row in rows(spec, WORK, Fixed(), card(16 * GIB))[0]}
+        assert {str(item.decode) for item in outcome.decisions} == lossless
+
+        def none(item: Decision) -> Decision:
+            asked.append((dict(item.placement), item.decode))
+            return replace(item, verdict="rejected", deficit_bytes=GIB, reason="no")
+
+        asked.clear()
+        with pytest.raises(NothingFitsError, match="the nearest candidate: no"):
+            choose(spec, 16 * GIB, confirm=none, footprint=options["footprint"])
+        assert all(one not in asked[:place] for place, one in enumerate(asked))
+        assert {str(decode) for _, decode in asked} == lossless, "a second quality goes on where the first ended"
 
 
 class Simulated(AssumedFootprint):

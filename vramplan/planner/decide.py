@@ -194,6 +194,7 @@ def _first_confirmed(
     """
     done: list[tuple[Row, Decision]] = []
     waiting = list(pool)
+    every = {id(row): row for row, _ in pool}.values()
     lowest: dict[tuple[Decode, ...], Decision] = {}  # of those that failed the one priced lowest
     bold = True
     while True:
@@ -202,10 +203,9 @@ def _first_confirmed(
         ]
         if not able and bold and lowest:
             bold = False
-            passed = [row for row, _ in pool if row.decode in lowest]
-            again = [(row, chooser.best(row, _vram(lowest[row.decode]) - 1)) for row in passed]
-            waiting = [entry for entry in waiting if entry[0].decode not in lowest]
-            waiting += [entry for entry in again if not entry[1].deficit_bytes]
+            again = [(row, chooser.best(row, _vram(lowest[row.decode]) - 1)) for row in every if row.decode in lowest]
+            again = [entry for entry in again if not entry[1].deficit_bytes]
+            waiting = [entry for entry in waiting if all(entry[0] is not row for row, _ in again)] + again
             continue
         if not able:
             return None, [*done, *waiting]
@@ -217,7 +217,7 @@ def _first_confirmed(
         done.append((row, found))
         if found.verdict != "rejected":
             best = _one_more_rung(row, item, found, lowest.get(row.decode), chooser, confirm)
-            for other, _ in pool:
+            for other in every:
                 if other.decode in lowest:
                     best = _between(other, lowest[other.decode], best, limit, chooser, confirm)
             return best, [*done, *waiting]
@@ -290,7 +290,8 @@ def _below(entry: tuple[Row, Decision], vram_bytes: int, failed: Decision, choos
         f"projected at {format_bytes(_vram(item))} of VRAM, and one that was projected at {format_bytes(_vram(failed))}"
         f" was short by {format_bytes(failed.deficit_bytes)} when it was simulated"
     )
-    return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=_vram(item) - vram_bytes)
+    short = failed.deficit_bytes + max(0, _vram(item) - _vram(failed))
+    return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=short)
 
 
 def _judge(row: Row, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
