@@ -47,7 +47,7 @@ def test_what_is_on_the_device_is_what_was_priced(kind: str) -> None:
     most = next(iter(PartialResidency.variants(describe(pipe).spec.component(name)))).streamed
     resident, part = simulated(pipe, kind, name, "resident")
     before = next(phase for phase in resident.phases if phase.name == "denoise").weights_bytes
-    for streamed in {3, most // 2, most} - {0, 1, 2}:
+    for streamed in sorted({3, most // 2, most} - {0, 1, 2}):
         result, _ = simulated(pipe, kind, name, f"partial_residency:streamed={streamed}")
         assert result.stopped is None
         hold = PartialResidency(streamed=streamed).hold(part, SPEC)
@@ -57,9 +57,9 @@ def test_what_is_on_the_device_is_what_was_priced(kind: str) -> None:
         assert saved == pytest.approx(part.weight_bytes - hold.running_bytes, rel=0.35, abs=2048)
         assert 0 < result.pinned_peak_bytes <= hold.pinned_bytes * 1.01
         assert use_flops(result) == use_flops(resident)
-        low, _ = simulated(pipe, kind, name, f"partial_residency:streamed={streamed},low_cpu_mem_usage=true")
-        assert low.peak_reserved_bytes == result.peak_reserved_bytes
-        assert low.pinned_peak_bytes < result.pinned_peak_bytes
+    low, _ = simulated(pipe, kind, name, f"partial_residency:streamed={streamed},low_cpu_mem_usage=true")
+    assert low.peak_reserved_bytes == result.peak_reserved_bytes
+    assert low.pinned_peak_bytes < result.pinned_peak_bytes
 
 
 def use_flops(result: Any) -> dict[tuple[str, str], float]:
