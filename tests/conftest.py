@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     for item, names in marked.items():
         for value, seen in (of(item, name) for name in names):
-            seen.extend([value] if value not in seen else [])
+            if value not in seen:
+                seen.append(value)
     left = set()
     for item, names in marked.items():
         pair = [of(item, name) for name in names]

@@ -45,6 +45,11 @@ class Workload:
         """Height and width in pixels to estimate with: for sound those of a picture of as many latents."""
         return (_SOUND_SIDE, _SOUND_SIDE) if self.sound else (self.height, self.width)
 
+    def latent_sides(self, scale: int) -> tuple[int, int]:
+        """The same in latents, of a VAE with so many pixels per latent."""
+        height, width = self.sides
+        return -(-height // scale), -(-width // scale)
+
 
 WORKLOAD_NAMES = frozenset(field.name for field in fields(Workload))
 

@@ -57,9 +57,9 @@ def test_what_is_on_the_device_is_what_was_priced(kind: str) -> None:
         assert saved == pytest.approx(part.weight_bytes - hold.running_bytes, rel=0.35, abs=2048)
         assert 0 < result.pinned_peak_bytes <= hold.pinned_bytes * 1.01
         assert use_flops(result) == use_flops(resident)
-    low, _ = simulated(pipe, kind, name, f"partial_residency:streamed={streamed},low_cpu_mem_usage=true")
-    assert low.peak_reserved_bytes == result.peak_reserved_bytes
-    assert low.pinned_peak_bytes < result.pinned_peak_bytes
+        low, _ = simulated(pipe, kind, name, f"partial_residency:streamed={streamed},low_cpu_mem_usage=true")
+        assert low.peak_reserved_bytes == result.peak_reserved_bytes
+        assert low.pinned_peak_bytes < result.pinned_peak_bytes
 
 
 def use_flops(result: Any) -> dict[tuple[str, str], float]:

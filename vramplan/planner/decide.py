@@ -225,9 +225,9 @@ def _first_confirmed(
             continue  # it cannot run at all, which says nothing of its neighbours
         lowest[row.decode] = item
         within = _vram(item) - (found.deficit_bytes if bold else 1)
-        alike = [other for other in waiting if other[0].decode == row.decode]
-        waiting = [other for other in waiting if other[0].decode != row.decode]
-        waiting += [_below(other, within, found, chooser) for other in alike]
+        waiting = [
+            _below(other, within, found, chooser) if other[0].decode == row.decode else other for other in waiting
+        ]
         smaller = chooser.best(row, _vram(item) - found.deficit_bytes)
         waiting += [(row, smaller)] if not smaller.deficit_bytes else []
 

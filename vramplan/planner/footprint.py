@@ -175,7 +175,7 @@ def denoiser_shape(component: Component, spec: PipelineSpec, workload: Workload)
     vae = next(iter(spec.vaes), None)
     spatial, temporal = vae_scale(vae)
     frames = 1 + (workload.num_frames - 1) // temporal if spec.video else 1
-    height, width = (-(-side // spatial) for side in workload.sides)
+    height, width = workload.latent_sides(spatial)
     pixels = height * width * frames
     convolutional = "block_out_channels" in config
     patch = prod(patch_of(config, vae))

@@ -33,7 +33,7 @@ def _vram(demand: Demand, limit: int, workload: Workload, accelerator: Accelerat
     short = demand.vram_reserved_bytes - limit
     if short <= 0:
         return
-    size = None if workload.sound else _smaller(demand, limit, workload)
+    size = _smaller(demand, limit, workload)
     if size is not None:
         yield size
     if accelerator is not None and accelerator.free_bytes is not None and not accelerator.unified:
@@ -54,5 +54,7 @@ def _smaller(demand: Demand, limit: int, workload: Workload) -> str | None:
     if not _LEAST_PIXELS < share < 1:
         return None
     width, height = (int(side * sqrt(share)) // _SIDE * _SIDE for side in (workload.width, workload.height))
+    if not width or not height:  # sound has no size, and the smallest picture no smaller one
+        return None
     frames = f" x {workload.num_frames} frames" if workload.num_frames > 1 else ""
     return f"{width} x {height}{frames}"

@@ -138,7 +138,7 @@ def _latents(component: Component, spec: PipelineSpec, workload: Workload) -> It
     spatial, temporal = vae_scale(component)
     config = component.config
     channels = config.get("latent_channels") or config.get("z_dim") or 4
-    size = tuple(-(-side // spatial) for side in workload.sides)
+    size = workload.latent_sides(spatial)
     frames = 1 + (workload.num_frames - 1) // temporal
     batch = workload.num_images_per_prompt
     flat: tuple[int, ...] = (batch * (frames if spec.video else 1), channels, *size)
@@ -181,7 +181,7 @@ def _layouts(spec: PipelineSpec, workload: Workload, batch: int, channels: int) 
     """Latents as denoisers take them: pictures, frames before or after channels, or tokens already packed."""
     vae = next(iter(spec.vaes), None)
     spatial, temporal = vae_scale(vae)
-    size = tuple(-(-side // spatial) for side in workload.sides)
+    size = workload.latent_sides(spatial)
     frames = 1 + (workload.num_frames - 1) // temporal
     if spec.video:
         yield (batch, channels, frames, *size)
