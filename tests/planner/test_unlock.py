@@ -47,6 +47,12 @@ def test_a_smaller_picture_keeps_its_shape_and_would_really_fit() -> None:
     assert demand(replace(WORK, width=width, height=height)).vram_reserved_bytes <= limit
 
 
+def test_what_has_no_smaller_size_is_told_none() -> None:
+    for work in (Workload(height=1, width=1), Workload(height=8, width=8)):
+        needed = demand(work)
+        assert unlocks(needed, budget(needed.vram_reserved_bytes - 1), work, None) == ["1 B more VRAM"]
+
+
 def test_a_picture_cannot_shrink_away_weights() -> None:
     ways = unlocks(demand(), budget(SPEC.weight_bytes - GIB), WORK, card())
     assert [way for way in ways if " x " in way] == []
