@@ -40,7 +40,7 @@ Row = Mapping[str, Any]
 def parts_as_loaded(row: Row) -> Any:
     """The model's hollow parts, in the dtypes that the row's script and transformers left them in."""
     from vramplan.pipeline.dtypes import torch_dtype
-    from vramplan.profiles import load_pipeline_profile
+    from vramplan.profiles.catalogue import load_pipeline_profile
     from vramplan.simulator.pipeline import parts_from_profile
 
     profile = load_pipeline_profile(row["model"])
@@ -59,7 +59,7 @@ def simulated_gib(row: Row) -> float:
     """The row's peak on the simulated device, with the libraries of this process."""
     import torch
 
-    from vramplan.models import describe
+    from vramplan.pipeline.describe import describe
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
     from vramplan.simulator.run import call_inputs, simulated_call
@@ -188,7 +188,7 @@ def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[s
 def priced_bytes(row: Row, basis: str) -> int | None:
     """The row's peak as the planner prices it without simulating the call; None for what has no such price."""
     from vramplan.hardware.types import Accelerator
-    from vramplan.models import describe
+    from vramplan.pipeline.describe import describe
     from vramplan.planner.demand import price
     from vramplan.planner.footprint import AssumedFootprint
     from vramplan.simulator.source import Source, traced_footprint

@@ -82,7 +82,7 @@ def _outcomes(
 def _outcome(
     pipe: Any, inputs: Callable[[], dict[str, Any]], name: str, plain: Sequence[Any], limited: Callable[[], Any]
 ) -> Outcome:
-    from vramplan.apply import apply_plan
+    from vramplan.api.apply import apply_plan
 
     with tempfile.TemporaryDirectory() as folder, _cpu_as_card(folder):
         try:
@@ -110,8 +110,8 @@ def _cpu_as_card(folder: str) -> Iterator[None]:
     import accelerate
     import safetensors.torch
     import torch
-
     import vramplan.apply
+
     from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 
     real, from_file = accelerate.cpu_offload, safetensors.torch.load_file
@@ -163,7 +163,7 @@ class _State:
 
 
 def _weights(pipe: Any) -> dict[str, Any]:
-    from vramplan.pipeline.live import modules_of
+    from vramplan.pipeline.modules import modules_of
 
     return {
         f"{part}.{path}.{name}": tensor
@@ -184,7 +184,7 @@ def _ties(weights: Mapping[str, Any]) -> set[tuple[str, ...]]:
 
 def _hooked(pipe: Any) -> set[str]:
     """Where there are hooks of any kind, or forwards in place of the class's; and on the pipelines themselves."""
-    from vramplan.pipeline.live import modules_of
+    from vramplan.pipeline.modules import modules_of
 
     found = {
         f"{part}.{path}"

@@ -27,14 +27,14 @@ from typing import Any
 import click
 import torch
 
-from vramplan.files import write_text
-from vramplan.models import describe
+from vramplan.calibration.measured import current_rss_bytes, peak_rss_bytes
+from vramplan.common.files import write_text
+from vramplan.pipeline.describe import describe
 from vramplan.simulator.pipeline import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
 from vramplan.simulator.source import Source, placing
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB, MIB
-from vramplan.verify import current_rss_bytes, peak_rss_bytes
 from vramplan.workload import Workload, make_workload
 
 DEVICE = "cuda:0"

@@ -15,8 +15,9 @@ from pathlib import Path
 import click
 from regret import CARD, Case, fastest_stock, subject_of
 
-from vramplan.hardware import Hardware, Host, make_budget
-from vramplan.profiles import device_accelerator, load_device_profile
+from vramplan.hardware import Hardware, Host
+from vramplan.planner.budget import make_budget
+from vramplan.profiles.catalogue import device_accelerator, load_device_profile
 from vramplan.units import GIB, MIB
 
 PIPELINES = ("stable-diffusion-xl", "flux.1-dev", "cogvideox-5b")

@@ -20,8 +20,9 @@ from mutations import mutant
 from vramplan import plan
 from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.planfile import Plan, dump_plan, load_plan, parse_plan
-from vramplan.planned import parse_settings
+from vramplan.planfile.file import dump_plan, load_plan, parse_plan
+from vramplan.planfile.match import parse_settings
+from vramplan.planfile.types import Plan
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 << 30, free_bytes=8 << 30)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 << 30, available_bytes=30 << 30))

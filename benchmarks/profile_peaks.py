@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vramplan.profiles import (
+from vramplan.profiles.catalogue import (
     PipelineProfile,
     device_accelerator,
     load_device_profile,
@@ -52,7 +52,7 @@ def digest(profile: PipelineProfile) -> str:
 
 def simulated(name: str) -> dict[str, Any]:
     """The profile's record. Raises SimulationError where its call cannot be simulated."""
-    from vramplan.models import describe
+    from vramplan.pipeline.describe import describe
     from vramplan.simulator.source import Source, simulated_footprint
     from vramplan.workload import make_workload
 

@@ -26,15 +26,15 @@ import numpy.typing as npt
 from regret_peers import PEERS, Asked, Choice
 
 from vramplan.errors import NothingFitsError, VramplanError
-from vramplan.figures import confirmed
 from vramplan.hardware.types import Accelerator, Budget
-from vramplan.models import describe
+from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.candidates import Placed, rows
 from vramplan.planner.decide import Confirm, Decision, decide, rank
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
-from vramplan.profiles import device_accelerator, load_device_profile, pipeline_names
+from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names
+from vramplan.simulator.figures import confirmed
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.run import SimulationError
 from vramplan.simulator.source import Source, simulated_footprint

@@ -54,7 +54,7 @@ def output(command: str) -> str:
     """What a command prints on standard output, cut where it ends in `| head -n N`."""
     from click.testing import CliRunner
 
-    from vramplan.cli import main
+    from vramplan.cli.main import main
 
     for name in MACHINE.findall(command):
         write_machine(name)
@@ -74,8 +74,8 @@ def write_machine(name: str) -> None:
     import machine_files
 
     from vramplan.hardware.types import Hardware
-    from vramplan.report import to_yaml
-    from vramplan.report_machine import hardware_dict
+    from vramplan.view.machine import hardware_dict
+    from vramplan.view.shared import to_yaml
 
     told = json.dumps(machine_files.load(name)["expected"])
     hardware = TypeAdapter(Hardware).validate_json(told, strict=True)

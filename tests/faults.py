@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 import vramplan
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
 
 _ROOTS = {
     vramplan: ("apply.py", "snapshot.py", "strategies"),

@@ -146,7 +146,7 @@ def save_sparse(profile_name: str, folder: Path, shards: Callable[[str], int]) -
     """The repository that a bundled profile is of, in its full size: true configurations and headers, and holes in
     place of weights, which take no room on the disk. `shards` says in how many files a component is."""
     from vramplan.pipeline.build import build_weightless, component_class
-    from vramplan.profiles import load_pipeline_profile
+    from vramplan.profiles.catalogue import load_pipeline_profile
 
     profile = load_pipeline_profile(profile_name)
     index: dict[str, Any] = {"_class_name": profile.pipeline, "_diffusers_version": "0.42.1"}

@@ -11,12 +11,14 @@ from diffusers import StableDiffusionPipeline
 from make_pipeline import SMALL_KINDS
 
 import vramplan
-from vramplan.apply import applied_to
 from vramplan.errors import MismatchError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.component import hooks_of
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
-from vramplan.planfile import Settings, dump_plan, fingerprint, parse_plan
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
+from vramplan.planfile.file import dump_plan, parse_plan
+from vramplan.planfile.types import Settings, fingerprint
+from vramplan.runtime.applied import applied_to
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
 from vramplan.strategies.resident import Resident
@@ -317,7 +319,7 @@ class TestSequential:
         assert torch.equal(output(pipe, "cogvideox-small"), untouched("cogvideox-small"))
 
     def test_undo_leaves_tied_weights_tied(self, small_pipeline, untouched, monkeypatch):
-        monkeypatch.setattr("vramplan.apply.check_device", lambda *_: None)
+        monkeypatch.setattr("vramplan.runtime.applied.check_device", lambda *_: None)
         pipe = small_pipeline("cogvideox-small")
         before, spec = state(pipe), spec_from_pipeline(pipe)
         plan = made(pipe, "cogvideox-small", {"placement": "sequential_cpu_offload"})

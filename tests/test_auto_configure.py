@@ -8,11 +8,11 @@ from calls import call_kwargs, output_tensor
 from make_pipeline import SMALL_KINDS
 
 import vramplan
-from vramplan.apply import applied_to
 from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Hardware, Host
 from vramplan.pipeline.component import hooks_of
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
+from vramplan.runtime.applied import applied_to
 from vramplan.units import GIB
 
 BARE = Hardware(accelerators=(), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
@@ -21,7 +21,7 @@ BARE = Hardware(accelerators=(), host=Host(total_bytes=32 * GIB, available_bytes
 @pytest.fixture(autouse=True)
 def _bare_machine(monkeypatch):
     """Whatever this machine has: one without a card, and with 30 GiB of free RAM."""
-    monkeypatch.setattr("vramplan.machine.detect", lambda: BARE)
+    monkeypatch.setattr("vramplan.api.machine.detect", lambda: BARE)
 
 
 def sizes(kind):

@@ -7,19 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import vramplan.apply
 from calls import call_kwargs
 from click.testing import CliRunner
 from hardware.machine_files import FakeNvml
 from test_drift import CARD, folder, machine, planned  # noqa: F401 - folder is a fixture
 
 import vramplan
-import vramplan.apply
-from vramplan.apply import applied_to
-from vramplan.cli import main
-from vramplan.drift import current_plan, drift_of
+from vramplan.api.check import current_plan, drift_of
+from vramplan.cli.main import main
 from vramplan.errors import MismatchError
 from vramplan.hardware import nvidia_order, spaced
-from vramplan.planfile import dump_plan
+from vramplan.planfile.file import dump_plan
+from vramplan.runtime.applied import applied_to
 from vramplan.units import GIB, MIB
 
 TAKEN = 2 * GIB

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import vramplan
-from vramplan.planfile import Plan
-from vramplan.plot.save import save_picture
-from vramplan.simulating import simulate_plan
+from vramplan.api.simulate import simulate_plan
+from vramplan.planfile.types import Plan
 from vramplan.simulator.types import Simulation
+from vramplan.view.plot.save import save_picture
 
 pytestmark = pytest.mark.xdist_group("browser")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import vramplan.apply
 from calls import call_kwargs, output_tensor
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from make_pipeline import build
@@ -15,12 +16,11 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import vramplan
-import vramplan.apply
-from vramplan.apply import applied_to
 from vramplan.errors import MismatchError, NothingFitsError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.component import hooks_of
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
+from vramplan.runtime.applied import applied_to
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)

@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner
 
 from vramplan._version import __version__
-from vramplan.cli import main
-from vramplan.planfile import load_plan, parse_plan
+from vramplan.cli.main import main
+from vramplan.planfile.file import load_plan, parse_plan
 
 SMALL = ("--height", "64", "--width", "64", "--steps", "2")
 VIDEO = (*SMALL, "--frames", "9")
@@ -286,7 +286,7 @@ class TestFailures:
         def fails(*_, **__):
             raise error
 
-        monkeypatch.setattr("vramplan.planning.plan", fails)
+        monkeypatch.setattr("vramplan.api.plan.plan", fails)
 
     def test_an_unexpected_error_is_one_line_with_its_name(self, monkeypatch):
         self.fails_with(monkeypatch, ValueError("two\nlines"))

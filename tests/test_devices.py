@@ -9,10 +9,10 @@ from functools import cache
 import pytest
 
 import vramplan
-from vramplan import planning
+from vramplan.api import plan as planning
 from vramplan.hardware.apple import working_set
 from vramplan.hardware.types import Host
-from vramplan.profiles import (
+from vramplan.profiles.catalogue import (
     DeviceProfile,
     compute_capability,
     device_accelerator,

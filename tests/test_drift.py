@@ -11,19 +11,20 @@ import yaml
 from click.testing import CliRunner
 
 import vramplan
-from vramplan.calibration.learned import versions
-from vramplan.cli import main
-from vramplan.drift import current_plan, drift_of, replanned
+from vramplan.api.check import current_plan, drift_of, replanned
+from vramplan.cli.main import main
+from vramplan.common.versions import versions
 from vramplan.errors import MismatchError, NothingFitsError
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.planfile import Plan, dump_plan, parse_plan
+from vramplan.planfile.file import dump_plan, parse_plan
+from vramplan.planfile.types import Plan
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(
     kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB, driver="570.1", display=False
 )
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
-MODULES = ("vramplan.machine", "vramplan.drift")
+MODULES = ("vramplan.api.machine", "vramplan.api.check")
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, card: Accelerator | None, host: Host = HOST) -> Hardware:

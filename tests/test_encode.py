@@ -11,8 +11,9 @@ import pytest
 import torch
 from families import FAMILIES, make_family
 
-from vramplan.encode import EncodeError, call_encoded, encode, encode_refusal
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
+from vramplan.pipeline.prompt import EncodeError, call_encoded, encode, encode_refusal
 from vramplan.simulator.run import call_inputs
 
 # Why a family's prompt cannot be encoded apart.

@@ -21,14 +21,14 @@ import faults
 import pytest
 import safetensors.torch
 import torch
+import vramplan.apply
 from calls import call_kwargs, output_tensor
 
 import vramplan
-import vramplan.apply
-from vramplan.apply import applied_to
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.live import spec_from_pipeline
-from vramplan.planfile import Settings
+from vramplan.planfile.types import Settings
+from vramplan.runtime.applied import applied_to
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)

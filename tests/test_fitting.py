@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from planner.specs import GIB, card
 
 import vramplan
-from vramplan import fitting
-from vramplan.cards import card_sizes
-from vramplan.cli import main
+from vramplan.api import fit as fitting
+from vramplan.cli.main import main
 from vramplan.errors import NothingFitsError, UsageError
+from vramplan.fitting.cards import card_sizes
 from vramplan.hardware.types import Hardware, Host
-from vramplan.profiles import device_names
+from vramplan.profiles.catalogue import device_names
 from vramplan.strategies.base import QUALITIES
 
 SMALL = {"height": 64, "width": 64, "steps": 2}
@@ -72,7 +72,7 @@ def test_the_rows_go_up_and_end_where_everything_is_resident(cards: vramplan.Fit
 
 
 def test_one_simulation_serves_every_card(small_folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vramplan import planning
+    from vramplan.api import plan as planning
 
     made: list[object] = []
     real = planning.figures

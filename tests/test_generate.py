@@ -12,17 +12,13 @@ from make_pipeline import SMALL_KINDS
 from PIL import Image
 
 import vramplan
+from vramplan.api.code import plan_code
+from vramplan.api.run import model_folder, run_plan
 from vramplan.errors import UsageError, VramplanError
-from vramplan.generate import (
-    call_arguments,
-    check_output,
-    model_folder,
-    plan_code,
-    run_plan,
-    write_result,
-)
 from vramplan.hardware.types import Accelerator, Hardware, Host
-from vramplan.planfile import Settings
+from vramplan.planfile.types import Settings
+from vramplan.runtime.call import call_arguments
+from vramplan.runtime.output import check_output, write_result
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)

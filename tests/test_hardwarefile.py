@@ -13,17 +13,19 @@ import yaml
 from click.testing import CliRunner
 
 import vramplan
-from vramplan.cli import main
+from vramplan.api.machine import choose_machine, measure_here
+from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host, make_budget
+from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.file import is_hardware_file, load_hardware
 from vramplan.hardware.types import Measurement, Own, Pcie, Peer, Process, Reading
-from vramplan.hardwarefile import is_hardware_file, load_hardware
-from vramplan.machine import choose_machine, measure_here
-from vramplan.planfile import dump_plan, parse_plan
-from vramplan.redact import redact
-from vramplan.report import to_yaml
-from vramplan.report_machine import hardware_dict, hardware_markdown, hardware_text
+from vramplan.planfile.file import dump_plan, parse_plan
+from vramplan.planner.budget import make_budget
 from vramplan.units import GIB
+from vramplan.view.machine import hardware_dict, hardware_markdown
+from vramplan.view.machine import text_of as hardware_text
+from vramplan.view.redact import redact
+from vramplan.view.shared import to_yaml
 
 UUID = "GPU-1b2f6a50-8c1d-4e7a-9f30-5d2c8e7b1a01"
 FULL = Accelerator(

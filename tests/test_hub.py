@@ -15,14 +15,15 @@ import pytest
 from hub_server import COMMIT, Hub, save_sparse, serving, write_header
 
 import vramplan
+from vramplan.api.code import plan_code
+from vramplan.api.run import model_folder
 from vramplan.errors import UsageError, VramplanError
-from vramplan.generate import model_folder, plan_code
 from vramplan.hardware.types import Accelerator, Hardware, Host
-from vramplan.models import describe
 from vramplan.pipeline import hub as hub_module
 from vramplan.pipeline import hub_http
-from vramplan.planfile import dump_plan, parse_plan
-from vramplan.snapshot_folder import download_command
+from vramplan.pipeline.describe import describe
+from vramplan.planfile.file import dump_plan, parse_plan
+from vramplan.runtime.download import download_command
 from vramplan.units import GIB, MIB
 
 KIND, NAME = "sd15-small", "somebody/sd15-small"
@@ -189,7 +190,7 @@ class TestVariants:
         assert code.count("fp16") == 1
 
     def test_it_is_what_diffusers_loads(self, half, folder):
-        from vramplan.staged import load_applied
+        from vramplan.runtime.staged import load_applied
 
         plan = quick(folder, device="cpu", variant="fp16")
         loaded = load_applied(plan, folder, None, say=lambda text: None)
@@ -313,8 +314,8 @@ class TestApplying:
         assert f'"{NAME}", revision="{COMMIT}"' in plan_code(quick())
 
     def test_a_plan_is_simulated_and_made_again_from_what_it_names(self, repository, tmp_path):
-        from vramplan.drift import replanned
-        from vramplan.simulating import simulate_plan
+        from vramplan.api.check import replanned
+        from vramplan.api.simulate import simulate_plan
 
         plan = quick()
         (tmp_path / "plan.yaml").write_text(dump_plan(plan))

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vramplan.api.fit import _need
+from vramplan.api.plan import Least
 from vramplan.errors import UsageError
-from vramplan.fitting import _need
+from vramplan.fitting.largest import amount, edge_near, last_within
 from vramplan.hardware.types import Hardware, Host
-from vramplan.largest import amount, edge_near, last_within
-from vramplan.planfile import Asked
-from vramplan.planning import Least
+from vramplan.planfile.types import Asked
 from vramplan.workload import Workload
 
 SIDES = [side * side for side in range(8, 257)]  # as pixels in patches: what memory grows with

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vramplan import machine
+from vramplan.api import machine
+from vramplan.api.machine import choose_machine, find_machine
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator, Hardware, Host
-from vramplan.machine import choose_machine, find_machine
-from vramplan.report import to_yaml
-from vramplan.report_machine import hardware_dict
 from vramplan.units import GIB
+from vramplan.view.machine import hardware_dict
+from vramplan.view.shared import to_yaml
 
 HOST = Host(total_bytes=64 * GIB, available_bytes=48 * GIB)
 X4 = 3938461538.4615383  # PCIe 3.0 x4
@@ -84,7 +84,14 @@ try:
 finally:
     print([name for name in sys.modules if name in UNWANTED], file=sys.stderr)
 """
-    unwanted = ("torch", "yaml", "vramplan.profiles", "vramplan.planner.demand", "vramplan.strategies", "rich.console")
+    unwanted = (
+        "torch",
+        "yaml",
+        "vramplan.profiles.catalogue",
+        "vramplan.planner.demand",
+        "vramplan.strategies",
+        "rich.console",
+    )
     done = subprocess.run(
         [sys.executable, "-c", code.replace("UNWANTED", repr(unwanted))],
         capture_output=True,

@@ -10,17 +10,17 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from vramplan.cli import main
+from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
-from vramplan.profile_files import user_directory
-from vramplan.profiles import (
-    check_profile,
+from vramplan.pipeline.bundled import check_profile
+from vramplan.profiles.catalogue import (
     device_names,
     load_device_profile,
     load_pipeline_profile,
     profile_path,
     rates_for,
 )
+from vramplan.profiles.files import user_directory
 
 Write = Callable[..., Path]
 

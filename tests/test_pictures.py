@@ -18,22 +18,22 @@ from click.testing import CliRunner
 from pydantic import TypeAdapter
 
 import vramplan
-from vramplan.calibration.recording import last_measured, record_of
+from vramplan.calibration.measured import Measured, Peak
 from vramplan.calibration.records import CallRecord, Took
 from vramplan.calibration.store import append
-from vramplan.cli import main
+from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.planfile import Plan
-from vramplan.plot.candidates import candidates_picture
-from vramplan.plot.memory import memory_picture
-from vramplan.plot.save import picture_html, save_picture
+from vramplan.planfile.types import Plan
+from vramplan.runtime.recording import last_measured, record_of
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.types import Simulation
 from vramplan.units import GIB, MIB
-from vramplan.verify import Measured, Peak
+from vramplan.view.plot.candidates import candidates_picture
+from vramplan.view.plot.memory import memory_picture
+from vramplan.view.plot.save import picture_html, save_picture
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
@@ -89,7 +89,7 @@ class TestTimeline:
 
     def test_a_long_call_is_bounded_and_a_single_tick_still_seen(self) -> None:
         recorder = TimelineRecorder(most=16)
-        ledger = Ledger(CachingAllocator(), recorder)
+        ledger = Ledger(CachingAllocator(), recorder.note)
         for number in range(10_000):
             ledger.phase = "decode" if number == 7_777 else "denoise"
             Block(ledger, 50 * MIB if number == 3_333 else MIB, "device", "activation")
@@ -258,7 +258,7 @@ class TestFiles:
     def test_without_the_package_one_line_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: Plan, form: str, package: str
     ) -> None:
-        monkeypatch.setattr("vramplan.plot.save.find_spec", lambda name: None)
+        monkeypatch.setattr("vramplan.view.plot.save.find_spec", lambda name: None)
         path = tmp_path / "plan.yaml"
         path.write_text(vramplan.dump_plan(plan), encoding="utf-8")
         done = CliRunner().invoke(main, ["explain", str(path), "--plot", str(tmp_path / f"x.{form}")])

@@ -19,7 +19,7 @@ import plan_fuzz
 
 import vramplan
 from vramplan.errors import VramplanError
-from vramplan.planfile import dump_plan, load_plan
+from vramplan.planfile.file import dump_plan, load_plan
 
 COUNT = int(os.environ.get("VRAMPLAN_FUZZ", "600"))
 

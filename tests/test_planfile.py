@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vramplan
+from vramplan.common.files import write_text
 from vramplan.errors import VramplanError
-from vramplan.files import write_text
 from vramplan.hardware.types import Accelerator, Hardware, Host
-from vramplan.planfile import Plan, dump_plan, load_plan, parse_plan, plan_to_dict
+from vramplan.planfile.file import dump_plan, load_plan, parse_plan, plan_to_dict
+from vramplan.planfile.types import Plan
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from planner.specs import GIB, card, component, pipeline
 
+from vramplan.api.plan import describe, plan
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Hardware, Host
-from vramplan.planning import describe, plan
 
 HOST = Host(total_bytes=64 * GIB, available_bytes=60 * GIB)
 

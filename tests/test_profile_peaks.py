@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vramplan.profiles import load_pipeline_profile, pipeline_names
+from vramplan.profiles.catalogue import load_pipeline_profile, pipeline_names
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

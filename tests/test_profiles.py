@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from vramplan import profile_files
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.build import build_weightless, component_class
 from vramplan.pipeline.bundled import spec_from_profile, unknown_keys
-from vramplan.profiles import (
+from vramplan.profiles import files as profile_files
+from vramplan.profiles.catalogue import (
     ComponentProfile,
     PipelineProfile,
     device_names,
@@ -375,5 +375,5 @@ def test_the_wheel_carries_the_facts(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("vramplan-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    assert {f"vramplan/_profiles/pipelines/{name}.yaml" for name in PIPELINES} <= held
-    assert {f"vramplan/_profiles/devices/{name}.yaml" for name in DEVICES} <= held
+    assert {f"vramplan/profiles/_bundled/pipelines/{name}.yaml" for name in PIPELINES} <= held
+    assert {f"vramplan/profiles/_bundled/devices/{name}.yaml" for name in DEVICES} <= held

@@ -14,7 +14,7 @@ import pytest
 from test_staged import MACHINE, loaded, make_plan
 
 import vramplan
-from vramplan import progress
+from vramplan.common import progress
 
 
 class Terminal(io.StringIO):

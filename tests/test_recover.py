@@ -12,10 +12,10 @@ from calls import call_kwargs, output_tensor
 from make_pipeline import build
 
 import vramplan
-from vramplan.apply import applied_to
+from vramplan.api.recover import recovering_call
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.recover import recovering_call
+from vramplan.runtime.applied import applied_to
 from vramplan.simulator.tensor import SimTensor
 from vramplan.units import GIB
 
@@ -262,8 +262,8 @@ def test_what_was_fixed_by_hand_is_kept_by_the_smaller_plan(monkeypatch: pytest.
 def test_encoders_that_are_gone_are_not_planned_for_again(
     kind: str, small_folder: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vramplan.generate import call_arguments
-    from vramplan.staged import load_applied
+    from vramplan.runtime.call import call_arguments
+    from vramplan.runtime.staged import load_applied
 
     folder = small_folder(kind)
     plan = vramplan.plan(str(folder), device=MACHINE, settings={"placement.text_encoder": "encode_first"}, **SIZE)

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vramplan.profile_files import bundled_directory
-from vramplan.residuals import (
-    COVERAGE,
-    ProjectionError,
-    Residual,
-    bundled_error,
-    error_of,
-    needed,
-    raised,
-    upper_bound,
-)
+from vramplan.calibration.published import bundled_error
+from vramplan.planner.residuals import COVERAGE, ProjectionError, Residual, error_of, needed, raised, upper_bound
+from vramplan.profiles.files import bundled_directory
 from vramplan.units import GIB, MIB
 
 ROWS = json.loads((bundled_directory() / "residuals.json").read_text(encoding="utf-8"))["projections"]

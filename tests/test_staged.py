@@ -11,14 +11,16 @@ from calls import output_tensor
 from make_pipeline import SMALL_KINDS
 
 import vramplan
-from vramplan.apply import applied_to
-from vramplan.encode import EncodeError, call_encoded, encode
+from vramplan.api.code import plan_code
+from vramplan.api.run import run_plan
 from vramplan.errors import MismatchError, UsageError, VramplanError
-from vramplan.generate import call_arguments, plan_code, run_plan
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.component import hooks_of
-from vramplan.pipeline.live import modules_of
-from vramplan.staged import load_applied
+from vramplan.pipeline.modules import modules_of
+from vramplan.pipeline.prompt import EncodeError, call_encoded, encode
+from vramplan.runtime.applied import applied_to
+from vramplan.runtime.call import call_arguments
+from vramplan.runtime.staged import load_applied
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="made-up card", total_bytes=8 * GIB, free_bytes=8 * GIB)
@@ -91,8 +93,10 @@ class TestLoading:
         self, name, small_folder, small_pipeline, monkeypatch, tmp_path
     ):
         monkeypatch.setenv("VRAMPLAN_OFFLOAD", str(tmp_path / "offload"))
-        monkeypatch.setattr("vramplan.staged.planned_accelerator", lambda plan, device: plan.machine.accelerator)
-        monkeypatch.setattr("vramplan.staged.check_device", lambda *_: None)
+        monkeypatch.setattr(
+            "vramplan.runtime.staged.planned_accelerator", lambda plan, device: plan.machine.accelerator
+        )
+        monkeypatch.setattr("vramplan.runtime.staged.check_device", lambda *_: None)
         folder = small_folder("flux-small")
         plan = make_plan(folder, settings=UNDONE[name] | KERNELS)
         applied = loaded(plan, folder).applied
@@ -120,12 +124,14 @@ class TestLoading:
         assert not list(tmp_path.rglob("*.safetensors"))
 
     def test_undone_weights_go_to_the_devices_that_were_told(self, small_folder, monkeypatch) -> None:
-        from vramplan.apply import finish_applying
+        from vramplan.runtime.applied import finish_applying
 
         plan = make_plan(small_folder("sd15-small"), settings={"placement": "group_offload:type=leaf"})
         first = loaded(plan, small_folder("sd15-small")).applied
         told, moved = {"unet": "cuda:1", "vae": "cpu", "text_encoder": "cuda:0"}, {}
-        monkeypatch.setattr("vramplan.snapshot._move", lambda tensor, device: moved.setdefault(id(tensor), device))
+        monkeypatch.setattr(
+            "vramplan.runtime.snapshot._move", lambda tensor, device: moved.setdefault(id(tensor), device)
+        )
         options = {"placed": first._placed, "decodes": [], "still": [], "devices": told}
         pipe = finish_applying(first.pipe, plan, "cpu", **options).undo()
         for part, module in modules_of(pipe).items():
@@ -138,8 +144,10 @@ class TestLoading:
         from vramplan.strategies.attention_backend import AttentionBackend
 
         monkeypatch.setenv("VRAMPLAN_OFFLOAD", str(tmp_path / "offload"))
-        monkeypatch.setattr("vramplan.staged.planned_accelerator", lambda plan, device: plan.machine.accelerator)
-        monkeypatch.setattr("vramplan.staged.check_device", lambda *_: None)
+        monkeypatch.setattr(
+            "vramplan.runtime.staged.planned_accelerator", lambda plan, device: plan.machine.accelerator
+        )
+        monkeypatch.setattr("vramplan.runtime.staged.check_device", lambda *_: None)
         folder = small_folder("flux-small")
         plan = make_plan(folder, settings=UNDONE[name] | KERNELS)
         seen, real = [], AttentionBackend.apply

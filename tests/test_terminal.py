@@ -15,19 +15,21 @@ import pytest
 from pydantic import TypeAdapter
 from rich.text import Text
 
-from vramplan.fitting import Fits, Row, Smallest
-from vramplan.generate import Ran
+from vramplan.api.run import Ran
+from vramplan.calibration.measured import Measured, Peak
+from vramplan.fitting.types import Fits, Row, Smallest
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
-from vramplan.planfile import Plan, load_plan
-from vramplan.planning import projected
-from vramplan.report import explain_view, plan_view, simulation_view
-from vramplan.report_apply import apply_view
-from vramplan.report_fit import fits_view
-from vramplan.report_machine import hardware_view
+from vramplan.planfile.file import load_plan
+from vramplan.planfile.record import projected
+from vramplan.planfile.types import Plan
 from vramplan.simulator.types import Simulation
-from vramplan.terminal import _AsciiText, _console, as_html, as_text, show
 from vramplan.units import GIB, MIB, format_bytes
-from vramplan.verify import Measured, Peak
+from vramplan.view.applied import apply_view
+from vramplan.view.fits import fits_view
+from vramplan.view.machine import hardware_view
+from vramplan.view.plan import explain_view, plan_view
+from vramplan.view.simulation import simulation_view
+from vramplan.view.terminal import _AsciiText, _console, as_html, as_text, show
 
 FOLDER = Path(__file__).parent / "snapshots"
 PLAN = load_plan(FOLDER / "plan.yaml")

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 import pytest
 from click.testing import CliRunner
 
-from vramplan.cli import main
+from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
 
 pytest.importorskip("dash", reason="vramplan[ui] is not installed")

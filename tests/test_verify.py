@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
+from vramplan.calibration.measured import measured, peak_rss_bytes
 from vramplan.units import MIB
-from vramplan.verify import measured, peak_rss_bytes
 
 
 def test_on_the_cpu_vram_is_unknown_and_not_zero():

@@ -11,40 +11,43 @@ from typing import TYPE_CHECKING, Any
 from vramplan._version import __version__
 
 if TYPE_CHECKING:
-    from vramplan.again import changing
-    from vramplan.apply import Applied, applied_to, apply_plan, auto_configure
-    from vramplan.calibration.recording import calibrating
+    from vramplan.api.apply import apply_plan, auto_configure
+    from vramplan.api.change import changing
+    from vramplan.api.fit import fit
+    from vramplan.api.plan import plan
+    from vramplan.api.recover import recovering_call
+    from vramplan.api.simulate import simulate
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
-    from vramplan.fitting import Fits, fit
+    from vramplan.fitting.types import Fits
     from vramplan.hardware import Hardware, detect
-    from vramplan.planfile import Plan, dump_plan, load_plan
-    from vramplan.planning import plan
-    from vramplan.recover import recovering_call
-    from vramplan.simulating import simulate
+    from vramplan.planfile.file import dump_plan, load_plan
+    from vramplan.planfile.types import Plan
+    from vramplan.runtime.applied import Applied, applied_to
+    from vramplan.runtime.recording import calibrating
     from vramplan.simulator.types import Simulation
     from vramplan.workload import Workload
 
 _HOMES = {
-    "Applied": "vramplan.apply",
-    "applied_to": "vramplan.apply",
-    "apply_plan": "vramplan.apply",
-    "auto_configure": "vramplan.apply",
-    "calibrating": "vramplan.calibration.recording",
-    "changing": "vramplan.again",
+    "Applied": "vramplan.runtime.applied",
+    "applied_to": "vramplan.runtime.applied",
+    "apply_plan": "vramplan.api.apply",
+    "auto_configure": "vramplan.api.apply",
+    "calibrating": "vramplan.runtime.recording",
+    "changing": "vramplan.api.change",
     "MismatchError": "vramplan.errors",
     "NothingFitsError": "vramplan.errors",
     "UsageError": "vramplan.errors",
     "VramplanError": "vramplan.errors",
-    "Fits": "vramplan.fitting",
-    "fit": "vramplan.fitting",
-    "Hardware": "vramplan.hardware",
-    "detect": "vramplan.hardware",
-    "Plan": "vramplan.planfile",
-    "dump_plan": "vramplan.planfile",
-    "load_plan": "vramplan.planfile",
-    "plan": "vramplan.planning",
-    "recovering_call": "vramplan.recover",
-    "simulate": "vramplan.simulating",
+    "Fits": "vramplan.fitting.types",
+    "fit": "vramplan.api.fit",
+    "Hardware": "vramplan.hardware.types",
+    "detect": "vramplan.hardware.detect",
+    "Plan": "vramplan.planfile.types",
+    "dump_plan": "vramplan.planfile.file",
+    "load_plan": "vramplan.planfile.file",
+    "plan": "vramplan.api.plan",
+    "recovering_call": "vramplan.api.recover",
+    "simulate": "vramplan.api.simulate",
     "Simulation": "vramplan.simulator.types",
     "Workload": "vramplan.workload",
 }

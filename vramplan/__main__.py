@@ -1,6 +1,6 @@
 """`python -m vramplan`."""
 
-from vramplan.cli import main
+from vramplan.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="vramplan")

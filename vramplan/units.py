@@ -75,3 +75,10 @@ def _known(count: int | None, text: str, name: str) -> int:
     if count is None:
         raise UsageError(f"{name} {text}: this machine has no such memory to take it from; give an absolute size")
     return count
+
+
+def format_seconds(count: float) -> str:
+    """Seconds as people read them: `6.6 ms`, `0.84 s`, `69 s`, `2.5 min`."""
+    if count < 0.01:
+        return f"{count * 1000:.2g} ms"
+    return f"{count / 60:.1f} min" if count >= 120 else f"{count:.2g} s" if count < 10 else f"{count:.0f} s"

@@ -110,3 +110,11 @@ def _sizes_from_config(config: Mapping[str, Any], scale: int, *, video: bool) ->
         height = width = 64
     sizes = {"height": height * scale, "width": width * scale}
     return sizes | ({"num_frames": config.get("sample_frames") or 49} if video else {})
+
+
+def workload_text(work: Workload) -> str:
+    """What is generated: `1360 x 768 x 81 frames, 2 per prompt, 50 steps`."""
+    size = "sound" if work.sound else f"{work.width} x {work.height}"
+    frames = f" x {work.num_frames} frames" if work.num_frames > 1 else ""
+    batch = f", {work.num_images_per_prompt} per prompt" if work.num_images_per_prompt > 1 else ""
+    return f"{size}{frames}{batch}, {work.num_inference_steps} steps"

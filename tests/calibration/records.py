@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vramplan.calibration.learned import versions
 from vramplan.calibration.records import CallRecord, ProbeRecord, Took
+from vramplan.common.versions import versions
 from vramplan.hardware.types import Accelerator
 from vramplan.units import GIB
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from vramplan.calibration import calibrate as command
+from vramplan.api import calibrate as command
+from vramplan.api.calibrate_sample import measured_plans
 from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate
 from vramplan.calibration.records import CallRecord, ProbeRecord
-from vramplan.calibration.sample import measured_plans
 from vramplan.calibration.store import read_store
-from vramplan.cli import main
+from vramplan.cli.main import main
 from vramplan.hardware import Accelerator, Hardware, Host, Reading
 from vramplan.units import GIB, MIB
 
@@ -61,7 +61,7 @@ def test_the_context_is_what_is_gone_beside_torchs_own_memory(monkeypatch) -> No
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose one card is the CPU."""
     here = Hardware(accelerators=(CARD,), host=HOST)
-    for module in ("vramplan.machine", "vramplan.calibration.calibrate", "vramplan.calibration.probes"):
+    for module in ("vramplan.api.machine", "vramplan.api.calibrate", "vramplan.calibration.probes"):
         monkeypatch.setattr(f"{module}.detect", lambda: here)
     monkeypatch.setattr(Accelerator, "device", property(lambda self: "cpu"))
     monkeypatch.setattr(command, "_check_torch", lambda accelerator: None)
@@ -107,7 +107,7 @@ def test_a_probe_that_fails_costs_its_own_number_only(monkeypatch: pytest.Monkey
     ],
 )
 def test_without_an_accelerator_it_says_so_in_one_line(monkeypatch, options: Any, code: int, words: str) -> None:
-    for module in ("vramplan.machine", "vramplan.calibration.calibrate"):
+    for module in ("vramplan.api.machine", "vramplan.api.calibrate"):
         monkeypatch.setattr(f"{module}.detect", lambda: Hardware(accelerators=(), host=HOST))
     done = CliRunner().invoke(main, ["calibrate", *options])
     assert done.exit_code == code

@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 from calibration.records import CARD, call, probe, took
 
-from vramplan.calibration.learned import learned, versions, with_measured_rates
+from vramplan.api.machine import known_budget
+from vramplan.calibration.learned import learned, with_measured_rates
+from vramplan.calibration.published import bundled_error
 from vramplan.calibration.store import append
+from vramplan.common.versions import versions
 from vramplan.hardware import Hardware, Host
 from vramplan.hardware.types import Rates
-from vramplan.machine import known_budget
 from vramplan.planner.clock import DEFAULT_RATES
-from vramplan.residuals import bundled_error, needed
+from vramplan.planner.residuals import needed
 from vramplan.units import GIB, MIB
 
 PIPELINE = "SomePipeline"

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vramplan.calibration import store
+from vramplan.calibration.measured import Peak
 from vramplan.calibration.records import SCHEMA, from_line, to_line
 from vramplan.calibration.store import append, read_store, store_folder
 from vramplan.units import GIB
-from vramplan.verify import Peak
 
 resource = pytest.importorskip("resource")
 

@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vramplan.calibration.published import bundled_error
 from vramplan.errors import NothingFitsError, UsageError
-from vramplan.hardware import Accelerator, Budget, Hardware, Host, make_budget
+from vramplan.hardware import Accelerator, Budget, Hardware, Host
 from vramplan.hardware.types import Own
-from vramplan.residuals import ProjectionError, bundled_error
+from vramplan.planner.budget import make_budget
+from vramplan.planner.residuals import ProjectionError
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(kind="cuda", index=0, name="Card 24", total_bytes=24 * GIB, free_bytes=20 * GIB)

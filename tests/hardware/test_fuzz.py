@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from vramplan.hardware import detect, make_budget
+from vramplan.hardware import detect
 from vramplan.hardware.types import Hardware
-from vramplan.report_machine import hardware_dict, hardware_markdown
+from vramplan.planner.budget import make_budget
+from vramplan.view.machine import hardware_dict, hardware_markdown
 
 HARDWARE = TypeAdapter(Hardware)
 GARBAGE: tuple[Any, ...] = (

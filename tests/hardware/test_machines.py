@@ -7,9 +7,10 @@ import machine_files as machines
 import pytest
 from pydantic import TypeAdapter
 
-from vramplan.hardware import make_budget
 from vramplan.hardware.types import Hardware
-from vramplan.report_machine import hardware_markdown, hardware_text
+from vramplan.planner.budget import make_budget
+from vramplan.view.machine import hardware_markdown
+from vramplan.view.machine import text_of as hardware_text
 
 NAMES = machines.names()
 HARDWARE = TypeAdapter(Hardware)

@@ -21,7 +21,7 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.folder import spec_from_folder, stored_weights
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.repository import FolderRepository
-from vramplan.staged import load_applied
+from vramplan.runtime.staged import load_applied
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)

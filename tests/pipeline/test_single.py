@@ -9,9 +9,9 @@ import pytest
 from hub_server import write_header
 
 from vramplan.errors import UsageError, VramplanError
-from vramplan.models import describe
 from vramplan.pipeline.build import build_weightless
-from vramplan.profiles import load_pipeline_profile
+from vramplan.pipeline.describe import describe
+from vramplan.profiles.catalogue import load_pipeline_profile
 
 # As from_single_file renames them (diffusers 0.42, convert_z_image_transformer_checkpoint_to_diffusers).
 RENAMED = {

@@ -18,10 +18,11 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded, load_dtype
 from vramplan.pipeline.folder import spec_from_folder
 from vramplan.pipeline.geometry import power_of_two, tensor_bytes, tensors_of
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planfile import fingerprint
-from vramplan.profiles import load_pipeline_profile, pipeline_names
+from vramplan.planfile.types import fingerprint
+from vramplan.profiles.catalogue import load_pipeline_profile, pipeline_names
 
 DTYPES = ("float32", "float16", "bfloat16")
 T5_CONFIG = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}

@@ -20,7 +20,7 @@ from vramplan.planner.decide import Decision, Outcome, decide, worst_quality
 from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint, Estimate
-from vramplan.profiles import load_pipeline_profile, pipeline_names
+from vramplan.profiles.catalogue import load_pipeline_profile, pipeline_names
 from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident

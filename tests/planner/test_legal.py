@@ -8,11 +8,11 @@ import re
 import pytest
 
 from vramplan.errors import UsageError
-from vramplan.models import describe
 from vramplan.pipeline.bundled import profile_class
 from vramplan.pipeline.classes import class_facts
+from vramplan.pipeline.describe import describe
 from vramplan.planner.legal import legal_workloads, size_step
-from vramplan.profiles import load_pipeline_profile
+from vramplan.profiles.catalogue import load_pipeline_profile
 from vramplan.workload import make_workload
 
 NAMES = ("flux.1-fill-dev", "ltx-video", "mochi-1-preview", "stable-diffusion-xl", "wan2.2-ti2v-5b", "z-image-turbo")

@@ -12,7 +12,8 @@ from make_pipeline import SMALL_KINDS
 from planner.specs import GIB, component, pipeline, text_to_image
 from real_pipelines import EXTRA, make_extra
 
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.residency import Moment, replay
 from vramplan.strategies import Placement

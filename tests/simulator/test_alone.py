@@ -12,13 +12,13 @@ from calls import workload_of
 
 import vramplan
 from vramplan.errors import VramplanError
-from vramplan.figures import confirmed
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.models import describe
+from vramplan.pipeline.describe import describe
 from vramplan.planner.decide import Decision
 from vramplan.planner.demand import price
 from vramplan.simulator import alone
 from vramplan.simulator.alone import traced_alone
+from vramplan.simulator.figures import confirmed
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.run import SimulationError

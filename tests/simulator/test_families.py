@@ -22,7 +22,8 @@ from torch.nn.attention import flex_attention
 from torch.nn.modules import module as nn_module
 
 from vramplan.hardware import Accelerator
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
 from vramplan.simulator.memo import Memo
 from vramplan.simulator.run import call_inputs
 from vramplan.simulator.source import Source

@@ -13,14 +13,14 @@ import torch
 from calls import workload_of
 
 import vramplan
-from vramplan.figures import figures
+from vramplan.api.plan import describe
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.planner.decide import Decision
 from vramplan.planner.fixed import parse_fixed
-from vramplan.planner.forms import Forms
-from vramplan.planning import describe
-from vramplan.profiles import device_accelerator, load_device_profile
+from vramplan.profiles.catalogue import device_accelerator, load_device_profile
 from vramplan.simulator import cache
+from vramplan.simulator.figures import figures
+from vramplan.simulator.forms import Forms
 from vramplan.simulator.pipeline import parts_from_live, parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.simulator.source import Source

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from vramplan.hardware import Accelerator
 from vramplan.pipeline.geometry import tensors_of
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.packed import (
     BitsandbytesInt8,
     BitsandbytesNf4,
@@ -23,7 +24,7 @@ from vramplan.pipeline.packed import (
     TorchaoFloat8,
     TorchaoInt8,
 )
-from vramplan.planner.forms import Forms
+from vramplan.simulator.forms import Forms
 from vramplan.simulator.source import Source, simulated_footprint
 from vramplan.simulator.unpacking import _packed_cost, unpacking
 from vramplan.strategies.base import FileName

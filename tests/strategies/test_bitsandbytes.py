@@ -16,17 +16,17 @@ import torch
 from make_pipeline import build
 
 import vramplan
+from vramplan.api.code import plan_code
 from vramplan.errors import UsageError, VramplanError
-from vramplan.generate import plan_code
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.loading import assemble, load_component
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
-from vramplan.pipeline.live import modules_of
-from vramplan.planned import check_match, parse_settings
-from vramplan.planner.forms import lightened
-from vramplan.staged import load_applied, stages_of
+from vramplan.pipeline.modules import modules_of
+from vramplan.planfile.match import check_match, parse_settings
+from vramplan.runtime.load import assemble, load_component
+from vramplan.runtime.staged import load_applied, stages_of
+from vramplan.simulator.forms import lightened
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.units import GIB
 

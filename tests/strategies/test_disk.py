@@ -20,9 +20,9 @@ from make_pipeline import build
 from planner.specs import GIB, budget, card, component, pipeline, text_to_image
 
 from vramplan.errors import NothingFitsError, VramplanError
-from vramplan.models import describe
+from vramplan.pipeline.describe import describe
 from vramplan.pipeline.geometry import module_bytes, units_of
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import parse_fixed
 from vramplan.planner.footprint import AssumedFootprint

@@ -285,7 +285,7 @@ def test_scores_are_held_where_no_kernel_is_fused() -> None:
 
 @pytest.mark.parametrize(("accelerator", "falls"), [(METAL, True), (card(8 * GIB), False)])
 def test_slicing_lowers_the_peak_only_where_scores_are_held(accelerator: Accelerator, falls: bool) -> None:
-    from vramplan.models import describe
+    from vramplan.pipeline.describe import describe
     from vramplan.simulator.source import Source
 
     pipe, work = FAMILIES["sdxl-image-to-image"].make(), FAMILIES["sdxl-image-to-image"].workload

@@ -14,7 +14,7 @@ from planner.specs import card, component, pipeline
 from vramplan.pipeline.component import describe_component
 from vramplan.planner.candidates import rows
 from vramplan.planner.fixed import Fixed
-from vramplan.snapshot import decode_settings
+from vramplan.runtime.snapshot import decode_settings
 from vramplan.strategies.framewise_decoding import FramewiseDecoding
 from vramplan.strategies.settings import format_setting
 from vramplan.workload import Workload

@@ -15,8 +15,8 @@ from calls import call_kwargs, output_tensor
 from make_pipeline import build
 
 import vramplan
+from vramplan.api.code import plan_code
 from vramplan.errors import UsageError
-from vramplan.generate import plan_code
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
@@ -24,10 +24,10 @@ from vramplan.pipeline.folder import spec_from_folder
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.quantized import marked
-from vramplan.planner.forms import Forms, lightened
 from vramplan.planner.loading import load_of
+from vramplan.runtime.staged import load_applied
+from vramplan.simulator.forms import Forms, lightened
 from vramplan.simulator.source import Source
-from vramplan.staged import load_applied
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.base import FileName
 from vramplan.strategies.gguf import Gguf

@@ -12,7 +12,7 @@ from planner.specs import card, component, text_to_image
 
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import tensor_bytes
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
 from vramplan.strategies.group_offload import GroupOffload
 
 SPEC = text_to_image()

@@ -14,8 +14,8 @@ from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
-from vramplan.pipeline.live import modules_of
-from vramplan.planner.forms import lightened
+from vramplan.pipeline.modules import modules_of
+from vramplan.simulator.forms import lightened
 from vramplan.simulator.pipeline import parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
@@ -102,7 +102,7 @@ def test_by_hand_it_is_taken_and_applied_and_not_undone() -> None:
 
 
 def test_a_plan_with_weights_survives_its_file() -> None:
-    from vramplan.planfile import dump_plan, parse_plan
+    from vramplan.planfile.file import dump_plan, parse_plan
 
     settings = {"weights.transformer": "layerwise_casting:storage=float8_e5m2"}
     plan = vramplan.plan(small("flux-small"), device=MACHINE, settings=settings, **SIZE)

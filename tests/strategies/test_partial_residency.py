@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from make_pipeline import build
 from planner.specs import GIB, card, component, text_to_image
 
-from vramplan.models import describe
+from vramplan.pipeline.describe import describe
 from vramplan.pipeline.geometry import module_bytes, units_of
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
 from vramplan.simulator.source import Source
 from vramplan.strategies.base import remove_group_hooks
 from vramplan.strategies.partial_residency import PartialResidency, apply_partial_residency, spread

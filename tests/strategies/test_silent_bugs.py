@@ -13,13 +13,13 @@ from planner.specs import GIB, WORK, budget, card, component, pipeline, text_to_
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.held import refuse_hooked
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.types import Component, PipelineSpec, Tiling
 from vramplan.planner.candidates import Row, rows
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
-from vramplan.planning import refuse_hooked
 from vramplan.strategies.base import offload_refusal
 from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.group_offload import GroupOffload

@@ -17,9 +17,10 @@ from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
-from vramplan.pipeline.live import modules_of, spec_from_pipeline
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.packed import PackedLinear
-from vramplan.planner.forms import lightened
+from vramplan.simulator.forms import lightened
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.settings import format_setting
 from vramplan.strategies.torchao import Torchao
@@ -169,7 +170,7 @@ def test_weights_are_rounded_no_more_than_is_allowed() -> None:
 
 
 def test_large_text_encoders_are_rounded_with_the_denoiser_or_not_at_all() -> None:
-    from vramplan.models import describe
+    from vramplan.pipeline.describe import describe
     from vramplan.planner.candidates import weight_settings
     from vramplan.planner.fixed import parse_fixed
 

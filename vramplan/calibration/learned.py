@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
+from vramplan.calibration.published import bundled_error
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
+from vramplan.common.versions import versions
 from vramplan.hardware.types import Accelerator, Rates
-from vramplan.residuals import Basis, ProjectionError, Residual, bundled_error, error_of, raised
+from vramplan.planner.residuals import Basis, ProjectionError, Residual, error_of, raised
 
-SOFTWARE = ("torch", "diffusers", "transformers", "accelerate")
 # What decides how much memory the same settings take. The others change no hook and no kernel.
 _DECISIVE = ("torch", "diffusers")
 
@@ -23,20 +23,6 @@ class Learned:
 
     error: ProjectionError
     context_bytes: int | None = None
-
-
-@cache
-def versions() -> dict[str, str]:
-    """The versions that are installed of what a projection depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in SOFTWARE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None = None) -> Learned:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from vramplan.verify import Peak
+from vramplan.calibration.measured import Peak
 
 SCHEMA = 2  # 1 had no phases
 _LARGEST, _LONGEST = 1 << 62, 4000

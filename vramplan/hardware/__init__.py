@@ -1,7 +1,6 @@
 """What a machine has, and what may be used of it."""
 
-from vramplan.hardware.budget import make_budget
 from vramplan.hardware.detect import detect
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host, Rates, Reading
 
-__all__ = ["Accelerator", "Budget", "Deduction", "Hardware", "Host", "Rates", "Reading", "detect", "make_budget"]
+__all__ = ["Accelerator", "Budget", "Deduction", "Hardware", "Host", "Rates", "Reading", "detect"]

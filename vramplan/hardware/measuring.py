@@ -83,7 +83,7 @@ def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> t
     """From the cache, else made and, where anything was, kept. A damaged entry is made again."""
     from pydantic import TypeAdapter
 
-    from vramplan.files import write_text
+    from vramplan.common.files import write_text
 
     adapter = TypeAdapter(tuple[Measurement, ...])
     path = _cache_file(key)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vramplan.common.shown import Shown
+
 AcceleratorKind = Literal["cuda", "rocm", "xpu", "mps"]
 
 
@@ -196,7 +198,7 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
+class Hardware(Shown):
     """A machine: its accelerators, its host memory, and notes on what could not be read."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -204,12 +206,6 @@ class Hardware:
     accelerators: tuple[Accelerator, ...]
     host: Host
     notes: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        from vramplan.report_machine import hardware_view
-        from vramplan.terminal import as_html
-
-        return as_html(hardware_view(self, None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

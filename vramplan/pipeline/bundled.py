@@ -6,6 +6,8 @@ import difflib
 import inspect
 import sys
 from collections.abc import Collection, Iterator
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from vramplan.errors import VramplanError
@@ -14,7 +16,8 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import assemble
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.profiles import ComponentProfile, PipelineProfile
+from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
+from vramplan.profiles.files import ProfileKind, located, mistakes, read_document, read_profile
 
 Place = tuple[str, ...]
 
@@ -114,3 +117,22 @@ def _names(cls: Any) -> Collection[str]:
 def _config_of(cls: Any) -> Any:
     config_class = getattr(cls, "config_class", None)
     return None if config_class is None else config_class()
+
+
+def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
+    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it: in its form, and,
+    where that is right, in what it says of the classes that are installed here."""
+    try:
+        document = read_document(path)
+    except VramplanError as error:
+        return "devices", (str(error),)
+    keys = document.keys() if isinstance(document, dict) else set()
+    kind = max(_TYPES, key=lambda kind: len(keys & {item.name for item in fields(_TYPES[kind])}))
+    found = mistakes(path, _TYPES[kind])
+    if kind == "pipelines" and not found:
+        from vramplan.pipeline.bundled import contradictions
+
+        found = located(path, contradictions(read_profile(path, PipelineProfile)))
+    if keys and document.get("name") != path.stem:
+        found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
+    return kind, found

@@ -189,7 +189,7 @@ def _kept_path(key: str) -> Path | None:
     """Where what was read under this key is kept: each endpoint has its own repositories."""
     from huggingface_hub import constants
 
-    from vramplan.simulator.cache import cache_folder
+    from vramplan.common.files import cache_folder
 
     folder = cache_folder()
     digest = hashlib.sha256(f"{constants.ENDPOINT} {key}".encode()).hexdigest()[:32]
@@ -206,7 +206,7 @@ def _kept(key: str) -> tuple[bytes, int] | None:
 
 
 def _keep(key: str, found: tuple[bytes, int]) -> None:
-    from vramplan.files import write_text
+    from vramplan.common.files import write_text
 
     path = _kept_path(key)
     try:

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vramplan.encode import encode_refusal
 from vramplan.pipeline.classes import class_facts
 from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.modules import modules_of
+from vramplan.pipeline.prompt import encode_refusal
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.pipeline.uses import uses_of
 
 if TYPE_CHECKING:
-    import torch
-
-
-def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The pipeline's modules by component name, in its own order."""
-    import torch
-
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-
-
-def pipes_of(pipe: Any) -> list[Any]:
-    """The pipeline, and those a combined one is put together of, which hook the same modules in their own calls."""
-    from diffusers import DiffusionPipeline
-
-    return [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
+    pass
 
 
 def spec_from_pipeline(pipe: Any) -> PipelineSpec:

@@ -10,7 +10,7 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.build import build_weightless
 from vramplan.pipeline.ggufs import check_names, converted
 from vramplan.pipeline.repository import Repository, StoredTensor
-from vramplan.profiles import PipelineProfile, load_pipeline_profile
+from vramplan.profiles.catalogue import PipelineProfile, load_pipeline_profile
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:

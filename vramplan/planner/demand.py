@@ -11,7 +11,7 @@ from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, 
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
 from vramplan.planner.residency import Moment, replay, schedule
-from vramplan.residuals import Basis
+from vramplan.planner.residuals import Basis
 from vramplan.strategies.base import Decode, Hold, Placement
 from vramplan.units import format_bytes
 from vramplan.workload import Workload

@@ -5,14 +5,14 @@ This is the seam for the simulated accelerator: anything with these two methods 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
+from vramplan.pipeline.latents import _ENCODER_TOKENS, denoiser_shape
 from vramplan.pipeline.types import Component, PipelineSpec, Use
-from vramplan.residuals import Basis
+from vramplan.planner.residuals import Basis
 from vramplan.strategies.base import Decode, Picture
 from vramplan.units import MIB
 from vramplan.workload import Workload
@@ -33,7 +33,6 @@ _VIDEO_DECODE_FLOOR = 7000
 # Output tiles, the blended picture and the final one are alive together: three copies of three channels.
 _OUTPUT_COPIES = 9
 _ENCODER_BYTES = 256 * MIB
-_ENCODER_TOKENS = 512
 # Operations per decoded pixel: SD's decoder needs 2.5 TFLOP for 512 x 512 (FlopCounterMode).
 _DECODE_FLOPS_PER_PIXEL = 1e7
 # UNets spend most parameters where the picture is small: 6 TFLOP for SDXL at 1024 x 1024 against
@@ -157,82 +156,6 @@ class AssumedFootprint:
             batch=work.num_images_per_prompt,
             whole_pixels=pixels,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiserShape:
-    """What a denoiser works on in one forward: tokens (or latent pixels), their width, and the batch."""
-
-    tokens: int
-    width: int
-    batch: int
-    convolutional: bool
-
-
-def denoiser_shape(component: Component, spec: PipelineSpec, workload: Workload) -> DenoiserShape:
-    """The sequence length and width of a forward, from the configurations of denoiser and VAE."""
-    config = component.config
-    vae = next(iter(spec.vaes), None)
-    spatial, temporal = vae_scale(vae)
-    frames = 1 + (workload.num_frames - 1) // temporal if spec.video else 1
-    height, width = workload.latent_sides(spatial)
-    pixels = height * width * frames
-    convolutional = "block_out_channels" in config
-    patch = prod(patch_of(config, vae))
-    tokens = pixels // patch + (0 if convolutional else _ENCODER_TOKENS)
-    # A distilled guidance embedding replaces the second, unconditional forward.
-    doubled = (workload.guidance_scale or 2.0) > 1 and "guidance_embeds" not in config
-    return DenoiserShape(
-        tokens=max(1, tokens),
-        width=_width(config),
-        batch=workload.num_images_per_prompt * (2 if doubled else 1),
-        convolutional=convolutional,
-    )
-
-
-def vae_scale(vae: Component | None) -> tuple[int, int]:
-    """Pixels per latent along a side, and frames per latent frame; (8, 1) where nothing says otherwise."""
-    config: Mapping[str, Any] = vae.config if vae else {}
-    stages = len(config.get("block_out_channels") or config.get("encoder_block_out_channels") or (1,) * 4)
-    spatial = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial") or 2 ** max(0, stages - 1)
-    temporal = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
-    halvings = config.get("spatio_temporal_scaling")
-    if isinstance(halvings, list | tuple):  # LTX-Video's, beside its patches (diffusers 0.42, AutoencoderKLLTXVideo)
-        halved = 2 ** sum(map(bool, halvings))
-        spatial = config.get("spatial_compression_ratio") or int(config.get("patch_size", 1)) * halved
-        temporal = temporal or int(config.get("patch_size_t", 1)) * halved
-    expansions = config.get("temporal_expansions")
-    if temporal is None and isinstance(expansions, list | tuple):
-        temporal = prod(expansions)
-    if temporal is None and vae is not None and "Wan" in vae.class_name:
-        temporal = 4
-    return int(spatial), int(temporal or 1)
-
-
-def patch_of(config: Mapping[str, Any], vae: Component | None) -> tuple[int, int]:
-    """Latent pixels and latent frames per token of a denoiser: the patch, or the two by two pixels that pipelines pack
-    before the model sees it; (1, 1) for a UNet."""
-    if "block_out_channels" in config:
-        return 1, 1
-    size = config.get("patch_size", 1)
-    area = prod(size[-2:]) if isinstance(size, list | tuple) else int(size or 1) ** 2
-    frames = size[0] if isinstance(size, list | tuple) and len(size) == 3 else config.get("patch_size_t") or 1
-    latent = (vae.config.get("latent_channels") or vae.config.get("z_dim")) if vae else None
-    packed = area == 1 and isinstance(latent, int) and config.get("in_channels") == 4 * latent
-    return (4, 1) if packed else (int(area), int(frames))
-
-
-def _width(config: Mapping[str, Any]) -> int:
-    channels = config.get("block_out_channels")
-    if channels:
-        return int(channels[0])
-    heads, head = config.get("num_attention_heads"), config.get("attention_head_dim")
-    if isinstance(heads, int) and isinstance(head, int):
-        return heads * head
-    for key in ("hidden_size", "inner_dim", "dim", "hidden_dim", "cross_attention_dim"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return 3072
 
 
 def _shrunk(whole: Picture, vae: Component, decode: Sequence[Decode]) -> Picture:

@@ -8,8 +8,8 @@ from math import isqrt, lcm
 from typing import Any, Literal, get_args
 
 from vramplan.errors import UsageError
+from vramplan.pipeline.latents import patch_of, vae_scale
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.footprint import patch_of, vae_scale
 from vramplan.workload import Workload
 
 Dimension = Literal["size", "frames", "batch"]

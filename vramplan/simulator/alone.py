@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from vramplan.pipeline.dtypes import torch_dtype
+from vramplan.pipeline.latents import denoiser_shape, vae_scale
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.footprint import denoiser_shape, vae_scale
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.pipeline import Parts

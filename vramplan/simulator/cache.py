@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vramplan.common.files import cache_folder
 from vramplan.simulator.types import Simulation
 
 
@@ -29,18 +29,6 @@ def cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
         found = make()
         _write(path, found)
     return found
-
-
-def cache_folder() -> Path | None:
-    """Where simulations are kept; None where the cache is switched off."""
-    told = os.environ.get("VRAMPLAN_CACHE")
-    if told == "0":
-        return None
-    if told:
-        return Path(told)
-    from platformdirs import user_cache_path
-
-    return user_cache_path("vramplan") / "simulations"
 
 
 @cache
@@ -70,8 +58,8 @@ def _read(path: Path) -> Simulation | None:
 
 
 def _write(path: Path, simulation: Simulation) -> None:
+    from vramplan.common.files import write_text
     from vramplan.errors import VramplanError
-    from vramplan.files import write_text
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules import module as nn_module
 
 from vramplan.pipeline.component import role_of
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.types import PhaseName, Role
 from vramplan.simulator.ledger import Ledger
 from vramplan.simulator.types import DecodedLatents

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.footprint import AssumedFootprint, Estimate, Work
-from vramplan.residuals import Basis
+from vramplan.planner.residuals import Basis
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Decode
 from vramplan.workload import Workload

@@ -6,19 +6,16 @@ free, as PyTorch's do on a real device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from vramplan.simulator.allocator import CachingAllocator, Chunk, DeviceFullError
 from vramplan.simulator.types import SimulatedPhaseName
 from vramplan.units import format_bytes
-
-if TYPE_CHECKING:
-    from vramplan.simulator.timeline import TimelineRecorder
 
 Kind = Literal["weights", "activation", "workspace"]
 Place = Literal["device", "host", "pinned", "nowhere"]
@@ -127,11 +124,16 @@ class Recorder:
 
 
 class Ledger:
-    """The books of one simulation. `where` is kept up to date by whoever runs it."""
+    """The memory bookkeeping of one simulation. Whoever runs it keeps phase, component and modules up to date.
 
-    def __init__(self, allocator: CachingAllocator, timeline: TimelineRecorder | None = None) -> None:
+    `observe` is called with each block that is entered or taken out, and the change of the device's memory in bytes.
+    """
+
+    def __init__(
+        self, allocator: CachingAllocator, observe: Callable[[Ledger, Block, int], None] | None = None
+    ) -> None:
         self.allocator = allocator
-        self.timeline = timeline
+        self.observe = observe
         self.on_device: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.host_bytes = 0
         self.pinned_bytes = 0
@@ -189,8 +191,8 @@ class Ledger:
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
         for recorder in self.recorders:
             recorder.took(block, self.module, self.operation)
-        if self.timeline is not None:
-            self.timeline.note(self, block, block.chunk.size if block.chunk is not None else 0)
+        if self.observe is not None:
+            self.observe(self, block, block.chunk.size if block.chunk is not None else 0)
 
     def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
         self.short_bytes = max(0, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
@@ -216,8 +218,8 @@ class Ledger:
             self.pinned_bytes -= block.size
         for recorder in self.recorders:
             recorder.gave(block)
-        if self.timeline is not None:
-            self.timeline.note(self, block, -size)
+        if self.observe is not None:
+            self.observe(self, block, -size)
 
     def transient(self, size: int, kind: Kind) -> None:
         """Allocate and free at once: what a kernel uses while it runs."""

@@ -14,7 +14,7 @@ import torch
 from vramplan.errors import VramplanError
 from vramplan.pipeline.build import build_weightless, component_class, weightless_copy
 from vramplan.pipeline.dtypes import cast_as_loaded
-from vramplan.pipeline.live import modules_of
+from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.quantized import quantization_of
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.shapes import CPU
@@ -74,7 +74,7 @@ def parts_from_profile(name: str, dtypes: Mapping[str, str] | None = None) -> Pa
     Its tokenizers are stand-ins of the right length.
     """
     from vramplan.pipeline.bundled import profile_class
-    from vramplan.profiles import load_pipeline_profile
+    from vramplan.profiles.catalogue import load_pipeline_profile
 
     profile = load_pipeline_profile(name)
     modules: dict[str, torch.nn.Module] = {}

@@ -8,14 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from vramplan.encode import Encoded, call_encoded, encode
 from vramplan.errors import VramplanError
 from vramplan.pipeline.dtypes import torch_dtype
+from vramplan.pipeline.prompt import Encoded, call_encoded, encode
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.follow import followed, named_modules
@@ -83,7 +83,9 @@ def run_simulation(
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
     recorder = TimelineRecorder() if timeline else None
-    return simulated_stages(parts, stages, Ledger(allocator, recorder), kernels or Kernels(), memo or Memo())
+    ledger = Ledger(allocator, recorder.note if recorder else None)
+    found = simulated_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
+    return replace(found, timeline=recorder.timeline()) if recorder else found
 
 
 def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[Step, Step]]:
@@ -306,7 +308,6 @@ def _result(
             SimulatedModule(name=name, flops=cost.flops, traffic_bytes=cost.traffic_bytes, launches=cost.launches)
             for name, cost in ledger.module_costs.items()
         ),
-        timeline=ledger.timeline.timeline() if ledger.timeline is not None else None,
     )
 
 

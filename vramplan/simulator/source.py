@@ -253,7 +253,7 @@ def _identity(spec: PipelineSpec) -> Any:
 
 def kernels_of(accelerator: Accelerator | None) -> dict[str, Any]:
     """What is known of a card's kernels, as `Kernels` names it: cuBLAS holds 32 MiB on Hopper and later, 8 before."""
-    from vramplan.profiles import compute_capability, math_dtypes
+    from vramplan.profiles.catalogue import compute_capability, math_dtypes
 
     capability = compute_capability(accelerator.name) if accelerator else None
     return {

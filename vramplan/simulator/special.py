@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vramplan.simulator.shapes import META, aten, meta_like, value_of
-from vramplan.simulator.tensor import SimTensor, tensors_in
+from vramplan.simulator.tensor import Runner, SimTensor, tensors_in
 
-if TYPE_CHECKING:
-    from vramplan.simulator.engine import Engine
-
-Special = Callable[["Engine", Any, Any, Any, Sequence[torch.Tensor], torch.device], Any]
+Special = Callable[[Runner, Any, Any, Any, Sequence[torch.Tensor], torch.device], Any]
 
 
-def _item(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+def _item(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     tensor = args[0]
     kind = bool if tensor.dtype == torch.bool else float if tensor.dtype.is_floating_point else int
     return engine.scalar(tensor, kind)
 
 
-def _nonzero(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+def _nonzero(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     tensor = args[0]
     if isinstance(tensor, SimTensor) and tensor.value is not None:
         return NotImplemented
@@ -32,7 +29,7 @@ def _nonzero(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequenc
     return engine.new(shape, label)
 
 
-def _index(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+def _index(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     """Boolean masks become as many indices as they select, so that the shape is known."""
     if not any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1])):
         return NotImplemented
@@ -54,7 +51,7 @@ def _index(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[
     )
 
 
-def _bincount(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+def _bincount(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     """How often each number is there: a router's tokens, say, all of which then go to the first expert."""
     if all(value_of(tensor) is not None for tensor in tensors):
         return NotImplemented
@@ -65,7 +62,7 @@ def _bincount(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequen
 
 
 def _masked_select(
-    engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any
+    engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any
 ) -> Any:
     mask = value_of(args[1])
     if all(value_of(tensor) is not None for tensor in tensors):
@@ -77,7 +74,7 @@ def _masked_select(
     return engine.new(torch.empty((count,), dtype=args[0].dtype, device="meta"), label)
 
 
-def _unique(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+def _unique(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     """Values, where each of them came from, and counts."""
     if value_of(args[0]) is not None:
         return NotImplemented
@@ -88,7 +85,7 @@ def _unique(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence
     return tuple(engine.new(made, label) for made in (values, inverse, counts))
 
 
-def _to_copy(engine: Engine, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
+def _to_copy(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
     device = kwargs.get("device")
     return engine.convert(
         args[0],

@@ -9,18 +9,57 @@ registered and nothing of torch is patched: outside of a simulation these are or
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 
-from vramplan.simulator.ledger import Block
-
-if TYPE_CHECKING:
-    from vramplan.simulator.engine import Engine
+from vramplan.simulator.ledger import Block, Kind
 
 # Tensors up to this many elements carry their value: timesteps, token ids, masks, small latents.
 VALUE_LIMIT = 1 << 18
+
+
+class Runner(Protocol):
+    """Runs the operations of a simulation's tensors: the part of `Engine` that they and `special` know."""
+
+    def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of one ATen operation."""
+
+    def run_on_shapes(
+        self, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: torch.device
+    ) -> Any:
+        """The same, from shapes alone."""
+
+    def new(
+        self,
+        shape: torch.Tensor,
+        label: torch.device,
+        kind: Kind = "activation",
+        value: torch.Tensor | None = None,
+        owner: str = "",
+    ) -> SimTensor:
+        """A tensor of its own memory, with the shape of a meta tensor."""
+
+    def convert(
+        self,
+        tensor: torch.Tensor,
+        label: torch.device | None,
+        dtype: torch.dtype | None = None,
+        *,
+        copy: bool = False,
+        memory_format: torch.memory_format | None = None,
+    ) -> torch.Tensor:
+        """`tensor.to(...)`."""
+
+    def copy(self, tensor: SimTensor) -> SimTensor:
+        """A copy on the same device."""
+
+    def scalar(self, tensor: SimTensor, kind: type) -> Any:
+        """The Python number in a tensor."""
+
+    def note(self, text: str) -> None:
+        """Record an assumption."""
 
 
 class SimTensor(torch.Tensor):
@@ -30,7 +69,7 @@ class SimTensor(torch.Tensor):
     block: Block
     stored: torch.Tensor | None
     meta: torch.Tensor
-    engine: Engine
+    engine: Runner
     _is_param: bool
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -92,7 +131,7 @@ class SimTensor(torch.Tensor):
 
 
 def make(
-    engine: Engine, shape: torch.Tensor, label: torch.device, block: Block, value: torch.Tensor | None = None
+    engine: Runner, shape: torch.Tensor, label: torch.device, block: Block, value: torch.Tensor | None = None
 ) -> SimTensor:
     """A tensor with the shape of a meta tensor, sharing that one's storage and the given block."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.types import Moment, SimulatedPhaseName, Timeline
-
-if TYPE_CHECKING:
-    from vramplan.simulator.ledger import Block, Ledger
 
 # Stretches of a call, of each of which four moments are kept at most. A picture is about as wide in pixels.
 _MOST_STRETCHES = 600

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vramplan.common.shown import Shown
+
 # Moving weights to the device before the call, then the phases of the call itself.
 SimulatedPhaseName = Literal["load", "encode", "denoise", "decode"]
 
@@ -112,7 +114,7 @@ class Timeline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Simulation:
+class Simulation(Shown):
     """What a call of a pipeline takes on the simulated device.
 
     `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
@@ -150,10 +152,3 @@ class Simulation:
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None where it did not run there."""
         return next((item for item in self.uses if (item.phase, item.component) == (phase, component)), None)
-
-    def _repr_html_(self) -> str:
-        from vramplan.plot.save import picture_html
-        from vramplan.report import simulation_view
-        from vramplan.terminal import as_html
-
-        return as_html(simulation_view(self)) + picture_html(self)

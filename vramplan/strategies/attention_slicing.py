@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component
-from vramplan.profiles import holds_scores
+from vramplan.profiles.catalogue import holds_scores
 from vramplan.strategies.base import Axis, Placement, Quality
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.live import pipes_of
+from vramplan.pipeline.modules import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 

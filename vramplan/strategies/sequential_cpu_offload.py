@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.live import pipes_of
+from vramplan.pipeline.modules import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE, forget_device

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from vramplan.errors import UsageError
 from vramplan.hardware import detect
-from vramplan.profiles import device_profiles, pipeline_names
+from vramplan.profiles.catalogue import device_profiles, pipeline_names
 from vramplan.strategies.base import Quality
 from vramplan.units import GIB, format_bytes
 

@@ -11,10 +11,10 @@ from dash import Dash, Input, Output, State
 from dash.exceptions import PreventUpdate
 
 from vramplan.errors import VramplanError
-from vramplan.plot.with_plotly import dress_script
 from vramplan.ui.choices import AMOUNTS, COUNTS, Wish, find_choices, make_wish
 from vramplan.ui.parts import answer_view, helps_view, page_layout, usual_numbers
 from vramplan.ui.work import Answer, Further, answer, further
+from vramplan.view.plot.with_plotly import dress_script
 
 _INDEX = """<!DOCTYPE html>
 <html lang="en">

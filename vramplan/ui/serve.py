@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vramplan.common.progress import TALKING
 from vramplan.errors import UsageError, VramplanError
-from vramplan.progress import TALKING
 from vramplan.ui.choices import Wish
 
 _ADDRESS = "127.0.0.1"

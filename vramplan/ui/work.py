@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from vramplan.api.machine import choose_machine
+from vramplan.api.plan import Subject
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
-from vramplan.machine import choose_machine
-from vramplan.planfile import Asked, Plan
-from vramplan.planning import Subject
-from vramplan.profiles import DeviceProfile, device_profiles
+from vramplan.planfile.types import Asked, Plan
+from vramplan.profiles.catalogue import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
 from vramplan.ui.choices import Wish
 from vramplan.units import GIB
@@ -98,12 +98,13 @@ def _asked(wish: Wish) -> Asked:
 
 
 def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
-    from vramplan.bars import plan_bar
-    from vramplan.generate import plan_code
-    from vramplan.plot.candidates import candidates_picture
-    from vramplan.plot.with_plotly import candidates_figure
-    from vramplan.report import format_seconds, plan_rows, settings_text
-    from vramplan.units import format_bytes
+    from vramplan.api.code import plan_code
+    from vramplan.planfile.types import settings_text
+    from vramplan.units import format_bytes, format_seconds
+    from vramplan.view.bars import plan_bar
+    from vramplan.view.plan import plan_rows
+    from vramplan.view.plot.candidates import candidates_picture
+    from vramplan.view.plot.with_plotly import candidates_figure
 
     bar = plan_bar(plan)
     return Answer(
@@ -128,10 +129,10 @@ def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
 
 
 def _memory(plan: Plan) -> Further:
-    from vramplan.planfile import load_options
-    from vramplan.plot.memory import memory_picture
-    from vramplan.plot.with_plotly import memory_figure, memory_words
-    from vramplan.simulating import simulate
+    from vramplan.api.simulate import simulate
+    from vramplan.planfile.types import load_options
+    from vramplan.view.plot.memory import memory_picture
+    from vramplan.view.plot.with_plotly import memory_figure, memory_words
 
     if plan.machine.accelerator is None:
         return Further(words="Without an accelerator no call is simulated: the plan rests on rules of thumb.")
@@ -143,7 +144,7 @@ def _memory(plan: Plan) -> Further:
 
 def _helps(wish: Wish) -> Iterator[str]:
     """Single changes of the wish, as phrases, under which something fits by its price."""
-    from vramplan.report import workload_text
+    from vramplan.workload import workload_text
 
     subject = _subject(wish.model)
     work = subject.workload(dict(wish.counts))

@@ -1,0 +1,88 @@
+"""`vramplan calibrate`: measure a device on purpose, and keep what was found for the plans to come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vramplan.api.machine import choose_machine
+from vramplan.calibration.measured import Measured
+from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate
+from vramplan.calibration.records import ProbeRecord
+from vramplan.calibration.store import append, store_folder
+from vramplan.errors import UsageError, VramplanError
+from vramplan.hardware import detect
+from vramplan.hardware.types import Accelerator
+from vramplan.planfile.types import Plan
+from vramplan.runtime.recording import where
+
+Say = Callable[[str], None]
+Report = Callable[[Plan, Measured], None]  # called with each plan of the small pipeline and what its call took
+
+
+def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = print, report: Report) -> ProbeRecord:
+    """What was measured of a device of this machine; it is in the store then, and so are the calls of a small pipeline.
+
+    Raises:
+        VramplanError: this machine has no accelerator, or torch cannot use it.
+        UsageError: the device is not one of this machine's, or there is nowhere to keep what is measured.
+    """
+    if store_folder() is None:
+        raise UsageError("VRAMPLAN_CALIBRATION=0 keeps nothing: unset it, or name a folder")
+    _, accelerator = choose_machine(device)
+    if accelerator is None:
+        raise VramplanError("nothing to calibrate: no accelerator was found, and a plan for the CPU keeps no margin")
+    if accelerator.name not in {item.name for item in detect().accelerators}:
+        raise UsageError(
+            f"device {device}: {accelerator.name} is not in this machine, and only what is here is measured"
+        )
+    _check_torch(accelerator)
+    record = probed(accelerator, say=say)
+    note = append(record)
+    if note is not None:
+        raise VramplanError(note)
+    if pipeline:
+        _run_sample(accelerator, say, report)
+    return record
+
+
+def probed(accelerator: Accelerator, *, say: Say) -> ProbeRecord:
+    """Every probe; one that fails is left out, with the reason as a note."""
+    found: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+
+    def probe(name: str, measure: Callable[[], Any]) -> None:
+        say(f"measuring {name}")
+        try:
+            value = measure()
+        except RuntimeError as error:  # out of memory, or a kernel that this device does not have
+            notes[name] = " ".join(str(error).split())[:300]
+            return
+        found.update(value if isinstance(value, dict) else {name: value})
+
+    # The context first: it cannot be told apart any more once torch holds memory.
+    probe("context_bytes", lambda: context_bytes(accelerator))
+    probe("link", lambda: link_rates(accelerator.device))
+    probe("memory_bytes_per_s", lambda: memory_rate(accelerator.device))
+    probe("half_flops_per_s", lambda: product_rate(accelerator.device))
+    return ProbeRecord(**where(accelerator), **found, notes=notes)
+
+
+def _check_torch(accelerator: Accelerator) -> None:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type != accelerator.device.partition(":")[0]:
+        raise VramplanError(f"{accelerator.name} is here, but this torch ({torch.__version__}) cannot use it")
+
+
+def _run_sample(accelerator: Accelerator, say: Say, report: Report) -> None:
+    from vramplan.api.calibrate_sample import MODEL, measured_plans, sample_pipeline
+
+    say(f"making {MODEL} with random weights")
+    pipe = sample_pipeline(accelerator.device)
+    for plan, took in measured_plans(pipe, accelerator.device):
+        if plan is None or isinstance(took, str):
+            say(f"not measured: {took}")
+        else:
+            report(plan, took)

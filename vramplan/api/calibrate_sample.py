@@ -1,0 +1,77 @@
+"""A real pipeline of random weights, run under a few plans: what they were projected to take against what they did."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from vramplan.calibration.measured import Measured
+from vramplan.errors import VramplanError
+from vramplan.planfile.types import Plan
+from vramplan.runtime.recording import calibrating
+from vramplan.units import format_bytes
+
+# The lightest of the bundled pipelines that has every part: two gigabytes in half precision.
+MODEL = "stable-diffusion-1.5"
+# Random weights find nothing unsafe, or everything.
+_LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+_PLACEMENTS = (
+    "resident",
+    "model_cpu_offload",
+    "group_offload:type=leaf,stream=true",
+    "group_offload:type=block",
+    "sequential_cpu_offload",
+)
+
+
+def sample_pipeline(device: str, name: str = MODEL) -> Any:
+    """The profile's pipeline with small random weights, on the CPU. Nothing is downloaded.
+
+    Weights are filled on the device, which is quicker.
+    """
+    import torch
+
+    from vramplan.simulator.pipeline import parts_from_profile
+
+    parts = parts_from_profile(name)
+    takes = inspect.signature(parts.cls.__init__).parameters  # type: ignore[misc]
+    modules = {part: module for part, module in parts.modules.items() if part not in _LEFT_OUT}
+    for module in modules.values():
+        module.to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
+        module.to("cpu").eval()
+    given = dict(parts.others) | _LEFT_OUT | modules
+    pipe = parts.cls(**{key: value for key, value in given.items() if key in takes})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measured_plans(pipe: Any, device: str | None, **workload: Any) -> Iterator[tuple[Plan | None, Measured | str]]:
+    """What each of a few plans took, kept in the store; or a sentence on why one was not run."""
+    import torch
+
+    from vramplan.api.apply import apply_plan
+    from vramplan.api.plan import plan as make_plan
+    from vramplan.simulator.run import call_inputs
+
+    for placement in _PLACEMENTS:
+        try:
+            plan = make_plan(pipe, device=device, settings={"placement": placement}, allow="lossless", **workload)
+            applied = apply_plan(pipe, plan)
+        except VramplanError as error:
+            yield None, f"{placement}: {error}"
+            continue
+        try:
+            inputs = call_inputs(pipe, plan.workload) | {"generator": torch.Generator("cpu").manual_seed(0)}
+            with calibrating(pipe) as took:
+                pipe(**inputs)
+            yield plan, took
+        except torch.OutOfMemoryError:
+            yield plan, f"{placement}: out of memory, projected at {format_bytes(plan.projected.vram_reserved_bytes)}"
+        finally:
+            applied.undo()
+            if torch.accelerator.is_available():
+                torch.accelerator.memory.empty_cache()

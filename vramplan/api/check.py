@@ -1,0 +1,170 @@
+"""What is different now from when a plan was made; and a new plan, for the same wishes, where it no longer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vramplan.api.machine import known_budget
+from vramplan.api.plan import plan as make_plan
+from vramplan.common.versions import versions
+from vramplan.errors import MismatchError, NothingFitsError, UsageError
+from vramplan.hardware import detect
+from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.pipeline.held import held_bytes
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planfile.types import Plan, load_options
+from vramplan.planner.demand import fits_sentence
+from vramplan.units import format_bytes
+
+# Free memory is never twice the same; less by no more than this share of what was planned with is not told. Assumed.
+_NOTICED = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """`sentence` says how the plan fits now, `broken` why it cannot be applied any more, None where it can; `changes`
+    are what is worth knowing all the same, each with both numbers."""
+
+    sentence: str
+    broken: str | None = None
+    changes: tuple[str, ...] = ()
+
+
+def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
+    """The plan held against this machine now, and against a live pipeline, whose own weights do not count as used.
+
+    A plan for the CPU is held against RAM, one for an accelerator against the one of that device here.
+    """
+    hardware = detect()
+    planned, device = plan.machine.accelerator, plan.machine.device
+    here = next((item for item in hardware.accelerators if item.device == device), None) if planned else None
+    if planned is not None and here is None:
+        notes = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that no longer answers
+        return _broken(f"the plan is for {planned.name} ({device}), which this machine does not have{notes}")
+    if planned is not None and here is not None and planned.name != here.name:
+        return _broken(f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it")
+    try:
+        budget = _budget(plan, hardware, here, held_bytes(spec) if spec else {})
+    except (NothingFitsError, UsageError) as error:
+        return _broken(f"the plan no longer fits: {error}")
+    sentence = fits_sentence(plan.projected, budget)
+    if _short(plan, budget):
+        return _broken(f"the plan no longer fits: it {sentence}; make it again")
+    return Drift(sentence=f"the plan fits: it {sentence}", changes=(*_less(plan, budget), *_software(plan, here)))
+
+
+def current_plan(
+    plan: Plan,
+    model: str | None = None,
+    *,
+    replan: bool = False,
+    allow_pickle: bool = False,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """The plan where it still holds, what has changed being told; else, with `replan`, a new one for the same wishes.
+
+    Raises:
+        MismatchError: it does not hold any more. NothingFitsError: nor does any other.
+    """
+    found = drift_of(plan)
+    broken = found.broken or _other_pipeline(plan, model, allow_pickle=allow_pickle)
+    if broken is None:
+        for change in found.changes:
+            say(f"changed since it was planned: {change}")
+        return plan
+    if not replan:
+        raise MismatchError(f"{broken} (--replan does so)" if "make" in broken else f"{broken}; --replan makes another")
+    made = replanned(plan, model, allow_pickle=allow_pickle)
+    from vramplan.planfile.types import settings_text
+
+    say(f"{broken}. Planned again: {settings_text(made.settings)}")
+    return made
+
+
+def replanned(plan: Plan, model: str | None = None, *, allow_pickle: bool = False) -> Plan:
+    """A plan for this machine now: of the same model and workload, with the same wishes, hand-fixed settings kept."""
+    devices = {item.device for item in detect().accelerators} | {"cpu"}
+    return make_plan(
+        model or plan.model.source.removeprefix("profile:"),
+        device=plan.machine.device if plan.machine.device in devices else None,
+        allow_pickle=allow_pickle,
+        **load_options(plan),
+        **wishes(plan),
+    )
+
+
+def wishes(plan: Plan) -> dict[str, Any]:
+    """What was asked for when the plan was made, its workload included, as `vramplan.plan` takes it."""
+    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
+    asked = plan.asked
+    # A plan of before this was recorded may be lossy only because that was allowed.
+    allow = asked.allow or ("lossy" if plan.quality == "lossy" else None)
+    amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin}
+    return {**amounts, "allow": allow, "prefer": asked.prefer, "settings": dict(asked.settings), **workload}
+
+
+def _broken(sentence: str) -> Drift:
+    return Drift(sentence=sentence, broken=sentence)
+
+
+def _budget(plan: Plan, hardware: Hardware, here: Accelerator | None, held: Mapping[str, int]) -> Budget:
+    """As it was asked for, and no more than is free: an amount given by hand says nothing of other programs."""
+    asked = plan.asked
+    amounts = {"vram": asked.vram if here else None, "ram": asked.ram, "margin": asked.margin, **held}
+    budget = known_budget(hardware, here, amounts, basis=plan.projected.basis, pipeline=plan.model.class_name)
+    free = here.free_bytes if here else None
+    if asked.vram is not None and budget.vram_bytes is not None and free is not None:
+        budget = replace(budget, vram_bytes=min(budget.vram_bytes, free + held.get("held_vram_bytes", 0)))
+    if asked.ram is not None:
+        there = hardware.host.available_bytes + held.get("held_ram_bytes", 0)
+        budget = replace(budget, ram_bytes=min(budget.ram_bytes, there))
+    return budget
+
+
+def _short(plan: Plan, budget: Budget) -> bool:
+    short_vram = (budget.vram_bytes or 0) < plan.projected.vram_reserved_bytes
+    short_ram = budget.ram_bytes < plan.projected.ram_bytes
+    return short_vram or short_ram or (budget.disk_bytes is not None and budget.disk_bytes < plan.projected.disk_bytes)
+
+
+def _less(plan: Plan, budget: Budget) -> Iterator[str]:
+    """Memory that is no longer free."""
+    before = plan.machine.budget
+    for name, planned, now in (
+        ("VRAM", before.vram_bytes, budget.vram_bytes),
+        ("RAM", before.ram_bytes, budget.ram_bytes),
+    ):
+        if planned is not None and now is not None and now < planned * (1 - _NOTICED):
+            yield f"{format_bytes(now)} of {name} may be used, {format_bytes(planned)} when it was planned"
+
+
+def _software(plan: Plan, here: Accelerator | None) -> Iterator[str]:
+    """What may make the same settings take another amount of memory."""
+    installed = versions()
+    for name, planned in plan.machine.software.items():
+        if installed.get(name) != planned:
+            yield f"{name} is {installed.get(name, 'missing')}, it was planned with {planned}"
+    before = plan.machine.accelerator
+    if before is not None and here is not None and before.driver not in (None, here.driver):
+        yield f"the driver is {here.driver}, it was planned with {before.driver}"
+
+
+def _other_pipeline(plan: Plan, model: str | None, *, allow_pickle: bool) -> str | None:
+    """Why the folder does not hold the planned pipeline, told before its weights are loaded.
+
+    None also where only the loaded pipeline will tell: a mix of dtypes is what the plan loads it in.
+    """
+    from vramplan.pipeline.describe import describe
+    from vramplan.planfile.match import check_match
+
+    folder, options = model or plan.model.source, load_options(plan)
+    if options["dtype"] is None or not Path(folder).is_dir():
+        return None
+    try:
+        check_match(describe(folder, allow_pickle=allow_pickle, **options).spec, plan)
+    except MismatchError as error:
+        return str(error)
+    return None

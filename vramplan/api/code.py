@@ -1,0 +1,99 @@
+"""A plan as plain diffusers code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vramplan.errors import UsageError, VramplanError
+from vramplan.planfile.types import Plan
+from vramplan.runtime.call import call_arguments
+from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from vramplan.pipeline.prompt import Encoded
+    from vramplan.strategies.base import Placed
+
+
+def plan_code(plan: Plan) -> str:
+    """The plan as a script of plain diffusers calls, its loading included.
+
+    Raises:
+        UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
+        VramplanError: a name in the plan cannot stand in code.
+    """
+    from vramplan.planfile.match import parse_settings
+    from vramplan.planfile.script import Script
+
+    _check_words(plan)
+    placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
+    budget = plan.machine.budget
+    limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
+    source, vaes = _origin(plan)
+    encoded = _hollow_encoded(plan, placed)
+    script = Script(plan=plan, source=source, placed=placed, decodes=decodes, vaes=vaes, encoded=encoded)
+    return "\n".join([f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}", *script.lines()])
+
+
+def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
+    """What encoding the prompt is given and gives in this plan, read off a pipeline without weights."""
+    from vramplan.pipeline.describe import describe
+    from vramplan.planfile.script import PROMPT
+    from vramplan.planfile.types import load_options
+    from vramplan.simulator.run import run_encode
+    from vramplan.simulator.source import Source
+    from vramplan.strategies.base import freed_first
+
+    first = [name for _, names in freed_first(placed)[0] for name in names]
+    if not first:
+        return None
+    model = plan.model.source.removeprefix("profile:")
+    spec = describe(model, **load_options(plan)).spec
+    return run_encode(Source(model, spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
+
+
+def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
+    """Where to load the pipeline from, and its VAEs without weights, whose tile attributes the code names.
+
+    Raises:
+        UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
+    """
+    from vramplan.pipeline.build import build_weightless
+    from vramplan.pipeline.folder import read_config, read_index
+    from vramplan.pipeline.hub import open_source
+    from vramplan.planfile.match import vae_names
+    from vramplan.profiles.catalogue import load_pipeline_profile
+
+    source = plan.model.source
+    names = vae_names(plan) if plan.settings.decode else []
+    if source == "live":
+        raise UsageError("the plan was made from a live pipeline: its calls are on vramplan.apply_plan(...).calls")
+    if source.startswith("profile:"):
+        profile = load_pipeline_profile(source.removeprefix("profile:"))
+        parts = {name: profile.components[name] for name in names}
+        return profile.repos[0], {
+            name: build_weightless(part.library, part.class_name, part.config) for name, part in parts.items()
+        }
+    if not names:
+        return source, {}
+    repository = open_source(source)
+    index = read_index(repository)
+    return source, {
+        name: build_weightless(index[name][0], index[name][1], read_config(repository, name)) for name in names
+    }
+
+
+def _check_words(plan: Plan) -> None:
+    """Raises VramplanError where a name of the plan would become other code than a name."""
+    words = [
+        plan.model.class_name,
+        *plan.settings.placement,
+        *(word for record in plan.model.components for word in (record.class_name, record.library)),
+        *plan.settings.weights,
+        *plan.settings.attention,
+        *plan.settings.compile,
+        plan.machine.device.replace(":", "_"),
+    ]
+    words += [word for record in plan.model.components for word in (record.name, record.dtype, record.library)]
+    for word in words:
+        if not word.isidentifier():
+            raise VramplanError(f"the plan names {word!r}, which cannot stand in Python code")

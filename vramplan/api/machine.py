@@ -1,0 +1,147 @@
+"""Which machine a plan is for: this one, a card of it, or one that a profile or a file describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vramplan.errors import UsageError
+from vramplan.hardware import detect
+from vramplan.hardware.file import is_hardware_file, load_hardware
+from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.planner.budget import make_budget
+from vramplan.planner.residuals import Basis
+from vramplan.units import format_bytes, parse_amount
+
+
+def choose_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
+    """The machine to plan for and the accelerator of it that is used, None for the CPU.
+
+    The accelerator has the rates that are known of it: measured on this machine, or its profile's with the link that
+    was read where it stands. Whose programs use it is left out, as a plan may be passed on.
+
+    Raises:
+        UsageError: a device that this machine does not have and no profile describes.
+        VramplanError: a file that holds no machine.
+    """
+    hardware, accelerator = find_machine(device, vram=vram)
+    if accelerator is None or isinstance(device, Hardware):
+        return hardware, accelerator
+    here = not (isinstance(device, str) and is_hardware_file(device))
+    return hardware, _rated(replace(accelerator, others=None), here=here)
+
+
+def find_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
+    """The same as it was found, without looking for rates, which takes longer than detection itself.
+
+    Without a device, on a machine that has none, an absolute `vram` stands for a card of that size.
+
+    Raises:
+        UsageError: a device that this machine does not have and no profile describes.
+        VramplanError: a file that holds no machine.
+    """
+    if isinstance(device, str) and is_hardware_file(device):
+        device = load_hardware(device)
+    if isinstance(device, Hardware):
+        return device, next(iter(device.accelerators), None)
+    hardware = detect()
+    if device == "cpu":
+        return replace(hardware, accelerators=()), None
+    if device is None and not hardware.accelerators and vram is not None:
+        card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
+        hardware = replace(hardware, accelerators=(card,))
+    if device is None:
+        return _with_store_notes(hardware), next(iter(hardware.accelerators), None)
+    for accelerator in hardware.accelerators:
+        if device.casefold() in _names(accelerator):
+            return _with_store_notes(hardware), accelerator
+    return _elsewhere(device, hardware)
+
+
+def _names(accelerator: Accelerator) -> tuple[str, ...]:
+    """What it may be called by: `cuda:0`, `mps:0`, its kind, its identifier; the first of each kind `cuda` as well."""
+    room = accelerator.device.partition(":")[0]
+    names = (accelerator.device, f"{room}:{accelerator.index}", accelerator.kind, room, accelerator.uuid or "")
+    return tuple(name.casefold() for name in names if name)
+
+
+def known_budget(
+    hardware: Hardware,
+    accelerator: Accelerator | None,
+    amounts: Mapping[str, Any],
+    *,
+    basis: Basis = "simulated",
+    pipeline: str | None = None,
+) -> Budget:
+    """The budget for plans of this basis, with what was measured on this machine; `amounts` are `make_budget`'s.
+
+    Raises:
+        UsageError, NothingFitsError: as `make_budget` does.
+    """
+    from vramplan.calibration.learned import learned
+
+    known = learned(accelerator, basis, pipeline)
+    return make_budget(
+        hardware, accelerator=accelerator, error=known.error, context_bytes=known.context_bytes, **amounts
+    )
+
+
+def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: str | None) -> Hardware:
+    """The machine with its speed, measured now or before.
+
+    Raises:
+        UsageError: the device is not in this machine, so that nothing can be measured.
+    """
+    from vramplan.hardware.measuring import measure_machine
+
+    names = ("cpu",) if accelerator is None else _names(accelerator)
+    if device is not None and device.casefold() not in names:
+        raise UsageError(f"--measure: {device} is not in this machine; leave --device out to measure what is")
+    return measure_machine(hardware, accelerator)
+
+
+def _any_card(size: int) -> Accelerator:
+    name = f"a CUDA device of {format_bytes(size)}"
+    return Accelerator(kind="cuda", index=0, name=name, total_bytes=size, free_bytes=size)
+
+
+def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
+    """A card this machine does not hold, with the host memory of this machine, or the one it shares with its own."""
+    from vramplan.profiles.catalogue import device_accelerator, device_host, load_device_profile
+
+    if device.partition(":")[0] in ("cuda", "xpu", "mps", "rocm"):
+        names = ", ".join(item.device for item in hardware.accelerators) or "no accelerator"
+        told = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that does not answer
+        advice = "any card can be planned for by its name, as rtx-4070 (vramplan profiles list)"
+        raise UsageError(f"device {device}: this machine has {names}{told}; {advice}")
+    profile = load_device_profile(device)
+    accelerator = device_accelerator(profile)
+    return replace(hardware, accelerators=(accelerator,), host=device_host(profile, hardware.host)), accelerator
+
+
+def _with_store_notes(hardware: Hardware) -> Hardware:
+    """The machine with what could not be read of earlier measurements; without an accelerator there are none."""
+    from vramplan.calibration.store import read_store
+
+    return replace(hardware, notes=(*hardware.notes, *read_store().notes)) if hardware.accelerators else hardware
+
+
+def _rated(accelerator: Accelerator, *, here: bool) -> Accelerator:
+    """The accelerator with what is known of its speed; what was measured counts `here`, where it was."""
+    from vramplan.profiles.catalogue import rates_for, with_link
+
+    if accelerator.rates is not None:
+        return accelerator
+    link = accelerator.link_bytes_per_s
+    card = replace(accelerator, rates=rates_for(accelerator.name, accelerator.total_bytes, link))
+    if here:
+        from vramplan.calibration.learned import with_measured_rates
+
+        card = with_measured_rates(card)
+    if card.rates is None and link is not None:
+        from vramplan.planner.clock import DEFAULT_RATES
+
+        assumed = replace(DEFAULT_RATES, source="assumed: a mid-range card")
+        card = replace(card, rates=with_link(assumed, link))
+    return card

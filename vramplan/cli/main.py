@@ -1,0 +1,100 @@
+"""The command line: parse, call, report. Data goes to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import click
+from click.exceptions import NoArgsIsHelpError
+
+from vramplan._version import __version__
+from vramplan.cli.machine import calibrate, detect
+from vramplan.cli.plans import check, code, explain, fit, plan
+from vramplan.cli.profiles import profiles
+from vramplan.cli.running import apply, simulate
+from vramplan.cli.ui import ui
+from vramplan.common.progress import TALKING
+from vramplan.errors import VramplanError
+
+_VERBOSE = "Show the libraries' own messages."
+_QUIET = "No talk on stderr but errors."
+
+
+def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
+    """-v and -q wherever they stand; set before diffusers and transformers are imported."""
+    told = context.find_root().ensure_object(dict)
+    told[option.name] = told.get(option.name, False) or given
+    if option.name == "verbose" and not told["verbose"]:
+        # Their warnings are about their own interfaces, not about the plan.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore", FutureWarning)
+        _libraries_say(logging.ERROR)
+    elif option.name == "verbose":
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.pop(name, None)
+        warnings.simplefilter("default", FutureWarning)
+        _libraries_say(logging.NOTSET)
+
+
+def _libraries_say(level: int) -> None:
+    for name in TALKING:
+        logging.getLogger(name).setLevel(level)
+
+
+class _Group(click.Group):
+    """Turns every failure into one line and the documented exit code."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Every command takes -v and -q, before its own name or after it."""
+        super().add_command(cmd, name)
+        cmd.params += [
+            click.Option(["-v", "--verbose"], is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE),
+            click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_talk, help=_QUIET),
+        ]
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            return super().main(*args, **kwargs)
+        except NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
+            sys.exit(2)
+        except click.ClickException as error:
+            _fail(f"{error.format_message()}", 2, error)
+        except click.Abort as error:
+            _fail("interrupted", 130, error)
+        except VramplanError as error:
+            _fail(str(error), error.exit_code, error)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+        except Exception as error:
+            _fail(f"{type(error).__name__}: {' '.join(str(error).split())}", 1, error)
+
+
+def _fail(message: str, code: int, error: BaseException) -> None:
+    if os.environ.get("VRAMPLAN_DEBUG"):
+        traceback.print_exception(error)
+    click.echo(f"vramplan: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"auto_envvar_prefix": "VRAMPLAN", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vramplan")
+@click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE)
+@click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_talk, help=_QUIET)
+def main() -> None:
+    """Plan, apply and check the memory settings of a diffusers pipeline.
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 nothing fits, 4 the plan does not match this machine or pipeline.
+    """
+
+
+for _command in (detect, plan, fit, explain, apply, simulate, check, calibrate, code, ui, profiles):
+    main.add_command(_command)

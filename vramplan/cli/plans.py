@@ -1,0 +1,133 @@
+"""What to do on a machine, and what a plan says: plan, fit, explain, check, code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from vramplan.cli.options import (
+    choice_options,
+    format_options,
+    load_options,
+    machine_options,
+    plot_option,
+    set_option,
+    workload_options,
+)
+from vramplan.cli.shared import draw, fixed_by_hand, pass_told, show_result, write_file
+from vramplan.errors import MismatchError, NothingFitsError
+
+
+@click.command()
+@click.argument("model")
+@machine_options
+@workload_options
+@load_options
+@choice_options
+@set_option
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
+@format_options
+@pass_told
+def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
+    """Choose the settings for MODEL: a pipeline folder, a repository of the hub (owner/name), or a bundled profile.
+
+    Of a repository only configurations and safetensors headers are read, no weight; gated and private ones with the
+    token of `hf auth login` or HF_TOKEN.
+    """
+    from vramplan.api.plan import plan as make_plan
+    from vramplan.planfile.file import dump_plan, plan_to_dict
+    from vramplan.view.plan import plan_view
+
+    form, as_json = given.pop("form"), given.pop("as_json")
+    made = make_plan(model, settings=fixed_by_hand(fixed), **given)
+    if output:
+        write_file(output, dump_plan(made), quiet=obj["quiet"])
+    show_result(
+        plan_to_dict(made), lambda: plan_view(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip()
+    )
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL [MODEL ...]")
+@click.option(
+    "--largest",
+    type=click.Choice(("size", "frames", "batch")),
+    help="Look for the largest picture of that shape, frame count or number of pictures per prompt.",
+)
+@machine_options
+@workload_options
+@load_options
+@choice_options
+@set_option
+@format_options
+@pass_told
+def fit(
+    obj: Mapping[str, bool],
+    /,
+    *,
+    models: tuple[str, ...],
+    fixed: tuple[str, ...],
+    form: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Say which cards run MODEL, or with --device or --vram which of several models that card runs and how.
+
+    With --largest: how much of it. Exit code 3 where nothing fits.
+    """
+    from vramplan.api.fit import fit as find
+    from vramplan.common.progress import hide_bars
+    from vramplan.view.fits import fits_dict, fits_view
+
+    if obj["quiet"]:
+        hide_bars()
+    found = find(models, settings=fixed_by_hand(fixed), **given)
+    show_result(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
+    if not found.fits:
+        raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
+
+
+@click.command()
+@click.argument("plan_file", type=click.Path())
+@plot_option
+@format_options
+@pass_told
+def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
+    """List every candidate of a plan: it fits, or is short by how much and where."""
+    from vramplan.planfile.file import load_plan, plan_to_dict
+    from vramplan.view.plan import explain_view
+    from vramplan.view.plot.save import check_picture
+
+    if plot:
+        check_picture(plot)
+    loaded = load_plan(plan_file)
+    if plot:
+        draw(plot, loaded, loaded, quiet=obj["quiet"])
+    content = plan_to_dict(loaded)
+    shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
+    show_result(shown, lambda: explain_view(loaded), form, as_json=as_json)
+
+
+@click.command()
+@click.argument("plan_file", type=click.Path())
+def check(plan_file: str) -> None:
+    """Say whether a plan would still fit this machine now. Exit code 4 if not."""
+    from vramplan.api.check import drift_of
+    from vramplan.planfile.file import load_plan
+
+    found = drift_of(load_plan(plan_file))
+    if found.broken is not None:
+        raise MismatchError(found.broken)
+    click.echo("\n".join([found.sentence, *(f"changed since it was planned: {text}" for text in found.changes)]))
+
+
+@click.command()
+@click.argument("plan_file", type=click.Path())
+def code(plan_file: str) -> None:
+    """Print the plan as plain diffusers calls, to paste."""
+    from vramplan.api.code import plan_code
+    from vramplan.planfile.file import load_plan
+
+    click.echo(plan_code(load_plan(plan_file)))

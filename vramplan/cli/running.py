@@ -1,0 +1,97 @@
+"""Run a plan: apply for real, simulate on an accelerator that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vramplan.cli.options import (
+    format_options,
+    load_options,
+    machine_options,
+    plot_option,
+    set_option,
+    workload_options,
+)
+from vramplan.cli.shared import draw, fixed_by_hand, pass_told, show_result
+from vramplan.errors import NothingFitsError, UsageError
+
+
+@click.command()
+@click.argument("plan_file", type=click.Path())
+@click.option("--model", type=click.Path(file_okay=False), help="The pipeline's folder, if it is not where it was.")
+@click.option("--prompt", help="Generate from this text once the plan is applied.")
+@click.option("--negative-prompt", help="What the picture should not show.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the picture or video to this file.")
+@click.option("--allow-pickle", is_flag=True, help="Load pickled weights. Only from people you trust.")
+@click.option(
+    "--recover/--no-recover",
+    default=True,
+    show_default=True,
+    help="Where memory runs out, make the call again under a smaller plan.",
+)
+@click.option("--replan", is_flag=True, help="Where the plan no longer fits, make another for the same wishes.")
+@pass_told
+def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
+    """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
+    from vramplan.api.check import current_plan
+    from vramplan.api.run import run_plan
+    from vramplan.planfile.file import load_plan
+    from vramplan.runtime.output import check_output
+    from vramplan.view.applied import apply_view
+    from vramplan.view.terminal import show
+
+    if output and not given["prompt"]:
+        raise UsageError("--output needs --prompt: there is nothing to write without generating")
+    loaded = load_plan(plan_file)
+    if output:
+        check_output(output, loaded)
+    say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
+    current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
+    show(apply_view(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given)))
+
+
+@click.command()
+@click.argument("model")
+@machine_options
+@workload_options
+@load_options
+@set_option
+@plot_option
+@format_options
+@pass_told
+def simulate(
+    obj: Mapping[str, bool], /, *, model: str, plot: str | None, form: str, as_json: bool, **given: Any
+) -> None:
+    """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
+
+    Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
+    """
+    from vramplan.api.simulate import simulate_model, simulate_plan
+    from vramplan.planfile.file import load_plan
+    from vramplan.view.plot.save import check_picture
+    from vramplan.view.simulation import simulation_dict, simulation_view
+
+    if plot:
+        check_picture(plot)
+    given["settings"] = fixed_by_hand(given.pop("fixed"))
+    if Path(model).is_file():
+        _refuse_beside_plan(given)
+        result = simulate_plan(model, timeline=bool(plot))
+    else:
+        result = simulate_model(model, timeline=bool(plot), **given)
+    if plot:
+        draw(plot, result, load_plan(model) if Path(model).is_file() else None, quiet=obj["quiet"])
+    show_result(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
+    if result.fits is False:
+        raise NothingFitsError(result.stopped or "it does not fit")
+
+
+def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
+    told = [name for name, value in given.items() if value]
+    if told:
+        raise UsageError(f"--{told[0].replace('_', '-')}: a plan file says that already; edit it or plan again")

@@ -1,0 +1,89 @@
+"""What several commands do: hand on what -v and -q said, print, draw, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vramplan.cli.options import Command
+from vramplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vramplan.planfile.types import Plan
+
+
+def pass_told(command: Command) -> Command:
+    """Hand the command what -v and -q said."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return command(click.get_current_context().find_root().ensure_object(dict), *args, **kwargs)
+
+    return update_wrapper(call, command)  # type: ignore[return-value]
+
+
+def fixed_by_hand(texts: tuple[str, ...]) -> dict[str, list[str]]:
+    """The settings of `--set` by axis and component.
+
+    Raises:
+        UsageError: one that is no `AXIS=SETTING`.
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or not value:
+            raise UsageError(f"--set {text}: write AXIS=SETTING, as in --set placement=resident")
+        found.setdefault(key.strip(), []).append(value.strip())
+    return found
+
+
+def show_result(
+    content: Any,
+    human: Callable[[], RenderableType],
+    form: str,
+    *,
+    as_json: bool = False,
+    yaml: Callable[[], str] | None = None,
+) -> None:
+    """Print the content as JSON or YAML, or what a person is to see."""
+    from vramplan.view.shared import to_json, to_yaml
+
+    if as_json or form == "json":
+        click.echo(to_json(content))
+    elif form == "yaml":
+        click.echo(yaml() if yaml else to_yaml(content))
+    else:
+        from vramplan.view.terminal import show
+
+        show(human())
+
+
+def draw(path: str, shown: Any, plan: Plan | None, *, quiet: bool) -> None:
+    """Save a picture of it, with what was measured of this plan here, and say so."""
+    from vramplan.runtime.recording import last_measured
+    from vramplan.view.plot.save import save_picture
+
+    record = None if plan is None else last_measured(plan)
+    save_picture(path, shown, None if record is None else record.measured)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)
+
+
+def write_file(path: str, text: str, *, quiet: bool) -> None:
+    """Write the file whole or not at all, and say so.
+
+    Raises:
+        UsageError: its folder does not exist.
+    """
+    from vramplan.common.files import write_text
+
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"--output {path}: its folder does not exist")
+    write_text(path, text)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of pipelines: YAML, files, versions, progress bars, values that print themselves."""

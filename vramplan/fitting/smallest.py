@@ -1,0 +1,95 @@
+"""The cards that a model runs on, by size, and the smallest of them at each quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vramplan.fitting.cards import CardSize
+from vramplan.planfile.types import Asked
+from vramplan.strategies.base import QUALITIES, Quality
+
+if TYPE_CHECKING:
+    from vramplan.fitting.types import Row, Smallest, Try
+
+Least = Callable[[Quality | None], int | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One size of card: what tries the model on the least of its cards, and the least VRAM it needs there."""
+
+    size: CardSize
+    attempt: Try
+    least: Least
+
+
+def by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
+    """Every size with its row, by price. Of each kind of card they end with the first that holds all of a model."""
+    found: list[tuple[Card, Row]] = []
+    roomy: set[object] = set()
+    for card in cards:
+        if card.size.kind not in roomy:
+            row = card.attempt(confirm=False)
+            found.append((card, row))
+            roomy |= {card.size.kind} if _holds_all(row) else set()
+    return found
+
+
+def _holds_all(row: Row) -> bool:
+    """Whether nothing is offloaded and the picture is decoded as one."""
+    chosen = row.settings
+    return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
+
+
+def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: Asked) -> list[Smallest]:
+    """The smallest card at each quality that was not ruled out, simulated there.
+
+    What runs with less done to the picture is the answer for more too, as long as no smaller card is.
+    """
+    limits = QUALITIES if asked.allow is None else (asked.allow,)
+    found: list[Smallest] = []
+    more: list[tuple[Card, Quality | None]] = []
+    for limit in reversed(limits):  # what does not run with everything allowed runs with nothing less
+        ready = [(card, asked.allow) for card, row in priced if _within(row, limit)]
+        below = [card for card, _ in priced if not ready or card.size.memory_bytes < ready[0][0].size.memory_bytes]
+        open_ones = asked.allow is None and limit != QUALITIES[0]
+        if open_ones and (limit == QUALITIES[-1] or more):
+            more = _with_more(below, limit)
+        found.insert(0, _first(model, limit, [*more, *ready] if open_ones else ready))
+    return found
+
+
+def _with_more(cards: Sequence[Card], limit: Quality) -> list[tuple[Card, Quality | None]]:
+    """Of cards that run nothing as it is those that do where so much is allowed, the smallest first.
+
+    Of each kind the largest is tried first, and none that is smaller than one that is too small.
+    """
+    found: list[tuple[Card, Quality | None]] = []
+    small: set[object] = set()
+    for card in reversed(cards):
+        if card.size.kind in small:
+            continue
+        if card.attempt(confirm=False, allow=limit).fits:
+            found.insert(0, (card, limit))
+        else:
+            small.add(card.size.kind)
+    return found
+
+
+def _within(row: Row, limit: Quality) -> bool:
+    return row.fits and row.quality is not None and QUALITIES.index(row.quality) <= QUALITIES.index(limit)
+
+
+def _first(model: str, limit: Quality, cards: Sequence[tuple[Card, Quality | None]]) -> Smallest:
+    """The first that runs it when that is simulated, and the least it can be brought down to there, by price."""
+    from vramplan.fitting.types import Smallest
+
+    for card, allow in cards:
+        row = card.attempt(allow=allow)
+        if _within(row, limit) and row.projected is not None:
+            least = card.least(limit if limit == QUALITIES[0] else allow)
+            reserved = row.projected.vram_reserved_bytes
+            return Smallest(model=model, allow=limit, row=row, least_vram_bytes=min(reserved, least or reserved))
+    return Smallest(model=model, allow=limit, row=None, least_vram_bytes=None)

@@ -1,0 +1,85 @@
+"""hardware.yaml: a machine written down by `detect -o`, to plan for it elsewhere. Loaded strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vramplan.errors import VramplanError
+from vramplan.hardware.types import Hardware
+
+SCHEMA_VERSION = 1
+
+
+def is_hardware_file(device: str) -> bool:
+    """Whether a device is named by a file: by its ending, as profiles and torch devices have none."""
+    return Path(device).suffix.lower() in (".yaml", ".yml", ".json")
+
+
+def load_hardware(path: str | Path) -> Hardware:
+    """The machine in the file. What may be used of it is not taken from there: it is worked out anew.
+
+    Raises:
+        VramplanError: not readable, no YAML, another schema, an unknown key, a wrong type, or a number that no machine
+            has; the message says where.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from vramplan.common.yaml import read_plain_yaml, validation_message
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise VramplanError(f"{path}: cannot be read ({reason}); write one with vramplan detect -o {path}") from error
+    content = read_plain_yaml(text, str(path))
+    if isinstance(content, dict) and "settings" in content:
+        raise VramplanError(f"{path}: a plan, not a machine: vramplan detect -o FILE writes a machine")
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise VramplanError(f"{path}: no machine of this version: write it again with vramplan detect -o {path}")
+    facts = {key: value for key, value in content.items() if key not in ("schema_version", "budget")}
+    try:
+        found = TypeAdapter(Hardware).validate_json(json.dumps(facts, default=str), strict=True)
+    except ValidationError as error:
+        raise VramplanError(f"{path}: {validation_message(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise VramplanError(f"{path}: not a machine ({error})") from error
+    wrong = next(_senseless(found), None)
+    if wrong is not None:
+        raise VramplanError(f"{path}: {wrong}; correct the file, or write it again with vramplan detect -o")
+    return found
+
+
+def _senseless(hardware: Hardware) -> Iterator[str]:
+    """What no machine has, by its place in the file: files are edited by hand, and plans would rest on it."""
+    yield from _below_nothing(asdict(hardware), "")
+    host = hardware.host
+    if host.available_bytes > host.total_bytes:
+        yield "host.available_bytes: more than host.total_bytes"
+    names = set()
+    for place, card in enumerate(hardware.accelerators):
+        if not card.total_bytes:
+            yield f"accelerators.{place}.total_bytes: a device without memory"
+        if card.free_bytes is not None and card.free_bytes > card.total_bytes:
+            yield f"accelerators.{place}.free_bytes: more than its total_bytes"
+        if card.device in names:
+            yield f"accelerators.{place}.index: {card.device} is there already"
+        names.add(card.device)
+
+
+def _below_nothing(value: Any, place: str) -> Iterator[str]:
+    """Numbers below 0, rates of 0, and those that are none. Sizes, rates, counts: no machine's can be."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _below_nothing(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _below_nothing(item, f"{place}.{position}")
+    elif isinstance(value, int | float) and not (
+        math.isfinite(value) and (value > 0 or (value == 0 and not place.endswith("_per_s")))
+    ):
+        yield f"{place}: {value} is no size, rate or count"

@@ -1,0 +1,251 @@
+"""Encode a prompt while only the text encoders are there, and make the call without them.
+
+How a pipeline calls its `encode_prompt`, and by which of its own arguments it takes the results back, is read off the
+pipeline itself: its call is begun, up to the first component that is no text encoder, and every `encode_prompt` in it
+is listened to. The variables that the call assigns the results to are its own arguments, by name.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
+from typing import Any
+
+from vramplan.errors import VramplanError
+
+_METHOD = "encode_prompt"
+# A VAE is entered by these, not by its forward.
+_ENTRIES = ("encode", "decode")
+_REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+
+class EncodeError(VramplanError):
+    """The prompt cannot be encoded apart from the rest of the call. The message says why."""
+
+
+class _EnteredError(Exception):
+    """The call has reached a component that is no text encoder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """One `encode_prompt` of a call: its arguments, the variables that took its results, and the results."""
+
+    given: Mapping[str, Any]
+    names: tuple[str, ...]
+    results: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A call whose prompt is encoded: the encodings, and the arguments of the call that takes them instead."""
+
+    encodings: tuple[Encoding, ...]
+    arguments: Mapping[str, Any]
+
+
+def encode(pipe: Any, arguments: Mapping[str, Any], encoders: Sequence[str]) -> Encoded:
+    """The call `pipe(**arguments)` with its prompt encoded. Only the components named `encoders` run.
+
+    The others may be without weights. Generators among the arguments are left as they were.
+
+    Raises:
+        EncodeError: the pipeline does not encode its prompt apart from the rest, or does not take it encoded.
+    """
+    cls: Any = type(pipe)
+    sites = _sites(cls)
+    heard: list[Encoding] = []
+    states = [(item, item.get_state()) for item in generators(arguments)]
+    try:
+        with _listened(pipe, sites, heard), _stopped_at_others(pipe, encoders):
+            pipe(**arguments)
+    except _EnteredError as entered:
+        if not heard:
+            raise EncodeError(f"{type(pipe).__name__} runs {entered} before it encodes its prompt") from None
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+    return Encoded(encodings=tuple(heard), arguments=_arguments(cls, arguments, heard))
+
+
+def call_encoded(pipe: Any, encoded: Encoded) -> Any:
+    """The rest of the call, on a pipeline whose text encoders are None.
+
+    Raises:
+        EncodeError: it would not have worked with the very embeddings that were encoded.
+    """
+    with checked(pipe, encoded):
+        return pipe(**encoded.arguments)
+
+
+def encode_refusal(cls: type) -> str | None:
+    """Why the class cannot have its prompt encoded apart from its call, as far as its source tells; None if it can."""
+    try:
+        _sites(cls)
+    except (EncodeError, OSError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def generators(arguments: Mapping[str, Any]) -> list[Any]:
+    """The random generators among the arguments of a call."""
+    import torch
+
+    given = arguments.get("generator")
+    listed = given if isinstance(given, list | tuple) else [given]
+    return [item for item in listed if isinstance(item, torch.Generator)]
+
+
+@cache
+def _sites(cls: Any) -> Mapping[range, tuple[str, ...]]:
+    """The lines of each `self.encode_prompt(...)` in the class's call, and the variables it is assigned to."""
+    if not callable(getattr(cls, _METHOD, None)):
+        raise EncodeError(f"{cls.__name__} has no {_METHOD}: its prompt cannot be encoded apart from the call")
+    function = inspect.unwrap(cls.__call__)
+    first = function.__code__.co_firstlineno - 1
+    found = {}
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Assign) and _is_encoding(node.value):
+            names = _names(node.targets[0])
+            if names:
+                found[range(first + node.value.lineno, first + (node.value.end_lineno or 0) + 1)] = names
+    if not found:
+        raise EncodeError(f"{cls.__name__} does not call {_METHOD} itself, so that its results cannot be told apart")
+    return found
+
+
+def _is_encoding(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{_METHOD}"
+
+
+def _names(target: ast.expr) -> tuple[str, ...]:
+    """The variables of an assignment, nothing where one of them is something else."""
+    parts = target.elts if isinstance(target, ast.Tuple) else [target]
+    names = tuple(part.id for part in parts if isinstance(part, ast.Name))
+    return names if len(names) == len(parts) else ()
+
+
+@contextmanager
+def _listened(pipe: Any, sites: Mapping[range, tuple[str, ...]], heard: list[Encoding]) -> Iterator[None]:
+    """While entered, every `encode_prompt` of the pipeline's call is noted."""
+    original: Callable[..., Any] = getattr(pipe, _METHOD)
+    signature = inspect.signature(original)
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        line = sys._getframe(1).f_lineno
+        results = original(*args, **kwargs)
+        names = next((names for lines, names in sites.items() if line in lines), None)
+        listed = results if isinstance(results, tuple) else (results,)
+        if names is None or len(names) != len(listed):
+            raise EncodeError(f"{type(pipe).__name__}: what {_METHOD} returns cannot be told by name")
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        heard.append(Encoding(given=given, names=names, results=listed))
+        return results
+
+    with _replaced(pipe, _METHOD, listen):
+        yield
+
+
+@contextmanager
+def checked(pipe: Any, encoded: Encoded) -> Iterator[None]:
+    """While entered, every `encode_prompt` must give the call what the listened one gave it, bit for bit."""
+    original: Callable[..., Any] = getattr(pipe, _METHOD)
+    expected = cycle(encoded.encodings)
+
+    def check(*args: Any, **kwargs: Any) -> Any:
+        results = original(*args, **kwargs)
+        listed = results if isinstance(results, tuple) else (results,)
+        before = next(expected).results
+        if len(before) != len(listed) or not all(map(_same, before, listed)):
+            raise EncodeError(f"{type(pipe).__name__} does not take its prompt encoded as its own {_METHOD} does it")
+        return results
+
+    with _replaced(pipe, _METHOD, check):
+        yield
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal tensors; of hollow ones, equal in shape and dtype."""
+    import torch
+
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return (one is None) == (other is None)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if type(one) is not torch.Tensor:
+        return True
+    bits, others = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(bits, others)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """An attribute of the object itself for as long as the block runs; what it had of its own comes back."""
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    vars(owner)[name] = function
+    try:
+        yield
+    finally:
+        if had:
+            vars(owner)[name] = before
+        else:
+            vars(owner).pop(name, None)
+
+
+@contextmanager
+def _stopped_at_others(pipe: Any, encoders: Sequence[str]) -> Iterator[None]:
+    """While entered, no component but the encoders runs: the call ends where one would."""
+    from vramplan.pipeline.modules import modules_of
+
+    def stop(name: str) -> Callable[..., Any]:
+        def entered(*_: Any, **__: Any) -> Any:
+            raise _EnteredError(name)
+
+        return entered
+
+    with ExitStack() as stack:
+        for name, module in modules_of(pipe).items():
+            if name in encoders:
+                continue
+            stack.callback(module.register_forward_pre_hook(stop(name)).remove)
+            for method in _ENTRIES:
+                if callable(getattr(module, method, None)):
+                    stack.enter_context(_replaced(module, method, stop(name)))
+        yield
+
+
+def _arguments(cls: type, arguments: Mapping[str, Any], heard: Sequence[Encoding]) -> dict[str, Any]:
+    """The call's arguments with the embeddings in place of the texts, repeated already where encoding repeats them."""
+    takes = inspect.signature(inspect.unwrap(cls.__call__)).parameters
+    embeddings = {
+        name: result
+        for encoding in heard
+        for name, result in zip(encoding.names, encoding.results, strict=True)
+        if name in takes and result is not None
+    }
+    if not embeddings:
+        raise EncodeError(f"{cls.__name__} does not take its prompt encoded")
+    encodes = inspect.signature(getattr(cls, _METHOD)).parameters
+    rest = dict(arguments)
+    for name, parameter in takes.items():
+        if name in encodes and _is_text(arguments.get(name, parameter.default)):
+            rest[name] = None  # left out where that is its default anyway
+    for name in _REPEATS:
+        if name in takes and all(name in encoding.given for encoding in heard):
+            rest[name] = 1
+    kept = {name: value for name, value in rest.items() if value is not None or takes[name].default is not None}
+    return kept | embeddings
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))

@@ -1,0 +1,1 @@
+"""The plan as a value and as a YAML file."""

@@ -1,0 +1,185 @@
+"""A plan's settings, held against the pipeline they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vramplan.errors import MismatchError, UsageError
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.component import role_of
+from vramplan.pipeline.quantized import marked
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.planfile.types import Plan, fingerprint
+from vramplan.planner.fixed import together
+from vramplan.strategies.base import Decode, Decodes, Execution, Placed, Placement, Weights, half_freed
+from vramplan.strategies.settings import (
+    format_setting,
+    grouped,
+    parse_decode,
+    parse_execution,
+    parse_placement,
+    parse_weights,
+)
+
+
+def check_match(spec: PipelineSpec, plan: Plan) -> None:
+    """Raises MismatchError where the plan was made for another pipeline; the message says what differs."""
+    if spec.class_name != plan.model.class_name:
+        raise MismatchError(f"the plan is for a {plan.model.class_name}, this is a {spec.class_name}")
+    if fingerprint(spec) == plan.model.fingerprint:
+        return
+    planned = {record.name: record for record in plan.model.components}
+    here = {component.name: component for component in spec.components}
+    loaded = {name for name, text in plan.settings.weights.items() if name in here and _is_so(text, here[name])}
+    for name in sorted(planned.keys() | here.keys()):
+        if name not in here or name not in planned:
+            where = "in the plan, not in this pipeline" if name in planned else "in this pipeline, not in the plan"
+            raise MismatchError(f"{name} is {where}; make the plan again")
+        old, new = planned[name], here[name]
+        differences = (
+            (old.class_name, new.class_name),
+            (old.dtype, new.dtype),
+            (f"{old.weight_bytes} bytes of weights", f"{new.weight_bytes} bytes of weights"),
+        )
+        for before, now in differences[:1] if name in loaded else differences:
+            if before != now:
+                raise MismatchError(f"{name}: the plan is for {before}, this pipeline has {now}; make the plan again")
+    if not loaded:
+        raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
+
+
+def _is_so(text: str, component: Component) -> bool:
+    """Whether a component already has the form that a setting of weights would give it.
+
+    Where that depends on a file, any form of its library's.
+    """
+    kind = _parsed(text, component.name, parse_weights, "weights").quantized
+    return bool(kind) and f"{component.quantized} ".startswith(f"{kind} ")
+
+
+def parse_settings(
+    plan: Plan, spec: PipelineSpec | None, accelerator: Accelerator | None
+) -> tuple[list[tuple[Weights | Placement | Execution, list[str]]], list[tuple[Decode, list[str]]]]:
+    """The plan's settings with the components each is for, in the order to apply them.
+
+    With a `spec` every setting is checked against it, and refused if it cannot be.
+
+    Raises:
+        UsageError: an unknown or impossible setting, or a component without one; names the place in the plan.
+    """
+    placement = {name: _parsed(text, name, parse_placement) for name, text in plan.settings.placement.items()}
+    decode = [_parsed(text, "decode", parse_decode) for text in plan.settings.decode]
+    whole = {setting.name for setting in placement.values() if setting.whole_pipeline}
+    if whole and len({setting.name for setting in placement.values()}) > 1:
+        name = sorted(whole)[0]
+        raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
+    names = [c.name for c in spec.vaes] if spec else vae_names(plan)
+    weights = {name: _parsed(text, name, parse_weights, "weights") for name, text in plan.settings.weights.items()}
+    execution = {axis: _executions(axis, texts) for axis, texts in _execution_texts(plan).items()}
+    if spec is not None:
+        there = {component.name for component in spec.components}
+        weights = {
+            name: setting
+            for name, setting in weights.items()
+            if name not in there or not _is_so(plan.settings.weights[name], spec.component(name))
+        }
+        _check_weights(weights, spec)
+        placement = _checked(placement, _under(spec, weights), accelerator)
+        for axis, settings in execution.items():
+            _check_execution(axis, settings, placement, spec, accelerator)
+    return grouped(placement, weights, together(*execution.values())), [
+        (setting, _able(setting, names, spec, plan)) for setting in decode
+    ]
+
+
+def vae_names(plan: Plan) -> list[str]:
+    """The components of the plan that are VAEs."""
+    return [r.name for r in plan.model.components if role_of(r.name, r.library, r.class_name) == "vae"]
+
+
+def calls_of(placed: Placed, decodes: Decodes, device: str, modules: Mapping[str, Any]) -> Iterable[str]:
+    """The settings as lines of Python on an object called `pipe`, each import once."""
+    lines = [line for decode, names in decodes for line in decode.code(names, modules)]
+    lines += [line for setting, names in placed for line in setting.code(names, device)]
+    return dict.fromkeys(lines)
+
+
+def _parsed(text: str, where: str, parse: Any, axis: str = "placement") -> Any:
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise UsageError(f"settings.{'decode' if where == 'decode' else f'{axis}.{where}'}: {error}") from None
+
+
+def _execution_texts(plan: Plan) -> dict[str, Mapping[str, str]]:
+    return {"attention": plan.settings.attention, "compile": plan.settings.compile}
+
+
+def _executions(axis: str, texts: Mapping[str, str]) -> dict[str, Execution]:
+    def parse(text: str) -> Execution:
+        return parse_execution(text, axis)
+
+    return {name: _parsed(text, name, parse, axis) for name, text in texts.items()}
+
+
+def _check_execution(
+    axis: str,
+    settings: Mapping[str, Execution],
+    placement: Mapping[str, Placement],
+    spec: PipelineSpec,
+    accelerator: Accelerator | None,
+) -> None:
+    names = [component.name for component in spec.components]
+    for name, setting in settings.items():
+        if name not in names:
+            raise UsageError(f"settings.{axis}.{name}: {spec.class_name} has no such component")
+        reason = setting.refusal(spec.component(name), accelerator) or setting.beside(placement[name])
+        if reason is not None:
+            raise UsageError(f"settings.{axis}.{name}: {reason}")
+
+
+def _check_weights(weights: Mapping[str, Weights], spec: PipelineSpec) -> None:
+    names = [component.name for component in spec.components]
+    for name, setting in weights.items():
+        reason = setting.refusal(spec.component(name)) if name in names else f"{spec.class_name} has no such component"
+        if reason is not None:
+            raise UsageError(f"settings.weights.{name}: {reason}")
+
+
+def _under(spec: PipelineSpec, weights: Mapping[str, Weights]) -> PipelineSpec:
+    """The pipeline once these settings are on it, as far as placements ask."""
+    kinds = {name: setting.quantized for name, setting in weights.items()}
+    return replace(spec, components=tuple(marked(part, kinds.get(part.name, "")) for part in spec.components))
+
+
+def _checked(
+    placement: Mapping[str, Placement], spec: PipelineSpec, accelerator: Accelerator | None
+) -> dict[str, Placement]:
+    names = {component.name for component in spec.components}
+    for name in sorted(names ^ set(placement)):
+        told = f"{name} is not placed" if name in names else f"{spec.class_name} has no such component"
+        raise UsageError(f"settings.placement.{name}: {told}")
+    completed = {name: setting.complete(spec.component(name)) for name, setting in placement.items()}
+    torn = half_freed(completed, spec.components)
+    if torn is not None:
+        (one, other), setting_name = torn
+        raise UsageError(f"settings.placement.{one}: {setting_name} must be on {other} too, or on neither")
+    for name, setting in completed.items():
+        reason = setting.refusal(spec.component(name), spec, accelerator)
+        if reason is not None and (accelerator is not None or setting.name != "resident"):
+            raise UsageError(f"settings.placement.{name}: {reason}")
+    return completed
+
+
+def _able(setting: Decode, names: Sequence[str], spec: PipelineSpec | None, plan: Plan) -> list[str]:
+    """The VAEs that can take the setting; refused where none can."""
+    if spec is None:
+        return list(names)
+    reasons = {name: setting.refusal(spec.component(name), plan.workload) for name in names}
+    able = [name for name, reason in reasons.items() if reason is None]
+    if not able:
+        reason = next(iter(reasons.values()), "the pipeline has no VAE")
+        raise UsageError(f"settings.decode: {format_setting(setting)}: {reason}")
+    return able

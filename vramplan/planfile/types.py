@@ -1,0 +1,175 @@
+"""The plan: a YAML file that a person can read, diff and edit, loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vramplan.common.shown import Shown
+from vramplan.hardware.types import Accelerator, Budget, Host
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.candidates import Refused
+from vramplan.planner.clock import Bottleneck
+from vramplan.planner.demand import Demand
+from vramplan.planner.order import Prefer
+from vramplan.strategies.base import Quality
+from vramplan.workload import Workload
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentRecord:
+    """A component as it was planned for: its class, weights in bytes, the dtype most of them have, and the variant of
+    the files they are loaded from."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    class_name: str
+    library: str
+    dtype: str
+    weight_bytes: int
+    variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecord:
+    """The pipeline a plan is for. `source` is `live`, a folder, `profile:NAME`, or `hub:owner/name@commit`."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    source: str
+    class_name: str
+    fingerprint: str
+    components: tuple[ComponentRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRecord:
+    """The machine a plan is for: the torch device, what it is, what may be used of it, and the versions of the
+    libraries that its memory depends on."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    device: str
+    accelerator: Accelerator | None
+    host: Host
+    budget: Budget
+    software: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was asked for beside model, machine and workload: planning again keeps it. `settings` are the choices that
+    were fixed by hand."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    allow: Quality | None = None
+    prefer: Prefer = "speed"
+    vram: str | None = None
+    ram: str | None = None
+    margin: str | None = None
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is to be done: one placement per component, how the VAE decodes (nothing: plainly), and what is done
+    to the weights, the attention and the blocks of components (nothing: they stay as they are)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    placement: Mapping[str, str]
+    decode: tuple[str, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, str] = field(default_factory=dict)
+    compile: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projected:
+    """The price of a candidate in short: bytes, seconds, what most of a step is spent on, and the basis of the
+    weakest number."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    vram_allocated_bytes: int
+    vram_reserved_bytes: int
+    ram_bytes: int
+    pinned_bytes: int
+    disk_bytes: int
+    seconds_per_step: float
+    seconds_per_call: float
+    bottleneck: Bottleneck
+    basis: Literal["measured", "simulated", "derived", "assumed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """A candidate and what became of it."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    settings: Settings
+    verdict: Literal["chosen", "fits", "rejected"]
+    reason: str
+    projected: Projected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Shown):
+    """How one pipeline is to run one workload on one machine, and why so."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    schema_version: int
+    vramplan_version: str
+    model: ModelRecord
+    workload: Workload
+    machine: MachineRecord
+    settings: Settings
+    quality: Quality
+    projected: Demand
+    reason: str
+    asked: Asked = field(default_factory=Asked)
+    notes: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    candidates: tuple[Considered, ...] = ()
+
+
+def load_options(plan: Plan) -> dict[str, Any]:
+    """How the plan's pipeline is to be described again: its dtype where that is one, and the variant of its files."""
+    dtypes = {record.dtype for record in plan.model.components}
+    variants = (record.variant for record in plan.model.components if record.variant)
+    return {"dtype": dtypes.pop() if len(dtypes) == 1 else None, "variant": next(variants, None)}
+
+
+def fingerprint(spec: PipelineSpec) -> str:
+    """A short hash of what the plan depends on: classes, weights and dtypes, not the weights' values."""
+    facts = [
+        spec.class_name,
+        *(
+            [c.name, c.class_name, c.weight_bytes, c.parameter_count, c.dtype]
+            for c in sorted(spec.components, key=lambda component: component.name)
+        ),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def settings_text(settings: Settings) -> str:
+    """The settings in a few words: equal placements together, then the decode."""
+    groups: dict[str, list[str]] = {}
+    for name, text in settings.placement.items():
+        groups.setdefault(text, []).append(name)
+    if len(groups) == 1:
+        placed = next(iter(groups))
+    else:
+        placed = "; ".join(f"{', '.join(names)}: {text}" for text, names in groups.items())
+    others = (settings.weights, settings.attention, settings.compile)
+    more = "".join(f" + {name}: {text}" for axis in others for name, text in axis.items())
+    return placed + more + "".join(f" + {text}" for text in settings.decode)

@@ -1,0 +1,88 @@
+"""By how much projections of a kind have been too low: a bound worked out from measurements, never a round factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from vramplan.units import format_bytes
+
+Basis = Literal["measured", "simulated", "derived", "assumed"]
+# The share of calls that are to stay below the bound. A call that does not is made again under a smaller plan
+# (recover.py), so a higher share costs more memory than it saves time; and the nine in ten need only nine measurements.
+COVERAGE = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """A peak as it was projected and as it was measured, in bytes."""
+
+    projected_bytes: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectionError:
+    """How far a projection may be too low: by this share of itself, and by as many bytes at least; and why so."""
+
+    share: float
+    least_bytes: int
+    reason: str
+
+    def margin_bytes(self, usable_bytes: int) -> int:
+        """What to keep free of so much memory, so that a projection within the rest is within all of it when it is
+        too low by `share` or `least_bytes`."""
+        return max(self.least_bytes, usable_bytes - int(usable_bytes / (1 + self.share)))
+
+
+def needed(coverage: float = COVERAGE) -> int:
+    """How many measurements a bound needs."""
+    return ceil(coverage / (1 - coverage) - 1e-9)
+
+
+def upper_bound(values: Sequence[float], coverage: float = COVERAGE) -> float | None:
+    """What the next value of the same kind stays below with this probability; None where there are too few.
+
+    The k-th smallest of n, k = ceil((n + 1) x coverage): exact for exchangeable values of any distribution and any n
+    (split conformal prediction; Lei et al., JASA 113, 2018, lemma 2; Angelopoulos and Bates, arXiv 2107.07511).
+    """
+    place = ceil((len(values) + 1) * coverage - 1e-9)
+    return sorted(values)[place - 1] if 0 < place <= len(values) else None
+
+
+def error_of(residuals: Sequence[Residual], basis: Basis, measurements: str) -> ProjectionError | None:
+    """The bound that these measurements give; None where there are too few of them.
+
+    The bound on bytes holds where a projection is so small that a share of it is nothing.
+    """
+    share = upper_bound([_share(item) for item in residuals])
+    size = upper_bound([item.measured_bytes - item.projected_bytes for item in residuals])
+    if share is None or size is None:
+        return None
+    return _told(residuals, basis, measurements, max(0.0, share), max(0, int(size)))
+
+
+def raised(error: ProjectionError, residuals: Sequence[Residual], basis: Basis, measurements: str) -> ProjectionError:
+    """The bound, and no less than the worst of a few measurements that are too few for a bound of their own."""
+    share = max(map(_share, residuals), default=0.0)
+    size = max((item.measured_bytes - item.projected_bytes for item in residuals), default=0)
+    if share <= error.share:
+        return error
+    return _told(residuals, basis, measurements, share, max(error.least_bytes, size))
+
+
+def _told(residuals: Sequence[Residual], basis: str, measurements: str, share: float, size: int) -> ProjectionError:
+    within = sum(
+        item.measured_bytes <= max(item.projected_bytes * (1 + share) + 1, item.projected_bytes + size)
+        for item in residuals
+    )
+    of_all = f"all {within}" if within == len(residuals) else f"{within} of {len(residuals)}"
+    low = f"at most {share:.1%} or {format_bytes(size)} too low" if share or size else "never too low"
+    reason = f"{basis} peaks were {low} in {of_all} {measurements}"
+    return ProjectionError(share=share, least_bytes=size, reason=reason)
+
+
+def _share(item: Residual) -> float:
+    return item.measured_bytes / item.projected_bytes - 1

@@ -1,0 +1,1 @@
+"""Facts about known pipelines and cards, read from YAML."""

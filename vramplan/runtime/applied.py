@@ -1,0 +1,217 @@
+"""From a plan to a live pipeline, and back. Either the whole plan is on it, or it is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vramplan.common.progress import moved_bytes
+from vramplan.errors import MismatchError, VramplanError
+from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.geometry import module_bytes
+from vramplan.pipeline.held import refuse_hooked
+from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.modules import modules_of
+from vramplan.planfile.match import calls_of, check_match, parse_settings
+from vramplan.planfile.types import Plan
+from vramplan.runtime.changes import State, change_since, state_of
+from vramplan.runtime.snapshot import Before, Snapshot, uninterrupted
+from vramplan.strategies.base import Decodes, Placed, put_on, unpinned
+
+_MARK = "_vramplan_applied"
+# On the class of a pipeline whose own call recovers: the class it had before.
+PLAIN = "_vramplan_plain_class"
+
+
+@dataclass(slots=True, kw_only=True)
+class Applied:
+    """A plan on a live pipeline. `calls` are the diffusers calls that were made, as lines of Python.
+
+    `notes` tell where it had to be done otherwise than planned.
+    """
+
+    pipe: Any
+    plan: Plan
+    device: str
+    calls: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    _before: Before = field(repr=False)
+    _placed: Placed = field(repr=False, default=())
+    _decodes: Decodes = field(repr=False, default=())
+    _state: Mapping[str, State] = field(repr=False, default_factory=dict)
+
+    @property
+    def changed(self) -> str | None:
+        """What was done to the pipeline behind the plan's back, as loading a LoRA is; None for nothing."""
+        return change_since(self.pipe, self._state)
+
+    def undo(self) -> Any:
+        """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
+
+        Ctrl-C waits until it is done. If it fails, as for want of RAM, no weight is lost and the plan still counts as
+        applied: call it again.
+
+        Raises:
+            VramplanError: the plan rounded weights, which nothing can put back; the pipeline stays as it is.
+        """
+        self._refuse_rounded()
+        with uninterrupted():
+            if self.pipe.__dict__.get(_MARK) is self:
+                self._before.restore(self.pipe, self._placed)
+                self.pipe.__class__ = plain_class(self.pipe)
+                del self.pipe.__dict__[_MARK]
+        return self.pipe
+
+    def _refuse_rounded(self) -> None:
+        rounded = [setting.name for setting, _ in self._placed if setting.axis == "weights"]
+        if rounded:
+            raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline anew")
+
+    def _put_on_again(self) -> None:
+        """After an undo that nothing came of, whole or half done."""
+        with uninterrupted():
+            self._before.restore(self.pipe, self._placed)
+            self.pipe.__dict__.pop(_MARK, None)
+            with _all_or_nothing(self.pipe, self._placed):
+                _put_on(self.pipe, self._placed, self._decodes, self.device)
+                self.pipe.__dict__[_MARK] = self
+
+
+def plain_class(pipe: Any) -> type:
+    """The pipeline's class as diffusers has it, also while its own call recovers."""
+    return getattr(type(pipe), PLAIN, type(pipe))
+
+
+def applied_to(pipe: Any) -> Applied | None:
+    """What vramplan has applied to this pipeline, None for nothing."""
+    return getattr(pipe, "__dict__", {}).get(_MARK)
+
+
+def applied_anyway(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
+    """The plan on a live pipeline, as `apply_plan` does it, without asking whether it still fits."""
+    earlier = applied_to(pipe)
+    target = device or plan.machine.device
+    if earlier is not None and earlier.plan == plan and earlier.device == target and earlier.changed is None:
+        return earlier
+    check_device(target, plan)
+    with earlier_off(pipe):
+        return _applied_anew(pipe, plan, target)
+
+
+@contextmanager
+def earlier_off(pipe: Any) -> Iterator[None]:
+    """What vramplan had applied is off inside the block, and on again if the block fails."""
+    earlier, cls = applied_to(pipe), type(pipe)
+    if earlier is None:
+        yield
+        return
+    earlier._refuse_rounded()
+    try:
+        earlier.undo()
+        yield
+    except BaseException:
+        now = applied_to(pipe)
+        if now is None or now is earlier:  # and not the new one, where it was all on already
+            earlier._put_on_again()
+            pipe.__class__ = cls
+        raise
+
+
+@contextmanager
+def _all_or_nothing(pipe: Any, placed: Placed) -> Iterator[None]:
+    """The pipeline is as it was, object by object, if the block fails."""
+    rounded = [name for setting, names in placed if setting.axis == "weights" for name in names]
+    snapshot = Snapshot.of(pipe, rounded)
+    try:
+        yield
+    except BaseException:
+        with uninterrupted():
+            snapshot.put_back()
+        raise
+
+
+def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
+    """The plan on a pipeline that has none, checked first; the pipeline as it was if anything fails."""
+    spec = spec_from_pipeline(pipe)
+    check_match(spec, plan)
+    refuse_hooked(spec)
+    placed, decodes = parse_settings(plan, spec, planned_accelerator(plan, target))
+    try:
+        return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, still=placed)
+    except (RuntimeError, MemoryError) as error:
+        lighter = unpinned(placed)
+        if lighter == placed or applied_to(pipe) is not None:  # where it is all on, pinning was not what failed
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    note = f"weights are pinned on the fly (low_cpu_mem_usage=true), which is slower: they could not be once ({reason})"
+    return finish_applying(pipe, plan, target, placed=lighter, decodes=decodes, still=lighter, notes=(note,))
+
+
+def finish_applying(
+    pipe: Any,
+    plan: Plan,
+    target: str,
+    *,
+    placed: Placed,
+    decodes: Decodes,
+    still: Placed,
+    devices: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Applied:
+    """Put on a checked pipeline what is `still` to be put of the settings `placed`, and all of `decodes`.
+
+    `devices` says where components go back to when it is undone, of a pipeline that was placed while it was loaded.
+    """
+    rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
+    applied = Applied(
+        pipe=pipe,
+        plan=plan,
+        device=target,
+        calls=tuple(calls_of(placed, decodes, target, modules_of(pipe))),
+        notes=notes,
+        _before=Before.of(pipe, rounded, devices),
+        _placed=placed,
+        _decodes=decodes,
+    )
+    with _all_or_nothing(pipe, still):
+        _put_on(pipe, still, decodes, target)
+        applied._state = state_of(pipe)
+        pipe.__dict__[_MARK] = applied
+    return applied
+
+
+def _put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
+    """The settings on a live pipeline, whose weights may take long to be moved and rounded."""
+    sizes = {name: module_bytes(module) for name, module in modules_of(pipe).items()}
+
+    def size(names: Iterable[str]) -> int:
+        return sum(sizes[name] for name in names)
+
+    with moved_bytes("applying the plan", sum(size(names) for _, names in placed)) as moved:
+        put_on(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
+
+
+def check_device(device: str, plan: Plan) -> None:
+    """Raises MismatchError where torch has no such device here."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    card = f" ({plan.machine.accelerator.name})" if plan.machine.accelerator else ""
+    if found is None or found.type != kind:
+        here = f"torch sees {found.type}" if found else "torch sees no accelerator"
+        raise MismatchError(f"the plan is for {device}{card}; here {here}: make a plan for this machine")
+    if index and not (index.isdecimal() and int(index) < torch.accelerator.device_count()):
+        raise MismatchError(f"the plan is for {device}{card}; here are {torch.accelerator.device_count()} devices")
+
+
+def planned_accelerator(plan: Plan, device: str) -> Accelerator | None:
+    """What settings are checked against: the planned card, or the CPU standing in for one on request."""
+    planned = plan.machine.accelerator
+    if planned is None or device.partition(":")[0] != "cpu":
+        return planned
+    return Accelerator(kind="mps", index=0, name="cpu", total_bytes=planned.total_bytes, free_bytes=None)

@@ -1,0 +1,279 @@
+"""What a pipeline was before a plan went on, and the two ways back to it.
+
+`Snapshot` is for an apply that fails: whatever point it reached, everything is put back by force, object by object,
+without a word from the strategies. `Before` is for undoing: hooks come off through the strategies, and what the user
+did to the pipeline in the meantime stays.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from vramplan.pipeline.component import device_of
+from vramplan.pipeline.modules import modules_of, pipes_of
+from vramplan.strategies.base import Execution, Placed
+from vramplan.strategies.disk import bring_back
+from vramplan.strategies.kernel_state import KernelState
+
+if TYPE_CHECKING:
+    import torch
+
+# What offload calls leave on a pipeline object (diffusers 0.42, pipeline_utils.py), and a chunk size.
+_PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "decode_latents")
+# What hooks leave on a module: diffusers' registry, accelerate's hook and the forward both put in place of the class's.
+_HOOK_ATTRIBUTES = ("_diffusers_hook", "_hf_hook", "_old_forward", "forward")
+_DECODE_ATTRIBUTES = ("tile_", "use_tiling", "use_slicing", "use_framewise")
+_ABSENT = object()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done: half way back is the one place where a pipeline must not be left."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # no other thread gets signals; a handler that is not Python's raises nothing
+        return
+    pressed: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *given: pressed.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])
+
+
+# ---- by force
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything of a pipeline that applying may change. It holds weights, so it is not to outlive the apply."""
+
+    modules: Mapping[str, Any]
+    owners: Sequence[_Owner]
+    devices: Sequence[tuple[Any, Any]]
+    originals: Sequence[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, pipe: Any, rounded: Collection[str] = ()) -> Snapshot:
+        """The pipeline as it is. Of the components that are to be `rounded` the weights are kept, in RAM."""
+        modules = modules_of(pipe)
+        children = {id(child): child for module in modules.values() for child in module.modules()}.values()
+        tensors = [tensor for child in children for tensor in _own_tensors(child)]
+        kept = [t for name in rounded for child in modules[name].modules() for t in _own_tensors(child)]
+        return cls(
+            modules=modules,
+            owners=[_Owner.of(thing) for thing in _owners(pipe, children)],
+            devices=[(tensor, tensor.device) for tensor in tensors],
+            originals=[(tensor, tensor.data.cpu()) for tensor in kept],
+        )
+
+    def put_back(self) -> None:
+        """The very objects from before, each weight on its device with its value.
+
+        Raises:
+            OSError: weights that had been written to files cannot be read. They stay there, and the hooks stay on.
+        """
+        for module in self.modules.values():
+            bring_back(module)
+        for owner in self.owners:
+            owner.put_back()
+        for tensor, data in self.originals:
+            if tensor.dtype != data.dtype:
+                tensor.data = data
+        for tensor, device in self.devices:
+            _move(tensor, device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """An object, its attributes, and what its dictionaries and lists contained."""
+
+    thing: Any
+    attributes: Mapping[str, Any]
+    contents: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, thing: Any) -> _Owner:
+        own = dict(vars(thing))
+        return cls(thing, own, {name: value.copy() for name, value in own.items() if _is_container(value)})
+
+    def put_back(self) -> None:
+        """The same attributes, the same containers, the same contents."""
+        for name, content in self.contents.items():
+            container = self.attributes[name]
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+        own = vars(self.thing)
+        for name in own.keys() - self.attributes.keys():
+            del own[name]
+        own.update(self.attributes)
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (dict, OrderedDict, list, set)
+
+
+def _owners(pipe: Any, children: Iterable[Any]) -> Iterator[Any]:
+    """The pipeline and those it is put together of, its modules, and registries of hooks that are on these already."""
+    yield from pipes_of(pipe)
+    for child in children:
+        yield child
+        registry = vars(child).get("_diffusers_hook")
+        if registry is not None:
+            yield registry
+            yield from registry._fn_refs
+        if hasattr(vars(child).get("processor"), "_attention_backend"):
+            yield child.processor
+
+
+# ---- by the strategies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What undoing needs to know. A component that has gone since is not kept alive by it."""
+
+    modules: WeakValueDictionary[str, Any]
+    devices: Mapping[str, str]
+    children: WeakKeyDictionary[Any, _Child]
+    settings: Mapping[str, Mapping[str, Any]]
+    attributes: Sequence[tuple[Any, Mapping[str, Any]]]
+
+    @classmethod
+    def of(cls, pipe: Any, rounded: Collection[str] = (), devices: Mapping[str, str] | None = None) -> Before:
+        """The pipeline as it is; of the components that are to be `rounded`, nothing holds on to the weights.
+
+        `devices` are for a pipeline that was placed while it was loaded: where each component would be without that.
+        """
+        modules = modules_of(pipe)
+        kept = [module for name, module in modules.items() if name not in rounded]
+        children = [child for module in kept for child in module.modules()]
+        return cls(
+            modules=WeakValueDictionary(modules),
+            devices=devices or {name: device_of(module) or "cpu" for name, module in modules.items()},
+            children=WeakKeyDictionary({child: _Child.of(child, placed=devices is not None) for child in children}),
+            settings={name: decode_settings(module) for name, module in modules.items()},
+            attributes=[
+                (part, {name: vars(part).get(name, _ABSENT) for name in _PIPE_ATTRIBUTES}) for part in pipes_of(pipe)
+            ],
+        )
+
+    def restore(self, pipe: Any, placed: Placed) -> None:
+        """Hooks off, weights where they were. What fails half way can be called again, and ends the same.
+
+        A component that was taken out or replaced since then is left as it is.
+        """
+        here = modules_of(pipe)
+        kept: dict[str, Any] = {name: module for name, module in self.modules.items() if here.get(name) is module}
+        for setting, names in placed:
+            if not isinstance(setting, Execution):
+                setting.remove(pipe, [name for name in names if name in kept])
+        kernels = {name for setting, names in placed if isinstance(setting, Execution) for name in names}
+        for name, module in kept.items():
+            self._restore_weights(name, module)
+            if name in kernels:
+                self._restore_kernels(module)
+            vars(module).update(self.settings[name])
+        for part, attributes in self.attributes:
+            for name, value in attributes.items():
+                _set(vars(part), name, value)
+
+    def _restore_weights(self, name: str, module: torch.nn.Module) -> None:
+        known = {child: self.children[child] for child in module.modules() if child in self.children}
+        for child, before in known.items():
+            before.restore(child)
+        for child in module.modules():
+            devices = known[child].devices if child in known else {}
+            for own, tensor in _named_tensors(child):
+                if tensor is not None:  # what came later, such as a LoRA's, goes where most of the component was
+                    _move(tensor, devices.get(own, self.devices[name]))
+
+    def _restore_kernels(self, module: torch.nn.Module) -> None:
+        for child in module.modules():
+            if child in self.children:
+                self.children[child].kernels.restore(child)
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """One module: its tensors, where each was, and what hooks would change."""
+
+    tensors: Mapping[str, Any]
+    devices: Mapping[str, Any]
+    hooks: Mapping[str, Any]
+    kernels: KernelState
+
+    @classmethod
+    def of(cls, child: torch.nn.Module, *, placed: bool = False) -> _Child:
+        """The module as it is; one that was `placed` while it was loaded had no hooks before, and no device to keep."""
+        named = {name: tensor for name, tensor in _named_tensors(child) if tensor is not None}
+        return cls(
+            named,
+            {} if placed else {name: tensor.device for name, tensor in named.items()},
+            {name: _ABSENT if placed else vars(child).get(name, _ABSENT) for name in _HOOK_ATTRIBUTES},
+            KernelState.of(child),
+        )
+
+    def restore(self, child: torch.nn.Module) -> None:
+        """The tensors that were, and no trace of hooks, unless somebody has set others since."""
+        for name, before in self.tensors.items():
+            _tie_again(child._buffers if name in child._buffers else child._parameters, name, before)
+        registry = vars(child).get("_diffusers_hook")
+        if registry is None or not registry.hooks:
+            for name, value in self.hooks.items():
+                _set(vars(child), name, value)
+
+
+def _tie_again(named: dict[str, Any], name: str, before: Any) -> None:
+    """The very tensor from before, where a new one stands for the same memory, or for none.
+
+    accelerate 1.15 makes a new Parameter for each name when its hooks are set, and when they are taken off: tied ones
+    are tied no more.
+    """
+    now = named.get(name)
+    if now is not None and now is not before and (now.is_meta or now.data_ptr() == before.data_ptr()):
+        named[name] = before
+
+
+def _named_tensors(child: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [*child._parameters.items(), *child._buffers.items()]
+
+
+def _own_tensors(child: torch.nn.Module) -> list[torch.Tensor]:
+    return [tensor for _, tensor in _named_tensors(child) if tensor is not None]
+
+
+def _move(tensor: torch.Tensor, device: Any) -> None:
+    """The same tensor object with its data elsewhere, as `Module.to` does it."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if tensor.device == torch.device(device):
+        return
+    with torch.no_grad():
+        moved = tensor.to(device)  # and not the data alone: quantized ones take their scales along
+    if is_traceable_wrapper_subclass(tensor):
+        torch.utils.swap_tensors(tensor, moved)
+    else:
+        tensor.data = moved
+
+
+def _set(owner: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        owner.pop(name, None)
+    else:
+        owner[name] = value
+
+
+def decode_settings(module: Any) -> dict[str, Any]:
+    """The plain attributes of a module that slicing, tiling and frame-wise decoding change."""
+    return {name: value for name, value in vars(module).items() if name.startswith(_DECODE_ATTRIBUTES)}

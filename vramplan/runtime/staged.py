@@ -1,0 +1,108 @@
+"""Make a plan so while its pipeline is loaded: encode first where it says so, then load and place the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vramplan.common.progress import Say
+from vramplan.pipeline.folder import spec_from_folder
+from vramplan.pipeline.prompt import Encoded, checked, encode
+from vramplan.planfile.match import check_match, parse_settings
+from vramplan.planfile.types import Plan, load_options
+from vramplan.runtime.applied import Applied, check_device, finish_applying, planned_accelerator
+from vramplan.runtime.load import Staged, assemble, check_prompt, let_go, load_components, staged, weightless
+from vramplan.strategies.base import freed_first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A pipeline under its plan, and the call that is to be made, its prompt encoded where the plan says so."""
+
+    applied: Applied
+    arguments: Mapping[str, Any]
+    encoded: Encoded | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While entered, the pipeline must take the embeddings as it would have made them, or its call fails."""
+        with checked(self.applied.pipe, self.encoded) if self.encoded else nullcontext():
+            yield
+
+    def __call__(self) -> Any:
+        """The call's result."""
+        with self.watched():
+            return self.applied.pipe(**self.arguments)
+
+
+def stages_of(plan: Plan, folder: Path, device: str, *, allow_pickle: bool = False) -> Staged:
+    """The plan's settings for the pipeline in this folder, of which only configurations and headers are read.
+
+    Raises:
+        MismatchError: the folder holds another pipeline. UsageError: an edited setting that cannot be.
+    """
+    spec = spec_from_folder(folder, allow_pickle=allow_pickle, **load_options(plan))
+    check_match(spec, plan)
+    return staged(spec, *parse_settings(plan, spec, planned_accelerator(plan, device)))
+
+
+def load_applied(
+    plan: Plan,
+    folder: Path,
+    arguments: Callable[[Any], Mapping[str, Any]] | None,
+    *,
+    device: str | None = None,
+    allow_pickle: bool = False,
+    say: Say,
+) -> Loaded:
+    """The plan's pipeline, loaded from the folder with the plan on it. `arguments` makes those of the call.
+
+    Raises:
+        VramplanError: a component cannot be loaded; nothing stays loaded.
+        MismatchError: the plan is for another pipeline, or for a device that is not here.
+    """
+    target = device or plan.machine.device
+    check_device(target, plan)
+    stages = stages_of(plan, folder, target, allow_pickle=allow_pickle)
+    check_prompt(stages, arguments)
+    encoded = None
+    if stages.first and arguments is not None:
+        encoded = _encoded(folder, stages, target, arguments, allow_pickle=allow_pickle, say=say)
+        let_go()
+    modules: dict[str, Any] = dict.fromkeys(stages.first)
+    modules |= load_components(folder, stages, stages.rest, target, allow_pickle=allow_pickle, say=say)
+    pipe = assemble(folder, modules)
+    devices = {name: target if stages.loads[name].direct else "cpu" for name in stages.rest}
+    _, placed = freed_first(stages.placed)
+    applied = finish_applying(
+        pipe,
+        plan,
+        target,
+        placed=placed,
+        decodes=stages.decodes,
+        still=stages.late,
+        devices=devices,
+    )
+    given = encoded.arguments if encoded else arguments(pipe) if arguments else {}
+    return Loaded(applied=applied, arguments=given, encoded=encoded)
+
+
+def _encoded(
+    folder: Path,
+    stages: Staged,
+    device: str,
+    arguments: Callable[[Any], Mapping[str, Any]],
+    *,
+    allow_pickle: bool,
+    say: Say,
+) -> Encoded:
+    """The call with its prompt encoded by encoders that are loaded for it and nothing else."""
+    modules = weightless(folder, stages.spec, stages.rest)
+    modules |= load_components(folder, stages, stages.first, device, allow_pickle=allow_pickle, say=say)
+    pipe = assemble(folder, modules)
+    pipe.set_progress_bar_config(disable=True)
+    say(f"encoding the prompt on {device}")
+    return encode(pipe, arguments(pipe), stages.first)

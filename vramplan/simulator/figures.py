@@ -1,0 +1,173 @@
+"""Where the planner's numbers come from: simulating the call, tracing its components one by one, or rules of thumb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vramplan.errors import VramplanError
+from vramplan.hardware.types import Accelerator, Budget
+from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.candidates import execution_settings
+from vramplan.planner.decide import Decision, Lighter
+from vramplan.planner.demand import PhaseDemand, weakest_basis
+from vramplan.planner.fixed import Fixed
+from vramplan.planner.footprint import AssumedFootprint, Footprint
+from vramplan.planner.residuals import Basis
+from vramplan.simulator.forms import Forms
+from vramplan.simulator.types import SimulatedPhase, Simulation
+from vramplan.strategies.base import Weights
+from vramplan.strategies.settings import grouped
+from vramplan.units import format_bytes
+from vramplan.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
+
+    footprint: Footprint
+    lighter: tuple[Lighter, ...] = ()
+    simulated: Callable[[Decision, int], Simulation] | None = None
+    notes: tuple[str, ...] = ()
+
+    def basis(self, spec: PipelineSpec) -> Basis:
+        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
+        uses = [use for use in spec.uses if use.phase != "decode"]
+        return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
+
+    def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
+        """What has the last word on a decision within this budget; nothing without a simulation."""
+        run, capacity = self.simulated, budget.vram_bytes
+        if run is None or capacity is None:
+            return None
+
+        def confirm(decision: Decision) -> Decision:
+            from vramplan.simulator.run import SimulationError
+
+            try:
+                return confirmed(decision, run(decision, capacity))
+            except SimulationError as error:  # with everything resident it ran: these settings are what stops it
+                return replace(decision, verdict="rejected", reason=f"does not run: {error}")
+
+        return confirm
+
+
+def figures(
+    forms: Forms,
+    work: Workload,
+    accelerator: Accelerator | None,
+    weights: Sequence[Mapping[str, Weights]],
+    told: Fixed,
+) -> Figures:
+    """What the planner counts with, for the weights as they are stored and with each of these settings.
+
+    What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
+    pipeline, where it lowers what a denoiser needs.
+    """
+    from vramplan.simulator.run import SimulationError
+    from vramplan.simulator.source import simulated_footprint, traced_footprint
+
+    source, spec, execution = forms.source, forms.source.spec, told.execution
+    light = [(setting, forms.spec(setting)) for setting in weights]
+
+    def lighter(needs: Callable[[Mapping[str, Weights], PipelineSpec], Footprint]) -> tuple[Lighter, ...]:
+        return tuple(
+            Lighter(weights=setting, execution=execution, spec=other, footprint=needs(setting, other))
+            for setting, other in light
+        )
+
+    if accelerator is None or spec.device_map is not None:
+        assumed = AssumedFootprint(spec=spec, workload=work)
+        return Figures(footprint=assumed, lighter=lighter(lambda _, other: replace(assumed, spec=other)))
+    try:
+        footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
+    except SimulationError as error:
+        if not any(use.phase == "denoise" for use in spec.uses):
+            raise VramplanError(
+                f"{spec.class_name}: no component denoises, and its whole call cannot be simulated: {error}"
+            ) from error
+        note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
+        traced = traced_footprint(source, work, accelerator)
+        others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
+        return Figures(footprint=traced, lighter=others, notes=(note, *_unseen(spec, traced.plain, "could be traced")))
+    every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
+    tried = (
+        (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
+        for item in execution_settings(spec, told, accelerator)
+    )
+    every += tuple(
+        Lighter(weights={}, execution=item, spec=spec, footprint=sliced)
+        for item, sliced in tried
+        if sliced.denoising_bytes < footprint.denoising_bytes
+    )
+
+    vaes = [component.name for component in spec.vaes]
+    stopped: dict[Any, Simulation] = {}
+
+    def simulated(decision: Decision, capacity: int) -> Simulation:
+        beside = decision.placement, decision.weights, decision.execution
+        key = capacity, *(frozenset(settings.items()) for settings in beside)
+        if key in stopped:  # however it would have been decoded
+            return stopped[key]
+        decodes = [(setting, vaes) for setting in decision.decode]
+        found = source.run(work, grouped(*beside), decodes, accelerator=accelerator, capacity_bytes=capacity)
+        if _before_vaes(found, vaes):
+            stopped[key] = found
+        return found
+
+    notes = (*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call"))
+    return Figures(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
+
+
+def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
+    """Whether it was stopped before it came to any VAE."""
+    return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
+
+
+def _unseen(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
+    """A note for what the planner has no figures of, and counts with rules of thumb."""
+    names = {
+        use.component: None
+        for use in spec.uses
+        if not use.optional and simulation.use(use.phase, use.component) is None
+    }
+    return (f"not all {what}: rules of thumb stand in for {', '.join(names)}",) if names else ()
+
+
+def confirmed(decision: Decision, simulation: Simulation) -> Decision:
+    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit.
+
+    A phase that the simulated call did not come to stays as it was priced.
+    """
+    if simulation.stopped is not None:
+        short = simulation.short_bytes
+        lack = f"short by at least {format_bytes(short)}" if short else "as much is free, but in pieces too small"
+        reason = f"{simulation.stopped}: {lack}"
+        return replace(decision, verdict="rejected", reason=reason, deficit_bytes=short or simulation.over_bytes)
+    found = {phase.name: phase for phase in simulation.phases}
+    phases, unseen = [], []
+    for priced in decision.demand.phases:
+        if (seen := found.get(priced.name)) is None:
+            unseen.append(priced)
+        phases.append(priced if seen is None else _simulated_phase(priced, seen))
+    demand = replace(
+        decision.demand,
+        vram_allocated_bytes=max([simulation.peak_allocated_bytes, *(phase.allocated_bytes for phase in unseen)]),
+        vram_reserved_bytes=max([simulation.peak_reserved_bytes, *(phase.reserved_bytes for phase in unseen)]),
+        phases=tuple(phases),
+    )
+    return replace(decision, demand=demand)
+
+
+def _simulated_phase(priced: PhaseDemand, seen: SimulatedPhase) -> PhaseDemand:
+    return PhaseDemand(
+        name=priced.name,
+        component=seen.component,
+        on_device=priced.on_device,
+        weights_bytes=seen.weights_bytes,
+        activation_bytes=seen.activation_bytes,
+        workspace_bytes=seen.workspace_bytes,
+        reserved_bytes=seen.peak_allocated_bytes,
+    )

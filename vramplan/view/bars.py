@@ -1,0 +1,98 @@
+"""Memory as bars: what a plan, a simulation and a machine take of it, and what is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vramplan.view.plot.colours import ACTIVATIONS, FITS, HOST, LIMIT, NEUTRAL, WEIGHTS, WORKSPACE
+from vramplan.view.terminal import Bar, Part
+
+if TYPE_CHECKING:
+    from vramplan.calibration.measured import Measured
+    from vramplan.hardware.types import Budget
+    from vramplan.planfile.types import Plan
+    from vramplan.planner.demand import PhaseDemand
+    from vramplan.simulator.types import SimulatedPhase, Simulation
+
+
+def plan_bar(plan: Plan) -> Bar | None:
+    """All of the device's memory at the plan's highest moment; None without a device.
+
+    What is neither the plan's, nor kept free, nor the driver's context, is other programs' or not to be used.
+    """
+    demand = plan.projected
+    if not demand.phases:
+        return None
+    peak = max(demand.phases, key=lambda phase: phase.allocated_bytes)
+    computing = _computing(peak, demand.vram_reserved_bytes - peak.allocated_bytes)
+    return _whole_device("VRAM", plan, computing, demand.vram_reserved_bytes)
+
+
+def versus_bars(plan: Plan, measured: Measured) -> list[Bar]:
+    """The plan's bar over that of what its call took, on one scale; none without a device, or where that is not known.
+
+    What is in tensors is not told apart by what it is for: only a simulation knows.
+    """
+    projected, allocated, reserved = plan_bar(plan), measured.vram_allocated_bytes, measured.vram_reserved_bytes
+    if projected is None or allocated is None or reserved is None:
+        return []
+    took = [Part("in tensors", allocated, "█#", WEIGHTS[2]), _kept(reserved - allocated)]
+    real = _whole_device("measured ", plan, took, reserved)
+    return [Bar("projected", projected.parts), real] if real else []
+
+
+def _whole_device(name: str, plan: Plan, computing: list[Part], reserved_bytes: int) -> Bar | None:
+    device, budget = plan.machine.accelerator, plan.machine.budget
+    if device is None or budget.vram_bytes is None:
+        return None
+    taken = {item.name: item.size_bytes for item in budget.deductions if item.memory == "vram"}
+    context, margin = taken.get("driver context", 0), taken.get("margin", 0)
+    beyond = max(0, reserved_bytes - budget.vram_bytes)  # of a call that took more than was planned
+    return Bar(
+        name,
+        [
+            *computing,
+            _headroom(budget.vram_bytes - reserved_bytes),
+            Part("margin", margin - beyond, "◇m", HOST),
+            Part("context", context, "▚c", LIMIT),
+            Part("not to be used", device.total_bytes - budget.vram_bytes - margin - context, "▞x", NEUTRAL),
+        ],
+    )
+
+
+def simulation_bar(simulation: Simulation) -> Bar:
+    """The highest moment within the capacity, or alone where there is none."""
+    peak = max(simulation.phases, key=lambda phase: phase.peak_allocated_bytes, default=None)
+    if peak is None:
+        return Bar("VRAM", [])
+    cached = simulation.peak_reserved_bytes - peak.peak_allocated_bytes
+    left = (simulation.capacity_bytes or 0) - simulation.peak_reserved_bytes
+    return Bar("VRAM", [*_computing(peak, cached), _headroom(left)])
+
+
+def budget_bar(budget: Budget) -> Bar:
+    """What may be used of the device's memory, and what was taken off it."""
+    styles = (LIMIT, HOST, NEUTRAL, WORKSPACE, ACTIVATIONS)
+    taken = [item for item in budget.deductions if item.memory == "vram" and item.size_bytes > 0]
+    parts = [
+        Part(item.name, item.size_bytes, f"▒{item.name[0]}", styles[number % len(styles)])
+        for number, item in enumerate(taken)
+    ]
+    return Bar("VRAM", [Part("may be used", budget.vram_bytes or 0, "█#", WEIGHTS[0]), *parts])
+
+
+def _computing(peak: PhaseDemand | SimulatedPhase, cached: int) -> list[Part]:
+    return [
+        Part("weights", peak.weights_bytes, "█#", WEIGHTS[0]),
+        Part("activations", peak.activation_bytes, "▓+", ACTIVATIONS),
+        Part("workspace", peak.workspace_bytes, "▒~", WORKSPACE),
+        _kept(cached),
+    ]
+
+
+def _kept(size: int) -> Part:
+    return Part("kept by torch", size, "░:", FITS)
+
+
+def _headroom(size: int) -> Part:
+    return Part("headroom", size, "·.", "green")

@@ -1,0 +1,127 @@
+"""A plan as text: the summary, and every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vramplan.planfile.types import settings_text
+from vramplan.units import format_bytes, format_seconds
+from vramplan.view.shared import _NUMERIC, notes_view
+from vramplan.workload import workload_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vramplan.planfile.types import Plan
+
+_VERDICT_STYLES = {"chosen": "bold green", "fits": "green", "rejected": "red"}
+
+
+def text_of(plan: Plan) -> str:
+    """The plan for a person, as plain text."""
+    from vramplan.view.terminal import as_text
+
+    return as_text(plan_view(plan))
+
+
+def html_of(plan: Plan) -> str:
+    """The plan for a notebook, with the picture of its candidates."""
+    from vramplan.view.plot.save import picture_html
+    from vramplan.view.terminal import as_html
+
+    return as_html(plan_view(plan)) + picture_html(plan)
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """The plan for a person: what was chosen, how near the limit, how fast, and why not the faster one."""
+    from vramplan.view.bars import plan_bar
+    from vramplan.view.terminal import hang, stacked, table
+
+    bar = plan_bar(plan)
+    return stacked(
+        [
+            *(hang(f"{name:<9} {text}", 10) for name, text in plan_rows(plan)),
+            *(("", bar) if bar else ()),
+            "",
+            table(("phase", "runs", "on the device", "weights", "activations"), _phase_rows(plan), _NUMERIC),
+            *notes_view(plan.notes),
+        ]
+    )
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What a plan says in short: the name of each thing, and the thing."""
+    from vramplan.planner.demand import fits_sentence
+
+    card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
+    return [
+        ("pipeline", f"{plan.model.class_name} ({plan.model.source})"),
+        ("on", f"{card} ({plan.machine.device})"),
+        ("for", workload_text(plan.workload)),
+        ("chosen", settings_text(plan.settings)),
+        ("fits", fits_sentence(plan.projected, plan.machine.budget)),
+        *_loading_row(plan),
+        ("speed", _speed(plan)),
+        ("quality", plan.quality.replace("_", " ")),
+        ("why", plan.reason),
+    ]
+
+
+def _loading_row(plan: Plan) -> list[tuple[str, str]]:
+    """What loading takes of RAM at most, where it takes some."""
+    load = plan.projected.load
+    if load is None or not load.ram_bytes:
+        return []
+    return [("loading", f"at most {format_bytes(load.ram_bytes)} of RAM, while {load.component} is loaded")]
+
+
+def _speed(plan: Plan) -> str:
+    demand = plan.projected
+    return (
+        f"about {format_seconds(demand.seconds_per_step)} a step, {format_seconds(demand.seconds_per_call)} a call, "
+        f"limited by {demand.bottleneck} ({demand.basis})"
+    )
+
+
+def _phase_rows(plan: Plan) -> list[Sequence[str]]:
+    return [
+        (
+            phase.name,
+            phase.component,
+            ", ".join(phase.on_device),
+            format_bytes(phase.weights_bytes),
+            format_bytes(phase.activation_bytes),
+        )
+        for phase in plan.projected.phases
+    ]
+
+
+def explain_text(plan: Plan) -> str:
+    """Every candidate, as plain text."""
+    from vramplan.view.terminal import as_text
+
+    return as_text(explain_view(plan))
+
+
+def explain_view(plan: Plan) -> RenderableType:
+    """Every candidate in three lines: verdict, memory, time and what limits it; the settings; the reason."""
+    from rich.text import Text
+
+    from vramplan.view.terminal import hang, stacked
+
+    lines: list[RenderableType] = [
+        f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
+        "",
+        Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>9} {'call':>9}  limited by", "bold"),
+    ]
+    for item in plan.candidates:
+        price = item.projected
+        sizes = f"{format_bytes(price.vram_reserved_bytes):>10} {format_bytes(price.ram_bytes):>10}"
+        times = f"{format_seconds(price.seconds_per_step):>9} {format_seconds(price.seconds_per_call):>9}"
+        lines.append(hang(f"{item.verdict:8} {sizes} {times}  {price.bottleneck}", 9, _VERDICT_STYLES[item.verdict]))
+        lines += [hang(f"{'':8} {text}", 9) for text in (settings_text(item.settings), item.reason)]
+    if plan.refused:
+        lines += ["", "not possible here"]
+        lines += [hang(f"  {item.setting} on {item.component}: {item.reason}", 2) for item in plan.refused]
+    return stacked(lines)

@@ -1,0 +1,64 @@
+"""Values as text: tables for people, JSON and YAML for programs. The only module that knows columns and colours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+_NUMERIC = (
+    "peak",
+    "workspace",
+    "weights",
+    "activations",
+    "projected",
+    "measured",
+    "difference",
+    "memory",
+    "VRAM",
+    "a call",
+    "least VRAM",
+)
+
+
+def to_json(value: Any) -> str:
+    """Plain mappings and lists as indented JSON."""
+    return json.dumps(value, indent=2)
+
+
+def to_yaml(value: Any) -> str:
+    """Plain mappings and lists as YAML in their own order."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def profiles_text(names: Mapping[str, Sequence[str]], own: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+    """The profiles' names by kind. `own` holds the user's, by kind and name, each with the mistakes in its file."""
+    return "\n".join(
+        line for kind in names for line in (kind, *(_profile_line(name, own[kind]) for name in names[kind]))
+    )
+
+
+def _profile_line(name: str, own: Mapping[str, Sequence[str]]) -> str:
+    if name not in own:
+        return f"  {name}"
+    return f"  {name}  yours" + (f", cannot be used: {own[name][0]}" if own[name] else "")
+
+
+def notes_view(notes: Sequence[str]) -> Iterator[RenderableType]:
+    """A line for each note."""
+    from vramplan.view.terminal import hang
+
+    return (hang(f"note: {note}", 6, "yellow") for note in notes)
+
+
+def table_view(header: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+    """A plain table, of whose numbers nothing is ever lost."""
+    from vramplan.view.terminal import table
+
+    return table(header, list(rows), _NUMERIC)
