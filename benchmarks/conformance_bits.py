@@ -110,8 +110,8 @@ def _cpu_as_card(folder: str) -> Iterator[None]:
     import accelerate
     import safetensors.torch
     import torch
-    import vramplan.apply
 
+    import vramplan.runtime.applied
     from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 
     real, from_file = accelerate.cpu_offload, safetensors.torch.load_file
@@ -131,7 +131,7 @@ def _cpu_as_card(folder: str) -> Iterator[None]:
         stack.enter_context(patch.object(safetensors.torch, "load_file", loaded))
         stack.enter_context(patch.object(SequentialCpuOffload, "apply", sequential))
         stack.enter_context(
-            patch.object(vramplan.apply, "planned_accelerator", lambda plan, _: plan.machine.accelerator)
+            patch.object(vramplan.runtime.applied, "planned_accelerator", lambda plan, _: plan.machine.accelerator)
         )
         yield
 

@@ -22,9 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub_server import Hub, save_sparse, serving
+from tests.support.hub import Hub, save_sparse, serving
 
 # Repository, profile, and in how many files its large components are.
 CASES = {

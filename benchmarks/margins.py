@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 from regret import CARD, Case, fastest_stock, subject_of
 
+from vramplan.calibration.published import bundled_error
 from vramplan.hardware import Hardware, Host
 from vramplan.planner.budget import make_budget
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile
@@ -35,14 +36,15 @@ def main(pipelines: tuple[str, ...], output: Path | None) -> None:
         "| pipeline | card GiB | kept free before, GiB | now | seconds before | now | fastest stock call now |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    error = bundled_error("simulated")
     slower = 0  # times count to their third digit
     for name in pipelines or PIPELINES:
         subject = subject_of(name, card)
         for size in CARD_GIB:
             whole = replace(card, total_bytes=size * GIB, free_bytes=size * GIB, display=False)
             hardware = Hardware(accelerators=(whole,), host=host)
-            before = make_budget(hardware, margin=str(max(int(0.06 * size * GIB), 512 * MIB)))
-            now = make_budget(hardware)
+            before = make_budget(hardware, error=error, margin=str(max(int(0.06 * size * GIB), 512 * MIB)))
+            now = make_budget(hardware, error=error)
             found = []
             for budget in (before, now):
                 assert budget.vram_bytes is not None

@@ -13,10 +13,9 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mutations import mutant
-
+from tests.support.mutations import mutant
 from vramplan import plan
 from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host

@@ -70,14 +70,13 @@ def write_machine(name: str) -> None:
     """The machine of the tests as `vramplan detect -o NAME.yaml` would have written it there."""
     from pydantic import TypeAdapter
 
-    sys.path.insert(0, str(TOP / "tests" / "hardware"))
-    import machine_files
-
+    sys.path.insert(0, str(TOP))
+    from tests.support import machines
     from vramplan.hardware.types import Hardware
     from vramplan.view.machine import hardware_dict
     from vramplan.view.shared import to_yaml
 
-    told = json.dumps(machine_files.load(name)["expected"])
+    told = json.dumps(machines.load(name)["expected"])
     hardware = TypeAdapter(Hardware).validate_json(told, strict=True)
     Path(f"{name}.yaml").write_text(to_yaml(hardware_dict(hardware, None)) + "\n", encoding="utf-8")
 

@@ -59,6 +59,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left.add(item)
     config.hook.pytest_deselected(items=list(left))
     items[:] = [item for item in items if item not in left]
+    _left_out.update(item.nodeid for item in left)
+
+
+_left_out: set[str] = set()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist tells the controller which pairs it left out: every worker collects all tests."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = sorted(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """What a worker told is kept for the summary."""
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", ()))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The summary says when pairs were left out."""
+    if _left_out:
+        terminalreporter.write_line(f"{len(_left_out)} pairs of parameters left out (VRAMPLAN_TESTS=all runs them)")
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from calibration.records import CARD, call, probe, took
 
+from tests.support.records import CARD, call, probe, took
 from vramplan.api.machine import known_budget
 from vramplan.calibration.learned import learned, with_measured_rates
 from vramplan.calibration.published import bundled_error

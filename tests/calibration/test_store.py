@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calibration.records import call, probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.records import call, probe
 from vramplan.calibration import store
 from vramplan.calibration.measured import Peak
 from vramplan.calibration.records import SCHEMA, from_line, to_line
@@ -78,9 +78,9 @@ def test_processes_that_write_at_once_lose_nothing(folder: Path) -> None:
 
 def test_a_writer_that_is_killed_costs_at_most_its_last_line(folder: Path) -> None:
     append(call(1))
-    imports = "from calibration.records import call\nfrom vramplan.calibration.store import append"
+    imports = "from tests.support.records import call\nfrom vramplan.calibration.store import append"
     code = f"{imports}\nwhile True: append(call(2))"
-    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
     try:
         while len(read_store().records) < 20:

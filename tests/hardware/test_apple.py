@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.machines import make_budget
 from vramplan.hardware import Accelerator, Hardware, Host, Reading, apple
 from vramplan.hardware.types import Own
-from vramplan.planner.budget import make_budget
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)

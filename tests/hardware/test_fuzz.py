@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import machine_files as machines
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from tests.support import machines
+from tests.support.machines import make_budget
 from vramplan.hardware import detect
 from vramplan.hardware.types import Hardware
-from vramplan.planner.budget import make_budget
 from vramplan.view.machine import hardware_dict, hardware_markdown
 
 HARDWARE = TypeAdapter(Hardware)

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import machine_files as machines
 import pytest
 from pydantic import TypeAdapter
 
+from tests.support import machines
+from tests.support.machines import make_budget
 from vramplan.hardware.types import Hardware
-from vramplan.planner.budget import make_budget
 from vramplan.view.machine import hardware_markdown
 from vramplan.view.machine import text_of as hardware_text
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine_files import FakeNvml
 
+from tests.support.machines import FakeNvml
 from vramplan.hardware import Accelerator, Host, nvidia, nvidia_order, rooted, spaced
 from vramplan.hardware.nvidia_nvml import import_nvml
 from vramplan.units import GIB

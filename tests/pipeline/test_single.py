@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from hub_server import write_header
 
+from tests.support.hub import write_header
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.build import build_weightless
 from vramplan.pipeline.describe import describe

@@ -7,8 +7,8 @@ from functools import cache
 import diffusers
 import pytest
 import torch
-from small_vaes import VAES, small_vae
 
+from tests.support.vaes import VAES, small_vae
 from vramplan.pipeline.tiles import scaled_tiles, tiling_of
 from vramplan.pipeline.types import Tiling
 

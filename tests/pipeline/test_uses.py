@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import diffusers
 import pytest
-from planner.specs import component
 
+from tests.support.specs import component
 from vramplan.pipeline.classes import ClassFacts, class_facts
 from vramplan.pipeline.types import Use
 from vramplan.pipeline.uses import uses_of

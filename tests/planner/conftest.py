@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from planner.one_thread import _one_thread
+from tests.support.one_thread import _one_thread
 
 __all__ = ["_one_thread"]

@@ -6,8 +6,8 @@ from math import prod
 from typing import Any
 
 import pytest
-from planner.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 
+from tests.support.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 from vramplan.errors import UsageError
 from vramplan.planner.candidates import Row, rows
 from vramplan.planner.companions import MOST_MIXES

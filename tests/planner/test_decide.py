@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from planner.specs import GIB, MIB, WORK, budget, card, component, geometry, pipeline, text_to_image
 
+from tests.support.specs import GIB, MIB, WORK, budget, card, component, geometry, pipeline, text_to_image
 from vramplan.errors import NothingFitsError
 from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.types import PipelineSpec, Use

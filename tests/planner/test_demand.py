@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from planner.specs import GIB, MIB, WORK, card, component, geometry, pipeline, text_to_image
 
+from tests.support.specs import GIB, MIB, WORK, card, component, geometry, pipeline, text_to_image
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.clock import DISK_BYTES_PER_S
 from vramplan.planner.demand import Demand, price

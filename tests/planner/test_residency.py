@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from accelerate.hooks import CpuOffload
-from calls import call_kwargs
 from make_pipeline import SMALL_KINDS
-from planner.specs import GIB, component, pipeline, text_to_image
-from real_pipelines import EXTRA, make_extra
 
+from tests.support.calls import call_kwargs
+from tests.support.pipelines import EXTRA, make_extra
+from tests.support.specs import GIB, component, pipeline, text_to_image
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.types import PipelineSpec

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner.specs import GIB, budget, card
-from planner.test_decide import QUICK, VRAM, WORKS, specs
 
+from tests.planner.test_decide import QUICK, VRAM, WORKS, specs
+from tests.support.specs import GIB, budget, card
 from vramplan.planner.candidates import rows
 from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner.specs import GIB, budget, card, text_to_image
 
+from tests.support.specs import GIB, budget, card, text_to_image
 from vramplan.planner.demand import price
 from vramplan.planner.footprint import AssumedFootprint
 from vramplan.planner.unlock import unlocks

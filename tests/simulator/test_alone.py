@@ -8,9 +8,9 @@ from typing import Any
 
 import diffusers
 import pytest
-from calls import workload_of
 
 import vramplan
+from tests.support.calls import workload_of
 from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe

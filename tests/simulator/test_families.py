@@ -17,10 +17,10 @@ import pytest
 import torch
 from diffusers.hooks import group_offloading
 from diffusers.pipelines import pipeline_utils
-from families import FAMILIES, make_family
 from torch.nn.attention import flex_attention
 from torch.nn.modules import module as nn_module
 
+from tests.support.families import FAMILIES, make_family
 from vramplan.hardware import Accelerator
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of

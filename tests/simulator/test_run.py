@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from calls import workload_of
 
 import vramplan
+from tests.support.calls import workload_of
 from vramplan.api.plan import describe
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.planner.decide import Decision

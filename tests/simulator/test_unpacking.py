@@ -125,7 +125,7 @@ SETTINGS = [
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
 def test_the_price_of_a_gguf_file_is_no_less_than_what_is_simulated(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from gguf_files import Kind, kind_for, write_gguf
+    from tests.support.gguf_files import Kind, kind_for, write_gguf
 
     tensors = build("flux-small").transformer.state_dict()
     file = write_gguf(tmp_path / "flux.gguf", tensors, kind_for(Kind[kind]))

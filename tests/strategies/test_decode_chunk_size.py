@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_family
-from planner.specs import GIB, card, component
 
 import vramplan
+from tests.support.families import FAMILIES, make_family
+from tests.support.specs import GIB, card, component
 from vramplan.hardware import Hardware, Host
 from vramplan.simulator.run import call_inputs
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from calls import call_kwargs, output_tensor
 from make_pipeline import build
-from planner.specs import GIB, budget, card, component, pipeline, text_to_image
 
+from tests.support.calls import call_kwargs, output_tensor
+from tests.support.specs import GIB, budget, card, component, pipeline, text_to_image
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.geometry import module_bytes, units_of

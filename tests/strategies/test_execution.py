@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
-from families import FAMILIES
-from planner.specs import GIB, card, component
 
 import vramplan
+from tests.support.families import FAMILIES
+from tests.support.specs import GIB, card, component
 from vramplan.hardware import Hardware, Host
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import describe_component

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.small_vaes import VAES, small_vae
-from planner.specs import card, component, pipeline
 
+from tests.support.specs import card, component, pipeline
+from tests.support.vaes import VAES, small_vae
 from vramplan.pipeline.component import describe_component
 from vramplan.planner.candidates import rows
 from vramplan.planner.fixed import Fixed

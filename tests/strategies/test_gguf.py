@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from calls import call_kwargs, output_tensor
 from make_pipeline import build
 
 import vramplan
+from tests.support.calls import call_kwargs, output_tensor
 from vramplan.api.code import plan_code
 from vramplan.errors import UsageError
 from vramplan.hardware import Accelerator, Hardware, Host
@@ -37,7 +37,7 @@ from vramplan.units import GIB
 
 gguf = pytest.importorskip("gguf")
 
-from gguf_files import Kind, kind_for, write_gguf  # noqa: E402 - needs the package
+from tests.support.gguf_files import Kind, kind_for, write_gguf  # noqa: E402 - needs the package
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))

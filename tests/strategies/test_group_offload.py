@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from make_pipeline import build
-from planner.specs import card, component, text_to_image
 
+from tests.support.specs import card, component, text_to_image
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import tensor_bytes
 from vramplan.pipeline.modules import modules_of

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from calls import call_kwargs, output_tensor
 from make_pipeline import build
 
 import vramplan
+from tests.support.calls import call_kwargs, output_tensor
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.component import describe_component

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from calls import call_kwargs, output_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from make_pipeline import build
-from planner.specs import GIB, card, component, text_to_image
 
+from tests.support.calls import call_kwargs, output_tensor
+from tests.support.specs import GIB, card, component, text_to_image
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of

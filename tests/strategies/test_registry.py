@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planner.specs import GIB, MIB, WORK, card, component, pipeline, text_to_image
 
+from tests.support.specs import GIB, MIB, WORK, card, component, pipeline, text_to_image
 from vramplan.errors import UsageError
 from vramplan.strategies import (
     DECODES,

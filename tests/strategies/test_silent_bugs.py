@@ -9,8 +9,8 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from planner.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 
+from tests.support.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.held import refuse_hooked

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from calls import call_kwargs, output_tensor
 from make_pipeline import build
 
 import vramplan
+from tests.support.calls import call_kwargs, output_tensor
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
