@@ -41,7 +41,7 @@ def parts_as_loaded(row: Row) -> Any:
     """The model's hollow parts, in the dtypes that the row's script and transformers left them in."""
     from vramplan.pipeline.dtypes import torch_dtype
     from vramplan.profiles.catalogue import load_pipeline_profile
-    from vramplan.simulator.pipeline import parts_from_profile
+    from vramplan.simulator.parts import parts_from_profile
 
     profile = load_pipeline_profile(row["model"])
     loads = row.get("loads") or profile.dtype

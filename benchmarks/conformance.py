@@ -246,7 +246,7 @@ def _judged(pipe: Any, inputs: Callable[[], dict[str, Any]], reason: str) -> tup
 def _simulate(pipe: Any, inputs: Mapping[str, Any], place: Callable[[Any], None]) -> None:
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
-    from vramplan.simulator.pipeline import parts_from_live
+    from vramplan.simulator.parts import parts_from_live
     from vramplan.simulator.run import simulated_call
 
     def call(hollow: Any) -> None:

@@ -30,7 +30,7 @@ import torch
 from vramplan.calibration.measured import current_rss_bytes, peak_rss_bytes
 from vramplan.common.files import write_text
 from vramplan.pipeline.describe import describe
-from vramplan.simulator.pipeline import parts_from_profile
+from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
 from vramplan.simulator.source import Source, placing
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement

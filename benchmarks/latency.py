@@ -44,7 +44,7 @@ PLANNED = ("flux.1-dev", "stable-diffusion-xl", "cogvideox-5b")
 PLANNING = """
 import json, sys, time
 import vramplan
-from vramplan.simulator.pipeline import parts_from_profile
+from vramplan.simulator.parts import parts_from_profile
 parts = parts_from_profile(sys.argv[1])
 pipe = parts.cls(**parts.modules, **parts.others)
 took = []

@@ -29,12 +29,12 @@ from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.candidates import Placed, rows
+from vramplan.planner.candidates import ComponentPlacements, rows
 from vramplan.planner.decide import Confirm, Decision, decide, rank
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names
-from vramplan.simulator.figures import confirmed
+from vramplan.simulator.cost_model import confirmed
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.run import SimulationError
 from vramplan.simulator.source import Source, simulated_footprint
@@ -143,7 +143,7 @@ def subject_of(name: str, accelerator: Accelerator) -> Subject:
     )
 
 
-def _line_of(placed: Placed, decode: Decodes, demand: Demand) -> tuple[float, ...]:
+def _line_of(placed: ComponentPlacements, decode: Decodes, demand: Demand) -> tuple[float, ...]:
     candidate = Candidate(placement=placed, decode=decode, demand=demand)
     quality = QUALITIES.index(candidate.decision.quality)
     return demand.vram_reserved_bytes, demand.ram_bytes, quality, *rank(candidate.decision, "speed")

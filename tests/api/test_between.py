@@ -17,7 +17,7 @@ from tests.support.machines import FakeNvml
 from vramplan.api.check import current_plan, drift_of
 from vramplan.cli.main import main
 from vramplan.errors import MismatchError
-from vramplan.hardware import nvidia_order, spaced
+from vramplan.hardware import nvidia_order, sampling
 from vramplan.planfile.file import dump_plan
 from vramplan.runtime.applied import applied_to
 from vramplan.units import GIB, MIB
@@ -71,7 +71,7 @@ class TestNvmlIsLost:
     def nvml(self, monkeypatch, tmp_path) -> FakeNvml:
         """A card as NVML tells of it; `told["error"]` is what it answers from then on."""
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(spaced, "SECONDS", 0.0)
+        monkeypatch.setattr(sampling, "SECONDS", 0.0)
         monkeypatch.setattr(nvidia_order, "ask_cuda", lambda: None)
         monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         link = {"MaxPcieLinkGeneration": 4, "CurrPcieLinkWidth": 16, "CudaComputeCapability": [8, 9]}

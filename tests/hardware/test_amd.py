@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.hardware import Accelerator, Host, Reading, amd, rooted, spaced
+from vramplan.hardware import Accelerator, Host, Reading, amd, sampling, sysroot
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=64 * GIB, available_bytes=48 * GIB)
@@ -38,8 +38,8 @@ class Sysfs:
 def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sysfs:
     for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(rooted, "ROOT", tmp_path)
-    monkeypatch.setattr(spaced, "SECONDS", 0.0)
+    monkeypatch.setattr(sysroot, "ROOT", tmp_path)
+    monkeypatch.setattr(sampling, "SECONDS", 0.0)
     return Sysfs(tmp_path)
 
 
@@ -121,5 +121,5 @@ def test_hidden_cards_are_left_out(
 
 
 def test_no_drm_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooted, "ROOT", tmp_path)
+    monkeypatch.setattr(sysroot, "ROOT", tmp_path)
     assert list(amd.probe(HOST)) == []

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.machines import make_budget
 from vramplan.hardware import Accelerator, Hardware, Host, Reading, apple
-from vramplan.hardware.types import Own
+from vramplan.hardware.types import ProcessUsage
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)
@@ -102,7 +102,7 @@ def test_what_this_process_holds_is_no_longer_free(mac, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(mps=metal))
     (card,) = apple.probe(HOST)
     assert card.free_bytes == 15 * GIB
-    assert card.own == Own(has_context=True, allocated_bytes=8 * GIB, cached_bytes=GIB, fraction=1.0)
+    assert card.own == ProcessUsage(has_context=True, allocated_bytes=8 * GIB, cached_bytes=GIB, fraction=1.0)
     assert [reading.free_bytes for reading in card.free_readings] == [20 * GIB, 15 * GIB]
     budget = make_budget(Hardware(accelerators=(card,), host=HOST), held_vram_bytes=8 * GIB)
     assert budget.vram_bytes <= 24 * GIB - GIB  # what is not this pipeline's stays taken

@@ -19,7 +19,7 @@ from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.hardware.file import is_hardware_file, load_hardware
-from vramplan.hardware.types import Measurement, Own, Pcie, Peer, Process, Reading
+from vramplan.hardware.types import Measurement, Pcie, Peer, Process, ProcessUsage, Reading
 from vramplan.planfile.file import dump_plan, parse_plan
 from vramplan.units import GIB
 from vramplan.view.machine import hardware_dict, hardware_markdown
@@ -42,7 +42,7 @@ FULL = Accelerator(
     free_readings=(Reading(source="NVML", free_bytes=20 * GIB),),
     free_reason="the only source",
     others=(Process(pid=7, name="firefox", used_bytes=None),),
-    own=Own(has_context=True, allocated_bytes=GIB, cached_bytes=GIB, fraction=0.5),
+    own=ProcessUsage(has_context=True, allocated_bytes=GIB, cached_bytes=GIB, fraction=0.5),
     pcie=Pcie(generation=1, max_generation=4, width=4, max_width=16),
     peers=(Peer(link="NVLink", count=4, to="0000:02:00.0"),),
     measured=(Measurement(what="device_to_host", unit="bytes/s", median=2.5e10, least=2e10, most=2.6e10, runs=5),),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from vramplan.hardware import rooted
+from vramplan.hardware import sysroot
 from vramplan.hardware.host import read_host
 from vramplan.hardware.types import Host
 from vramplan.units import GIB
@@ -61,7 +61,7 @@ def memory_of(host: Host) -> Host:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
-    monkeypatch.setattr(rooted, "ROOT", tmp_path)
+    monkeypatch.setattr(sysroot, "ROOT", tmp_path)
     return Tree(tmp_path)
 
 
@@ -69,7 +69,7 @@ UNLIMITED = Host(total_bytes=TOTAL, available_bytes=AVAILABLE)
 
 
 def test_without_control_groups_the_machine_is_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooted, "ROOT", tmp_path / "none")
+    monkeypatch.setattr(sysroot, "ROOT", tmp_path / "none")
     assert memory_of(read_host()) == UNLIMITED
 
 

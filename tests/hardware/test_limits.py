@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.hardware.cgroup import memory_limits
-from vramplan.hardware.rooted import number
+from vramplan.hardware.sysroot import number
 from vramplan.units import MIB
 
 _READ = """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.machines import FakeNvml
-from vramplan.hardware import Accelerator, Host, nvidia, nvidia_order, rooted, spaced
+from vramplan.hardware import Accelerator, Host, nvidia, nvidia_order, sampling, sysroot
 from vramplan.hardware.nvidia_nvml import import_nvml
 from vramplan.units import GIB
 
@@ -48,8 +48,8 @@ def card(name: str = "NVIDIA GeForce RTX 4090", uuid: str = "GPU-aaaa-1", **fact
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    monkeypatch.setattr(rooted, "ROOT", tmp_path)
-    monkeypatch.setattr(spaced, "SECONDS", 0.0)
+    monkeypatch.setattr(sysroot, "ROOT", tmp_path)
+    monkeypatch.setattr(sampling, "SECONDS", 0.0)
     monkeypatch.setattr(nvidia_order, "ask_cuda", lambda: None)
     monkeypatch.setattr(nvidia, "torch_backends", lambda: frozenset({"cuda"}))
 

@@ -10,7 +10,7 @@ from vramplan.api.machine import known_budget
 from vramplan.calibration.published import bundled_error
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware import Accelerator, Budget, Hardware, Host
-from vramplan.hardware.types import Own
+from vramplan.hardware.types import ProcessUsage
 from vramplan.planner.residuals import ProjectionError
 from vramplan.units import GIB, MIB
 
@@ -193,7 +193,9 @@ def test_a_full_host_is_refused_with_the_numbers() -> None:
 
 def test_a_process_limit_is_torchs_own_and_not_shared_with_driver_and_desktop() -> None:
     """Half of the 23.6 GiB that torch sees of 24: context and desktop come out of the other half."""
-    own = Own(has_context=False, allocated_bytes=GIB, cached_bytes=0, fraction=0.5, limit_bytes=int(0.5 * 23.6 * GIB))
+    own = ProcessUsage(
+        has_context=False, allocated_bytes=GIB, cached_bytes=0, fraction=0.5, limit_bytes=int(0.5 * 23.6 * GIB)
+    )
     exact = ProjectionError(share=0, least_bytes=0, reason="none")
     budget = make_budget(with_card(own=own), error=exact)
     assert budget.vram_bytes == int(0.5 * 23.6 * GIB) - GIB

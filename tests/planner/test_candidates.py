@@ -9,11 +9,11 @@ import pytest
 
 from tests.support.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 from vramplan.errors import UsageError
-from vramplan.planner.candidates import Row, rows
-from vramplan.planner.companions import MOST_MIXES
+from vramplan.planner.candidates import CandidateRow, rows
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
+from vramplan.planner.other_components import MOST_MIXES
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
@@ -25,11 +25,16 @@ from vramplan.workload import Workload
 SPEC = text_to_image()
 
 
-def tried(spec: Any = SPEC, work: Workload = WORK, settings: Any = None, accelerator: Any = card()) -> list[Row]:  # noqa: B008
+def tried(
+    spec: Any = SPEC,
+    work: Workload = WORK,
+    settings: Any = None,
+    accelerator: Any = card(),  # noqa: B008
+) -> list[CandidateRow]:
     return rows(spec, work, parse_fixed(settings or {}, spec), accelerator)[0]
 
 
-def placements(found: list[Row]) -> list[Any]:
+def placements(found: list[CandidateRow]) -> list[Any]:
     return [placement for row in found for placement in row.placements]
 
 

@@ -15,7 +15,7 @@ from tests.support.specs import GIB, component, pipeline, text_to_image
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.residency import Moment, replay
+from vramplan.planner.residency import ReplayedUse, replay
 from vramplan.strategies import Placement
 from vramplan.strategies.base import Hold
 from vramplan.strategies.group_offload import GroupOffload
@@ -48,7 +48,7 @@ def holds(spec: PipelineSpec, setting: Placement) -> dict[str, Hold]:
     return {part.name: setting.hold(part, spec) for part in spec.components}
 
 
-def replayed(spec: PipelineSpec) -> list[Moment]:
+def replayed(spec: PipelineSpec) -> list[ReplayedUse]:
     return replay(spec, holds(spec, ModelCpuOffload())) + replay(
         spec, holds(spec, ModelCpuOffload()), skip_optional=True
     )

@@ -12,7 +12,7 @@ from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Ledger
-from vramplan.simulator.pipeline import hollow
+from vramplan.simulator.parts import hollow
 from vramplan.simulator.run import simulated_devices
 
 

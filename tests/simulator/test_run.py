@@ -19,9 +19,9 @@ from vramplan.planner.decide import Decision
 from vramplan.planner.fixed import parse_fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile
 from vramplan.simulator import cache
-from vramplan.simulator.figures import figures
-from vramplan.simulator.forms import Forms
-from vramplan.simulator.pipeline import parts_from_live, parts_from_profile
+from vramplan.simulator.alternatives import Alternatives
+from vramplan.simulator.cost_model import cost_model
+from vramplan.simulator.parts import parts_from_live, parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
@@ -223,7 +223,7 @@ def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
 ) -> None:
     pipe, work = small_pipeline("sd15-small"), workload_of("sd15-small")
     source = Source(pipe, spec := describe(pipe).spec)
-    found = figures(Forms(source), work, CARD, (), parse_fixed({}, spec, CARD))
+    found = cost_model(Alternatives(source), work, CARD, (), parse_fixed({}, spec, CARD))
     assert found.simulated is not None
     plain = source.run(work, [], [], accelerator=CARD)
     uses = tuple(use for use in plain.uses if use.component != "vae" or use.phase == vae_in)

@@ -24,7 +24,7 @@ from vramplan.pipeline.packed import (
     TorchaoFloat8,
     TorchaoInt8,
 )
-from vramplan.simulator.forms import Forms
+from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.source import Source, simulated_footprint
 from vramplan.simulator.unpacking import _packed_cost, unpacking
 from vramplan.strategies.base import FileName
@@ -139,7 +139,7 @@ def test_the_price_is_no_less_than_what_is_simulated(setting: Any) -> None:
     spec = spec_from_pipeline(pipe)
     source, weights = Source(pipe, spec), {"transformer": setting}
     plain = simulated_footprint(source, WORK, CARD)
-    forms = Forms(source)
+    forms = Alternatives(source)
     light, priced = forms.spec(weights), forms.footprint(weights, plain, plain.plain)
     found = source.run(WORK, grouped({}, weights), [], accelerator=CARD)
     use = next(use for use in spec.uses if use.component == "transformer")

@@ -24,9 +24,9 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.match import check_match, parse_settings
-from vramplan.runtime.load import assemble, load_component
+from vramplan.runtime.load import assemble_pipeline, load_component
 from vramplan.runtime.staged import load_applied, stages_of
-from vramplan.simulator.forms import lightened
+from vramplan.simulator.alternatives import lightened
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.units import GIB
 
@@ -117,7 +117,7 @@ def load_pipeline(plan: Any, folder: Path) -> Any:
         )
         for part in stages.spec.components
     }
-    return assemble(folder, modules)
+    return assemble_pipeline(folder, modules)
 
 
 @pytest.mark.parametrize("type_", BOTH)

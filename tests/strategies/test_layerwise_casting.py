@@ -15,8 +15,8 @@ from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.modules import modules_of
-from vramplan.simulator.forms import lightened
-from vramplan.simulator.pipeline import parts_from_profile
+from vramplan.simulator.alternatives import lightened
+from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.units import GIB

@@ -16,7 +16,7 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.held import refuse_hooked
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.types import Component, PipelineSpec, Tiling
-from vramplan.planner.candidates import Row, rows
+from vramplan.planner.candidates import CandidateRow, rows
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
@@ -39,7 +39,7 @@ VAES = (
 )
 
 
-def tried(spec: PipelineSpec, **fixed: Any) -> list[Row]:
+def tried(spec: PipelineSpec, **fixed: Any) -> list[CandidateRow]:
     return rows(spec, WORK, Fixed(**fixed), card())[0]
 
 

@@ -20,7 +20,7 @@ from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.packed import PackedLinear
-from vramplan.simulator.forms import lightened
+from vramplan.simulator.alternatives import lightened
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.settings import format_setting
 from vramplan.strategies.torchao import Torchao

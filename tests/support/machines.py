@@ -45,7 +45,7 @@ import pytest
 import yaml
 
 from vramplan.calibration.published import bundled_error
-from vramplan.hardware import amd, apple, detect, intel, nvidia, nvidia_order, rooted, spaced
+from vramplan.hardware import amd, apple, detect, intel, nvidia, nvidia_order, sampling, sysroot
 from vramplan.hardware.types import Budget, Hardware
 from vramplan.planner import budget
 from vramplan.units import parse_bytes
@@ -91,8 +91,8 @@ def stand_up(machine: dict[str, Any], patch: pytest.MonkeyPatch, root: Path) -> 
     """Everything detection asks, answered as the file says."""
     _system(machine, patch)
     _files(machine.get("files", {}), root)
-    patch.setattr(rooted, "ROOT", root)
-    patch.setattr(spaced, "SECONDS", 0.0)
+    patch.setattr(sysroot, "ROOT", root)
+    patch.setattr(sampling, "SECONDS", 0.0)
     for name in _VARIABLES:
         patch.delenv(name, raising=False)
     for name, value in {"VRAMPLAN_OFFLOAD": "/var/offload", **machine.get("environment", {})}.items():

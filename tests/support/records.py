@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vramplan.calibration.records import CallRecord, ProbeRecord, Took
+from vramplan.calibration.records import CallRecord, ProbeRecord, Usage
 from vramplan.common.versions import versions
 from vramplan.hardware.types import Accelerator
 from vramplan.units import GIB
@@ -15,8 +15,8 @@ CARD = Accelerator(
 )
 
 
-def took(reserved: int | None = 10 * GIB) -> Took:
-    return Took(
+def took(reserved: int | None = 10 * GIB) -> Usage:
+    return Usage(
         vram_allocated_bytes=reserved,
         vram_reserved_bytes=reserved,
         ram_bytes=GIB,

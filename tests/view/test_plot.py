@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 import vramplan
 from vramplan.calibration.measured import Measured, Peak
-from vramplan.calibration.records import CallRecord, Took
+from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append
 from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
@@ -186,7 +186,7 @@ class TestMeasured:
     def test_where_only_the_call_was_measured_it_is_one_line(self, simulation: Simulation, plan: Plan) -> None:
         level, _ = memory_picture(simulation, replace(took(plan).measured, phases={})).measured_device
         assert (level.places, level.sizes) == ([0, 1], [0.25, 0.25])
-        on_cpu = Took(
+        on_cpu = Usage(
             vram_allocated_bytes=None, vram_reserved_bytes=None, ram_bytes=GIB, seconds_per_step=None,
             seconds_per_call=1.0,
         )  # fmt: skip

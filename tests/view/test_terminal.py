@@ -15,7 +15,7 @@ import pytest
 from pydantic import TypeAdapter
 from rich.text import Text
 
-from vramplan.api.run import Ran
+from vramplan.api.run import RunResult
 from vramplan.calibration.measured import Measured, Peak
 from vramplan.fitting.types import Fits, Row, Smallest
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
@@ -81,7 +81,7 @@ TOOK = Measured(
         "decode": Peak(allocated_bytes=9 * GIB, reserved_bytes=10 * GIB),
     },
 )
-RAN = Ran(
+RAN = RunResult(
     plan=PLAN,
     calls=(
         'pipe.transformer.enable_group_offload(onload_device=torch.device("cuda:0"), '

@@ -12,7 +12,7 @@ from vramplan.errors import MismatchError
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.planfile.types import Plan
 from vramplan.planner.order import Prefer
-from vramplan.runtime.applied import Applied, applied_anyway, applied_to, check_device, earlier_off
+from vramplan.runtime.applied import Applied, applied_to, apply_unchecked, check_device, without_earlier_plan
 from vramplan.strategies.base import Quality
 
 
@@ -38,7 +38,7 @@ def auto_configure(
         NothingFitsError: no candidate fits; the pipeline is untouched.
         VramplanError: the pipeline already carries offload hooks of somebody else's, or is no pipeline.
     """
-    with earlier_off(pipe):
+    with without_earlier_plan(pipe):
         plan = make_plan(
             pipe,
             device=device,
@@ -50,7 +50,7 @@ def auto_configure(
             settings=settings,
             **workload,
         )
-        applied = applied_anyway(pipe, plan)
+        applied = apply_unchecked(pipe, plan)
         if recover:
             from vramplan.api.recover import recovering
 
@@ -72,7 +72,7 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     if device is None and applied_to(pipe) is None:
         check_device(plan.machine.device, plan)
         _tell_drift(pipe, plan)
-    return applied_anyway(pipe, plan, device=device)
+    return apply_unchecked(pipe, plan, device=device)
 
 
 def _tell_drift(pipe: Any, plan: Plan) -> None:

@@ -32,7 +32,7 @@ def sample_pipeline(device: str, name: str = MODEL) -> Any:
     """
     import torch
 
-    from vramplan.simulator.pipeline import parts_from_profile
+    from vramplan.simulator.parts import parts_from_profile
 
     parts = parts_from_profile(name)
     takes = inspect.signature(parts.cls.__init__).parameters  # type: ignore[misc]

@@ -13,7 +13,7 @@ from vramplan.errors import VramplanError
 from vramplan.hardware.types import Hardware
 from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.types import Plan
-from vramplan.runtime.applied import applied_anyway, applied_to, earlier_off
+from vramplan.runtime.applied import applied_to, apply_unchecked, without_earlier_plan
 
 
 @contextmanager
@@ -34,9 +34,9 @@ def changing(pipe: Any, **options: Any) -> Iterator[None]:
     applied = applied_to(pipe)
     if applied is None:
         raise VramplanError("vramplan has applied no plan to this pipeline: change it, then apply one")
-    with earlier_off(pipe):
+    with without_earlier_plan(pipe):
         yield
-        applied_anyway(pipe, planned_anew(pipe, applied.plan, **options), device=applied.device)
+        apply_unchecked(pipe, planned_anew(pipe, applied.plan, **options), device=applied.device)
 
 
 def planned_anew(pipe: Any, plan: Plan, **options: Any) -> Plan:

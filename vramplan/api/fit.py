@@ -16,10 +16,10 @@ from vramplan.errors import NothingFitsError, UsageError
 from vramplan.fitting.cards import CardSize, card_sizes
 from vramplan.fitting.largest import amount, edge_near, last_within
 from vramplan.fitting.smallest import Card, by_size, smallest_cards
-from vramplan.fitting.types import Fits, Largest, Need, Question, Row, Smallest, Try
+from vramplan.fitting.types import Fits, Largest, Question, Row, Shortfall, Smallest, Try
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.record import projected
-from vramplan.planfile.types import Asked, Plan
+from vramplan.planfile.types import Plan, PlanRequest
 from vramplan.planner.legal import Dimension, legal_workloads
 from vramplan.planner.order import Prefer
 from vramplan.strategies.base import QUALITIES, Decode, Quality
@@ -70,7 +70,7 @@ def fit(
         for model in names
     ]
     works = [subject.workload(workload) for subject in subjects]
-    asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subjects[0].fixed)
+    asked = PlanRequest(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subjects[0].fixed)
     tries = [_try(subject, _called(model), asked) for subject, model in zip(subjects, names, strict=True)]
     with steps_shown("fit") as told:
         if largest is None and device is None and vram is None:
@@ -86,7 +86,7 @@ def fit(
     return _answer("largest", asked, [row for row, _ in found], largest=beyond)
 
 
-def _answer(question: Question, asked: Asked, rows: Sequence[Row], **more: Any) -> Fits:
+def _answer(question: Question, asked: PlanRequest, rows: Sequence[Row], **more: Any) -> Fits:
     return Fits(question=question, asked=asked, fits=any(row.fits for row in rows), rows=tuple(rows), **more)
 
 
@@ -101,7 +101,7 @@ def _merit(row: Row) -> tuple[bool, int, float]:
     return False, QUALITIES.index(row.quality), row.projected.seconds_per_call
 
 
-def _try(subject: Subject, model: str, asked: Asked) -> Try:
+def _try(subject: Subject, model: str, asked: PlanRequest) -> Try:
     """What makes a row of a workload and a card."""
 
     def attempt(
@@ -164,7 +164,7 @@ def _on(
 
 
 def _largest(
-    dimension: Dimension, subject: Subject, attempt: Try, need: Need, work: Workload
+    dimension: Dimension, subject: Subject, attempt: Try, need: Shortfall, work: Workload
 ) -> tuple[Row, Row | None]:
     """The last workload that fits, or the first one where none does; and the next one, with what it lacks.
 
@@ -188,9 +188,9 @@ def _need(
     subject: Subject,
     hardware: Hardware,
     accelerator: Accelerator | None,
-    asked: Asked,
+    asked: PlanRequest,
     told: Callable[[str], object],
-) -> Need:
+) -> Shortfall:
     """How much VRAM a workload is short of; less than nothing where it fits, None where the RAM is what lacks.
 
     How to decode in least is found for the first one asked for, of one picture and of several, and taken for others.
@@ -216,7 +216,9 @@ def _need(
     return short
 
 
-def _cards(subjects: Sequence[tuple[Subject, Try, Workload]], asked: Asked, told: Callable[[str], object]) -> Fits:
+def _cards(
+    subjects: Sequence[tuple[Subject, Try, Workload]], asked: PlanRequest, told: Callable[[str], object]
+) -> Fits:
     """A row for each size of card and model, by price, and the smallest card at each quality, simulated."""
     sizes = card_sizes()
     rows: list[Row] = []
@@ -231,7 +233,7 @@ def _cards(subjects: Sequence[tuple[Subject, Try, Workload]], asked: Asked, told
 
 
 def _card(
-    subject: Subject, attempt: Try, work: Workload, size: CardSize, asked: Asked, told: Callable[[str], object]
+    subject: Subject, attempt: Try, work: Workload, size: CardSize, asked: PlanRequest, told: Callable[[str], object]
 ) -> Card:
     """The least card of a size; one with no memory left to use is a card that is too small."""
     hardware, accelerator = choose_machine(size.name)

@@ -15,16 +15,16 @@ from vramplan.pipeline.held import held_bytes, refuse_hooked
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.record import _written
 from vramplan.planfile.types import (
-    Asked,
     MachineRecord,
     Plan,
+    PlanRequest,
 )
 from vramplan.planner.candidates import weight_settings
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.order import Prefer
-from vramplan.simulator.figures import Figures, figures
-from vramplan.simulator.forms import Forms
+from vramplan.simulator.alternatives import Alternatives
+from vramplan.simulator.cost_model import CostModel, cost_model
 from vramplan.strategies.base import Decode, Quality
 from vramplan.workload import Workload, make_workload
 
@@ -75,7 +75,7 @@ def plan(
         simulate=simulate,
     )
     hardware, accelerator = choose_machine(device, vram=vram)
-    asked = Asked(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subject.fixed)
+    asked = PlanRequest(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subject.fixed)
     return subject.plan(subject.workload(workload), hardware, accelerator, asked)
 
 
@@ -109,8 +109,8 @@ class Subject:
             key: (value,) if isinstance(value, str) else tuple(value) for key, value in (settings or {}).items()
         }
         self.simulate = simulate
-        self._forms = Forms(Source(model, self.spec))
-        self._known: dict[Any, Figures] = {}
+        self._forms = Alternatives(Source(model, self.spec))
+        self._known: dict[Any, CostModel] = {}
 
     def workload(self, given: Mapping[str, Any]) -> Workload:
         """What was given, and the pipeline's own for the rest.
@@ -126,7 +126,13 @@ class Subject:
         return work
 
     def plan(
-        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: Asked, *, confirm: bool = True
+        self,
+        work: Workload,
+        hardware: Hardware,
+        accelerator: Accelerator | None,
+        asked: PlanRequest,
+        *,
+        confirm: bool = True,
     ) -> Plan:
         """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it."""
         spec = self.spec
@@ -158,7 +164,7 @@ class Subject:
         work: Workload,
         hardware: Hardware,
         accelerator: Accelerator | None,
-        asked: Asked,
+        asked: PlanRequest,
         decode: tuple[Decode, ...] | None = None,
     ) -> Least | None:
         """What this workload can be brought down to, by price, with whatever `plan` would resort to; decoded so, where
@@ -183,8 +189,8 @@ class Subject:
         return Least(vram_bytes=chosen.demand.vram_reserved_bytes, limit_bytes=budget.vram_bytes, decode=chosen.decode)
 
     def _question(
-        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: Asked
-    ) -> tuple[Fixed, Figures, Budget]:
+        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: PlanRequest
+    ) -> tuple[Fixed, CostModel, Budget]:
         """What was fixed by hand, the planner's numbers, and what may be used."""
         spec = self.spec
         refuse_hooked(spec)
@@ -195,13 +201,15 @@ class Subject:
         basis = known.basis(spec)
         return told, known, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
 
-    def _figures(self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed) -> Figures:
+    def _figures(
+        self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed
+    ) -> CostModel:
         """The planner's numbers, made where no machine with these kernels asked for them before."""
         kernels = None if accelerator is None else tuple(self._forms.source.kernels(accelerator).values())
         key = work, kernels, allow
         if key not in self._known:
             weights = weight_settings(self.spec, told, allow)
-            self._known[key] = figures(self._forms, work, accelerator, weights, told)
+            self._known[key] = cost_model(self._forms, work, accelerator, weights, told)
         return self._known[key]
 
 

@@ -20,7 +20,7 @@ from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
 from vramplan.planfile.match import vae_names
 from vramplan.planfile.types import Plan
-from vramplan.runtime.applied import PLAIN, applied_anyway, applied_to, plain_class
+from vramplan.runtime.applied import PLAIN_CLASS, applied_to, apply_unchecked, plain_class
 from vramplan.strategies import DECODES
 from vramplan.strategies.base import Decode
 from vramplan.strategies.settings import format_setting
@@ -66,7 +66,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         applied.undo()
         _give_memory_back()
         smaller = planned_anew(pipe, first, vram=str(limit))
-        applied = applied_anyway(pipe, smaller, device=device)
+        applied = apply_unchecked(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
         for rewind in rewinds:
             rewind()
@@ -92,7 +92,7 @@ def recovering(pipe: Any, *, say: Say = print) -> None:
             if applied_to(self) is not None:  # stepping down has undone the plan that was on
                 self.__class__ = own
 
-    names = {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__, PLAIN: plain}
+    names = {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__, PLAIN_CLASS: plain}
     own = type(plain.__name__, (plain,), names)
     pipe.__class__ = own
 
@@ -117,11 +117,13 @@ def _decodes_again(pipe: Any, workload: Workload, names: list[str], say: Say) ->
             vae = pipe.components.get(name)
             if vae is not None and hasattr(vae, "decode"):
                 stack.callback(vae.__dict__.pop, "decode", None)
-                vae.__dict__["decode"] = _patient(pipe, name, vae.decode, workload, say)
+                vae.__dict__["decode"] = _retry_smaller(pipe, name, vae.decode, workload, say)
         yield
 
 
-def _patient(pipe: Any, name: str, decode: Callable[..., Any], workload: Workload, say: Say) -> Callable[..., Any]:
+def _retry_smaller(
+    pipe: Any, name: str, decode: Callable[..., Any], workload: Workload, say: Say
+) -> Callable[..., Any]:
     def again(*args: Any, **kwargs: Any) -> Any:
         pieces = iter(_pieces(pipe.components[name], name, workload))
         while True:

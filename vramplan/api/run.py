@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ran:
+class RunResult:
     """What `vramplan apply` did: the plan that was on at the end, its diffusers calls, and notes where it had to be
     done otherwise; the files written; and what the call took, None where none was made."""
 
@@ -41,7 +41,7 @@ def run_plan(
     recover: bool = True,
     bars: bool = True,
     say: Callable[[str], None] = print,
-) -> Ran:
+) -> RunResult:
     """Load, apply, generate when there is a prompt; what was done and what it took.
 
     With `recover` a call that runs out of memory is made again under a smaller plan. `bars` show progress to whoever
@@ -71,13 +71,13 @@ def run_plan(
     applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not shown)
     if prompt is None:
-        return Ran(plan=applied.plan, calls=applied.calls, notes=applied.notes)
+        return RunResult(plan=applied.plan, calls=applied.calls, notes=applied.notes)
     say(f"generating on {applied.device}")
     with calibrating(pipe, ram_before_bytes=before, say=say) as took, loaded.watched():
         result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
     written = write_result(result, Path(output)) if output else []
     last = applied_to(pipe) or applied
-    return Ran(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), took=took)
+    return RunResult(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), took=took)
 
 
 def _without_bars() -> None:

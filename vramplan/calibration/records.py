@@ -18,7 +18,7 @@ _LARGEST, _LONGEST = 1 << 62, 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Took:
+class Usage:
     """Peaks in bytes and times in seconds; None for what a device or a pipeline does not tell.
 
     `phases` are the peaks of `encode`, `denoise` and `decode`, where they were told apart.
@@ -48,8 +48,8 @@ class CallRecord:
     settings: str
     shape: str
     basis: str
-    projected: Took
-    measured: Took
+    projected: Usage
+    measured: Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

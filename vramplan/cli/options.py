@@ -21,7 +21,7 @@ class Option(click.Option):
         return os.environ.get(f"{ctx.auto_envvar_prefix}_{word}") or None
 
 
-def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """One decorator for several options, in the order of the help."""
 
     def add(command: Command) -> Command:
@@ -34,24 +34,24 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 FORMAT_HELP = "How to print."
 json_option = click.option("--json", "as_json", cls=Option, is_flag=True, help="Short for --format json.")
-format_options = together(
+format_options = combined(
     click.option("--format", "form", cls=Option, type=click.Choice(FORMATS), default="auto", help=FORMAT_HELP),
     json_option,
 )
-machine_options = together(
+machine_options = combined(
     click.option("--device", help="cpu, a device here (cuda:1), a device profile (rtx-4070), or a hardware.yaml."),
     click.option("--vram", help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
     click.option("--ram", help="RAM that may be used, likewise."),
     click.option("--margin", help="VRAM kept free on purpose."),
 )
-workload_options = together(
+workload_options = combined(
     click.option("--height", type=int, help="Pixels."),
     click.option("--width", type=int, help="Pixels."),
     click.option("--frames", type=int, help="Frames of a video."),
     click.option("--batch", type=int, help="Pictures per prompt."),
     click.option("--steps", type=int, help="Denoising steps."),
 )
-load_options = together(
+loading_options = combined(
     click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
     click.option("--variant", help="Load the weight files of this variant, as fp16."),
     click.option("--revision", help="A branch, tag or commit of a hub repository; its main branch where left out."),
@@ -60,7 +60,7 @@ load_options = together(
 _ALLOW = (
     "The least faithful setting that may be chosen. Left out: lossless, and VAE tiling where nothing lossless fits."
 )
-choice_options = together(
+choice_options = combined(
     click.option("--allow", type=click.Choice(("lossless", "near_lossless", "lossy")), help=_ALLOW),
     click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True),
 )

@@ -10,7 +10,7 @@ import click
 from vramplan.cli.options import (
     choice_options,
     format_options,
-    load_options,
+    loading_options,
     machine_options,
     plot_option,
     set_option,
@@ -24,7 +24,7 @@ from vramplan.errors import MismatchError, NothingFitsError
 @click.argument("model")
 @machine_options
 @workload_options
-@load_options
+@loading_options
 @choice_options
 @set_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
@@ -58,7 +58,7 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
 )
 @machine_options
 @workload_options
-@load_options
+@loading_options
 @choice_options
 @set_option
 @format_options

@@ -10,7 +10,7 @@ import click
 
 from vramplan.cli.options import (
     format_options,
-    load_options,
+    loading_options,
     machine_options,
     plot_option,
     set_option,
@@ -59,7 +59,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 @click.argument("model")
 @machine_options
 @workload_options
-@load_options
+@loading_options
 @set_option
 @plot_option
 @format_options

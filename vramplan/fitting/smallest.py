@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vramplan.fitting.cards import CardSize
-from vramplan.planfile.types import Asked
+from vramplan.planfile.types import PlanRequest
 from vramplan.strategies.base import QUALITIES, Quality
 
 if TYPE_CHECKING:
     from vramplan.fitting.types import Row, Smallest, Try
 
-Least = Callable[[Quality | None], int | None]
+LeastVram = Callable[[Quality | None], int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Card:
 
     size: CardSize
     attempt: Try
-    least: Least
+    least: LeastVram
 
 
 def by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
@@ -43,7 +43,7 @@ def _holds_all(row: Row) -> bool:
     return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
 
 
-def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: Asked) -> list[Smallest]:
+def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: PlanRequest) -> list[Smallest]:
     """The smallest card at each quality that was not ruled out, simulated there.
 
     What runs with less done to the picture is the answer for more too, as long as no smaller card is.

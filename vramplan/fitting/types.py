@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vramplan.common.shown import Shown
-from vramplan.planfile.types import Asked, Projected, Settings
+from vramplan.planfile.types import PlanRequest, Projected, Settings
 from vramplan.planner.legal import Dimension
 from vramplan.strategies.base import Quality
 from vramplan.workload import Workload
@@ -15,7 +15,7 @@ from vramplan.workload import Workload
 FIT_SCHEMA_VERSION = 1
 Question = Literal["cards", "largest", "models"]
 Try = Callable[..., "Row"]
-Need = Callable[[Workload], float | None]
+Shortfall = Callable[[Workload], float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Fits(Shown):
 
     schema_version: int = FIT_SCHEMA_VERSION
     question: Question
-    asked: Asked
+    asked: PlanRequest
     fits: bool
     rows: tuple[Row, ...]
     smallest: tuple[Smallest, ...] = ()

@@ -10,8 +10,8 @@ from typing import Any
 
 from vramplan.hardware.own import own_use
 from vramplan.hardware.pcie import link_rate, narrowest_link
-from vramplan.hardware.rooted import as_number, at, entries, exists, number, read, read_bytes, resolved, table
-from vramplan.hardware.spaced import middle, spaced
+from vramplan.hardware.sampling import middle, spaced
+from vramplan.hardware.sysroot import as_number, at, entries, exists, number, read, read_bytes, read_table, resolved
 from vramplan.hardware.system import is_windows, is_wsl
 from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
 from vramplan.hardware.types import Accelerator, Host, Process, Reading
@@ -95,7 +95,7 @@ def _address(node: Path) -> str:
 
 
 def _properties(node: Path) -> dict[str, int]:
-    return table(node / "properties")
+    return read_table(node / "properties")
 
 
 def _visible(cards: list[_Card]) -> list[_Card]:
@@ -166,7 +166,7 @@ class _Pool:
         self.total = own = number(card.path / "mem_info_vram_total") or 0
         self.reason = "the middle of three readings"
         mapped = number(card.path / "mem_info_gtt_total") or 0
-        told = sum(table(bank).get("size_in_bytes", 0) for bank in _banks(card))
+        told = sum(read_table(bank).get("size_in_bytes", 0) for bank in _banks(card))
         if card.parts > 1:
             self.total = min(told or own // card.parts, own)
             self.reason = "what is in use on the whole card may all be in this part"

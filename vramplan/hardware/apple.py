@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 
 from vramplan.hardware.own import own_metal_use
-from vramplan.hardware.rooted import as_number
+from vramplan.hardware.sysroot import as_number
 from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import GIB, MIB
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vramplan.hardware.mounts import mounts
-from vramplan.hardware.rooted import as_number, at, is_folder, number, read, table
+from vramplan.hardware.sysroot import as_number, at, is_folder, number, read, read_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def memory_limits() -> Iterator[Limit]:
             if limit is not None:
                 yield _limit(group, name, limit, used)
         # Version 1 tells the tightest limit of the ancestors, those outside a container's view included.
-        hidden = table(group.directory / "memory.stat").get("hierarchical_memory_limit")
+        hidden = read_table(group.directory / "memory.stat").get("hierarchical_memory_limit")
         if hidden is not None and group.own:
             yield _limit(group, "hierarchical_memory_limit", hidden, used)
 
@@ -84,7 +84,7 @@ def _working_set(group: _Group) -> int:
     Without it a checkpoint that was read once looks like memory in use: 68.9 GiB of a container's 70
     (kekzl/imp#2070), of which 15.7 were on the active list. The kernel's own MemAvailable counts both lists.
     """
-    statistics = table(group.directory / "memory.stat")
+    statistics = read_table(group.directory / "memory.stat")
     clean = sum(statistics.get(name, 0) for name in group.version.clean)
     dirty = sum(statistics.get(name, 0) for name in group.version.dirty)
     used = number(group.directory / group.version.usage) or 0
@@ -103,7 +103,7 @@ def swap_limits() -> Iterator[Limit]:
             limit = None if both is None or memory is None else max(0, both - memory)
             # Without a limit both are the same huge number: no limit of swap, not none at all.
             limit = None if both is not None and both >= 1 << 60 else limit
-            used = table(group.directory / "memory.stat").get("total_swap", 0)
+            used = read_table(group.directory / "memory.stat").get("total_swap", 0)
         if limit is not None:
             yield _limit(group, name, limit, used)
 

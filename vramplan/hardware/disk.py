@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vramplan.hardware.mounts import Mount, mounts
-from vramplan.hardware.rooted import at, exists, read, resolved
+from vramplan.hardware.sysroot import at, exists, read, resolved
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _VIRTUAL = ("vd", "xvd")  # virtio and Xen

@@ -12,7 +12,7 @@ from typing import Any
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Hardware
 
-SCHEMA_VERSION = 1
+MACHINE_SCHEMA_VERSION = 1
 
 
 def is_hardware_file(device: str) -> bool:
@@ -39,7 +39,7 @@ def load_hardware(path: str | Path) -> Hardware:
     content = read_plain_yaml(text, str(path))
     if isinstance(content, dict) and "settings" in content:
         raise VramplanError(f"{path}: a plan, not a machine: vramplan detect -o FILE writes a machine")
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(content, dict) or content.get("schema_version") != MACHINE_SCHEMA_VERSION:
         raise VramplanError(f"{path}: no machine of this version: write it again with vramplan detect -o {path}")
     facts = {key: value for key, value in content.items() if key not in ("schema_version", "budget")}
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vramplan.hardware.cgroup import Limit, core_limits, memory_limits, swap_limits
 from vramplan.hardware.disk import offload_folder, read_disk
-from vramplan.hardware.rooted import as_number, at, read, table
+from vramplan.hardware.sysroot import as_number, at, read, read_table
 from vramplan.hardware.system import is_windows, is_wsl, system_name
 from vramplan.hardware.types import Host
 from vramplan.units import KIB, MIB
@@ -110,7 +110,7 @@ def _process_limits() -> Iterator[Limit]:
         import resource
     except ImportError:  # Windows
         return
-    used = table(at("/proc/self/status"))
+    used = read_table(at("/proc/self/status"))
     for name, key, source in (("RLIMIT_AS", "VmSize", "ulimit -v"), ("RLIMIT_DATA", "VmData", "ulimit -d")):
         limit = resource.getrlimit(getattr(resource, name))[0]
         if limit not in (resource.RLIM_INFINITY, -1):

@@ -8,7 +8,7 @@ from typing import Any
 
 from vramplan.hardware.own import own_use
 from vramplan.hardware.pcie import link_rate, narrowest_link
-from vramplan.hardware.rooted import at, entries, read, resolved
+from vramplan.hardware.sysroot import at, entries, read, resolved
 from vramplan.hardware.system import is_windows, is_wsl
 from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
 from vramplan.hardware.types import Accelerator, Host, Pcie, Reading

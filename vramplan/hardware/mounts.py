@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from vramplan.hardware.rooted import at, read
+from vramplan.hardware.sysroot import at, read
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 

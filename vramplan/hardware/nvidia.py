@@ -12,8 +12,8 @@ from vramplan.hardware.nvidia_facts import card_facts
 from vramplan.hardware.nvidia_nvml import ask, import_nvml, opened, text, whole
 from vramplan.hardware.nvidia_order import Order, Unit, cuda_order
 from vramplan.hardware.own import own_use
-from vramplan.hardware.rooted import at, exists
-from vramplan.hardware.spaced import middle, moved, spaced
+from vramplan.hardware.sampling import middle, moved, spaced
+from vramplan.hardware.sysroot import at, exists
 from vramplan.hardware.system import is_wsl
 from vramplan.hardware.torch_answers import torch_backends
 from vramplan.hardware.types import Accelerator, Host, Reading

@@ -9,7 +9,7 @@ from typing import Any
 
 from vramplan.hardware.nvidia_nvml import ask, text, whole
 from vramplan.hardware.pcie import link_rate
-from vramplan.hardware.rooted import at, read
+from vramplan.hardware.sysroot import at, read
 from vramplan.hardware.system import is_wsl
 from vramplan.hardware.types import Pcie, Peer, Process
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.hardware.nvidia_facts import native_dtypes
-from vramplan.hardware.rooted import at, read
+from vramplan.hardware.sysroot import at, read
 from vramplan.hardware.types import Accelerator, Host, Reading
 
 # The compute capability of the chip in each board (https://developer.nvidia.com/cuda-gpus, Jetson products).

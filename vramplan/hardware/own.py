@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from vramplan.hardware.types import Own, Reading
+from vramplan.hardware.types import ProcessUsage, Reading
 
 
 def running_torch(room: str) -> Any | None:
@@ -18,7 +18,7 @@ def running_torch(room: str) -> Any | None:
         return None
 
 
-def own_use(room: str, index: int, total_bytes: int) -> tuple[Own | None, tuple[Reading, ...]]:
+def own_use(room: str, index: int, total_bytes: int) -> tuple[ProcessUsage | None, tuple[Reading, ...]]:
     """What this process has on the device, and what its driver calls free from here; nothing where it has nothing.
 
     Asking the driver of a device not yet in use would make a context there, which takes hundreds of MiB: so only
@@ -44,7 +44,7 @@ def own_use(room: str, index: int, total_bytes: int) -> tuple[Own | None, tuple[
             free = int(torch.mem_get_info(index)[0])
             readings = (Reading(source="torch", free_bytes=max(0, min(free, total_bytes))),)
     cached = max(0, reserved - allocated)
-    own = Own(
+    own = ProcessUsage(
         has_context=reserved > 0,
         allocated_bytes=allocated,
         cached_bytes=cached,
@@ -54,7 +54,7 @@ def own_use(room: str, index: int, total_bytes: int) -> tuple[Own | None, tuple[
     return own, readings
 
 
-def own_metal_use() -> Own | None:
+def own_metal_use() -> ProcessUsage | None:
     """What this process has of a Mac's memory through Metal; None where it has nothing, or no torch.
 
     `driver_allocated_memory` counts what torch has cached too (https://docs.pytorch.org/docs/stable/mps.html).
@@ -64,7 +64,11 @@ def own_metal_use() -> Own | None:
         held, used = int(metal.driver_allocated_memory()), int(metal.current_allocated_memory())  # type: ignore[union-attr]
     except Exception:  # no torch, or one without Metal
         return None
-    return Own(has_context=True, allocated_bytes=used, cached_bytes=max(0, held - used), fraction=1.0) if held else None
+    return (
+        ProcessUsage(has_context=True, allocated_bytes=used, cached_bytes=max(0, held - used), fraction=1.0)
+        if held
+        else None
+    )
 
 
 def own_identities(room: str) -> list[str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vramplan.hardware.rooted import as_number, read
+from vramplan.hardware.sysroot import as_number, read
 from vramplan.hardware.types import Pcie
 
 # Bytes per second one way on one lane, after line coding, by PCIe generation (PCI-SIG base specifications:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-from vramplan.hardware.rooted import at, read
+from vramplan.hardware.sysroot import at, read
 
 
 def system_name() -> str:

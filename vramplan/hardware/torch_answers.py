@@ -42,7 +42,7 @@ def ask_torch(room: Room) -> list[dict[str, Any]] | str:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import answer; answer()", room],
+            [sys.executable, "-c", f"from {__name__} import torch_answer; torch_answer()", room],
             capture_output=True,
             text=True,
             timeout=_PATIENCE_SECONDS,
@@ -118,7 +118,7 @@ def _text(facts: Any, name: str) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
-def answer() -> None:
+def torch_answer() -> None:
     """What the other process does: print the devices of the kind its argument names, as JSON."""
     import torch
 

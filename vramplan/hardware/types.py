@@ -88,7 +88,7 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Own:
+class ProcessUsage:
     """What this very process has on a device: a context or not, what its tensors hold, and what torch has cached.
 
     `fraction` is torch's limit on this process, as a share of the total, and `limit_bytes` what that comes to by
@@ -140,7 +140,7 @@ class Accelerator:
     free_readings: tuple[Reading, ...] = ()
     free_reason: str | None = None
     others: tuple[Process, ...] | None = None
-    own: Own | None = None
+    own: ProcessUsage | None = None
     pcie: Pcie | None = None
     peers: tuple[Peer, ...] = ()
     memory_node: int | None = None

@@ -19,7 +19,7 @@ from vramplan.pipeline.types import PipelineSpec
 from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
 from vramplan.profiles.files import ProfileKind, located, mistakes, read_document, read_profile
 
-Place = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> PipelineSpec:
@@ -53,7 +53,7 @@ def profile_class(profile: PipelineProfile) -> type:
     return found
 
 
-def contradictions(profile: PipelineProfile) -> Iterator[tuple[Place, str]]:
+def contradictions(profile: PipelineProfile) -> Iterator[tuple[KeyPath, str]]:
     """What the installed libraries say against a profile, each with its place in the file: a class they do not have, a
     key of a configuration that its class does not take, another number of parameters than the class has."""
     try:
@@ -78,7 +78,7 @@ def unknown_keys(part: ComponentProfile) -> list[str]:
     return [key for key in part.config if not (key in names or hasattr(config, key) or f"config.{key}" in code)]
 
 
-def _contradictions(part: ComponentProfile) -> Iterator[tuple[Place, str]]:
+def _contradictions(part: ComponentProfile) -> Iterator[tuple[KeyPath, str]]:
     try:
         cls = component_class(part.library, part.class_name)
     except VramplanError as error:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vramplan.pipeline.beside import called_beside, own_tensors, read_beside
+from vramplan.pipeline.direct_access import called_directly, own_tensors, read_directly
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
 from vramplan.pipeline.quantized import element_count, marked, quantization_of
@@ -200,14 +200,14 @@ def _disk_refusal(module: torch.nn.Module) -> str | None:
 
 def _beside_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
     """A VAE is always called by its methods: what its class says of its blocks is made for that."""
-    called = None if role == "vae" else called_beside(pipeline, name, module)
+    called = None if role == "vae" else called_directly(pipeline, name, module)
     if pipeline is None or called is None:
         return None
     return f"{pipeline.__name__} calls {called} of {name} by itself, which loads no groups; use leaf-level"
 
 
 def _file_refusal(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
-    read = read_beside(pipeline, name, module)
+    read = read_directly(pipeline, name, module)
     if pipeline is None or read is None:
         return None
     return f"{pipeline.__name__} reads {read} of {name} by itself, while it is in its file: leave disk out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from vramplan.pipeline.quantized import beside_bytes, inner_tensors
+from vramplan.pipeline.quantized import extra_bytes, inner_tensors
 from vramplan.pipeline.types import Geometry
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     inner = inner_tensors(tensor)
     if inner:
         return sum(map(tensor_bytes, inner))
-    return tensor.numel() * tensor.element_size() + beside_bytes(tensor)
+    return tensor.numel() * tensor.element_size() + extra_bytes(tensor)
 
 
 def module_bytes(module: torch.nn.Module) -> int:

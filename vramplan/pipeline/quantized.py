@@ -106,7 +106,7 @@ def element_count(tensor: torch.Tensor) -> int:
     return prod(shape)
 
 
-def beside_bytes(tensor: torch.Tensor) -> int:
+def extra_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the scales that bitsandbytes keeps in attributes of a parameter, 0 for any other."""
     if type(tensor).__name__ == "Int8Params":
         return 4 * int(tensor.shape[0])  # SCB, which the first forward moves to the module

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from vramplan.pipeline.types import Tiling
 
-Axis = Literal["height", "width"]
-_AXES: tuple[Axis, ...] = ("height", "width")
+Side = Literal["height", "width"]
+_AXES: tuple[Side, ...] = ("height", "width")
 # Classes whose enable_tiling() does not give a usable decode (diffusers 0.42, seen): Cosmos and the consistency
 # decoder have no tiled decode at all; HunyuanImage's refiner joins its tiles to 36 x 24 instead of 400 x 304.
 _NO_TILED_DECODE = frozenset({"AutoencoderKLCosmos", "ConsistencyDecoderVAE", "AutoencoderKLHunyuanImageRefiner"})
@@ -57,7 +57,7 @@ def _fits(vae: Any, tile: int, side: int) -> bool:
     return all(_scaled_axis(vae, axis, tile, side) is not None for axis in _AXES)
 
 
-def _scaled_axis(vae: Any, axis: Axis, tile: int, side: int) -> dict[str, int] | None:
+def _scaled_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] | None:
     """The attributes along one axis; the shorter side takes exactly `tile`, the longer the nearest below."""
     full = _sample(vae, axis)
     assert full is not None
@@ -71,7 +71,7 @@ def _scaled_axis(vae: Any, axis: Axis, tile: int, side: int) -> dict[str, int] |
     return None
 
 
-def _scaled(vae: Any, axis: Axis, sample: int, full: int) -> dict[str, int] | None:
+def _scaled(vae: Any, axis: Side, sample: int, full: int) -> dict[str, int] | None:
     """The attributes along one axis for a tile of `sample` pixels, None where they do not come out whole."""
     values = _attributes(vae, axis)
     if any(value * sample % full for value in values.values()):
@@ -87,7 +87,7 @@ def _scaled(vae: Any, axis: Axis, sample: int, full: int) -> dict[str, int] | No
     return scaled if step > 0 and step * ratio == kept else None
 
 
-def _attributes(vae: Any, axis: Axis) -> Mapping[str, int]:
+def _attributes(vae: Any, axis: Side) -> Mapping[str, int]:
     """The spatial tile attributes along an axis; a class with one size for both has it on each."""
     return {
         name: value
@@ -96,12 +96,12 @@ def _attributes(vae: Any, axis: Axis) -> Mapping[str, int]:
     }
 
 
-def _sample(vae: Any, axis: Axis) -> int | None:
+def _sample(vae: Any, axis: Side) -> int | None:
     value = getattr(vae, f"tile_sample_min_{axis}", getattr(vae, "tile_sample_min_size", None))
     return int(value) if isinstance(value, int | float) else None
 
 
-def _ratio(vae: Any, values: Mapping[str, int], axis: Axis) -> int:
+def _ratio(vae: Any, values: Mapping[str, int], axis: Side) -> int:
     """Pixels per latent."""
     latent = values.get(f"tile_latent_min_{axis}", values.get("tile_latent_min_size"))
     sample = _sample(vae, axis)

@@ -12,7 +12,7 @@ from vramplan.pipeline.component import role_of
 from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile.types import Plan, fingerprint
-from vramplan.planner.fixed import together
+from vramplan.planner.fixed import by_component
 from vramplan.strategies.base import Decode, Decodes, Execution, Placed, Placement, Weights, half_freed
 from vramplan.strategies.settings import (
     format_setting,
@@ -89,7 +89,7 @@ def parse_settings(
         placement = _checked(placement, _under(spec, weights), accelerator)
         for axis, settings in execution.items():
             _check_execution(axis, settings, placement, spec, accelerator)
-    return grouped(placement, weights, together(*execution.values())), [
+    return grouped(placement, weights, by_component(*execution.values())), [
         (setting, _able(setting, names, spec, plan)) for setting in decode
     ]
 
@@ -135,7 +135,7 @@ def _check_execution(
     for name, setting in settings.items():
         if name not in names:
             raise UsageError(f"settings.{axis}.{name}: {spec.class_name} has no such component")
-        reason = setting.refusal(spec.component(name), accelerator) or setting.beside(placement[name])
+        reason = setting.refusal(spec.component(name), accelerator) or setting.conflict_with(placement[name])
         if reason is not None:
             raise UsageError(f"settings.{axis}.{name}: {reason}")
 

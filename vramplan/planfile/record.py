@@ -8,12 +8,12 @@ from vramplan._version import __version__
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.types import (
     SCHEMA_VERSION,
-    Asked,
     ComponentRecord,
     Considered,
     MachineRecord,
     ModelRecord,
     Plan,
+    PlanRequest,
     Projected,
     Settings,
     fingerprint,
@@ -52,7 +52,7 @@ def _written(
     machine: MachineRecord,
     outcome: Outcome,
     notes: tuple[str, ...],
-    asked: Asked,
+    asked: PlanRequest,
 ) -> Plan:
     """The outcome as a plan."""
     chosen = outcome.chosen

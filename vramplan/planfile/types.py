@@ -63,7 +63,7 @@ class MachineRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class PlanRequest:
     """What was asked for beside model, machine and workload: planning again keeps it. `settings` are the choices that
     were fixed by hand."""
 
@@ -136,7 +136,7 @@ class Plan(Shown):
     quality: Quality
     projected: Demand
     reason: str
-    asked: Asked = field(default_factory=Asked)
+    asked: PlanRequest = field(default_factory=PlanRequest)
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = ()
     candidates: tuple[Considered, ...] = ()

@@ -9,17 +9,17 @@ from itertools import product
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.companions import companion_pools, ladders_of
-from vramplan.planner.fixed import Fixed, together
+from vramplan.planner.fixed import Fixed, by_component
+from vramplan.planner.other_components import ladders_of, other_placements
 from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import PLAIN, format_setting
+from vramplan.strategies.settings import UNSET, format_setting
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
 # Settings for one component, or for several that are placed together.
-Placed = Mapping[str, Placement]
+ComponentPlacements = Mapping[str, Placement]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,33 +34,33 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
+class CandidatePool:
     """Candidates: every mix of one choice from each axis."""
 
-    axes: tuple[tuple[Placed, ...], ...]
+    axes: tuple[tuple[ComponentPlacements, ...], ...]
 
     @property
-    def placements(self) -> Iterable[Placed]:
+    def placements(self) -> Iterable[ComponentPlacements]:
         """Every mix, the last axis changing fastest."""
         return (self.mix(chosen) for chosen in product(*self.axes))
 
     @staticmethod
-    def mix(chosen: Iterable[Placed]) -> dict[str, Placement]:
+    def mix(chosen: Iterable[ComponentPlacements]) -> dict[str, Placement]:
         """One choice from each axis as one placement."""
         return {name: setting for placed in chosen for name, setting in placed.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class CandidateRow:
     """Candidates of one kind of setting for the denoiser: one line of an explanation."""
 
-    pools: tuple[Pool, ...]
+    pools: tuple[CandidatePool, ...]
     decode: tuple[Decode, ...]
     weights: Mapping[str, Weights] = field(default_factory=dict)
     execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
 
     @property
-    def placements(self) -> tuple[Placed, ...]:
+    def placements(self) -> tuple[ComponentPlacements, ...]:
         """Every candidate of every pool."""
         return tuple(placement for pool in self.pools for placement in pool.placements)
 
@@ -101,17 +101,17 @@ def execution_settings(
         for component in spec.components:
             for setting in cls.variants(component, accelerator):
                 by_setting.setdefault(setting, {})[component.name] = setting
-    return [together(attention, fixed.compile) for attention in by_setting.values()]
+    return [by_component(attention, fixed.compile) for attention in by_setting.values()]
 
 
 def rows(
     spec: PipelineSpec, workload: Workload, fixed: Fixed, accelerator: Accelerator | None
-) -> tuple[list[Row], list[Refused]]:
+) -> tuple[list[CandidateRow], list[Refused]]:
     """The candidates, and the settings that were refused with the reason for each."""
     refused: dict[tuple[str, str], Refused] = {}
     groups = _placement_groups(spec, fixed, accelerator, refused)
     decodes = _decodes(spec, workload, fixed, refused)
-    found = [Row(pools=tuple(group), decode=decode) for group in groups for decode in decodes if group]
+    found = [CandidateRow(pools=tuple(group), decode=decode) for group in groups for decode in decodes if group]
     return found, list(refused.values())
 
 
@@ -120,10 +120,10 @@ def _placement_groups(
     fixed: Fixed,
     accelerator: Accelerator | None,
     refused: dict[tuple[str, str], Refused],
-) -> Iterable[list[Pool]]:
+) -> Iterable[list[CandidatePool]]:
     def allowed(component: Component, setting: Placement) -> bool:
         reason = setting.refusal(component, spec, accelerator)
-        beside = (other.beside(setting) for other in fixed.execution.get(component.name, ()))
+        beside = (other.conflict_with(setting) for other in fixed.execution.get(component.name, ()))
         reason = reason or next(filter(None, beside), None)
         if reason is not None:
             text = format_setting(setting)
@@ -143,9 +143,9 @@ def _placement_groups(
         yield from _mixed(spec, fixed, allowed)
 
 
-def _alone(spec: PipelineSpec, setting: Placement) -> Pool:
+def _alone(spec: PipelineSpec, setting: Placement) -> CandidatePool:
     """One setting for all components, as the only candidate."""
-    return Pool(axes=((dict.fromkeys((component.name for component in spec.components), setting),),))
+    return CandidatePool(axes=((dict.fromkeys((component.name for component in spec.components), setting),),))
 
 
 def _refuse_offload_on_cpu(fixed: Fixed) -> None:
@@ -155,7 +155,9 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
             raise UsageError(f"{setting.name} needs an accelerator, and none was found; plan with --device NAME")
 
 
-def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]) -> Iterable[list[Pool]]:
+def _mixed(
+    spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]
+) -> Iterable[list[CandidatePool]]:
     """Component by component: the denoisers share one setting, their companions take every mix."""
     heads = [component for component in spec.components if component.role in ("denoiser", "control")]
     heads = heads or list(spec.components[:1])
@@ -170,13 +172,13 @@ def _mixed(spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Place
         return usable
 
     companions = [component for component in spec.components if component not in heads]
-    pools = companion_pools([(component, options(component)) for component in companions], spec)
+    pools = other_placements([(component, options(component)) for component in companions], spec)
     pools = [axes for axes in pools if all(axes)]  # of a component that can take nothing there is no candidate
     per_head = {component.name: options(component) for component in heads}
     for leading in ladders_of(per_head[heads[0].name]):
         rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
         if rungs:
-            yield [Pool(axes=(tuple(rungs), *axes)) for axes in pools]
+            yield [CandidatePool(axes=(tuple(rungs), *axes)) for axes in pools]
 
 
 def _all_heads(leading: Placement, per_head: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:
@@ -210,15 +212,15 @@ def _decodes(
     found = [()]
     options = [list(cls.variants(vae, workload)) for cls in DECODES]
     usable = [[s for s in settings if not _decode_refusals((s,), vae, workload, refused)] for settings in options]
-    together = _together(usable)
+    joined = _together(usable)
     if must_tile:
-        return _tiled(together, vae, refused)
+        return _tiled(joined, vae, refused)
     if spec.video:
-        return found + together
+        return found + joined
     alone = [(setting,) for settings in usable for setting in settings]
     if workload.num_images_per_prompt == 1:  # slicing a single picture changes nothing
         return found + [mix for mix in alone if mix[0].quality != "lossless"]
-    return found + list(dict.fromkeys([*alone, *together]))
+    return found + list(dict.fromkeys([*alone, *joined]))
 
 
 def _together(usable: Sequence[Sequence[Decode]]) -> list[tuple[Decode, ...]]:
@@ -237,7 +239,7 @@ def _tiled(
     kept = [mix for mix in found if any(isinstance(setting, VaeTiling) for setting in mix)]
     if len(kept) < len(found):
         reason = f"{vae.class_name} decodes in tiles or not at all: keep {VaeTiling.name}"
-        refused.setdefault((PLAIN, reason), Refused(setting=PLAIN, component=vae.name, reason=reason))
+        refused.setdefault((UNSET, reason), Refused(setting=UNSET, component=vae.name, reason=reason))
     return kept
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from vramplan.hardware.types import Rates
 from vramplan.pipeline.types import Use
 from vramplan.planner.footprint import Estimate, Work
-from vramplan.planner.residency import Moment
+from vramplan.planner.residency import ReplayedUse
 from vramplan.strategies.base import Hold
 
 # The share of the memory's peak rate that kernels without products reach. Assumed.
@@ -43,7 +43,7 @@ CPU_RATES = Rates(
 Bottleneck = Literal["compute", "transfer", "launch"]
 
 
-class Need:
+class UseCost:
     """What a use needs whatever the placement: activations, seconds of compute and of launching, forwards."""
 
     __slots__ = ("activation", "forwards", "kernels", "launches")
@@ -60,11 +60,11 @@ class Need:
 class Clock:
     """Turns moments into seconds: computing and launching, whichever is longer, and bytes over the link."""
 
-    needs: Mapping[Use, Need]
+    needs: Mapping[Use, UseCost]
     holds: Mapping[str, Hold]
     rates: Rates
 
-    def time(self, moments: Sequence[Moment], steps: int) -> tuple[float, float]:
+    def time(self, moments: Sequence[ReplayedUse], steps: int) -> tuple[float, float]:
         """Seconds per denoising step, and per call with this many steps."""
         first = sum(self._seconds(moment) for moment in moments if moment.use.in_loop and not moment.repeat)
         step = sum(self._seconds(moment) for moment in moments if moment.repeat)
@@ -74,7 +74,7 @@ class Clock:
         freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
         return step, rest + first + step * (steps - 1) + freed + read
 
-    def transfer(self, moment: Moment) -> float:
+    def transfer(self, moment: ReplayedUse) -> float:
         """Seconds of moving weights for this use, waits between the transfers left out."""
         hold, forwards = self.holds[moment.use.component], self.needs[moment.use].forwards
         moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
@@ -82,7 +82,7 @@ class Clock:
         read = forwards * hold.disk_bytes / DISK_BYTES_PER_S
         return read + (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
 
-    def bottleneck(self, moments: Sequence[Moment]) -> Bottleneck:
+    def bottleneck(self, moments: Sequence[ReplayedUse]) -> Bottleneck:
         """What takes longest in a step (in a call, for a pipeline without a loop)."""
         step = [moment for moment in moments if moment.repeat] or moments
         took: dict[Bottleneck, float] = {
@@ -92,7 +92,7 @@ class Clock:
         }
         return max(took, key=lambda name: took[name])
 
-    def _seconds(self, moment: Moment) -> float:
+    def _seconds(self, moment: ReplayedUse) -> float:
         hold, need = self.holds[moment.use.component], self.needs[moment.use]
         busy = max(need.kernels, need.launches)
         moved = self.transfer(moment) + self._pauses(moment)
@@ -102,5 +102,5 @@ class Clock:
         hidden = moved - waited
         return max(busy, hidden) + _OVERLAP_COST * min(busy, hidden) + waited
 
-    def _pauses(self, moment: Moment) -> float:
+    def _pauses(self, moment: ReplayedUse) -> float:
         return self.needs[moment.use].forwards * self.holds[moment.use.component].pauses * PAUSE_SECONDS

@@ -9,7 +9,7 @@ from typing import Literal
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.candidates import Pool, Refused, Row, rows
+from vramplan.planner.candidates import CandidatePool, CandidateRow, Refused, rows
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
@@ -77,7 +77,7 @@ def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lighter:
+class Alternative:
     """The pipeline with something done to its weights or attention: that, its components then, what they need."""
 
     weights: Mapping[str, Weights]
@@ -97,7 +97,7 @@ def decide(
     allow: Quality | None = None,
     prefer: Prefer = "speed",
     confirm: Confirm | None = None,
-    lighter: Sequence[Lighter] = (),
+    lighter: Sequence[Alternative] = (),
 ) -> Outcome:
     """Price every candidate and choose.
 
@@ -113,8 +113,8 @@ def decide(
         NothingFitsError: with the deficit of the nearest candidate.
         UsageError: a setting fixed by hand that cannot be.
     """
-    stored = Lighter(weights={}, execution=fixed.execution, spec=spec, footprint=footprint)
-    found: list[Row] = []
+    stored = Alternative(weights={}, execution=fixed.execution, spec=spec, footprint=footprint)
+    found: list[CandidateRow] = []
     refused: list[Refused] = []
     pricers = []
     for form in lighter if fixed.weights else (stored, *lighter):
@@ -141,7 +141,7 @@ def decide(
 class _Chooser:
     """Finds the best candidate of a row within a budget."""
 
-    pricers: Sequence[tuple[Lighter, Pricer]]
+    pricers: Sequence[tuple[Alternative, Pricer]]
     budget: Budget
     prefer: Prefer
     fixed: Fixed
@@ -151,7 +151,7 @@ class _Chooser:
         """The place of the quality that has to be allowed for it: what was set by hand is."""
         return _index_of(item.quality_beside(self.fixed.execution))
 
-    def best(self, row: Row, vram_bytes: int | None = None) -> Decision:
+    def best(self, row: CandidateRow, vram_bytes: int | None = None) -> Decision:
         """The best of the row, within less VRAM than the budget's where that is given."""
         limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
         budget = replace(self.budget, vram_bytes=limit)
@@ -162,7 +162,7 @@ class _Chooser:
         return min(judged, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
 
     def _best_of(
-        self, pool: Pool, pricer: Pricer, decode: tuple[Decode, ...], budget: Budget
+        self, pool: CandidatePool, pricer: Pricer, decode: tuple[Decode, ...], budget: Budget
     ) -> Mapping[str, Placement]:
         """The best placement of a pool: its only one, or that of a table of all, made when it is first asked for."""
         if all(len(axis) == 1 for axis in pool.axes):
@@ -183,8 +183,8 @@ def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
 
 
 def _first_confirmed(
-    pool: Sequence[tuple[Row, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None
-) -> tuple[Decision | None, list[tuple[Row, Decision]]]:
+    pool: Sequence[tuple[CandidateRow, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None
+) -> tuple[Decision | None, list[tuple[CandidateRow, Decision]]]:
     """The best decision that fits and is confirmed, and all of them with what confirming found out.
 
     One that is not confirmed gives way to the next best of its row within as much less as it was short by, and so do
@@ -192,7 +192,7 @@ def _first_confirmed(
     Once something fits, what was passed over is tried as far as it is faster. Where nothing does, every row is tried
     again from just below what failed, as memory lies in pieces that differ with the kind of placement.
     """
-    done: list[tuple[Row, Decision]] = []
+    done: list[tuple[CandidateRow, Decision]] = []
     waiting = list(pool)
     every = {id(row): row for row, _ in pool}.values()
     lowest: dict[tuple[Decode, ...], Decision] = {}  # of those that failed the one priced lowest
@@ -237,7 +237,7 @@ def _vram(item: Decision) -> int:
 
 
 def _one_more_rung(
-    row: Row, priced: Decision, found: Decision, failed: Decision | None, chooser: _Chooser, confirm: Confirm
+    row: CandidateRow, priced: Decision, found: Decision, failed: Decision | None, chooser: _Chooser, confirm: Confirm
 ) -> Decision:
     """A faster one of the row that fits after all, where simulating found less than was priced; else what was found."""
     spare = _vram(priced) - _vram(found)
@@ -252,7 +252,7 @@ def _one_more_rung(
 
 
 def _between(
-    row: Row, failed: Decision, found: Decision, limit: Quality, chooser: _Chooser, confirm: Confirm
+    row: CandidateRow, failed: Decision, found: Decision, limit: Quality, chooser: _Chooser, confirm: Confirm
 ) -> Decision:
     """One of the row that was priced at less than what failed and is faster than what was found, by halving."""
     low, high = 0, _vram(failed)
@@ -278,7 +278,9 @@ def _worth_a_try(other: Decision, found: Decision) -> bool:
     return not other.deficit_bytes and other.demand.seconds_per_call <= found.demand.seconds_per_call * _WORTH_A_TRY
 
 
-def _below(entry: tuple[Row, Decision], vram_bytes: int, failed: Decision, chooser: _Chooser) -> tuple[Row, Decision]:
+def _below(
+    entry: tuple[CandidateRow, Decision], vram_bytes: int, failed: Decision, chooser: _Chooser
+) -> tuple[CandidateRow, Decision]:
     """The entry where it needs no more than that, else the best of its row that does, else the entry ruled out."""
     row, item = entry
     if item.deficit_bytes or _vram(item) <= vram_bytes:
@@ -294,7 +296,7 @@ def _below(entry: tuple[Row, Decision], vram_bytes: int, failed: Decision, choos
     return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=short)
 
 
-def _judge(row: Row, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
+def _judge(row: CandidateRow, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
     short = _shortage(demand, budget)
     return Decision(
         placement=placement,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
-from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, Need
+from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, UseCost
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
-from vramplan.planner.residency import Moment, replay, schedule
+from vramplan.planner.residency import ReplayedUse, replay, schedule
 from vramplan.planner.residuals import Basis
 from vramplan.strategies.base import Decode, Hold, Placement
 from vramplan.units import format_bytes
@@ -63,17 +63,17 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ComponentPrice:
     """What one component adds to the price of a candidate of which nothing lingers on the device.
 
-    `hold` and `load` as they are, None for a component that is loaded already. `beside_bytes` is what is reserved at
+    `hold` and `load` as they are, None for a component that is loaded already. `extra_bytes` is what is reserved at
     the component's highest moment beside the idle weights of all, None for one that is never used. `seconds` are those
     of a call.
     """
 
     hold: Hold
     load: Load | None
-    beside_bytes: int | None
+    extra_bytes: int | None
     seconds: float
 
 
@@ -107,8 +107,8 @@ class Pricer:
         self._skips = any(use.optional for use in spec.uses)
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
-        self._decodes: dict[tuple[Decode, ...], dict[Use, Need]] = {}
-        self._parts: dict[tuple[str, Placement, tuple[Decode, ...]], Part] = {}
+        self._decodes: dict[tuple[Decode, ...], dict[Use, UseCost]] = {}
+        self._parts: dict[tuple[str, Placement, tuple[Decode, ...]], ComponentPrice] = {}
 
     def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
         """The demand of one candidate."""
@@ -145,7 +145,7 @@ class Pricer:
         """What matrix products hold on the device all along, where activations do not contain it."""
         return self.footprint.workspace_bytes if self.accelerator is not None else 0
 
-    def part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> Part:
+    def part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
         """What one component adds to the price, by this setting and decode."""
         key = name, setting, decode
         found = self._parts.get(key)
@@ -153,27 +153,27 @@ class Pricer:
             found = self._parts[key] = self._part(name, setting, decode)
         return found
 
-    def _part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> Part:
+    def _part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
         needs, hold = self._needs(decode), self._hold(name, setting)
         uses = [use for use in self.spec.uses if use.component == name]
         moments = [
-            Moment(use=use, weights_bytes=0, on_device=(), repeat=repeat)
+            ReplayedUse(use=use, weights_bytes=0, on_device=(), repeat=repeat)
             for use, repeat in schedule(uses, skip_optional=False)
         ]
         clock = Clock(needs, {name: hold}, self.rates)
         beside = [hold.running_bytes - hold.idle_bytes + needs[use].activation.reserved_bytes for use in uses]
-        return Part(
+        return ComponentPrice(
             hold=hold,
             load=None if self.loaded else self._load_of(name, setting),
-            beside_bytes=max(beside, default=None),
+            extra_bytes=max(beside, default=None),
             seconds=clock.time(moments, self.steps)[1],
         )
 
-    def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, Need]:
+    def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:
         found = self._decodes.get(decode)
         if found is None:
             found = self._decodes[decode] = {
-                use: Need(
+                use: UseCost(
                     activation=self.footprint.activation(use, decode),
                     work=self.footprint.work(use, decode),
                     rates=self.rates,
@@ -188,7 +188,7 @@ class Pricer:
             found = self._holds[name, setting] = setting.hold(self._components[name], self.spec)
         return found
 
-    def _demand(self, moment: Moment, need: Need) -> PhaseDemand:
+    def _demand(self, moment: ReplayedUse, need: UseCost) -> PhaseDemand:
         workspace = self.workspace_bytes
         return PhaseDemand(
             name=moment.use.phase,

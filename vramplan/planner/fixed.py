@@ -10,8 +10,8 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.strategies import Decode, Execution, Placement, Weights
 from vramplan.strategies.settings import (
-    PLAIN,
     STORED,
+    UNSET,
     parse_decode,
     parse_execution,
     parse_placement,
@@ -34,10 +34,10 @@ class Fixed:
     @property
     def execution(self) -> dict[str, tuple[Execution, ...]]:
         """Settings of attention and compiling, by component."""
-        return together(self.attention or {}, self.compile)
+        return by_component(self.attention or {}, self.compile)
 
 
-def together(*axes: Mapping[str, Execution]) -> dict[str, tuple[Execution, ...]]:
+def by_component(*axes: Mapping[str, Execution]) -> dict[str, tuple[Execution, ...]]:
     """The settings of several axes, by component."""
     names = dict.fromkeys(name for settings in axes for name in settings)
     return {name: tuple(settings[name] for settings in axes if name in settings) for name in names}
@@ -69,7 +69,7 @@ def parse_fixed(
             placement[name] = _component_placement(name, texts[-1], spec)
         elif axis == "weights":
             weights = (weights or {}) | _component_weights(name, texts[-1], spec)
-        elif axis in ("attention", "compile") and (name or texts[-1] == PLAIN):
+        elif axis in ("attention", "compile") and (name or texts[-1] == UNSET):
             execution.setdefault(axis, {}).update(_component_execution(axis, name, texts[-1], spec, accelerator))
         else:
             raise UsageError(
@@ -86,7 +86,7 @@ def _component_execution(
     axis: str, name: str, text: str, spec: PipelineSpec, accelerator: Accelerator | None
 ) -> dict[str, Execution]:
     """The setting for one component; `plain`, with or without a component, leaves it as it is."""
-    if text == PLAIN:
+    if text == UNSET:
         return {}
     _check_name(f"{axis}.{name}", name, spec)
     setting = parse_execution(text, axis)
@@ -120,7 +120,7 @@ def _component_placement(name: str, text: str, spec: PipelineSpec) -> Placement:
 
 def _decode_settings(texts: Sequence[str]) -> list[Decode]:
     """The settings of the decode axis, each strategy once: two tile sizes cannot both be."""
-    found = [parse_decode(text) for text in texts if text != PLAIN]
+    found = [parse_decode(text) for text in texts if text != UNSET]
     names = [setting.name for setting in found]
     for name in names:
         if names.count(name) > 1:

@@ -16,7 +16,7 @@ from vramplan.strategies.base import Hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class ReplayedUse:
     """One use of the replayed call: the weights on the device during it, and what it moved, in bytes.
 
     `on_device` names the components with at least all their weights there. In-loop uses come twice;
@@ -31,7 +31,7 @@ class Moment:
     repeat: int = 0
 
 
-def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool = False) -> list[Moment]:
+def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool = False) -> list[ReplayedUse]:
     """The moments of one call under these holds, in order."""
     predecessor = _predecessors(spec.sequence or ())
     idle = {name: hold.idle_bytes for name, hold in holds.items()}
@@ -49,7 +49,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
         if not hold.lingers:
             weights += hold.running_bytes - idle[use.component]
         moments.append(
-            Moment(
+            ReplayedUse(
                 use=use,
                 weights_bytes=weights,
                 on_device=_on_device(holds, present, use),

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vramplan.hardware.types import Budget
-from vramplan.planner.candidates import Pool
-from vramplan.planner.demand import Part, Pricer
+from vramplan.planner.candidates import CandidatePool
+from vramplan.planner.demand import ComponentPrice, Pricer
 from vramplan.planner.loading import Load
 from vramplan.planner.order import Prefer, order, rounded
 from vramplan.strategies import Decode, Placement
@@ -32,7 +32,7 @@ class _Column:
     """One component over its axis: its setting and part at each place, and how its arrays lie among those of others."""
 
     settings: Sequence[Placement]
-    parts: Sequence[Part]
+    parts: Sequence[ComponentPrice]
     shape: tuple[int, ...]
 
     @property
@@ -40,7 +40,7 @@ class _Column:
         """Whether the component is gone before others are loaded; the same at each place of a pool."""
         return self.parts[0].hold.freed
 
-    def over(self, figure: Callable[[Part], float]) -> Array:
+    def over(self, figure: Callable[[ComponentPrice], float]) -> Array:
         """A figure of each part."""
         return self._shaped([figure(part) for part in self.parts])
 
@@ -63,7 +63,7 @@ class Table:
     could take a simulation.
     """
 
-    def __init__(self, pool: Pool, pricer: Pricer, decode: tuple[Decode, ...]) -> None:
+    def __init__(self, pool: CandidatePool, pricer: Pricer, decode: tuple[Decode, ...]) -> None:
         self.pool = pool
         self.pricer = pricer
         self.lengths = tuple(map(len, pool.axes))
@@ -126,11 +126,11 @@ def _stages(columns: Sequence[_Column]) -> list[list[_Column]]:
 
 def _vram(stage: Sequence[_Column]) -> Array:
     """What is reserved while these run: what lies idle of them, and the most that one of them takes beside."""
-    used = [column for column in stage if column.parts[0].beside_bytes is not None]
+    used = [column for column in stage if column.parts[0].extra_bytes is not None]
     if not used:
         return _NOTHING
     idle = _sum(column.over(lambda part: part.hold.idle_bytes) for column in stage)
-    return idle + _largest(column.over(lambda part: part.beside_bytes or 0) for column in used)
+    return idle + _largest(column.over(lambda part: part.extra_bytes or 0) for column in used)
 
 
 def _ram(stages: Sequence[Sequence[_Column]], *, loaded: bool) -> Array:
@@ -145,7 +145,7 @@ def _ram(stages: Sequence[Sequence[_Column]], *, loaded: bool) -> Array:
     return running if loaded else _largest([running, *map(_loading, stages)])
 
 
-def _transient(part: Part, loaded: bool) -> int:
+def _transient(part: ComponentPrice, loaded: bool) -> int:
     """What a component takes of RAM beside what it holds: while its plan is applied, or whenever files are read."""
     return part.hold.host_transient_bytes if loaded or part.hold.disk_bytes else 0
 

@@ -18,11 +18,11 @@ from vramplan.planfile.match import calls_of, check_match, parse_settings
 from vramplan.planfile.types import Plan
 from vramplan.runtime.changes import State, change_since, state_of
 from vramplan.runtime.snapshot import Before, Snapshot, uninterrupted
-from vramplan.strategies.base import Decodes, Placed, put_on, unpinned
+from vramplan.strategies.base import Decodes, Placed, apply_settings, unpinned
 
 _MARK = "_vramplan_applied"
 # On the class of a pipeline whose own call recovers: the class it had before.
-PLAIN = "_vramplan_plain_class"
+PLAIN_CLASS = "_vramplan_plain_class"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class Applied:
 
 def plain_class(pipe: Any) -> type:
     """The pipeline's class as diffusers has it, also while its own call recovers."""
-    return getattr(type(pipe), PLAIN, type(pipe))
+    return getattr(type(pipe), PLAIN_CLASS, type(pipe))
 
 
 def applied_to(pipe: Any) -> Applied | None:
@@ -89,19 +89,19 @@ def applied_to(pipe: Any) -> Applied | None:
     return getattr(pipe, "__dict__", {}).get(_MARK)
 
 
-def applied_anyway(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
+def apply_unchecked(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
     """The plan on a live pipeline, as `apply_plan` does it, without asking whether it still fits."""
     earlier = applied_to(pipe)
     target = device or plan.machine.device
     if earlier is not None and earlier.plan == plan and earlier.device == target and earlier.changed is None:
         return earlier
     check_device(target, plan)
-    with earlier_off(pipe):
+    with without_earlier_plan(pipe):
         return _applied_anew(pipe, plan, target)
 
 
 @contextmanager
-def earlier_off(pipe: Any) -> Iterator[None]:
+def without_earlier_plan(pipe: Any) -> Iterator[None]:
     """What vramplan had applied is off inside the block, and on again if the block fails."""
     earlier, cls = applied_to(pipe), type(pipe)
     if earlier is None:
@@ -190,7 +190,7 @@ def _put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
         return sum(sizes[name] for name in names)
 
     with moved_bytes("applying the plan", sum(size(names) for _, names in placed)) as moved:
-        put_on(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
+        apply_settings(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
 
 
 def check_device(device: str, plan: Plan) -> None:

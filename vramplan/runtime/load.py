@@ -186,11 +186,11 @@ def _load_placed(folder: Path, stages: Staged, name: str, device: str, *, allow_
     stand_in = SimpleNamespace(components={name: module})
     for setting in stages.of(name):
         setting.apply(stand_in, [name], device)
-    let_go()
+    release_memory()
     return module
 
 
-def assemble(folder: Path, modules: Mapping[str, Any]) -> Any:
+def assemble_pipeline(folder: Path, modules: Mapping[str, Any]) -> Any:
     """The pipeline of these modules; tokenizers, schedulers and the like from the folder.
 
     Raises:
@@ -231,7 +231,7 @@ def check_prompt(stages: Staged, prompt: object) -> None:
         raise UsageError(f"the plan encodes the prompt first and drops {', '.join(stages.first)}: give --prompt")
 
 
-def let_go() -> None:
+def release_memory() -> None:
     """Give back the memory of what nobody holds any more.
 
     glibc keeps what it freed: 1.2 GiB of it after converting a 3.2 GiB UNet to float32 (measured), 0.05 GiB once told.

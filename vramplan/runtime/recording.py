@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vramplan.calibration.measured import Measured, current_rss_bytes, measured, phase_ended
-from vramplan.calibration.records import CallRecord, Took
+from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append, read_store
 from vramplan.common.versions import versions
 from vramplan.errors import VramplanError
@@ -88,14 +88,14 @@ def record_of(applied: Applied, took: Measured) -> CallRecord:
         settings=settings_text(plan.settings),
         shape=_shape(plan),
         basis=projected.basis,
-        projected=Took(
+        projected=Usage(
             vram_allocated_bytes=projected.vram_allocated_bytes if card else None,
             vram_reserved_bytes=projected.vram_reserved_bytes if card else None,
             ram_bytes=projected.ram_bytes,
             seconds_per_step=projected.seconds_per_step,
             seconds_per_call=projected.seconds_per_call,
         ),
-        measured=Took(
+        measured=Usage(
             vram_allocated_bytes=took.vram_allocated_bytes,
             vram_reserved_bytes=took.vram_reserved_bytes,
             ram_bytes=took.ram_bytes,

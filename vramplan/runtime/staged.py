@@ -14,7 +14,15 @@ from vramplan.pipeline.prompt import Encoded, checked, encode
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
 from vramplan.runtime.applied import Applied, check_device, finish_applying, planned_accelerator
-from vramplan.runtime.load import Staged, assemble, check_prompt, let_go, load_components, staged, weightless
+from vramplan.runtime.load import (
+    Staged,
+    assemble_pipeline,
+    check_prompt,
+    load_components,
+    release_memory,
+    staged,
+    weightless,
+)
 from vramplan.strategies.base import freed_first
 
 
@@ -71,10 +79,10 @@ def load_applied(
     encoded = None
     if stages.first and arguments is not None:
         encoded = _encoded(folder, stages, target, arguments, allow_pickle=allow_pickle, say=say)
-        let_go()
+        release_memory()
     modules: dict[str, Any] = dict.fromkeys(stages.first)
     modules |= load_components(folder, stages, stages.rest, target, allow_pickle=allow_pickle, say=say)
-    pipe = assemble(folder, modules)
+    pipe = assemble_pipeline(folder, modules)
     devices = {name: target if stages.loads[name].direct else "cpu" for name in stages.rest}
     _, placed = freed_first(stages.placed)
     applied = finish_applying(
@@ -102,7 +110,7 @@ def _encoded(
     """The call with its prompt encoded by encoders that are loaded for it and nothing else."""
     modules = weightless(folder, stages.spec, stages.rest)
     modules |= load_components(folder, stages, stages.first, device, allow_pickle=allow_pickle, say=say)
-    pipe = assemble(folder, modules)
+    pipe = assemble_pipeline(folder, modules)
     pipe.set_progress_bar_config(disable=True)
     say(f"encoding the prompt on {device}")
     return encode(pipe, arguments(pipe), stages.first)

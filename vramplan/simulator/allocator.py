@@ -40,14 +40,14 @@ class Chunk:
 
     address: int
     size: int
-    pool: Pool
+    pool: ChunkPool
     used: bool = False
     before: Chunk | None = None
     after: Chunk | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Pool:
+class ChunkPool:
     """The free chunks of one kind and stream, ordered by size and address as the best fit is looked for."""
 
     small: bool
@@ -86,7 +86,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
         self.retries = 0
-        self._pools: dict[tuple[int, bool], Pool] = {}
+        self._pools: dict[tuple[int, bool], ChunkPool] = {}
         self._next_address = 0
 
     def allocate(self, size: int, stream: int = 0) -> Chunk:
@@ -97,7 +97,7 @@ class CachingAllocator:
         """
         rounded = max(ROUND, -(-size // ROUND) * ROUND)
         small = rounded <= SMALL_REQUEST
-        pool = self._pools.setdefault((stream, small), Pool(small=small))
+        pool = self._pools.setdefault((stream, small), ChunkPool(small=small))
         chunk = pool.best_fit(rounded)
         if chunk is None:
             chunk = self._new_segment(rounded, pool)
@@ -139,7 +139,7 @@ class CachingAllocator:
         if self.expandable:
             self._give_back_pages()
 
-    def _new_segment(self, rounded: int, pool: Pool) -> Chunk:
+    def _new_segment(self, rounded: int, pool: ChunkPool) -> Chunk:
         size = self._segment_size(rounded, small=pool.small)
         if self._over(size):
             self.retries += 1

@@ -45,7 +45,7 @@ class Block:
 
 
 @dataclass(slots=True, kw_only=True)
-class Peak:
+class PhasePeak:
     """The highest moment of a phase: bytes on the device by kind, what ran, and which operation asked for more."""
 
     allocated_bytes: int = 0
@@ -149,7 +149,7 @@ class Ledger:
         self.over_bytes = 0
         self.costs: dict[tuple[str, str], Cost] = {}
         self.module_costs: dict[str, Cost] = {}
-        self.peaks: dict[SimulatedPhaseName, Peak] = {}
+        self.peaks: dict[SimulatedPhaseName, PhasePeak] = {}
         self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
         self.recorders: list[Recorder] = []
@@ -260,7 +260,7 @@ class Ledger:
             self.needs[key] = need
         peak = self.peaks.get(self.phase)
         if peak is None:
-            peak = self.peaks[self.phase] = Peak()
+            peak = self.peaks[self.phase] = PhasePeak()
         if allocated > peak.allocated_bytes:
             peak.allocated_bytes = allocated
             peak.by_kind = dict(self.on_device)

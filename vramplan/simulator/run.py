@@ -23,8 +23,8 @@ from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Cost, Ledger
 from vramplan.simulator.memo import Memo
 from vramplan.simulator.mode import SimulatedDevices
+from vramplan.simulator.parts import Parts
 from vramplan.simulator.patches import patched_runtime
-from vramplan.simulator.pipeline import Parts
 from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload

@@ -14,14 +14,14 @@ from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, freed_first, put_on
+from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, apply_settings, freed_first
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB
 from vramplan.workload import Workload
 
 if TYPE_CHECKING:
     from vramplan.simulator.memo import Memo
-    from vramplan.simulator.pipeline import Parts
+    from vramplan.simulator.parts import Parts
 
 # The simulated device is always this one: what it stands for is a matter of capacity and kernels.
 DEVICE = "cuda:0"
@@ -97,16 +97,16 @@ class Source:
     def parts(self) -> Parts:
         """The weightless or live parts of the model."""
         from vramplan.pipeline.hub import open_source
-        from vramplan.simulator import pipeline
+        from vramplan.simulator.parts import parts_from_live, parts_from_profile, parts_from_repository
 
         if self._parts is None:
             dtypes = {component.name: component.dtype for component in self.spec.components}
             if self.spec.source == "live":
-                self._parts = pipeline.parts_from_live(self.model)
+                self._parts = parts_from_live(self.model)
             elif self.spec.source.startswith("profile:"):
-                self._parts = pipeline.parts_from_profile(self.spec.source.removeprefix("profile:"), dtypes)
+                self._parts = parts_from_profile(self.spec.source.removeprefix("profile:"), dtypes)
             else:
-                self._parts = pipeline.parts_from_repository(open_source(self.spec.source), dtypes)
+                self._parts = parts_from_repository(open_source(self.spec.source), dtypes)
         return self._parts
 
     def run(
@@ -180,12 +180,12 @@ class Source:
 
     def alone(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
         """One forward of each component by itself, from the cache where that was made before."""
-        from vramplan.simulator.alone import traced_alone
+        from vramplan.simulator.component_trace import trace_components
         from vramplan.simulator.kernels import Kernels
 
         kernels = self.kernels(accelerator)
         key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
-        return cached(key, lambda: traced_alone(self.parts, self.spec, workload, Kernels(**kernels)))
+        return cached(key, lambda: trace_components(self.parts, self.spec, workload, Kernels(**kernels)))
 
     def decode(
         self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None
@@ -216,7 +216,7 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
     """A function that puts the settings on a hollow pipeline through their own diffusers calls."""
 
     def place(pipe: Any) -> None:
-        put_on(pipe, placed, decodes, DEVICE, hollow=True)
+        apply_settings(pipe, placed, decodes, DEVICE, hollow=True)
         if not any(setting.axis == "placement" for setting, _ in placed):
             pipe.to(DEVICE)
 

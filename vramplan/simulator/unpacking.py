@@ -18,7 +18,7 @@ from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Cost, Ledger
-from vramplan.simulator.pipeline import hollow
+from vramplan.simulator.parts import hollow
 from vramplan.simulator.run import after_matrix_products, simulated_devices
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Decode

@@ -51,7 +51,7 @@ class AttentionBackend:
             return component.attention_backend_refusal
         return _unknown(self.backend) or _no_device(self.backend, accelerator) or _no_package(self.backend)
 
-    def beside(self, placement: Placement) -> str | None:
+    def conflict_with(self, placement: Placement) -> str | None:
         """It goes with every placement."""
         return None
 

@@ -47,7 +47,7 @@ class AttentionSlicing:
         """Only denoisers with sliced processors, in place of diffusers' own ones."""
         return component.attention_slicing_refusal
 
-    def beside(self, placement: Placement) -> str | None:
+    def conflict_with(self, placement: Placement) -> str | None:
         """It goes with every placement."""
         return None
 

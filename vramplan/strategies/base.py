@@ -165,7 +165,7 @@ class Weights(Protocol):
         """The same as lines of Python on an object called `pipe`."""
 
 
-class Record(Protocol):
+class LoadRecord(Protocol):
     """What is known of a component that is to be loaded: what a plan's record of it says."""
 
     @property
@@ -193,10 +193,10 @@ class AtLoad(Weights, Protocol):
     def source(self) -> Path | None:
         """The file that is loaded in place of the component's own weights; None where those are."""
 
-    def load(self, record: Record) -> dict[str, Any]:
+    def load(self, record: LoadRecord) -> dict[str, Any]:
         """More arguments for the component's `from_pretrained`, or for `from_single_file` where there is a `source`."""
 
-    def load_code(self, record: Record) -> tuple[str, str]:
+    def load_code(self, record: LoadRecord) -> tuple[str, str]:
         """A line to come before, and the same arguments as text, each after a comma."""
 
 
@@ -223,7 +223,7 @@ class Execution(Protocol):
     def refusal(self, component: Component, accelerator: Accelerator | None) -> str | None:
         """Why this setting cannot be here, as a sentence; None when it can."""
 
-    def beside(self, placement: Placement) -> str | None:
+    def conflict_with(self, placement: Placement) -> str | None:
         """Why this setting cannot be on a component under that placement; None when it can."""
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
@@ -290,7 +290,7 @@ def freed_first(placed: Placed) -> tuple[list[Any], list[Any]]:
     return [item for item in first if item[1]], [item for item in rest if item[1]]
 
 
-def put_on(
+def apply_settings(
     pipe: Any,
     placed: Placed,
     decodes: Decodes,

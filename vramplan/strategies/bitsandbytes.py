@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from vramplan.pipeline.types import Component
-from vramplan.strategies.base import Axis, Quality, Record, missing_package, worth_quantizing
+from vramplan.strategies.base import Axis, LoadRecord, Quality, missing_package, worth_quantizing
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class Bitsandbytes:
         """Nothing after loading."""
         return []
 
-    def load(self, record: Record) -> dict[str, Any]:
+    def load(self, record: LoadRecord) -> dict[str, Any]:
         """The component's own configuration, of the library it is of."""
         import importlib
 
@@ -80,7 +80,7 @@ class Bitsandbytes:
         computed = {} if self.type == "int8" else {"bnb_4bit_compute_dtype": getattr(torch, record.dtype)}
         return {"quantization_config": config(**kinds, **computed)}
 
-    def load_code(self, record: Record) -> tuple[str, str]:
+    def load_code(self, record: LoadRecord) -> tuple[str, str]:
         """The same as text."""
         how = "load_in_8bit=True"
         if self.type == "nf4":

@@ -42,7 +42,7 @@ class CompileRepeatedBlocks:
         """Only denoisers whose class says which of its blocks repeat."""
         return component.compile_refusal
 
-    def beside(self, placement: Placement) -> str | None:
+    def conflict_with(self, placement: Placement) -> str | None:
         """Not with hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13)."""
         if isinstance(placement, SequentialCpuOffload):
             return f"{placement.name} cuts blocks at every leaf, so that nothing is left to compile together"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.types import Component
-from vramplan.strategies.base import NO_FILE, Axis, FileName, Quality, Record, missing_package
+from vramplan.strategies.base import NO_FILE, Axis, FileName, LoadRecord, Quality, missing_package
 
 if TYPE_CHECKING:
     import torch
@@ -82,14 +82,14 @@ class Gguf:
         """Nothing after loading."""
         return []
 
-    def load(self, record: Record) -> dict[str, Any]:
+    def load(self, record: LoadRecord) -> dict[str, Any]:
         """The configuration, with the dtype to compute in."""
         import diffusers
         import torch
 
         return {"quantization_config": diffusers.GGUFQuantizationConfig(compute_dtype=getattr(torch, record.dtype))}
 
-    def load_code(self, record: Record) -> tuple[str, str]:
+    def load_code(self, record: LoadRecord) -> tuple[str, str]:
         """The same as text."""
         config = f"diffusers.GGUFQuantizationConfig(compute_dtype=torch.{record.dtype})"
         return "import diffusers", f", quantization_config={config}"

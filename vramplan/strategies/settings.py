@@ -14,7 +14,7 @@ from vramplan.errors import UsageError
 from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import FileName
 
-PLAIN = "plain"
+UNSET = "plain"
 STORED = "stored"
 _ORDER = ("weights", "attention", "placement", "compile")
 

@@ -12,7 +12,7 @@ from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
-from vramplan.planfile.types import Asked, Plan
+from vramplan.planfile.types import Plan, PlanRequest
 from vramplan.profiles.catalogue import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
 from vramplan.ui.choices import Wish
@@ -93,8 +93,8 @@ def _machine(wish: Wish) -> tuple[Hardware, Accelerator | None]:
     return choose_machine(wish.device, vram=dict(wish.amounts).get("vram"))
 
 
-def _asked(wish: Wish) -> Asked:
-    return Asked(allow=wish.allow, **dict(wish.amounts))  # type: ignore[arg-type]
+def _asked(wish: Wish) -> PlanRequest:
+    return PlanRequest(allow=wish.allow, **dict(wish.amounts))  # type: ignore[arg-type]
 
 
 def _shown(plan: Plan, known: dict[str, Any]) -> Answer:

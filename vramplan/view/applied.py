@@ -12,7 +12,7 @@ from vramplan.view.shared import notes_view, table_view
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vramplan.api.run import Ran
+    from vramplan.api.run import RunResult
     from vramplan.calibration.measured import Measured
     from vramplan.planfile.types import Plan
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PROJECTED = ("fits", "loading", "speed")
 
 
-def apply_view(ran: Ran) -> RenderableType:
+def apply_view(ran: RunResult) -> RenderableType:
     """What was applied and how near the limit its call came, projected against measured; then the calls."""
     from vramplan.view.bars import plan_bar, versus_bars
     from vramplan.view.terminal import hang, stacked
@@ -38,7 +38,7 @@ def apply_view(ran: Ran) -> RenderableType:
     return stacked(views)
 
 
-def _rows(ran: Ran) -> Iterator[tuple[str, str]]:
+def _rows(ran: RunResult) -> Iterator[tuple[str, str]]:
     rows = plan_rows(ran.plan)
     if ran.took is None:
         yield from rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vramplan.view.plot.colours import ACTIVATIONS, FITS, HOST, LIMIT, NEUTRAL, WEIGHTS, WORKSPACE
-from vramplan.view.terminal import Bar, Part
+from vramplan.view.terminal import Bar, Segment
 
 if TYPE_CHECKING:
     from vramplan.calibration.measured import Measured
@@ -36,12 +36,12 @@ def versus_bars(plan: Plan, measured: Measured) -> list[Bar]:
     projected, allocated, reserved = plan_bar(plan), measured.vram_allocated_bytes, measured.vram_reserved_bytes
     if projected is None or allocated is None or reserved is None:
         return []
-    took = [Part("in tensors", allocated, "█#", WEIGHTS[2]), _kept(reserved - allocated)]
+    took = [Segment("in tensors", allocated, "█#", WEIGHTS[2]), _kept(reserved - allocated)]
     real = _whole_device("measured ", plan, took, reserved)
     return [Bar("projected", projected.parts), real] if real else []
 
 
-def _whole_device(name: str, plan: Plan, computing: list[Part], reserved_bytes: int) -> Bar | None:
+def _whole_device(name: str, plan: Plan, computing: list[Segment], reserved_bytes: int) -> Bar | None:
     device, budget = plan.machine.accelerator, plan.machine.budget
     if device is None or budget.vram_bytes is None:
         return None
@@ -53,9 +53,9 @@ def _whole_device(name: str, plan: Plan, computing: list[Part], reserved_bytes: 
         [
             *computing,
             _headroom(budget.vram_bytes - reserved_bytes),
-            Part("margin", margin - beyond, "◇m", HOST),
-            Part("context", context, "▚c", LIMIT),
-            Part("not to be used", device.total_bytes - budget.vram_bytes - margin - context, "▞x", NEUTRAL),
+            Segment("margin", margin - beyond, "◇m", HOST),
+            Segment("context", context, "▚c", LIMIT),
+            Segment("not to be used", device.total_bytes - budget.vram_bytes - margin - context, "▞x", NEUTRAL),
         ],
     )
 
@@ -75,24 +75,24 @@ def budget_bar(budget: Budget) -> Bar:
     styles = (LIMIT, HOST, NEUTRAL, WORKSPACE, ACTIVATIONS)
     taken = [item for item in budget.deductions if item.memory == "vram" and item.size_bytes > 0]
     parts = [
-        Part(item.name, item.size_bytes, f"▒{item.name[0]}", styles[number % len(styles)])
+        Segment(item.name, item.size_bytes, f"▒{item.name[0]}", styles[number % len(styles)])
         for number, item in enumerate(taken)
     ]
-    return Bar("VRAM", [Part("may be used", budget.vram_bytes or 0, "█#", WEIGHTS[0]), *parts])
+    return Bar("VRAM", [Segment("may be used", budget.vram_bytes or 0, "█#", WEIGHTS[0]), *parts])
 
 
-def _computing(peak: PhaseDemand | SimulatedPhase, cached: int) -> list[Part]:
+def _computing(peak: PhaseDemand | SimulatedPhase, cached: int) -> list[Segment]:
     return [
-        Part("weights", peak.weights_bytes, "█#", WEIGHTS[0]),
-        Part("activations", peak.activation_bytes, "▓+", ACTIVATIONS),
-        Part("workspace", peak.workspace_bytes, "▒~", WORKSPACE),
+        Segment("weights", peak.weights_bytes, "█#", WEIGHTS[0]),
+        Segment("activations", peak.activation_bytes, "▓+", ACTIVATIONS),
+        Segment("workspace", peak.workspace_bytes, "▒~", WORKSPACE),
         _kept(cached),
     ]
 
 
-def _kept(size: int) -> Part:
-    return Part("kept by torch", size, "░:", FITS)
+def _kept(size: int) -> Segment:
+    return Segment("kept by torch", size, "░:", FITS)
 
 
-def _headroom(size: int) -> Part:
-    return Part("headroom", size, "·.", "green")
+def _headroom(size: int) -> Segment:
+    return Segment("headroom", size, "·.", "green")

@@ -33,7 +33,7 @@ class _AsciiText(StringIO):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Segment:
     """A stretch of a bar: what it stands for, its bytes, its two characters (ASCII the second) and its style."""
 
     name: str
@@ -47,7 +47,7 @@ class Bar:
     """A memory as a bar of parts, and what each is. Parts of nothing are left out."""
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[Segment]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         parts = [part for part in self.parts if part.size_bytes > 0]
@@ -64,7 +64,7 @@ class Bar:
         yield Columns([*items, Text(f"= {format_bytes(total)}")], padding=(0, 2))
 
 
-def _legend(part: Part, mark: int) -> Text:
+def _legend(part: Segment, mark: int) -> Text:
     return Text.assemble((part.marks[mark], part.style), f" {part.name} {format_bytes(part.size_bytes)}", end="")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vramplan.calibration.records import Took
+from vramplan.calibration.records import Usage
 from vramplan.errors import VramplanError
 from vramplan.planfile.types import Considered, Plan, settings_text
 from vramplan.units import GIB
@@ -42,7 +42,7 @@ class CandidatesPicture:
     logarithmic: bool
 
 
-def candidates_picture(plan: Plan, measured: Took | None = None) -> CandidatesPicture:
+def candidates_picture(plan: Plan, measured: Usage | None = None) -> CandidatesPicture:
     """The picture of a plan's candidates, with a real call of the chosen one where one was measured.
 
     Raises:

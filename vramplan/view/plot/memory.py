@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vramplan.calibration.records import Took
+from vramplan.calibration.records import Usage
 from vramplan.errors import VramplanError
 from vramplan.simulator.types import Moment, Simulation, Timeline
 from vramplan.units import GIB, format_bytes
@@ -76,7 +76,7 @@ class MemoryPicture:
     measured_host: Sequence[Level] = ()
 
 
-def memory_picture(simulation: Simulation, measured: Took | None = None) -> MemoryPicture:
+def memory_picture(simulation: Simulation, measured: Usage | None = None) -> MemoryPicture:
     """The picture of a simulation, with the peaks of a real call where one was measured, phase by phase where known.
 
     Raises:
@@ -111,7 +111,7 @@ def memory_picture(simulation: Simulation, measured: Took | None = None) -> Memo
     )
 
 
-def _measured_device(measured: Took, spans: Sequence[Span]) -> Iterator[Level]:
+def _measured_device(measured: Usage, spans: Sequence[Span]) -> Iterator[Level]:
     """What the device held, and had in tensors: by phase, or over the call where phases were not told apart."""
     phases = [(span, measured.phases[span.name]) for span in spans if span.name in measured.phases]
     if measured.vram_reserved_bytes:

@@ -6,7 +6,7 @@ from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
-from vramplan.calibration.records import Took
+from vramplan.calibration.records import Usage
 from vramplan.errors import UsageError, VramplanError
 from vramplan.planfile.types import Plan
 from vramplan.simulator.types import Simulation
@@ -31,7 +31,7 @@ def check_picture(path: str | Path) -> None:
         raise VramplanError(f"--plot {path} needs {_PACKAGES[form]}: pip install 'vramplan[plot]'")
 
 
-def save_picture(path: str | Path, shown: Simulation | Plan, measured: Took | None = None) -> None:
+def save_picture(path: str | Path, shown: Simulation | Plan, measured: Usage | None = None) -> None:
     """Write the memory over a simulated call, or the candidates of a plan: `.svg`, `.png` or `.html`.
 
     What was `measured` of a real call is drawn on the same axes.
@@ -58,7 +58,7 @@ def picture_html(shown: Simulation | Plan) -> str:
     return f'<img alt="memory" style="max-width: 100%" src="data:image/png;base64,{content}">'
 
 
-def _drawn(shown: Simulation | Plan, form: str, measured: Took | None = None) -> bytes:
+def _drawn(shown: Simulation | Plan, form: str, measured: Usage | None = None) -> bytes:
     from vramplan.view.plot.candidates import candidates_picture
     from vramplan.view.plot.memory import memory_picture
     from vramplan.view.plot.with_matplotlib import draw_candidates, draw_memory, to_bytes
@@ -68,7 +68,7 @@ def _drawn(shown: Simulation | Plan, form: str, measured: Took | None = None) ->
     return to_bytes(draw_memory(memory_picture(shown, measured)), form)
 
 
-def _page(shown: Simulation | Plan, measured: Took | None) -> bytes:
+def _page(shown: Simulation | Plan, measured: Usage | None) -> bytes:
     from vramplan.view.plot.candidates import candidates_picture
     from vramplan.view.plot.memory import memory_picture
     from vramplan.view.plot.with_plotly import candidates_page, memory_page

@@ -16,9 +16,9 @@ from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
 from vramplan.planner.decide import Decision
 from vramplan.planner.demand import price
-from vramplan.simulator import alone
-from vramplan.simulator.alone import traced_alone
-from vramplan.simulator.figures import confirmed
+from vramplan.simulator import component_trace
+from vramplan.simulator.component_trace import trace_components
+from vramplan.simulator.cost_model import confirmed
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.run import SimulationError
@@ -49,7 +49,7 @@ def test_alone_a_component_takes_what_it_takes_in_the_call(small_pipeline: Calla
     pipe, work = small_pipeline(kind), workload_of(kind)
     source = Source(pipe, spec := describe(pipe).spec)
     plain = source.run(work, [], [], accelerator=None)
-    alone = traced_alone(source.parts, spec, work, Kernels())
+    alone = trace_components(source.parts, spec, work, Kernels())
     assert [replace(item, stride=()) for item in alone.decoded] == [replace(item, stride=()) for item in plain.decoded]
     assert {use.component for use in alone.uses} == {use.component for use in spec.uses}
     for use in alone.uses:
@@ -91,7 +91,7 @@ def test_what_cannot_be_traced_either_is_named_and_counted_by_rules_of_thumb(
     pipe = undriveable(small_pipeline)
     whole = vramplan.plan(pipe, device=MACHINE, height=64, width=64)
     monkeypatch.setenv("VRAMPLAN_CACHE", "0")
-    monkeypatch.setattr(alone, "_denoiser_inputs", lambda *_: iter([{"hidden_states": (1, 1)}]))
+    monkeypatch.setattr(component_trace, "_denoiser_inputs", lambda *_: iter([{"hidden_states": (1, 1)}]))
     plan = vramplan.plan(pipe, device=MACHINE, height=64, width=64)
     assert (whole.projected.basis, plan.projected.basis) == ("derived", "assumed")
     assert "not all could be traced: rules of thumb stand in for transformer" in plan.notes

@@ -22,7 +22,7 @@ _ACCESSORS = frozenset({"get_input_embeddings", "get_output_embeddings"})
 Path = tuple[str, ...]
 
 
-def called_beside(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+def called_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
     """The layer, or the method that runs layers, of the component that the pipeline calls by itself; None for none."""
     for path, called in _reached(pipeline).get(name, ()):
         holder, rest = _walk(module, path)
@@ -31,7 +31,7 @@ def called_beside(pipeline: type | None, name: str, module: torch.nn.Module) -> 
     return None
 
 
-def read_beside(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+def read_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
     """The parameter or buffer of the component that the pipeline reads by itself; None for none."""
     for path, _ in _reached(pipeline).get(name, ()):
         holder, rest = _walk(module, path)

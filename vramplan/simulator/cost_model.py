@@ -10,12 +10,12 @@ from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import execution_settings
-from vramplan.planner.decide import Decision, Lighter
+from vramplan.planner.decide import Alternative, Decision
 from vramplan.planner.demand import PhaseDemand, weakest_basis
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.residuals import Basis
-from vramplan.simulator.forms import Forms
+from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.types import SimulatedPhase, Simulation
 from vramplan.strategies.base import Weights
 from vramplan.strategies.settings import grouped
@@ -24,11 +24,11 @@ from vramplan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class CostModel:
     """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
 
     footprint: Footprint
-    lighter: tuple[Lighter, ...] = ()
+    lighter: tuple[Alternative, ...] = ()
     simulated: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
 
@@ -54,13 +54,13 @@ class Figures:
         return confirm
 
 
-def figures(
-    forms: Forms,
+def cost_model(
+    forms: Alternatives,
     work: Workload,
     accelerator: Accelerator | None,
     weights: Sequence[Mapping[str, Weights]],
     told: Fixed,
-) -> Figures:
+) -> CostModel:
     """What the planner counts with, for the weights as they are stored and with each of these settings.
 
     What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
@@ -72,15 +72,15 @@ def figures(
     source, spec, execution = forms.source, forms.source.spec, told.execution
     light = [(setting, forms.spec(setting)) for setting in weights]
 
-    def lighter(needs: Callable[[Mapping[str, Weights], PipelineSpec], Footprint]) -> tuple[Lighter, ...]:
+    def lighter(needs: Callable[[Mapping[str, Weights], PipelineSpec], Footprint]) -> tuple[Alternative, ...]:
         return tuple(
-            Lighter(weights=setting, execution=execution, spec=other, footprint=needs(setting, other))
+            Alternative(weights=setting, execution=execution, spec=other, footprint=needs(setting, other))
             for setting, other in light
         )
 
     if accelerator is None or spec.device_map is not None:
         assumed = AssumedFootprint(spec=spec, workload=work)
-        return Figures(footprint=assumed, lighter=lighter(lambda _, other: replace(assumed, spec=other)))
+        return CostModel(footprint=assumed, lighter=lighter(lambda _, other: replace(assumed, spec=other)))
     try:
         footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
     except SimulationError as error:
@@ -91,14 +91,16 @@ def figures(
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
         others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
-        return Figures(footprint=traced, lighter=others, notes=(note, *_unseen(spec, traced.plain, "could be traced")))
+        return CostModel(
+            footprint=traced, lighter=others, notes=(note, *_unseen(spec, traced.plain, "could be traced"))
+        )
     every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
     tried = (
         (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
         for item in execution_settings(spec, told, accelerator)
     )
     every += tuple(
-        Lighter(weights={}, execution=item, spec=spec, footprint=sliced)
+        Alternative(weights={}, execution=item, spec=spec, footprint=sliced)
         for item, sliced in tried
         if sliced.denoising_bytes < footprint.denoising_bytes
     )
@@ -118,7 +120,7 @@ def figures(
         return found
 
     notes = (*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call"))
-    return Figures(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
+    return CostModel(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
 
 
 def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:

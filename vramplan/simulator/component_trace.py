@@ -18,7 +18,7 @@ from vramplan.pipeline.latents import denoiser_shape, vae_scale
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.kernels import Kernels
-from vramplan.simulator.pipeline import Parts
+from vramplan.simulator.parts import Parts
 from vramplan.simulator.run import ComponentsOnly, SimulationError, after_matrix_products, decode_all, simulated_call
 from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation
 from vramplan.workload import Workload
@@ -35,7 +35,7 @@ _COSTS = ("flops", "traffic_bytes", "launches", "forwards")
 Inputs = Mapping[str, Any]
 
 
-def traced_alone(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: Kernels) -> Simulation:
+def trace_components(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: Kernels) -> Simulation:
     """One simulation made of one forward of each component that can be traced by itself.
 
     `uses` holds those components alone; peaks of the whole call are not known and 0.

@@ -11,8 +11,8 @@ from vramplan.planner.clock import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECOND
 from vramplan.strategies import Placement
 from vramplan.strategies.base import Hold
 
-Settings = list[Placement]
-Choices = Sequence[tuple[Component, Settings]]
+PlacementList = list[Placement]
+ComponentChoices = Sequence[tuple[Component, PlacementList]]
 Axes = tuple[tuple[dict[str, Placement], ...], ...]
 
 # As many mixes are looked at beside each setting of the denoiser: some 100 of those make arrays of a few megabytes.
@@ -21,13 +21,13 @@ MOST_MIXES = 4096
 _FEWER_RUNGS = (8, 3)
 
 
-def companion_pools(wanted: Choices, spec: PipelineSpec) -> list[Axes]:
+def other_placements(wanted: ComponentChoices, spec: PipelineSpec) -> list[Axes]:
     """What each companion may take: every mix of those that stay, and every mix beside each way of encoding first."""
     apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
     return [_axes(choices, spec) for choices in (apart, *_freeing(wanted))]
 
 
-def _axes(choices: Choices, spec: PipelineSpec) -> Axes:
+def _axes(choices: ComponentChoices, spec: PipelineSpec) -> Axes:
     kept = _thinned([(component, _undominated(component, spec, usable)) for component, usable in choices])
     return tuple(
         tuple({component.name: setting} for setting in settings)
@@ -35,7 +35,7 @@ def _axes(choices: Choices, spec: PipelineSpec) -> Axes:
     )
 
 
-def _freeing(wanted: Choices) -> Iterable[Choices]:
+def _freeing(wanted: ComponentChoices) -> Iterable[ComponentChoices]:
     """For each setting that frees: every component of a role under it, and the choices of all others."""
     settings = dict.fromkeys(setting for _, usable in wanted for setting in usable if setting.freed)
     for freeing in settings:
@@ -47,9 +47,9 @@ def _freeing(wanted: Choices) -> Iterable[Choices]:
             ]
 
 
-def ladders_of(settings: Sequence[Placement]) -> list[Settings]:
+def ladders_of(settings: Sequence[Placement]) -> list[PlacementList]:
     """Settings that follow each other on one ladder together, each other one by itself."""
-    found: list[Settings] = []
+    found: list[PlacementList] = []
     for setting in settings:
         if setting.ladder and found and found[-1][0].ladder == setting.ladder:
             found[-1].append(setting)
@@ -58,7 +58,7 @@ def ladders_of(settings: Sequence[Placement]) -> list[Settings]:
     return found
 
 
-def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> Settings:
+def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> PlacementList:
     """Those that no other beats: by what is on the device, in RAM and on disk, and by the time moving it takes.
 
     Times are equal up to their second digit; of equals the first is kept.
@@ -84,11 +84,11 @@ def _costs(hold: Hold) -> tuple[float, ...]:
     return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
 
 
-def _thinned(choices: Choices) -> list[Settings]:
+def _thinned(choices: ComponentChoices) -> list[PlacementList]:
     """At most `MOST_MIXES`, the lightest companions thinned first: their ladders, then all but their two ends."""
     kept = [settings for _, settings in choices]
     lightest = sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes)
-    steps: list[Callable[[Settings], Settings]] = [partial(_fewer_rungs, most=most) for most in _FEWER_RUNGS]
+    steps: list[Callable[[PlacementList], PlacementList]] = [partial(_fewer_rungs, most=most) for most in _FEWER_RUNGS]
     for thin in (*steps, _ends):
         for place in lightest:
             if prod(map(len, kept)) <= MOST_MIXES:
@@ -97,7 +97,7 @@ def _thinned(choices: Choices) -> list[Settings]:
     return kept
 
 
-def _fewer_rungs(settings: Settings, most: int) -> Settings:
+def _fewer_rungs(settings: PlacementList, most: int) -> PlacementList:
     """The settings, with `most` of each ladder that has more: those in the middle of as many equal parts."""
     kept = (
         [rungs[(2 * part + 1) * len(rungs) // (2 * most)] for part in range(most)] if len(rungs) > most else rungs
@@ -106,6 +106,6 @@ def _fewer_rungs(settings: Settings, most: int) -> Settings:
     return [rung for rungs in kept for rung in rungs]
 
 
-def _ends(settings: Settings) -> Settings:
+def _ends(settings: PlacementList) -> PlacementList:
     """The first and the smallest."""
     return settings[:1] + settings[-1:] if len(settings) > 1 else settings

@@ -40,7 +40,7 @@ def as_number(text: str | None) -> int | None:
     return int(text) if text is not None and _NUMBER.fullmatch(text) else None
 
 
-def table(path: Path) -> dict[str, int]:
+def read_table(path: Path) -> dict[str, int]:
     """The lines `key number` of a file (`memory.stat`, a topology node), colons and units left off."""
     pairs = (line.split() for line in (read(path) or "").splitlines())
     found = {words[0].rstrip(":"): as_number(words[1]) for words in pairs if len(words) >= 2}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SIZES = ("weight_bytes", "dtype_bytes", "geometry")
 
 
-class Forms:
+class Alternatives:
     """The forms of one model's weights. Each component is made and measured once under each setting."""
 
     def __init__(self, source: Source) -> None:
