@@ -62,8 +62,8 @@ def simulated_gib(row: Row) -> float:
     from vramplan.pipeline.describe import describe
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
+    from vramplan.simulator.model import placing
     from vramplan.simulator.run import call_inputs, simulated_call
-    from vramplan.simulator.source import placing
     from vramplan.strategies.settings import grouped, parse_decode, parse_placement
     from vramplan.units import MIB
     from vramplan.workload import make_workload
@@ -191,7 +191,7 @@ def priced_bytes(row: Row, basis: str) -> int | None:
     from vramplan.pipeline.describe import describe
     from vramplan.planner.demand import price
     from vramplan.planner.footprint import AssumedFootprint
-    from vramplan.simulator.source import Source, traced_footprint
+    from vramplan.simulator.model import SimulatedModel, traced_footprint
     from vramplan.strategies.settings import parse_decode, parse_placement
     from vramplan.workload import make_workload
 
@@ -204,7 +204,7 @@ def priced_bytes(row: Row, basis: str) -> int | None:
     texts = {part.name: told if isinstance(told, str) else told[part.name] for part in spec.components}
     placed = {name: parse_placement(text).complete(spec.component(name)) for name, text in texts.items()}
     assumed = AssumedFootprint(spec=spec, workload=work)
-    footprint = assumed if basis == "assumed" else traced_footprint(Source(row["model"], spec), work, card)
+    footprint = assumed if basis == "assumed" else traced_footprint(SimulatedModel(spec), work, card)
     decode = [parse_decode(text) for text in row.get("decode", ())]
     demand = price(spec, work, placed, decode, footprint=footprint, accelerator=card)
     return demand.vram_reserved_bytes if row["metric"] == "reserved" else demand.vram_allocated_bytes

@@ -30,9 +30,9 @@ import torch
 from vramplan.calibration.measured import current_rss_bytes, peak_rss_bytes
 from vramplan.common.files import write_text
 from vramplan.pipeline.describe import describe
+from vramplan.simulator.model import SimulatedModel, placing
 from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
-from vramplan.simulator.source import Source, placing
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB, MIB
 from vramplan.workload import Workload, make_workload
@@ -95,7 +95,7 @@ class Models:
     def __init__(self) -> None:
         self.name = ""
         self.real: dict[str, torch.nn.Module] = {}
-        self.source: Source | None = None
+        self.source: SimulatedModel | None = None
         self.defaults: Any = {}
 
     def load(self, name: str) -> None:
@@ -112,7 +112,7 @@ class Models:
         described = describe(name)
         kept = tuple(component for component in described.spec.components if component.name not in LEFT_OUT)
         self.name, self.defaults = name, described.defaults
-        self.source = Source(name, replace(described.spec, components=kept))
+        self.source = SimulatedModel(replace(described.spec, components=kept))
         for part in LEFT_OUT:
             self.source.parts.modules.pop(part, None)
 
@@ -161,7 +161,7 @@ def run_case(case: Case, models: Models) -> dict[str, Any]:
     return {"measured": measured, "projected": project(models.source, grouped(placement), decodes, work)}
 
 
-def project(source: Source, placed: Any, decodes: Any, work: Workload) -> dict[str, Any]:
+def project(source: SimulatedModel, placed: Any, decodes: Any, work: Workload) -> dict[str, Any]:
     """The simulation without a safety checker, as the measured pipeline has none."""
     try:
         found = source.run(work, placed, decodes, accelerator=None)

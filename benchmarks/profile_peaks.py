@@ -53,14 +53,14 @@ def digest(profile: PipelineProfile) -> str:
 def simulated(name: str) -> dict[str, Any]:
     """The profile's record. Raises SimulationError where its call cannot be simulated."""
     from vramplan.pipeline.describe import describe
-    from vramplan.simulator.source import Source, simulated_footprint
+    from vramplan.simulator.model import SimulatedModel, simulated_footprint
     from vramplan.workload import make_workload
 
     start = time.process_time()
     described = describe(name)
     work = make_workload(described.defaults, {})
     accelerator = device_accelerator(load_device_profile(DEVICE))
-    found = simulated_footprint(Source(name, described.spec), work, accelerator).plain
+    found = simulated_footprint(SimulatedModel(described.spec), work, accelerator).plain
     return {
         "digest": digest(load_pipeline_profile(name)),
         "workload": asdict(work),

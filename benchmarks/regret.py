@@ -36,8 +36,8 @@ from vramplan.planner.fixed import Fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names
 from vramplan.simulator.cost_model import confirmed
 from vramplan.simulator.footprint import SimulatedFootprint
+from vramplan.simulator.model import SimulatedModel, simulated_footprint
 from vramplan.simulator.run import SimulationError
-from vramplan.simulator.source import Source, simulated_footprint
 from vramplan.simulator.types import Simulation
 from vramplan.strategies import Decode, Placement
 from vramplan.strategies.base import QUALITIES, Quality
@@ -99,7 +99,7 @@ class Subject:
     spec: PipelineSpec
     work: Workload
     accelerator: Accelerator
-    source: Source
+    source: SimulatedModel
     footprint: SimulatedFootprint
     price: Pricer
     plain: Decodes
@@ -116,7 +116,7 @@ class Subject:
 def subject_of(name: str, accelerator: Accelerator) -> Subject:
     described = describe(name)
     spec, work = described.spec, make_workload(described.defaults, {})
-    source = Source(name, spec)
+    source = SimulatedModel(spec)
     footprint = simulated_footprint(source, work, accelerator)
     price = Pricer(spec, work, footprint, accelerator)
     found, _ = rows(spec, work, Fixed(), accelerator)

@@ -13,7 +13,6 @@ from vramplan.api.plan import Least
 from vramplan.errors import UsageError
 from vramplan.fitting.largest import amount, edge_near, last_within
 from vramplan.hardware.types import Hardware, Host
-from vramplan.planfile.types import PlanRequest
 from vramplan.workload import Workload
 
 SIDES = [side * side for side in range(8, 257)]  # as pixels in patches: what memory grows with
@@ -91,7 +90,7 @@ def test_the_way_to_decode_is_kept_but_for_what_is_too_small_for_it() -> None:
             return Least(vram_bytes=work.height, limit_bytes=1000, decode=tiles) if work.height < 4096 else None
 
     machine = Hardware(accelerators=(), host=Host(total_bytes=1, available_bytes=1))
-    short = _need(Subject(), machine, None, PlanRequest(), lambda text: None)
+    short = _need(Subject(), machine, None, lambda text: None)
     works = [Workload(height=height, width=8) for height in (1024, 2048, 256, 4096)]
     assert [short(work) for work in works] == [24, 1048, -744, None]
     assert [decode for _, _, decode in asked] == [None, ("tiles", 1), ("tiles", 1), None, ("tiles", 1)]

@@ -21,8 +21,8 @@ from vramplan.simulator.component_trace import trace_components
 from vramplan.simulator.cost_model import confirmed
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
+from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.run import SimulationError
-from vramplan.simulator.source import Source
 from vramplan.strategies.resident import Resident
 from vramplan.units import GIB
 
@@ -47,7 +47,7 @@ def undriveable(small_pipeline: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("kind", SMALL)
 def test_alone_a_component_takes_what_it_takes_in_the_call(small_pipeline: Callable[..., Any], kind: str) -> None:
     pipe, work = small_pipeline(kind), workload_of(kind)
-    source = Source(pipe, spec := describe(pipe).spec)
+    source = SimulatedModel(spec := describe(pipe).spec)
     plain = source.run(work, [], [], accelerator=None)
     alone = trace_components(source.parts, spec, work, Kernels())
     assert [replace(item, stride=()) for item in alone.decoded] == [replace(item, stride=()) for item in plain.decoded]
@@ -123,7 +123,7 @@ def test_a_phase_that_the_simulated_call_left_out_is_counted_and_told(small_pipe
 
 def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price(small_pipeline: Callable[..., Any]) -> None:
     pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
-    source = Source(pipe, spec := describe(pipe).spec)
+    source = SimulatedModel(spec := describe(pipe).spec)
     found = source.run(work, [], [], accelerator=CARD)
     footprint = SimulatedFootprint(spec=spec, workload=work, plain=found, decode=lambda _: found)
     placement = {component.name: Resident() for component in spec.components}
@@ -142,7 +142,7 @@ def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(
     small_pipeline: Callable[..., Any], short: int, lack: str
 ) -> None:
     pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
-    found = Source(pipe, describe(pipe).spec).run(work, [], [], accelerator=CARD)
+    found = SimulatedModel(describe(pipe).spec).run(work, [], [], accelerator=CARD)
     stopped = replace(found, stopped="out of memory", short_bytes=short, over_bytes=4096)
     priced = Decision(placement={}, decode=(), demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
     told = confirmed(priced, stopped)

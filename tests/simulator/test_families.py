@@ -25,8 +25,8 @@ from vramplan.hardware import Accelerator
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
 from vramplan.simulator.memo import Memo
+from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.run import call_inputs
-from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.settings import grouped, parse_placement
@@ -121,7 +121,7 @@ def simulated(name: str, placement: str) -> Simulation | str:
         return "; ".join(refused.values())
     placed = wanted | dict.fromkeys(refused, parse_placement("resident"))
     before = (marks_in_the_process(), marks_on(pipe))
-    result = Source(pipe, spec).run(FAMILIES[name].workload, grouped(placed), [], accelerator=CARD)
+    result = SimulatedModel(spec).run(FAMILIES[name].workload, grouped(placed), [], accelerator=CARD)
     assert (marks_in_the_process(), marks_on(pipe)) == before
     return result
 

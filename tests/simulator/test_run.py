@@ -21,9 +21,9 @@ from vramplan.profiles.catalogue import device_accelerator, load_device_profile
 from vramplan.simulator import cache
 from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.cost_model import cost_model
+from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.parts import parts_from_live, parts_from_profile
 from vramplan.simulator.run import run_simulation
-from vramplan.simulator.source import Source
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
@@ -44,7 +44,7 @@ def simulated(pipe: Any, kind: str, placement: str, decode: tuple[str, ...] = ()
         refused = mine.refusal(component, spec, CARD)
         placed[component.name] = parse_placement("resident") if refused else mine
     decodes = [(parse_decode(text), [vae.name for vae in spec.vaes]) for text in decode]
-    return Source(pipe, spec).run(workload_of(kind), grouped(placed), decodes, accelerator=CARD)
+    return SimulatedModel(spec).run(workload_of(kind), grouped(placed), decodes, accelerator=CARD)
 
 
 @pytest.mark.diagonal("kind", "placement")
@@ -167,7 +167,7 @@ def test_another_picture_is_another_entry(
     small_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path))
-    source = Source(pipe := small_pipeline("sd15-small"), describe(pipe).spec)
+    source = SimulatedModel(describe(small_pipeline("sd15-small")).spec)
     for side in (64, 128):
         source.run(Workload(height=side, width=side), [], [], accelerator=None)
     assert len(list(tmp_path.glob("*.json"))) == 2
@@ -200,10 +200,10 @@ def test_what_other_cards_had_recorded_serves_and_makes_no_difference(
     pipe, work = small_pipeline("flux-small", torch_dtype=getattr(torch, dtype)), workload_of("flux-small")
     spec = describe(pipe).spec
     cards = [device_accelerator(load_device_profile(name)) for name in ("t4", "rtx-4090", "h100-80gb")]
-    source = Source(pipe, spec)
+    source = SimulatedModel(spec)
     assert [source.kernels(card)["math_dtypes"] for card in cards] == [matter, (), ()]
     found = [source.run(work, [], [], accelerator=card) for card in cards]
-    alone = [Source(pipe, spec).run(work, [], [], accelerator=card) for card in cards]
+    alone = [SimulatedModel(spec).run(work, [], [], accelerator=card) for card in cards]
     assert [replace(item, wall_seconds=0) for item in found] == [replace(item, wall_seconds=0) for item in alone]
     held = [item.peak_allocated_bytes for item in found]
     assert held[2] == held[1] + 24 * MIB  # what cuBLAS holds on Hopper
@@ -222,7 +222,7 @@ def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
     runs: int,
 ) -> None:
     pipe, work = small_pipeline("sd15-small"), workload_of("sd15-small")
-    source = Source(pipe, spec := describe(pipe).spec)
+    source = SimulatedModel(spec := describe(pipe).spec)
     found = cost_model(Alternatives(source), work, CARD, (), parse_fixed({}, spec, CARD))
     assert found.simulated is not None
     plain = source.run(work, [], [], accelerator=CARD)

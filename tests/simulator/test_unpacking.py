@@ -25,7 +25,7 @@ from vramplan.pipeline.packed import (
     TorchaoInt8,
 )
 from vramplan.simulator.alternatives import Alternatives
-from vramplan.simulator.source import Source, simulated_footprint
+from vramplan.simulator.model import SimulatedModel, simulated_footprint
 from vramplan.simulator.unpacking import _packed_cost, unpacking
 from vramplan.strategies.base import FileName
 from vramplan.strategies.bitsandbytes import Bitsandbytes
@@ -108,7 +108,7 @@ def test_the_unpacked_weight_is_charged() -> None:
 
 def test_layers_that_are_not_packed_take_nothing_more() -> None:
     pipe = build("flux-small")
-    plain = Source(pipe, spec_from_pipeline(pipe)).run(WORK, [], [], accelerator=CARD)
+    plain = SimulatedModel(spec_from_pipeline(pipe)).run(WORK, [], [], accelerator=CARD)
     found = unpacking("transformer", copy.deepcopy(pipe.transformer), torch.float32, plain)
     assert (found.extra_bytes, found.traffic_bytes, found.launches) == (0, 0, 0)
 
@@ -137,7 +137,7 @@ def test_the_price_is_no_less_than_what_is_simulated(setting: Any) -> None:
     pipe = build("flux-small")
     pipe.to(torch.bfloat16)
     spec = spec_from_pipeline(pipe)
-    source, weights = Source(pipe, spec), {"transformer": setting}
+    source, weights = SimulatedModel(spec), {"transformer": setting}
     plain = simulated_footprint(source, WORK, CARD)
     forms = Alternatives(source)
     light, priced = forms.spec(weights), forms.footprint(weights, plain, plain.plain)

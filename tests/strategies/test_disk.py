@@ -26,7 +26,7 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
-from vramplan.simulator.source import Source
+from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies import disk
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.partial_residency import PartialResidency, spread
@@ -216,7 +216,7 @@ def test_the_simulation_keeps_weights_out_of_ram_and_writes_nothing(folder: Path
     def run(text: str) -> Any:
         told = {c.name: "resident" if c.role == "vae" else text for c in spec.components}
         placement = {name: parse_placement(text).complete(spec.component(name)) for name, text in told.items()}
-        return Source(pipe, spec).run(work, grouped(placement), [], accelerator=card())
+        return SimulatedModel(spec).run(work, grouped(placement), [], accelerator=card())
 
     plain, files = run("group_offload"), run("group_offload:disk=true")
     assert files.peak_reserved_bytes == plain.peak_reserved_bytes

@@ -286,10 +286,10 @@ def test_scores_are_held_where_no_kernel_is_fused() -> None:
 @pytest.mark.parametrize(("accelerator", "falls"), [(METAL, True), (card(8 * GIB), False)])
 def test_slicing_lowers_the_peak_only_where_scores_are_held(accelerator: Accelerator, falls: bool) -> None:
     from vramplan.pipeline.describe import describe
-    from vramplan.simulator.source import Source
+    from vramplan.simulator.model import SimulatedModel
 
     pipe, work = FAMILIES["sdxl-image-to-image"].make(), FAMILIES["sdxl-image-to-image"].workload
-    source = Source(pipe, describe(pipe).spec)
+    source = SimulatedModel(describe(pipe).spec)
     placed: Any = [(AttentionSlicing(size="max"), ["unet"])]
     whole, sliced = (source.run(work, item, [], accelerator=accelerator) for item in ([], placed))
     peaks = [max(use.need_bytes for use in found.uses if use.phase == "denoise") for found in (whole, sliced)]

@@ -27,7 +27,7 @@ from vramplan.pipeline.quantized import marked
 from vramplan.planner.loading import load_of
 from vramplan.runtime.staged import load_applied
 from vramplan.simulator.alternatives import Alternatives, lightened
-from vramplan.simulator.source import Source
+from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.base import FileName
 from vramplan.strategies.gguf import Gguf
@@ -220,7 +220,7 @@ def test_loading_takes_the_bytes_of_the_file_and_not_of_the_stored_weights(file_
     folder, file = small_folder("flux-small"), file_of(Kind.Q4_K)
     spec = spec_from_folder(folder, dtype="bfloat16")
     setting = parse_weights(f"gguf:file={file}")
-    part = Alternatives(Source(folder, spec)).spec({"transformer": setting}).component("transformer")
+    part = Alternatives(SimulatedModel(spec)).spec({"transformer": setting}).component("transformer")
     load = load_of(part, Resident(), Resident().hold(part, spec))
     assert load.peak_bytes == file.stat().st_size < module_bytes(build("flux-small").transformer)
     assert not load.direct

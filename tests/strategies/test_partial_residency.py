@@ -15,7 +15,7 @@ from tests.support.specs import GIB, card, component, text_to_image
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of
-from vramplan.simulator.source import Source
+from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies.base import remove_group_hooks
 from vramplan.strategies.partial_residency import PartialResidency, apply_partial_residency, spread
 from vramplan.strategies.settings import grouped, parse_placement
@@ -37,7 +37,7 @@ def simulated(pipe: Any, kind: str, name: str, setting: str) -> Any:
     work = make_workload({}, {k: v for k, v in call_kwargs(kind).items() if k in ("height", "width", "num_frames")})
     placement = {part.name: parse_placement("resident") for part in spec.components}
     placement[name] = parse_placement(setting)
-    return Source(pipe, spec).run(work, grouped(placement), [], accelerator=card()), spec.component(name)
+    return SimulatedModel(spec).run(work, grouped(placement), [], accelerator=card()), spec.component(name)
 
 
 @pytest.mark.parametrize("kind", SMALL)

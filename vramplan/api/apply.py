@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
-from vramplan.api.plan import plan as make_plan
+from vramplan.api.machine import choose_machine
+from vramplan.api.plan import Subject
+from vramplan.api.request import PlanOptions, PlanRequest, make_request
 from vramplan.errors import MismatchError
 from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.types import Plan
-from vramplan.planner.order import Prefer
 from vramplan.runtime.applied import Applied, applied_to, apply_unchecked, check_device, without_earlier_plan
-from vramplan.strategies.base import Quality
 
 
 def auto_configure(
-    pipe: Any,
-    *,
-    device: str | None = None,
-    vram: str | None = None,
-    ram: str | None = None,
-    margin: str | None = None,
-    allow: Quality | None = None,
-    prefer: Prefer = "speed",
-    settings: Mapping[str, str | Sequence[str]] | None = None,
-    recover: bool = False,
-    **workload: Any,
+    pipe: Any, request: PlanRequest | None = None, *, recover: bool = False, **options: Unpack[PlanOptions]
 ) -> Plan:
     """Detect, plan and apply in one call on a live pipeline; returns the plan, which prints itself.
 
-    The arguments are those of `vramplan.plan`. A plan that vramplan applied before is replaced. With `recover` the
-    pipeline's own call is made as `vramplan.recovering_call` makes it, until the plan is undone.
+    `request` and `options` are those of `vramplan.plan`. A plan that vramplan applied before is replaced. With
+    `recover` the pipeline's own call is made as `vramplan.recovering_call` makes it, until the plan is undone.
 
     Raises:
         NothingFitsError: no candidate fits; the pipeline is untouched.
-        VramplanError: the pipeline already carries offload hooks of somebody else's, or is no pipeline.
+        VramplanError: the pipeline already carries offload hooks that vramplan did not set, or is no pipeline.
     """
+    request = request or make_request(options)
     with without_earlier_plan(pipe):
-        plan = make_plan(
-            pipe,
-            device=device,
-            vram=vram,
-            ram=ram,
-            margin=margin,
-            allow=allow,
-            prefer=prefer,
-            settings=settings,
-            **workload,
-        )
-        applied = apply_unchecked(pipe, plan)
+        subject = Subject(pipe, request)
+        plan = subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))
+        applied = apply_unchecked(pipe, plan, spec=subject.spec)
         if recover:
             from vramplan.api.recover import recovering
 
@@ -69,16 +51,18 @@ def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
             changed since it was planned is a warning.
         UsageError: an edited setting that cannot be. In each case the pipeline is as it was.
     """
+    spec = None
     if device is None and applied_to(pipe) is None:
         check_device(plan.machine.device, plan)
-        _tell_drift(pipe, plan)
-    return apply_unchecked(pipe, plan, device=device)
+        spec = spec_from_pipeline(pipe)
+        _warn_of_drift(plan, spec)
+    return apply_unchecked(pipe, plan, device=device, spec=spec)
 
 
-def _tell_drift(pipe: Any, plan: Plan) -> None:
+def _warn_of_drift(plan: Plan, spec: PipelineSpec) -> None:
     from vramplan.api.check import drift_of
 
-    found = drift_of(plan, spec_from_pipeline(pipe))
+    found = drift_of(plan, spec)
     if found.broken is not None:
         raise MismatchError(found.broken)
     for change in found.changes:

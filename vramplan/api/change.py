@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from vramplan.api.check import wishes
 from vramplan.api.plan import plan as make_plan
+from vramplan.api.request import request_of
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Hardware
 from vramplan.pipeline.modules import modules_of
@@ -40,12 +40,20 @@ def changing(pipe: Any, **options: Any) -> Iterator[None]:
 
 
 def planned_anew(pipe: Any, plan: Plan, **options: Any) -> Plan:
-    """The plan for a pipeline as it is now: on the machine, within the memory and by the wishes of an earlier one."""
+    """Plan for a pipeline as it is now: on the machine, within the memory and by the preferences of an earlier plan."""
     machine, budget = plan.machine, plan.machine.budget
     hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
-    limits = {"vram": None if budget.vram_bytes is None else str(budget.vram_bytes), "ram": str(budget.ram_bytes)}
-    asked = wishes(plan)
-    gone = {record.name for record in plan.model.components} - modules_of(pipe).keys()  # as encoders that ran first are
-    asked["settings"] = {key: text for key, text in asked["settings"].items() if key.partition(".")[2] not in gone}
-    made = make_plan(pipe, device=hardware, **(asked | limits | options))
+    request = request_of(plan)
+    gone = {record.name for record in plan.model.components} - modules_of(pipe).keys()  # encoders that ran first
+    given: dict[str, Any] = {
+        "device": hardware,
+        "vram": None if budget.vram_bytes is None else str(budget.vram_bytes),
+        "ram": str(budget.ram_bytes),
+        "margin": request.margin,
+        "allow": request.allow,
+        "prefer": request.prefer,
+        "settings": {key: text for key, text in request.settings.items() if key.partition(".")[2] not in gone},
+        **request.workload,
+    }
+    made = make_plan(pipe, **(given | options))
     return replace(made, asked=replace(made.asked, vram=plan.asked.vram, ram=plan.asked.ram))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from vramplan.api.machine import known_budget
-from vramplan.api.plan import plan as make_plan
+from vramplan.api.machine import choose_machine, known_budget
+from vramplan.api.plan import Subject
+from vramplan.api.request import request_of
+from vramplan.common.progress import Say
 from vramplan.common.versions import versions
 from vramplan.errors import MismatchError, NothingFitsError, UsageError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.pipeline.describe import Model, describe
 from vramplan.pipeline.held import held_bytes
+from vramplan.pipeline.sources import Folder
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planfile.types import Plan, load_options
+from vramplan.planfile.match import check_match
+from vramplan.planfile.types import Plan, load_options, settings_text
 from vramplan.planner.demand import fits_sentence
 from vramplan.units import format_bytes
 
@@ -60,50 +65,53 @@ def current_plan(
     plan: Plan,
     model: str | None = None,
     *,
+    describe_folder: Callable[[], Model | None] | None = None,
     replan: bool = False,
     allow_pickle: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Plan:
-    """The plan where it still holds, what has changed being told; else, with `replan`, a new one for the same wishes.
+    """The plan where it still holds, after saying what has changed; else, with `replan`, a new one like it.
+
+    `describe_folder` describes the folder to load from; a caller that needs its result too gives one that keeps it.
 
     Raises:
         MismatchError: it does not hold any more. NothingFitsError: nor does any other.
     """
+    describe_folder = describe_folder or partial(described_folder, plan, model, allow_pickle=allow_pickle)
     found = drift_of(plan)
-    broken = found.broken or _other_pipeline(plan, model, allow_pickle=allow_pickle)
-    if broken is None:
+    broken = found.broken or _mismatch(describe_folder(), plan)
+    if not broken:
         for change in found.changes:
             say(f"changed since it was planned: {change}")
         return plan
     if not replan:
         raise MismatchError(f"{broken} (--replan does so)" if "make" in broken else f"{broken}; --replan makes another")
-    made = replanned(plan, model, allow_pickle=allow_pickle)
-    from vramplan.planfile.types import settings_text
-
+    made = replanned(plan, model, allow_pickle=allow_pickle, described=describe_folder())
     say(f"{broken}. Planned again: {settings_text(made.settings)}")
     return made
 
 
-def replanned(plan: Plan, model: str | None = None, *, allow_pickle: bool = False) -> Plan:
-    """A plan for this machine now: of the same model and workload, with the same wishes, hand-fixed settings kept."""
+def replanned(
+    plan: Plan, model: str | None = None, *, allow_pickle: bool = False, described: Model | None = None
+) -> Plan:
+    """Plan again for this machine now: the same model, workload and preferences, settings fixed by hand included."""
     devices = {item.device for item in detect().accelerators} | {"cpu"}
-    return make_plan(
-        model or plan.model.source.removeprefix("profile:"),
-        device=plan.machine.device if plan.machine.device in devices else None,
-        allow_pickle=allow_pickle,
-        **load_options(plan),
-        **wishes(plan),
-    )
+    device = plan.machine.device if plan.machine.device in devices else None
+    request = replace(request_of(plan), device=device, allow_pickle=allow_pickle)
+    subject = Subject(model or plan.model.origin, request, described=described)
+    return subject.plan(subject.workload(), *choose_machine(device, vram=request.vram))
 
 
-def wishes(plan: Plan) -> dict[str, Any]:
-    """What was asked for when the plan was made, its workload included, as `vramplan.plan` takes it."""
-    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
-    asked = plan.asked
-    # A plan of before this was recorded may be lossy only because that was allowed.
-    allow = asked.allow or ("lossy" if plan.quality == "lossy" else None)
-    amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin}
-    return {**amounts, "allow": allow, "prefer": asked.prefer, "settings": dict(asked.settings), **workload}
+def described_folder(plan: Plan, model: str | None = None, *, allow_pickle: bool = False) -> Model | None:
+    """The folder to load the plan's pipeline from, described before its weights are loaded.
+
+    None where it is not a folder, and where the plan loads a mix of dtypes, which only the loaded pipeline shows.
+    """
+    folder = Folder(Path(model)) if model else plan.model.origin
+    options = load_options(plan)
+    if options["dtype"] is None or not (isinstance(folder, Folder) and folder.path.is_dir()):
+        return None
+    return describe(folder, allow_pickle=allow_pickle, **options)
 
 
 def _broken(sentence: str) -> Drift:
@@ -152,19 +160,11 @@ def _software(plan: Plan, here: Accelerator | None) -> Iterator[str]:
         yield f"the driver is {here.driver}, it was planned with {before.driver}"
 
 
-def _other_pipeline(plan: Plan, model: str | None, *, allow_pickle: bool) -> str | None:
-    """Why the folder does not hold the planned pipeline, told before its weights are loaded.
-
-    None also where only the loaded pipeline will tell: a mix of dtypes is what the plan loads it in.
-    """
-    from vramplan.pipeline.describe import describe
-    from vramplan.planfile.match import check_match
-
-    folder, options = model or plan.model.source, load_options(plan)
-    if options["dtype"] is None or not Path(folder).is_dir():
-        return None
+def _mismatch(described: Model | None, plan: Plan) -> str | None:
+    """The reason why this is not the planned pipeline, None where it is, and where that is not known yet."""
     try:
-        check_match(describe(folder, allow_pickle=allow_pickle, **options).spec, plan)
+        if described is not None:
+            check_match(described.spec, plan)
     except MismatchError as error:
         return str(error)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
+from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
 from vramplan.planfile.types import Plan
 from vramplan.runtime.call import call_arguments
 from vramplan.units import format_bytes
@@ -39,19 +40,18 @@ def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
     from vramplan.pipeline.describe import describe
     from vramplan.planfile.script import PROMPT
     from vramplan.planfile.types import load_options
+    from vramplan.simulator.model import SimulatedModel
     from vramplan.simulator.run import run_encode
-    from vramplan.simulator.source import Source
     from vramplan.strategies.base import freed_first
 
     first = [name for _, names in freed_first(placed)[0] for name in names]
     if not first:
         return None
-    model = plan.model.source.removeprefix("profile:")
-    spec = describe(model, **load_options(plan)).spec
-    return run_encode(Source(model, spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
+    spec = describe(plan.model.origin, **load_options(plan)).spec
+    return run_encode(SimulatedModel(spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
 
 
-def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
+def _origin(plan: Plan) -> tuple[Source, dict[str, Any]]:
     """Where to load the pipeline from, and its VAEs without weights, whose tile attributes the code names.
 
     Raises:
@@ -59,23 +59,24 @@ def _origin(plan: Plan) -> tuple[str, dict[str, Any]]:
     """
     from vramplan.pipeline.build import build_weightless
     from vramplan.pipeline.folder import read_config, read_index
-    from vramplan.pipeline.hub import open_source
+    from vramplan.pipeline.hub import open_repository
     from vramplan.planfile.match import vae_names
     from vramplan.profiles.catalogue import load_pipeline_profile
 
-    source = plan.model.source
+    source = plan.model.origin
     names = vae_names(plan) if plan.settings.decode else []
-    if source == "live":
+    if isinstance(source, Live):
         raise UsageError("the plan was made from a live pipeline: its calls are on vramplan.apply_plan(...).calls")
-    if source.startswith("profile:"):
-        profile = load_pipeline_profile(source.removeprefix("profile:"))
+    if isinstance(source, Profile):
+        profile = load_pipeline_profile(source.name)
         parts = {name: profile.components[name] for name in names}
-        return profile.repos[0], {
+        return Hub(profile.repos[0]), {
             name: build_weightless(part.library, part.class_name, part.config) for name, part in parts.items()
         }
     if not names:
         return source, {}
-    repository = open_source(source)
+    assert isinstance(source, Folder | Hub), f"a plan of {source} names its profile"
+    repository = open_repository(source)
     index = read_index(repository)
     return source, {
         name: build_weightless(index[name][0], index[name][1], read_config(repository, name)) for name in names

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
+from vramplan.api.request import PlanOptions, PlanRequest, make_request
 from vramplan.common.progress import steps_shown
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.fitting.cards import CardSize, card_sizes
@@ -19,75 +20,51 @@ from vramplan.fitting.smallest import Card, by_size, smallest_cards
 from vramplan.fitting.types import Fits, Largest, Question, Row, Shortfall, Smallest, Try
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.record import projected
-from vramplan.planfile.types import Plan, PlanRequest
+from vramplan.planfile.types import Plan
 from vramplan.planner.legal import Dimension, legal_workloads
-from vramplan.planner.order import Prefer
 from vramplan.strategies.base import QUALITIES, Decode, Quality
 from vramplan.workload import Workload
 
 
 def fit(
-    models: Any,
-    *,
-    device: str | Hardware | None = None,
-    largest: Dimension | None = None,
-    vram: str | None = None,
-    ram: str | None = None,
-    margin: str | None = None,
-    allow: Quality | None = None,
-    prefer: Prefer = "speed",
-    dtype: str | None = None,
-    settings: Mapping[str, str | Sequence[str]] | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    simulate: bool = True,
-    **workload: Any,
+    models: Any, request: PlanRequest | None = None, *, largest: Dimension | None = None, **options: Unpack[PlanOptions]
 ) -> Fits:
-    """What fits, of one model or of a list of them; every other argument is `vramplan.plan`'s.
+    """Find what fits, of one model or of a list of them. `request` and `options` are those of `vramplan.plan`.
 
     Without `device` and `vram`: the cards each model runs on, of all device profiles, by the size of their memory.
     With one of them: which of the models that card runs, the most faithful and fastest first. With `largest` (`size`,
-    `frames` or `batch`): the most of that which each model can make there; on this machine where no card is named.
+    `frames` or `batch`): the most of that which each model can make there, by default on this machine.
 
     Raises:
         UsageError: an argument that makes no sense.
         VramplanError: a model that cannot be read.
     """
+    request = request or make_request(options)
     names = list(models) if isinstance(models, list | tuple) else [models]
     if not names:
         raise UsageError("name at least one model")
-    subjects = [
-        Subject(
-            model,
-            dtype=dtype,
-            variant=variant,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            settings=settings,
-            simulate=simulate,
-        )
-        for model in names
-    ]
-    works = [subject.workload(workload) for subject in subjects]
-    asked = PlanRequest(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subjects[0].fixed)
-    tries = [_try(subject, _called(model), asked) for subject, model in zip(subjects, names, strict=True)]
+    subjects = [Subject(model, request) for model in names]
+    works = [subject.workload() for subject in subjects]
+    tries = [_try(subject, _called(model)) for subject, model in zip(subjects, names, strict=True)]
+    device = request.device
     with steps_shown("fit") as told:
-        if largest is None and device is None and vram is None:
-            return _cards(list(zip(subjects, tries, works, strict=True)), asked, told)
-        hardware, accelerator = choose_machine(device, vram=vram)
+        if largest is None and device is None and request.vram is None:
+            return _cards(list(zip(subjects, tries, works, strict=True)), request, told)
+        hardware, accelerator = choose_machine(device, vram=request.vram)
         at = [_on(attempt, hardware, accelerator, device, told) for attempt in tries]
         if largest is None:
             rows = [attempt(work) for attempt, work in zip(at, works, strict=True)]
-            return _answer("models", asked, sorted(rows, key=_merit))
-        needs = [_need(subject, hardware, accelerator, asked, told) for subject in subjects]
+            return _answer("models", request, sorted(rows, key=_merit))
+        needs = [_need(subject, hardware, accelerator, told) for subject in subjects]
         found = [_largest(largest, *case) for case in zip(subjects, at, needs, works, strict=True)]
     beyond = tuple(Largest(dimension=largest, next=following) for _, following in found)
-    return _answer("largest", asked, [row for row, _ in found], largest=beyond)
+    return _answer("largest", request, [row for row, _ in found], largest=beyond)
 
 
-def _answer(question: Question, asked: PlanRequest, rows: Sequence[Row], **more: Any) -> Fits:
-    return Fits(question=question, asked=asked, fits=any(row.fits for row in rows), rows=tuple(rows), **more)
+def _answer(question: Question, request: PlanRequest, rows: Sequence[Row], **more: Any) -> Fits:
+    return Fits(
+        question=question, asked=request.preferences, fits=any(row.fits for row in rows), rows=tuple(rows), **more
+    )
 
 
 def _called(model: Any) -> str:
@@ -101,7 +78,7 @@ def _merit(row: Row) -> tuple[bool, int, float]:
     return False, QUALITIES.index(row.quality), row.projected.seconds_per_call
 
 
-def _try(subject: Subject, model: str, asked: PlanRequest) -> Try:
+def _try(subject: Subject, model: str) -> Try:
     """What makes a row of a workload and a card."""
 
     def attempt(
@@ -124,7 +101,8 @@ def _try(subject: Subject, model: str, asked: PlanRequest) -> Try:
             fits=False,
         )
         try:
-            plan = subject.plan(work, hardware, accelerator, replace(asked, **changes), confirm=confirm)
+            request = replace(subject.request, **changes)
+            plan = subject.plan(work, hardware, accelerator, request, confirm=confirm)
         except (NothingFitsError, UsageError) as error:
             if strict and isinstance(error, UsageError):
                 raise
@@ -188,7 +166,6 @@ def _need(
     subject: Subject,
     hardware: Hardware,
     accelerator: Accelerator | None,
-    asked: PlanRequest,
     told: Callable[[str], object],
 ) -> Shortfall:
     """How much VRAM a workload is short of; less than nothing where it fits, None where the RAM is what lacks.
@@ -203,11 +180,11 @@ def _need(
         told(workload_text(work))
         several = work.num_images_per_prompt > 1
         try:
-            least = subject.least(work, hardware, accelerator, asked, known.get(several))
+            least = subject.least(work, hardware, accelerator, decode=known.get(several))
         except UsageError:
             if several not in known:
                 raise
-            least = subject.least(work, hardware, accelerator, asked)  # too small to be decoded so
+            least = subject.least(work, hardware, accelerator)  # too small to be decoded so
         if least is None:
             return None
         known.setdefault(several, least.decode)
@@ -217,24 +194,22 @@ def _need(
 
 
 def _cards(
-    subjects: Sequence[tuple[Subject, Try, Workload]], asked: PlanRequest, told: Callable[[str], object]
+    subjects: Sequence[tuple[Subject, Try, Workload]], request: PlanRequest, told: Callable[[str], object]
 ) -> Fits:
     """A row for each size of card and model, by price, and the smallest card at each quality, simulated."""
     sizes = card_sizes()
     rows: list[Row] = []
     smallest: list[Smallest] = []
     for subject, attempt, work in subjects:
-        cards = [_card(subject, attempt, work, size, asked, told) for size in sizes]
+        cards = [_card(subject, attempt, work, size, told) for size in sizes]
         cards[-1].attempt(confirm=False, strict=True)  # what makes no sense on the largest is a mistake in the question
         priced = by_size(cards)
         rows += [row for _, row in priced]
-        smallest += smallest_cards(priced, rows[-1].model, asked)
-    return _answer("cards", asked, rows, smallest=tuple(smallest))
+        smallest += smallest_cards(priced, rows[-1].model, request.allow)
+    return _answer("cards", request, rows, smallest=tuple(smallest))
 
 
-def _card(
-    subject: Subject, attempt: Try, work: Workload, size: CardSize, asked: PlanRequest, told: Callable[[str], object]
-) -> Card:
+def _card(subject: Subject, attempt: Try, work: Workload, size: CardSize, told: Callable[[str], object]) -> Card:
     """The least card of a size; one with no memory left to use is a card that is too small."""
     hardware, accelerator = choose_machine(size.name)
 
@@ -244,7 +219,7 @@ def _card(
         return attempt(work, hardware, accelerator, **given)
 
     def least(allow: Quality | None) -> int | None:
-        found = subject.least(work, hardware, accelerator, replace(asked, allow=allow))
+        found = subject.least(work, hardware, accelerator, replace(subject.request, allow=allow))
         return found.vram_bytes if found else None
 
     return Card(size=size, attempt=cache(try_at), least=cache(least))

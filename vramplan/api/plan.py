@@ -2,81 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 from vramplan.api.machine import choose_machine, known_budget
+from vramplan.api.request import PlanOptions, PlanRequest, make_request
 from vramplan.common.versions import versions
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget, Hardware
-from vramplan.pipeline.describe import describe
+from vramplan.pipeline.describe import Model, describe
 from vramplan.pipeline.held import held_bytes, refuse_hooked
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planfile.record import _written
-from vramplan.planfile.types import (
-    MachineRecord,
-    Plan,
-    PlanRequest,
-)
+from vramplan.planfile.record import plan_record
+from vramplan.planfile.types import MachineRecord, Plan
 from vramplan.planner.candidates import weight_settings
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
-from vramplan.planner.order import Prefer
 from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.cost_model import CostModel, cost_model
 from vramplan.strategies.base import Decode, Quality
 from vramplan.workload import Workload, make_workload
 
 
-def plan(
-    model: Any,
-    *,
-    device: str | Hardware | None = None,
-    vram: str | None = None,
-    ram: str | None = None,
-    margin: str | None = None,
-    allow: Quality | None = None,
-    prefer: Prefer = "speed",
-    dtype: str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    settings: Mapping[str, str | Sequence[str]] | None = None,
-    allow_pickle: bool = False,
-    simulate: bool = True,
-    **workload: Any,
-) -> Plan:
-    """The fastest plan that fits `model` on a machine.
+def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanOptions]) -> Plan:
+    """Choose the fastest plan that fits `model` on a machine.
 
-    `model` is a live pipeline, a folder, a repository of the hub (`owner/name`, at a `revision`; its configurations
-    and safetensors headers are read, no weight), or a bundled profile's name. `variant` is the one of its files to
-    load, as `fp16`. `device` is `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a
-    `Hardware`; the first accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`,
-    `-1GiB`, `85%`). `allow` is the least faithful setting that may be chosen, `prefer` what to choose by: `speed` or
-    `memory`. `settings` fixes choices by hand as `--set` does. `dtype` is the one to load in, `allow_pickle` accepts
-    pickled weights. `workload` takes the names of the pipeline's own call: height, width, num_frames,
-    num_images_per_prompt, num_inference_steps, guidance_scale.
+    `model` is a live pipeline, a folder, a repository of the hub (`owner/name`; its configurations and safetensors
+    headers are read, no weight), or a bundled profile's name. What running it needs is read off a simulation of the
+    pipeline, and the chosen plan is simulated within the budget before it is returned.
 
-    What running needs is read off a simulation of the pipeline, and the chosen plan is simulated within the
-    budget before it is returned; `simulate=False` takes rules of thumb instead, at once.
+    Args:
+        model: the pipeline to plan for.
+        request: all options as one value, in place of keyword arguments.
+        options: any of these.
+            `device`: `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a `Hardware`; by
+            default this machine's first accelerator.
+            `vram`, `ram`, `margin`: amounts (`12GiB`, `-1GiB` for all that is free but one, `85%`).
+            `allow`: the least faithful setting that may be chosen (`lossless`, `near_lossless`, `lossy`).
+            `prefer`: `speed` or `memory`.
+            `settings`: choices fixed by hand, by axis and component (`{"placement.vae": "resident"}`).
+            `dtype`: the one to load in. `variant`: the files to load, as `fp16`. `revision`: of a repository.
+            `allow_pickle`: accept pickled weights.
+            `simulate`: False takes rules of thumb instead of a simulation, at once.
+            All others are the workload's, named as in the pipeline's own call: `height`, `width`, `num_frames`,
+            `num_images_per_prompt`, `num_inference_steps`, `guidance_scale`.
 
     Raises:
         NothingFitsError: no candidate fits.
         UsageError: an argument that makes no sense.
         VramplanError: the model cannot be read.
     """
-    subject = Subject(
-        model,
-        dtype=dtype,
-        variant=variant,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        settings=settings,
-        simulate=simulate,
-    )
-    hardware, accelerator = choose_machine(device, vram=vram)
-    asked = PlanRequest(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subject.fixed)
-    return subject.plan(subject.workload(workload), hardware, accelerator, asked)
+    request = request or make_request(options)
+    subject = Subject(model, request)
+    return subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,35 +68,30 @@ class Least:
 
 
 class Subject:
-    """A model that is planned for again and again: it is described once, and simulated once for each workload and
-    kind of kernels, as a simulation depends on nothing else of a machine."""
+    """A model with a request, to plan for any number of times.
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        settings: Mapping[str, str | Sequence[str]] | None = None,
-        simulate: bool = True,
-        **loading: Any,
-    ) -> None:
-        """`loading` is what `describe` takes beside the model."""
-        from vramplan.simulator.source import Source
+    It is described once, and simulated once for each workload and kind of kernels: a simulation depends on nothing else
+    of a machine.
+    """
 
-        self.described = describe(model, **loading)
+    def __init__(self, model: Any, request: PlanRequest, *, described: Model | None = None) -> None:
+        """Describe the model, unless that is `described` already."""
+        from vramplan.simulator.model import SimulatedModel
+
+        self.request = request
+        self.described = described or describe(model, **request.loading)
         self.spec = self.described.spec
-        self.fixed = {
-            key: (value,) if isinstance(value, str) else tuple(value) for key, value in (settings or {}).items()
-        }
-        self.simulate = simulate
-        self._forms = Alternatives(Source(model, self.spec))
+        self.simulated = SimulatedModel(self.spec)
+        self._alternatives = Alternatives(self.simulated)
         self._known: dict[Any, CostModel] = {}
 
-    def workload(self, given: Mapping[str, Any]) -> Workload:
-        """What was given, and the pipeline's own for the rest.
+    def workload(self, given: Mapping[str, Any] | None = None) -> Workload:
+        """The workload as given, by default as the request has it, completed by the pipeline's own defaults.
 
         Raises:
-            UsageError: what this pipeline cannot make.
+            UsageError: one that this pipeline cannot make.
         """
+        given = self.request.workload if given is None else given
         work = make_workload(self.described.defaults, given)
         if work.num_frames > 1 and not self.spec.video:
             raise UsageError(f"{self.spec.class_name} makes pictures: leave the number of frames out")
@@ -130,24 +104,27 @@ class Subject:
         work: Workload,
         hardware: Hardware,
         accelerator: Accelerator | None,
-        asked: PlanRequest,
+        request: PlanRequest | None = None,
         *,
         confirm: bool = True,
     ) -> Plan:
-        """The plan for this workload and machine, as `plan` makes it; by price alone unless it is to `confirm` it."""
-        spec = self.spec
-        told, known, budget = self._question(work, hardware, accelerator, asked)
+        """The plan for this workload and machine, and for another `request` where one is given.
+
+        Without `confirm` it rests on prices alone and is not simulated.
+        """
+        spec, request = self.spec, request or self.request
+        fixed, known, budget = self._question(work, hardware, accelerator, request)
         outcome = decide(
             spec,
             work,
             budget,
             accelerator=accelerator,
             footprint=known.footprint,
-            fixed=told,
-            allow=asked.allow,
-            prefer=asked.prefer,
+            fixed=fixed,
+            allow=request.allow,
+            prefer=request.prefer,
             confirm=known.confirm(budget) if confirm else None,
-            lighter=known.lighter,
+            alternatives=known.alternatives,
         )
         machine = MachineRecord(
             device=accelerator.device if accelerator else "cpu",
@@ -157,20 +134,24 @@ class Subject:
             software=versions(),
         )
         notes = (*_notes(spec, accelerator, hardware), *known.notes)
-        return _written(spec, work, machine, outcome, notes, asked)
+        return plan_record(spec, work, machine, outcome, notes, request.preferences)
 
     def least(
         self,
         work: Workload,
         hardware: Hardware,
         accelerator: Accelerator | None,
-        asked: PlanRequest,
+        request: PlanRequest | None = None,
+        *,
         decode: tuple[Decode, ...] | None = None,
     ) -> Least | None:
-        """What this workload can be brought down to, by price, with whatever `plan` would resort to; decoded so, where
-        that is told. None where the RAM does not do for anything."""
-        told, known, budget = self._question(work, hardware, accelerator, asked)
-        resort: Quality = "lossy" if told.weights else "near_lossless"
+        """The least memory this workload can be brought down to, by price, with every setting `plan` would resort to.
+
+        `decode` fixes how it is decoded. None where RAM is too small for any candidate.
+        """
+        request = request or self.request
+        fixed, known, budget = self._question(work, hardware, accelerator, request)
+        resort: Quality = "lossy" if fixed.weights else "near_lossless"
         try:
             outcome = decide(
                 self.spec,
@@ -178,10 +159,10 @@ class Subject:
                 replace(budget, vram_bytes=None),
                 accelerator=accelerator,
                 footprint=known.footprint,
-                fixed=told if decode is None else replace(told, decode=decode),
-                allow=asked.allow or resort,
+                fixed=fixed if decode is None else replace(fixed, decode=decode),
+                allow=request.allow or resort,
                 prefer="memory",
-                lighter=known.lighter,
+                alternatives=known.alternatives,
             )
         except NothingFitsError:
             return None
@@ -189,27 +170,27 @@ class Subject:
         return Least(vram_bytes=chosen.demand.vram_reserved_bytes, limit_bytes=budget.vram_bytes, decode=chosen.decode)
 
     def _question(
-        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, asked: PlanRequest
+        self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, request: PlanRequest
     ) -> tuple[Fixed, CostModel, Budget]:
-        """What was fixed by hand, the planner's numbers, and what may be used."""
+        """The settings fixed by hand, the cost model, and the budget."""
         spec = self.spec
         refuse_hooked(spec)
-        amounts = {"vram": asked.vram, "ram": asked.ram, "margin": asked.margin, **held_bytes(spec)}
-        known_budget(hardware, accelerator, amounts)  # what makes no sense is refused before anything is simulated
-        told = parse_fixed(self.fixed, spec, accelerator)
-        known = self._figures(work, accelerator if self.simulate else None, asked.allow, told)
+        amounts = {**request.amounts, **held_bytes(spec)}
+        known_budget(hardware, accelerator, amounts)  # refuse an impossible amount before anything is simulated
+        fixed = parse_fixed(request.settings, spec, accelerator)
+        known = self._cost_model(work, accelerator if request.simulate else None, request, fixed)
         basis = known.basis(spec)
-        return told, known, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
+        return fixed, known, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
 
-    def _figures(
-        self, work: Workload, accelerator: Accelerator | None, allow: Quality | None, told: Fixed
+    def _cost_model(
+        self, work: Workload, accelerator: Accelerator | None, request: PlanRequest, fixed: Fixed
     ) -> CostModel:
-        """The planner's numbers, made where no machine with these kernels asked for them before."""
-        kernels = None if accelerator is None else tuple(self._forms.source.kernels(accelerator).values())
-        key = work, kernels, allow
+        """The cost model for these kernels, made once."""
+        kernels = None if accelerator is None else tuple(self.simulated.kernels(accelerator).values())
+        key = work, kernels, request.allow, tuple(request.settings.items())
         if key not in self._known:
-            weights = weight_settings(self.spec, told, allow)
-            self._known[key] = cost_model(self._forms, work, accelerator, weights, told)
+            weights = weight_settings(self.spec, fixed, request.allow)
+            self._known[key] = cost_model(self._alternatives, work, accelerator, weights, fixed)
         return self._known[key]
 
 

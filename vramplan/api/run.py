@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.common.progress import progress_shown
 from vramplan.errors import UsageError
+from vramplan.pipeline.describe import Model
+from vramplan.pipeline.sources import Folder, Hub
 from vramplan.planfile.types import Plan
 from vramplan.runtime.call import call_arguments
 from vramplan.runtime.output import write_result
@@ -33,6 +35,7 @@ def run_plan(
     plan: Plan,
     *,
     model: str | None = None,
+    described: Model | None = None,
     prompt: str | None = None,
     negative_prompt: str | None = None,
     seed: int = 0,
@@ -44,8 +47,8 @@ def run_plan(
 ) -> RunResult:
     """Load, apply, generate when there is a prompt; what was done and what it took.
 
-    With `recover` a call that runs out of memory is made again under a smaller plan. `bars` show progress to whoever
-    is there to see it.
+    `described` is the folder to load from, where the caller has described it. With `recover` a call that runs out of
+    memory is made again under a smaller plan. `bars` shows progress in a terminal or a notebook.
 
     Raises:
         VramplanError: the pipeline cannot be loaded or the result not written.
@@ -67,7 +70,14 @@ def run_plan(
     def arguments(pipe: Any) -> dict[str, Any]:
         return call_arguments(pipe, plan, prompt or "", negative_prompt, seed)
 
-    loaded = load_applied(plan, folder, None if prompt is None else arguments, allow_pickle=allow_pickle, say=say)
+    loaded = load_applied(
+        plan,
+        folder,
+        None if prompt is None else arguments,
+        spec=described.spec if described else None,
+        allow_pickle=allow_pickle,
+        say=say,
+    )
     applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not shown)
     if prompt is None:
@@ -96,11 +106,13 @@ def model_folder(plan: Plan, given: str | None) -> Path:
         UsageError: a plan made from a profile or a live pipeline has no folder of its own.
         VramplanError: the repository planned for is not on this machine; the message says how to download it.
     """
-    from vramplan.pipeline.hub import PREFIX
     from vramplan.runtime.download import downloaded
 
-    if given is None and (plan.model.source == "live" or plan.model.source.startswith("profile:")):
-        raise UsageError(f"the plan was made from {plan.model.source}: give --model FOLDER, where the weights are")
-    if given is None and plan.model.source.startswith(PREFIX):
-        return downloaded(plan)
-    return Path(given or plan.model.source)
+    source = plan.model.origin
+    if given is not None:
+        return Path(given)
+    if isinstance(source, Hub):
+        return downloaded(plan, source)
+    if isinstance(source, Folder):
+        return source.path
+    raise UsageError(f"the plan was made from {source}: give --model FOLDER, where the weights are")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vramplan.api.machine import choose_machine, known_budget
-from vramplan.api.plan import plan as make_plan
+from vramplan.api.plan import Subject
+from vramplan.api.request import PlanRequest
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
+from vramplan.pipeline.sources import Live
 from vramplan.planfile.file import load_plan
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
-from vramplan.simulator.source import Source
+from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Decodes, Placed
 from vramplan.workload import Workload, make_workload
@@ -34,81 +35,70 @@ def simulate(
     revision: str | None = None,
     timeline: bool = False,
 ) -> Simulation:
-    """Run the whole call of `model` with the plan's settings on the simulated device.
+    """Run the whole call of `model` with the plan's settings on a simulated device.
 
     `model` is a live pipeline (only read), a folder, a repository of the hub or a bundled profile's name. Without
     a plan everything is resident; without a workload the plan's, or the pipeline's own, is taken.
-    `capacity_bytes` limits the device; nothing does when it is left out. `dtype`, `variant` and `revision` are those to
+    `capacity_bytes` limits the device; by default nothing does. `dtype`, `variant` and `revision` are those to
     load, for a model that is not loaded yet. With `timeline` the memory over the call is kept, for a picture of it.
 
     Raises:
-        SimulationError: the call needs something a hollow pipeline cannot give; the message names where.
+        SimulationError: the call needs something a pipeline without weights cannot give; the message names where.
         MismatchError: the plan was made for another pipeline.
         VramplanError: the model cannot be read, or the plan's settings cannot be.
     """
     described = describe(model, dtype=dtype, variant=variant, revision=revision)
-    spec = described.spec
     work = workload or (plan.workload if plan else make_workload(described.defaults, {}))
+    return _simulated(SimulatedModel(described.spec), plan, work, capacity_bytes=capacity_bytes, timeline=timeline)
+
+
+def _simulated(model: SimulatedModel, plan: Plan | None, work: Workload, **options: Any) -> Simulation:
     placed: Placed = []
     decodes: Decodes = []
     accelerator = None
     if plan is not None:
-        check_match(spec, plan)
+        check_match(model.spec, plan)
         accelerator = plan.machine.accelerator
-        placed, decodes = parse_settings(plan, spec, accelerator)
-    source = Source(model, spec)
-    return source.run(work, placed, decodes, accelerator=accelerator, capacity_bytes=capacity_bytes, timeline=timeline)
+        placed, decodes = parse_settings(plan, model.spec, accelerator)
+    return model.run(work, placed, decodes, accelerator=accelerator, **options)
 
 
 def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:
-    """A plan file's pipeline under its own settings, within its own budget.
+    """Simulate a plan file's pipeline under its own settings, within its own budget.
 
     Raises:
         VramplanError: not a plan, or one made from a live pipeline, which is gone.
         MismatchError: the folder or profile is no longer what was planned for.
     """
     plan = load_plan(path)
-    if plan.model.source == "live":
+    source = plan.model.origin
+    if isinstance(source, Live):
         raise UsageError(f"{path} was made from a live pipeline: call vramplan.simulate(pipe, plan)")
-    return simulate(
-        plan.model.source.removeprefix("profile:"),
-        plan,
-        capacity_bytes=plan.machine.budget.vram_bytes,
-        timeline=timeline,
-        **load_options(plan),
-    )
+    limit = plan.machine.budget.vram_bytes
+    return simulate(source, plan, capacity_bytes=limit, timeline=timeline, **load_options(plan))
 
 
-def simulate_model(
-    model: str,
-    *,
-    device: str | None = None,
-    vram: str | None = None,
-    ram: str | None = None,
-    margin: str | None = None,
-    settings: Mapping[str, str | Sequence[str]] | None = None,
-    timeline: bool = False,
-    **options: Any,
-) -> Simulation:
-    """A model within a machine's memory, under the plan that would be made for it.
+def simulate_model(model: Any, request: PlanRequest, *, timeline: bool = False) -> Simulation:
+    """Simulate a model within a machine's memory, under the plan that would be made for it.
 
-    What `settings` fixes is simulated whether it fits or not, and so is a model for which nothing fits: as it
-    would run with room enough. `options` are those of `vramplan.plan`. Without an accelerator nothing is limited.
+    Settings fixed by hand are simulated whether they fit or not, and so is a model for which nothing fits: as it
+    would run on a machine with enough memory. Without an accelerator nothing is limited.
     """
-    hardware, accelerator = choose_machine(device, vram=vram)
-    stored: dict[str, Any] = {name: options.get(name) for name in ("dtype", "variant", "revision")}
-    roomy = _with_room(hardware, accelerator)
-    if accelerator is None:
-        made = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
-        return simulate(model, made, timeline=timeline, **stored)
-    budget = known_budget(hardware, accelerator, {"vram": vram, "ram": ram, "margin": margin})
+    hardware, accelerator = choose_machine(request.device, vram=request.vram)
+    subject = Subject(model, request)
+    work = subject.workload()
+    limit = None
+    if accelerator is not None:
+        limit = known_budget(hardware, accelerator, request.amounts).vram_bytes
     try:
-        if settings:
-            raise NothingFitsError("fixed by hand: not for the planner to judge")
-        plan = make_plan(model, device=device, vram=vram, ram=ram, margin=margin, **options)
+        if request.settings or accelerator is None:
+            raise NothingFitsError("fixed by hand, or nothing limits it: not for the planner to judge")
+        plan = subject.plan(work, hardware, accelerator)
     except NothingFitsError:
-        plan = make_plan(model, device=roomy, settings=settings, simulate=False, **options)
-    return simulate(model, plan, capacity_bytes=budget.vram_bytes, timeline=timeline, **stored)
+        unlimited = replace(request, vram=None, ram=None, margin=None, simulate=False)
+        roomy = _with_room(hardware, accelerator)
+        plan = subject.plan(work, roomy, roomy.accelerators[0], unlimited)
+    return _simulated(subject.simulated, plan, work, capacity_bytes=limit, timeline=timeline)
 
 
 def _with_room(hardware: Hardware, accelerator: Accelerator | None) -> Hardware:

@@ -37,11 +37,12 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
     token of `hf auth login` or HF_TOKEN.
     """
     from vramplan.api.plan import plan as make_plan
+    from vramplan.api.request import make_request
     from vramplan.planfile.file import dump_plan, plan_to_dict
     from vramplan.view.plan import plan_view
 
     form, as_json = given.pop("form"), given.pop("as_json")
-    made = make_plan(model, settings=fixed_by_hand(fixed), **given)
+    made = make_plan(model, make_request({"settings": fixed_by_hand(fixed), **given}))
     if output:
         write_file(output, dump_plan(made), quiet=obj["quiet"])
     show_result(
@@ -78,12 +79,14 @@ def fit(
     With --largest: how much of it. Exit code 3 where nothing fits.
     """
     from vramplan.api.fit import fit as find
+    from vramplan.api.request import make_request
     from vramplan.common.progress import hide_bars
     from vramplan.view.fits import fits_dict, fits_view
 
     if obj["quiet"]:
         hide_bars()
-    found = find(models, settings=fixed_by_hand(fixed), **given)
+    largest = given.pop("largest")
+    found = find(models, make_request({"settings": fixed_by_hand(fixed), **given}), largest=largest)
     show_result(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from vramplan.errors import NothingFitsError, UsageError
 @pass_told
 def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
-    from vramplan.api.check import current_plan
+    from vramplan.api.check import current_plan, described_folder
     from vramplan.api.run import run_plan
     from vramplan.planfile.file import load_plan
     from vramplan.runtime.output import check_output
@@ -51,8 +52,10 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
     if output:
         check_output(output, loaded)
     say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
-    current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
-    show(apply_view(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given)))
+    model, allow_pickle = given["model"], given["allow_pickle"]
+    folder = cache(partial(described_folder, loaded, model, allow_pickle=allow_pickle))
+    current = current_plan(loaded, model, describe_folder=folder, replan=replan, allow_pickle=allow_pickle, say=say)
+    show(apply_view(run_plan(current, described=folder(), output=output, bars=not obj["quiet"], say=say, **given)))
 
 
 @click.command()
@@ -71,6 +74,7 @@ def simulate(
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
     """
+    from vramplan.api.request import make_request
     from vramplan.api.simulate import simulate_model, simulate_plan
     from vramplan.planfile.file import load_plan
     from vramplan.view.plot.save import check_picture
@@ -83,7 +87,7 @@ def simulate(
         _refuse_beside_plan(given)
         result = simulate_plan(model, timeline=bool(plot))
     else:
-        result = simulate_model(model, timeline=bool(plot), **given)
+        result = simulate_model(model, make_request(given), timeline=bool(plot))
     if plot:
         draw(plot, result, load_plan(model) if Path(model).is_file() else None, quiet=obj["quiet"])
     show_result(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)

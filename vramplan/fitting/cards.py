@@ -42,7 +42,7 @@ def card_sizes() -> tuple[CardSize, ...]:
 
 def _kind(profile: DeviceProfile) -> tuple[object, ...]:
     """What a plan depends on beside rates and the exact size."""
-    from vramplan.simulator.source import kernels_of
+    from vramplan.simulator.model import kernels_of
 
     accelerator = device_accelerator(profile)
     kernels = tuple(kernels_of(accelerator).values())

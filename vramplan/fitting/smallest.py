@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vramplan.fitting.cards import CardSize
-from vramplan.planfile.types import PlanRequest
 from vramplan.strategies.base import QUALITIES, Quality
 
 if TYPE_CHECKING:
@@ -43,18 +42,18 @@ def _holds_all(row: Row) -> bool:
     return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
 
 
-def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: PlanRequest) -> list[Smallest]:
+def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, allow: Quality | None) -> list[Smallest]:
     """The smallest card at each quality that was not ruled out, simulated there.
 
     What runs with less done to the picture is the answer for more too, as long as no smaller card is.
     """
-    limits = QUALITIES if asked.allow is None else (asked.allow,)
+    limits = QUALITIES if allow is None else (allow,)
     found: list[Smallest] = []
     more: list[tuple[Card, Quality | None]] = []
     for limit in reversed(limits):  # what does not run with everything allowed runs with nothing less
-        ready = [(card, asked.allow) for card, row in priced if _within(row, limit)]
+        ready = [(card, allow) for card, row in priced if _within(row, limit)]
         below = [card for card, _ in priced if not ready or card.size.memory_bytes < ready[0][0].size.memory_bytes]
-        open_ones = asked.allow is None and limit != QUALITIES[0]
+        open_ones = allow is None and limit != QUALITIES[0]
         if open_ones and (limit == QUALITIES[-1] or more):
             more = _with_more(below, limit)
         found.insert(0, _first(model, limit, [*more, *ready] if open_ones else ready))

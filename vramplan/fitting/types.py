@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vramplan.common.shown import Shown
-from vramplan.planfile.types import PlanRequest, Projected, Settings
+from vramplan.planfile.types import Preferences, Projected, Settings
 from vramplan.planner.legal import Dimension
 from vramplan.strategies.base import Quality
 from vramplan.workload import Workload
@@ -67,7 +67,7 @@ class Fits(Shown):
 
     schema_version: int = FIT_SCHEMA_VERSION
     question: Question
-    asked: PlanRequest
+    asked: Preferences
     fits: bool
     rows: tuple[Row, ...]
     smallest: tuple[Smallest, ...] = ()

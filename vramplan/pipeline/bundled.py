@@ -15,6 +15,7 @@ from vramplan.pipeline.build import build_weightless, component_class, has_weigh
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import assemble
+from vramplan.pipeline.sources import Profile
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
 from vramplan.profiles.files import ProfileKind, located, mistakes, read_document, read_profile
@@ -40,7 +41,7 @@ def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> 
         module = build_weightless(part.library, part.class_name, part.config)
         cast_as_loaded(module, part.dtype or dtype or profile.dtype)
         components.append(describe_component(name, module, library=part.library, pipeline=cls))
-    return assemble(cls, tuple(components), source=f"profile:{profile.name}", family=profile.name)
+    return assemble(cls, tuple(components), source=Profile(profile.name), family=profile.name)
 
 
 def profile_class(profile: PipelineProfile) -> type:

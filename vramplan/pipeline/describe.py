@@ -1,4 +1,4 @@
-"""Describe a model, from whichever source it comes: a live pipeline, a folder, the hub, a bundled profile."""
+"""Describe a model from any source: a live pipeline, a folder, the hub, a bundled profile, a single file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.latents import vae_scale
+from vramplan.pipeline.sources import Folder, Hub, Live, SingleFile, is_repo_id, refusing, source_of
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.workload import call_defaults
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A pipeline to plan for, and what it generates when nothing is said."""
+    """A described pipeline, and the defaults of its workload."""
 
     spec: PipelineSpec
     defaults: Mapping[str, Any]
@@ -33,80 +34,74 @@ def describe(
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Model:
-    """The model as a spec, with the defaults of its workload, from whichever source it comes.
+    """Describe the model: its spec, and the defaults of its workload.
 
-    A name of the form `owner/name` is a repository of the hub, or, where that cannot be read, the bundled profile that
-    lists it. `hub:owner/name@commit` is what a plan calls one. A name that ends in `.safetensors` is a single-file
-    checkpoint, here or in a repository (`owner/name/file.safetensors`).
+    `model` is a `Source`, or anything `source_of` makes one of. A repository of the hub that cannot be read is
+    described by the bundled profile that lists it.
 
     Raises:
-        VramplanError: what is no saved pipeline, or cannot be read. UsageError: a name that nothing goes by.
+        VramplanError: not a saved pipeline, or one that cannot be read. UsageError: an unknown name.
     """
     from vramplan.pipeline.dtypes import load_dtype
-    from vramplan.pipeline.hub import PREFIX, is_repo_id, open_source
-    from vramplan.pipeline.repository import FolderRepository
+    from vramplan.pipeline.hub import open_repository
 
     wanted = load_dtype(dtype) if dtype else None
     stored: dict[str, Any] = {"dtype": wanted, "variant": variant, "allow_pickle": allow_pickle}
-    if not isinstance(model, str | Path):
-        _refuse("a pipeline that is loaded already", variant=variant, revision=revision)
-        return _describe_live(model, wanted)
-    if str(model).endswith((".safetensors", ".gguf")):
-        _refuse("a single file", variant=variant)
-        return _describe_single(str(model), revision, wanted)
-    if Path(model).exists() or str(model).startswith((".", "/", "~")):
-        _refuse("a local folder", revision=revision)
-        return _describe_stored(FolderRepository(Path(model).expanduser()), **stored)
-    if str(model).startswith(PREFIX):
-        return _describe_stored(open_source(str(model)), **stored)
-    if is_repo_id(str(model)):
-        return _describe_named(str(model), revision, stored)
-    _refuse("a profile", variant=variant, revision=revision)
-    return _describe_profile(str(model), wanted)
+    source = source_of(model, revision)
+    if isinstance(source, Live):
+        refusing("a pipeline that is loaded already", source, variant=variant)
+        return _describe_live(source, wanted)
+    if isinstance(source, SingleFile):
+        refusing("a single file", source, variant=variant)
+        return _describe_single(source, wanted)
+    if isinstance(source, Folder):
+        return _describe_stored(open_repository(source), **stored)
+    if isinstance(source, Hub):
+        return _describe_hub(source, stored)
+    refusing("a profile", source, variant=variant)
+    return _describe_profile(source.name, wanted)
 
 
-def _describe_single(name: str, revision: str | None, dtype: str | None) -> Model:
-    """A checkpoint in one file, by its header and the profile of its pipeline."""
-    from vramplan.pipeline.hub import hub_repository, is_repo_id
-    from vramplan.pipeline.repository import FolderRepository
-    from vramplan.pipeline.single import read_single_file
+def _describe_single(source: SingleFile, dtype: str | None) -> Model:
+    """Describe a checkpoint in one file, by its header and the profile of its pipeline."""
+    from vramplan.pipeline.hub import open_repository
+    from vramplan.pipeline.single import read_checkpoint
 
+    name = source.path
     if name.endswith(".gguf"):
         raise UsageError(
             f"{name}: plan for the pipeline it is a part of, with --set weights.transformer=gguf:file={name}"
         )
     path, repo_id = Path(name).expanduser(), "/".join(name.split("/")[:2])
     if path.is_file() or not is_repo_id(repo_id) or name.count("/") < 2:
-        _refuse("a file on this machine", revision=revision)
-        single = read_single_file(FolderRepository(path.parent), path.name)
+        refusing("a file on this machine", source, revision=source.revision)
+        checkpoint = read_checkpoint(open_repository(Folder(path.parent)), path.name)
     else:
-        single = read_single_file(hub_repository(repo_id, revision), name.removeprefix(f"{repo_id}/"))
-    described = _describe_profile(single.profile.name, dtype or single.load_dtype)
-    return replace(described, spec=replace(described.spec, notes=(*described.spec.notes, single.note)))
+        repository = open_repository(Hub(repo_id, source.revision))
+        checkpoint = read_checkpoint(repository, name.removeprefix(f"{repo_id}/"))
+    described = _describe_profile(checkpoint.profile.name, dtype or checkpoint.load_dtype)
+    return _noted(described, checkpoint.note)
 
 
-def _refuse(what: str, **given: str | None) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise UsageError(f"{name} {value}: {what} has none to choose from")
+def _noted(described: Model, note: str) -> Model:
+    return replace(described, spec=replace(described.spec, notes=(*described.spec.notes, note)))
 
 
-def _describe_named(repo_id: str, revision: str | None, stored: Mapping[str, Any]) -> Model:
-    """What the hub holds under this name, else the profile that lists it."""
-    from vramplan.pipeline.hub import hub_repository
+def _describe_hub(source: Hub, stored: Mapping[str, Any]) -> Model:
+    """Describe a repository, else the profile that lists it."""
+    from vramplan.pipeline.hub import open_repository
     from vramplan.pipeline.hub_http import HubError, is_offline
 
-    profile = _profile_of(repo_id)
+    profile = _profile_of(source.repo_id)
     try:
-        repository = hub_repository(repo_id, revision)
+        repository = open_repository(source)
     except HubError as error:
         if profile is None and is_offline():
-            raise UsageError(f"{repo_id}: no such folder, no pipeline profile lists it, and {error}") from error
-        if profile is None or revision is not None or stored["variant"] is not None:
+            raise UsageError(f"{source.repo_id}: no such folder, no pipeline profile lists it, and {error}") from error
+        if profile is None or source.revision is not None or stored["variant"] is not None:
             raise
         note = f"sizes are those of profile {profile.name}; the repository was not read: {error}"
-        described = _describe_profile(profile.name, stored["dtype"])
-        return replace(described, spec=replace(described.spec, notes=(*described.spec.notes, note)))
+        return _noted(_describe_profile(profile.name, stored["dtype"]), note)
     described = _describe_stored(repository, **stored)
     return replace(described, defaults={**described.defaults, **(_workload(profile) if profile else {})})
 
@@ -120,10 +115,11 @@ def _profile_of(repo_id: str) -> PipelineProfile | None:
         return None
 
 
-def _describe_live(pipe: Any, dtype: str | None) -> Model:
+def _describe_live(source: Live, dtype: str | None) -> Model:
     from vramplan.pipeline.live import spec_from_pipeline
     from vramplan.pipeline.modules import modules_of
 
+    pipe = source.pipe
     if dtype is not None:
         raise UsageError("dtype is for a pipeline that is still to be loaded; a live one keeps its own")
     if not hasattr(pipe, "components"):
@@ -156,15 +152,15 @@ def _describe_profile(name: str, dtype: str | None) -> Model:
 
 
 def _workload(profile: PipelineProfile) -> dict[str, Any]:
-    told = profile.workload
+    usual = profile.workload
     own = {
-        "height": told.height,
-        "width": told.width,
-        "num_inference_steps": told.num_inference_steps,
-        "guidance_scale": told.guidance_scale,
-        "num_images_per_prompt": told.batch,
+        "height": usual.height,
+        "width": usual.width,
+        "num_inference_steps": usual.num_inference_steps,
+        "guidance_scale": usual.guidance_scale,
+        "num_images_per_prompt": usual.batch,
     }
-    return own | ({"num_frames": told.num_frames} if told.num_frames else {})
+    return own | ({"num_frames": usual.num_frames} if usual.num_frames else {})
 
 
 def _defaults(cls: type, spec: PipelineSpec) -> dict[str, Any]:

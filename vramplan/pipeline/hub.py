@@ -13,13 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vramplan.errors import UsageError, VramplanError
+from vramplan.errors import VramplanError
 from vramplan.pipeline.folder import INDEX
 from vramplan.pipeline.hub_http import HubError, UnreachableError, get_start, is_offline
 from vramplan.pipeline.repository import FolderRepository, Repository, read_start
+from vramplan.pipeline.sources import Folder, Hub
 from vramplan.units import format_bytes
 
-PREFIX = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Assumed: a repository of 20,000 files has a list of 2 MB.
 _LONGEST_LIST = 8 << 20
@@ -32,7 +32,7 @@ class HubRepository(Repository):
 
     def __init__(self, repo_id: str, commit: str, paths: frozenset[str]) -> None:
         self.repo_id, self.commit = repo_id, commit
-        self.source = f"{PREFIX}{repo_id}@{commit}"
+        self.source = Hub(repo_id, commit)
         self._paths = paths
         self._read: dict[str, tuple[bytes, int]] = {}
 
@@ -75,42 +75,24 @@ class HubRepository(Repository):
         return f"{self.source}/{path}"
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether a name can be one of a repository: `owner/name`."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+def open_repository(source: Folder | Hub) -> Repository:
+    """The saved pipeline that a source names.
 
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
+    Raises:
+        HubError: as `hub_repository` does.
+    """
+    return FolderRepository(source.path) if isinstance(source, Folder) else hub_repository(source)
 
 
-def open_source(source: str) -> Repository:
-    """The repository that a plan calls so: a folder, or `hub:owner/name@commit`."""
-    if not source.startswith(PREFIX):
-        return FolderRepository(Path(source).expanduser())
-    return hub_repository(*split_source(source))
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """Name and commit of what a plan calls `hub:owner/name@commit`. Raises UsageError for anything else."""
-    repo_id, _, commit = source.removeprefix(PREFIX).partition("@")
-    if not is_repo_id(repo_id) or not commit:
-        raise UsageError(f"{source}: write {PREFIX}owner/name@revision")
-    return repo_id, commit
-
-
-def hub_repository(repo_id: str, revision: str | None = None) -> Repository:
-    """The repository at this revision, its main branch where left out, at the commit that is now.
+def hub_repository(source: Hub) -> Repository:
+    """The repository at its revision, or at the main branch's newest commit.
 
     Without a network the one of the last time, or a snapshot in hub's cache.
 
     Raises:
         HubError: there is none, it may not be read, or the hub cannot be reached and nothing of it was kept.
     """
-    wanted = revision or "main"
+    repo_id, wanted = source.repo_id, source.revision or "main"
     fixed = _COMMIT.fullmatch(wanted) is not None
     listing = _kept_listing(repo_id, wanted) if fixed or is_offline() else None
     if listing is None:
@@ -120,7 +102,7 @@ def hub_repository(repo_id: str, revision: str | None = None) -> Repository:
             listing = _kept_listing(repo_id, wanted)
             snapshot = None if listing else cached_snapshot(repo_id, wanted)
             if snapshot is not None:
-                return FolderRepository(snapshot, f"{PREFIX}{repo_id}@{snapshot.name}")
+                return FolderRepository(snapshot, Hub(repo_id, snapshot.name))
             if listing is None:
                 raise
     made = _opened(repo_id, listing[0], listing[1])
@@ -182,7 +164,7 @@ def _kept_listing(repo_id: str, revision: str) -> tuple[str, frozenset[str]] | N
 
 
 def _listing_key(repo_id: str, revision: str) -> str:
-    return f"{PREFIX}{repo_id}@{revision} files"
+    return f"{Hub(repo_id, revision)} files"
 
 
 def _kept_path(key: str) -> Path | None:

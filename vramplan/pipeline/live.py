@@ -8,6 +8,7 @@ from vramplan.pipeline.classes import class_facts
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.prompt import encode_refusal
+from vramplan.pipeline.sources import Live, Source
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.pipeline.uses import uses_of
 
@@ -21,14 +22,14 @@ def spec_from_pipeline(pipe: Any) -> PipelineSpec:
     components = tuple(
         describe_component(name, module, pipeline=cls, live=True) for name, module in modules_of(pipe).items()
     )
-    return assemble(cls, components, source="live", pipe=pipe)
+    return assemble(cls, components, source=Live(pipe), pipe=pipe)
 
 
 def assemble(
     cls: type,
     components: tuple[Component, ...],
     *,
-    source: str,
+    source: Source,
     pipe: Any = None,
     family: str | None = None,
     notes: tuple[str, ...] = (),

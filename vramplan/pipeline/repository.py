@@ -11,6 +11,7 @@ from typing import Any
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES
+from vramplan.pipeline.sources import Folder, Source
 from vramplan.units import format_bytes
 
 # Of 1,000 popular models 97 % have shorter headers (huggingface_hub 2.4, `parse_safetensors_file_metadata`).
@@ -42,7 +43,7 @@ class Repository(ABC):
     `source` is what a plan calls it, `folder` where all of its files lie on this machine, None if they do not.
     """
 
-    source: str
+    source: Source
     folder: Path | None = None
 
     @abstractmethod
@@ -121,9 +122,9 @@ def _tensor(name: str, entry: Any, data_bytes: int) -> StoredTensor:
 class FolderRepository(Repository):
     """A saved pipeline in a local folder; `source` is the folder where nothing else is given."""
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
+    def __init__(self, folder: Path, source: Source | None = None) -> None:
         self.folder: Path = folder
-        self.source = source or str(folder)
+        self.source = source or Folder(folder)
 
     def names(self, folder: str) -> frozenset[str]:
         """The names of the files in one of its folders. Raises VramplanError where there is no such repository."""

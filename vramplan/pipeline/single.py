@@ -26,7 +26,7 @@ _LOADED = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SingleFile:
+class Checkpoint:
     """A checkpoint in one file: the profile of its pipeline, the dtype that most of it is stored in, and its parts."""
 
     profile: PipelineProfile
@@ -51,7 +51,7 @@ class SingleFile:
         )
 
 
-def read_single_file(repository: Repository, path: str) -> SingleFile:
+def read_checkpoint(repository: Repository, path: str) -> Checkpoint:
     """What a safetensors file of a repository is as a checkpoint, as diffusers' `from_single_file` takes it.
 
     Raises:
@@ -72,7 +72,7 @@ def read_single_file(repository: Repository, path: str) -> SingleFile:
     sizes: dict[str, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
-    return SingleFile(
+    return Checkpoint(
         profile=profile,
         where=where,
         dtype=max(sizes, key=lambda name: sizes[name]),

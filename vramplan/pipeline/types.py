@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vramplan.pipeline.sources import Source
+
 Role = Literal["denoiser", "control", "text_encoder", "image_encoder", "vae", "other"]
 PhaseName = Literal["encode", "denoise", "decode"]
 
@@ -145,7 +147,7 @@ class PipelineSpec:
     """
 
     class_name: str
-    source: str
+    source: Source
     components: tuple[Component, ...]
     sequence: tuple[str, ...] | None
     excluded: frozenset[str]

@@ -13,7 +13,7 @@ from vramplan.planfile.types import (
     MachineRecord,
     ModelRecord,
     Plan,
-    PlanRequest,
+    Preferences,
     Projected,
     Settings,
     fingerprint,
@@ -46,13 +46,13 @@ def _on_axis(decision: Decision, axis: Axis) -> dict[str, str]:
     }
 
 
-def _written(
+def plan_record(
     spec: PipelineSpec,
     work: Workload,
     machine: MachineRecord,
     outcome: Outcome,
     notes: tuple[str, ...],
-    asked: PlanRequest,
+    asked: Preferences,
 ) -> Plan:
     """The outcome as a plan."""
     chosen = outcome.chosen
@@ -76,7 +76,7 @@ def _written(
 
 def _model_record(spec: PipelineSpec) -> ModelRecord:
     return ModelRecord(
-        source=spec.source,
+        source=str(spec.source),
         class_name=spec.class_name,
         fingerprint=fingerprint(spec),
         components=tuple(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vramplan.pipeline.hub import PREFIX, split_source
 from vramplan.pipeline.prompt import Encoded
+from vramplan.pipeline.sources import Hub, Source
 from vramplan.planfile.types import ComponentRecord, Plan
 from vramplan.strategies.base import AtLoad, Decodes, Placed, Placement, freed_first
 
@@ -18,13 +18,13 @@ PROMPT = "a photo of a red fox in the snow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a script is made of. `source` is what to load from, as the plan has it or a hub id, `vaes` are weightless.
+    """What a script is made of. `source` is what to load from, `vaes` are weightless.
 
     `encoded` is the call of the plan's workload with its prompt encoded, hollow; None where nothing is encoded first.
     """
 
     plan: Plan
-    source: str
+    source: Source
     placed: Placed
     decodes: Decodes
     vaes: Mapping[str, Any]
@@ -85,10 +85,10 @@ class Script:
     @property
     def _source(self) -> str:
         """The first arguments of `from_pretrained`."""
-        if not self.source.startswith(PREFIX):
-            return json.dumps(self.source)
-        repo_id, commit = split_source(self.source)
-        return f"{json.dumps(repo_id)}, revision={json.dumps(commit)}"
+        if not isinstance(self.source, Hub):
+            return json.dumps(str(self.source))
+        revision = f", revision={json.dumps(self.source.revision)}" if self.source.revision else ""
+        return json.dumps(self.source.repo_id) + revision
 
     @property
     def _device(self) -> str:

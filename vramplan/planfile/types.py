@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vramplan.common.shown import Shown
 from vramplan.hardware.types import Accelerator, Budget, Host
+from vramplan.pipeline.sources import Source, parse_source
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
 from vramplan.planner.clock import Bottleneck
@@ -47,6 +48,11 @@ class ModelRecord:
     fingerprint: str
     components: tuple[ComponentRecord, ...]
 
+    @property
+    def origin(self) -> Source:
+        """The source as a type."""
+        return parse_source(self.source)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineRecord:
@@ -63,9 +69,8 @@ class MachineRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What was asked for beside model, machine and workload: planning again keeps it. `settings` are the choices that
-    were fixed by hand."""
+class Preferences:
+    """The preferences a plan was made with, kept when planning again. `settings` are the choices fixed by hand."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -136,7 +141,7 @@ class Plan(Shown):
     quality: Quality
     projected: Demand
     reason: str
-    asked: PlanRequest = field(default_factory=PlanRequest)
+    asked: Preferences = field(default_factory=Preferences)
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = ()
     candidates: tuple[Considered, ...] = ()

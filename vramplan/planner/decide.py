@@ -97,11 +97,11 @@ def decide(
     allow: Quality | None = None,
     prefer: Prefer = "speed",
     confirm: Confirm | None = None,
-    lighter: Sequence[Alternative] = (),
+    alternatives: Sequence[Alternative] = (),
 ) -> Outcome:
     """Price every candidate and choose.
 
-    `lighter` are other forms of the pipeline's weights and attention to consider; where `fixed` names weights, the
+    `alternatives` are other forms of the pipeline's weights and attention to consider; where `fixed` names weights, the
     only ones.
 
     With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
@@ -117,7 +117,7 @@ def decide(
     found: list[CandidateRow] = []
     refused: list[Refused] = []
     pricers = []
-    for form in lighter if fixed.weights else (stored, *lighter):
+    for form in alternatives if fixed.weights else (stored, *alternatives):
         ours, not_ours = rows(form.spec, workload, fixed, accelerator)
         found += [replace(row, weights=form.weights, execution=form.execution) for row in ours]
         refused += [item for item in not_ours if item not in refused]

@@ -14,6 +14,7 @@ from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.held import refuse_hooked
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
+from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.match import calls_of, check_match, parse_settings
 from vramplan.planfile.types import Plan
 from vramplan.runtime.changes import State, change_since, state_of
@@ -89,15 +90,18 @@ def applied_to(pipe: Any) -> Applied | None:
     return getattr(pipe, "__dict__", {}).get(_MARK)
 
 
-def apply_unchecked(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
-    """The plan on a live pipeline, as `apply_plan` does it, without asking whether it still fits."""
+def apply_unchecked(pipe: Any, plan: Plan, *, device: str | None = None, spec: PipelineSpec | None = None) -> Applied:
+    """Apply the plan to a live pipeline as `apply_plan` does, without checking that it still fits.
+
+    `spec` describes the pipeline without a plan, where the caller has described it already.
+    """
     earlier = applied_to(pipe)
     target = device or plan.machine.device
     if earlier is not None and earlier.plan == plan and earlier.device == target and earlier.changed is None:
         return earlier
     check_device(target, plan)
     with without_earlier_plan(pipe):
-        return _applied_anew(pipe, plan, target)
+        return _applied_anew(pipe, plan, target, spec or spec_from_pipeline(pipe))
 
 
 @contextmanager
@@ -132,9 +136,8 @@ def _all_or_nothing(pipe: Any, placed: Placed) -> Iterator[None]:
         raise
 
 
-def _applied_anew(pipe: Any, plan: Plan, target: str) -> Applied:
+def _applied_anew(pipe: Any, plan: Plan, target: str, spec: PipelineSpec) -> Applied:
     """The plan on a pipeline that has none, checked first; the pipeline as it was if anything fails."""
-    spec = spec_from_pipeline(pipe)
     check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, planned_accelerator(plan, target))

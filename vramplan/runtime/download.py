@@ -8,38 +8,44 @@ from pathlib import Path
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.folder import INDEX, read_index, stored_weights
-from vramplan.pipeline.hub import cached_snapshot, split_source
+from vramplan.pipeline.hub import cached_snapshot
 from vramplan.pipeline.repository import FolderRepository
+from vramplan.pipeline.sources import Hub
 from vramplan.planfile.types import Plan
 
 
-def downloaded(plan: Plan) -> Path:
+def downloaded(plan: Plan, source: Hub) -> Path:
     """The snapshot of the plan's repository in the hub's cache, at the plan's commit and complete.
 
     Raises:
         VramplanError: it is not there, or not all of it; the message is the command that downloads it.
     """
-    repo_id, commit = split_source(plan.model.source)
-    folder = cached_snapshot(repo_id, commit)
+    folder = cached_snapshot(source.repo_id, source.revision or "main")
     if folder is None:
         missing = "it is not in the hub's cache"
     else:
         missing = next(_missing(plan, folder), "")
         if not missing:
             return folder
-    raise VramplanError(f"{repo_id}: {missing}; download it with: {download_command(plan)}")
+    raise VramplanError(f"{source.repo_id}: {missing}; download it with: {download_command(plan, source)}")
 
 
-def download_command(plan: Plan) -> str:
+def download_command(plan: Plan, source: Hub) -> str:
     """The command that downloads what loading the plan's pipeline takes: weights, configurations, tokenizers."""
-    repo_id, commit = split_source(plan.model.source)
     weights = [
         f"{record.name}/*{f'.{record.variant}*' if record.variant else ''}.safetensors"
         for record in plan.model.components
     ]
     wanted = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", *weights]
     return shlex.join(
-        ["hf", "download", repo_id, "--revision", commit, *(part for item in wanted for part in ("--include", item))]
+        [
+            "hf",
+            "download",
+            source.repo_id,
+            "--revision",
+            str(source.revision),
+            *(part for item in wanted for part in ("--include", item)),
+        ]
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from vramplan.common.progress import Say
 from vramplan.pipeline.folder import spec_from_folder
 from vramplan.pipeline.prompt import Encoded, checked, encode
+from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
 from vramplan.runtime.applied import Applied, check_device, finish_applying, planned_accelerator
@@ -46,13 +47,15 @@ class Loaded:
             return self.applied.pipe(**self.arguments)
 
 
-def stages_of(plan: Plan, folder: Path, device: str, *, allow_pickle: bool = False) -> Staged:
+def stages_of(
+    plan: Plan, folder: Path, device: str, *, spec: PipelineSpec | None = None, allow_pickle: bool = False
+) -> Staged:
     """The plan's settings for the pipeline in this folder, of which only configurations and headers are read.
 
     Raises:
         MismatchError: the folder holds another pipeline. UsageError: an edited setting that cannot be.
     """
-    spec = spec_from_folder(folder, allow_pickle=allow_pickle, **load_options(plan))
+    spec = spec or spec_from_folder(folder, allow_pickle=allow_pickle, **load_options(plan))
     check_match(spec, plan)
     return staged(spec, *parse_settings(plan, spec, planned_accelerator(plan, device)))
 
@@ -62,11 +65,13 @@ def load_applied(
     folder: Path,
     arguments: Callable[[Any], Mapping[str, Any]] | None,
     *,
+    spec: PipelineSpec | None = None,
     device: str | None = None,
     allow_pickle: bool = False,
     say: Say,
 ) -> Loaded:
-    """The plan's pipeline, loaded from the folder with the plan on it. `arguments` makes those of the call.
+    """The plan's pipeline, loaded from the folder with the plan on it. `arguments` makes those of the call;
+    `spec` describes the folder, where the caller has described it.
 
     Raises:
         VramplanError: a component cannot be loaded; nothing stays loaded.
@@ -74,7 +79,7 @@ def load_applied(
     """
     target = device or plan.machine.device
     check_device(target, plan)
-    stages = stages_of(plan, folder, target, allow_pickle=allow_pickle)
+    stages = stages_of(plan, folder, target, spec=spec, allow_pickle=allow_pickle)
     check_prompt(stages, arguments)
     encoded = None
     if stages.first and arguments is not None:

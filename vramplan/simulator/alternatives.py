@@ -17,7 +17,7 @@ from vramplan.strategies.base import AtLoad, Weights
 if TYPE_CHECKING:
     import torch
 
-    from vramplan.simulator.source import Source
+    from vramplan.simulator.model import SimulatedModel
     from vramplan.simulator.types import Simulation
     from vramplan.simulator.unpacking import Unpacking
 
@@ -28,15 +28,15 @@ _SIZES = ("weight_bytes", "dtype_bytes", "geometry")
 class Alternatives:
     """The forms of one model's weights. Each component is made and measured once under each setting."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, model: SimulatedModel) -> None:
+        self.model = model
         self._modules: dict[tuple[str, Weights], torch.nn.Module] = {}
         self._components: dict[tuple[str, Weights], Component] = {}
         self._unpacking: dict[tuple[str, Weights], Unpacking] = {}
 
     def spec(self, weights: Mapping[str, Weights]) -> PipelineSpec:
         """The pipeline under these settings."""
-        spec = self.source.spec
+        spec = self.model.spec
         light = [
             self._component(component, weights[component.name]) if component.name in weights else component
             for component in spec.components
@@ -65,14 +65,14 @@ class Alternatives:
 
         key = (name, setting)
         if key not in self._unpacking:
-            dtype = torch_dtype(self.source.spec.component(name).dtype)
+            dtype = torch_dtype(self.model.spec.component(name).dtype)
             self._unpacking[key] = unpacking(name, self._module(*key), dtype, simulation)
         return self._unpacking[key]
 
     def _module(self, name: str, setting: Weights) -> torch.nn.Module:
         key = (name, setting)
         if key not in self._modules:
-            self._modules[key] = lightened(self.source.parts.modules[name], setting)
+            self._modules[key] = lightened(self.model.parts.modules[name], setting)
         return self._modules[key]
 
 

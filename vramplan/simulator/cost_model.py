@@ -16,6 +16,7 @@ from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.residuals import Basis
 from vramplan.simulator.alternatives import Alternatives
+from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.types import SimulatedPhase, Simulation
 from vramplan.strategies.base import Weights
 from vramplan.strategies.settings import grouped
@@ -28,7 +29,7 @@ class CostModel:
     """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
 
     footprint: Footprint
-    lighter: tuple[Alternative, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
     simulated: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
 
@@ -59,68 +60,94 @@ def cost_model(
     work: Workload,
     accelerator: Accelerator | None,
     weights: Sequence[Mapping[str, Weights]],
-    told: Fixed,
+    fixed: Fixed,
 ) -> CostModel:
-    """What the planner counts with, for the weights as they are stored and with each of these settings.
+    """The cost model for the weights as they are stored, and for each of these settings of `weights`.
 
-    What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
-    pipeline, where it lowers what a denoiser needs.
+    Settings of attention and compiling that the user fixed apply to all. Another attention is an alternative where it
+    lowers what a denoiser needs.
     """
+    from vramplan.simulator.model import simulated_footprint, traced_footprint
     from vramplan.simulator.run import SimulationError
-    from vramplan.simulator.source import simulated_footprint, traced_footprint
 
-    source, spec, execution = forms.source, forms.source.spec, told.execution
-    light = [(setting, forms.spec(setting)) for setting in weights]
+    model, spec, execution = forms.model, forms.model.spec, fixed.execution
 
-    def lighter(needs: Callable[[Mapping[str, Weights], PipelineSpec], Footprint]) -> tuple[Alternative, ...]:
+    def under_weights(plain: Simulation, stored: Footprint) -> tuple[Alternative, ...]:
         return tuple(
-            Alternative(weights=setting, execution=execution, spec=other, footprint=needs(setting, other))
-            for setting, other in light
+            Alternative(
+                weights=setting,
+                execution=execution,
+                spec=forms.spec(setting),
+                footprint=forms.footprint(setting, stored, plain),
+            )
+            for setting in weights
         )
 
     if accelerator is None or spec.device_map is not None:
-        assumed = AssumedFootprint(spec=spec, workload=work)
-        return CostModel(footprint=assumed, lighter=lighter(lambda _, other: replace(assumed, spec=other)))
+        return _assumed(forms, work, weights, fixed)
     try:
-        footprint = simulated_footprint(source, work, accelerator, grouped({}, {}, execution))
+        footprint = simulated_footprint(model, work, accelerator, grouped({}, {}, execution))
     except SimulationError as error:
         if not any(use.phase == "denoise" for use in spec.uses):
             raise VramplanError(
                 f"{spec.class_name}: no component denoises, and its whole call cannot be simulated: {error}"
             ) from error
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
-        traced = traced_footprint(source, work, accelerator)
-        others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
-        return CostModel(
-            footprint=traced, lighter=others, notes=(note, *_unseen(spec, traced.plain, "could be traced"))
-        )
-    every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
+        traced = traced_footprint(model, work, accelerator)
+        notes = (note, *_unseen(spec, traced.plain, "could be traced"))
+        return CostModel(footprint=traced, alternatives=under_weights(traced.plain, traced), notes=notes)
     tried = (
-        (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
-        for item in execution_settings(spec, told, accelerator)
+        (item, simulated_footprint(model, work, accelerator, grouped({}, {}, item)))
+        for item in execution_settings(spec, fixed, accelerator)
     )
-    every += tuple(
+    smaller = tuple(
         Alternative(weights={}, execution=item, spec=spec, footprint=sliced)
         for item, sliced in tried
         if sliced.denoising_bytes < footprint.denoising_bytes
     )
+    return CostModel(
+        footprint=footprint,
+        alternatives=under_weights(footprint.plain, footprint) + smaller,
+        simulated=_confirming(model, work, accelerator),
+        notes=(*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call")),
+    )
 
-    vaes = [component.name for component in spec.vaes]
+
+def _assumed(forms: Alternatives, work: Workload, weights: Sequence[Mapping[str, Weights]], fixed: Fixed) -> CostModel:
+    """Rules of thumb in place of a simulation."""
+    footprint = AssumedFootprint(spec=forms.model.spec, workload=work)
+    others = [(setting, forms.spec(setting)) for setting in weights]
+    return CostModel(
+        footprint=footprint,
+        alternatives=tuple(
+            Alternative(weights=setting, execution=fixed.execution, spec=spec, footprint=replace(footprint, spec=spec))
+            for setting, spec in others
+        ),
+    )
+
+
+def _confirming(
+    model: SimulatedModel, work: Workload, accelerator: Accelerator
+) -> Callable[[Decision, int], Simulation]:
+    """A function that simulates a decision within a capacity in bytes.
+
+    A call that stops before any VAE runs is simulated once for all ways of decoding.
+    """
+    vaes = [component.name for component in model.spec.vaes]
     stopped: dict[Any, Simulation] = {}
 
     def simulated(decision: Decision, capacity: int) -> Simulation:
-        beside = decision.placement, decision.weights, decision.execution
-        key = capacity, *(frozenset(settings.items()) for settings in beside)
-        if key in stopped:  # however it would have been decoded
+        settings = decision.placement, decision.weights, decision.execution
+        key = capacity, *(frozenset(by_component.items()) for by_component in settings)
+        if key in stopped:
             return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
-        found = source.run(work, grouped(*beside), decodes, accelerator=accelerator, capacity_bytes=capacity)
+        found = model.run(work, grouped(*settings), decodes, accelerator=accelerator, capacity_bytes=capacity)
         if _before_vaes(found, vaes):
             stopped[key] = found
         return found
 
-    notes = (*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call"))
-    return CostModel(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
+    return simulated
 
 
 def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 
 from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
+from vramplan.api.request import PlanRequest
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
-from vramplan.planfile.types import Plan, PlanRequest
+from vramplan.planfile.types import Plan
 from vramplan.profiles.catalogue import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
 from vramplan.ui.choices import Wish
@@ -79,7 +80,7 @@ def further(wish: Wish) -> Further:
 
 @lru_cache(maxsize=4)
 def _subject(model: str) -> Subject:
-    return Subject(model)
+    return Subject(model, PlanRequest())
 
 
 @lru_cache(maxsize=8)
@@ -136,9 +137,9 @@ def _memory(plan: Plan) -> Further:
 
     if plan.machine.accelerator is None:
         return Further(words="Without an accelerator no call is simulated: the plan rests on rules of thumb.")
-    model = plan.model.source.removeprefix("profile:")
     limit = plan.machine.budget.vram_bytes
-    picture = memory_picture(simulate(model, plan, capacity_bytes=limit, timeline=True, **load_options(plan)))
+    simulation = simulate(plan.model.origin, plan, capacity_bytes=limit, timeline=True, **load_options(plan))
+    picture = memory_picture(simulation)
     return Further(picture=memory_figure(picture).to_json(), words=memory_words(picture))
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.sources import Folder, Hub, Live, Profile
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
@@ -29,49 +30,49 @@ _ROOM = 1 << 50
 
 
 def simulated_footprint(
-    source: Source, workload: Workload, accelerator: Accelerator, unplaced: Placed = ()
+    model: SimulatedModel, workload: Workload, accelerator: Accelerator, unplaced: Placed = ()
 ) -> SimulatedFootprint:
     """The planner's figures for a model with these settings, none of which is a placement.
 
     Raises:
         SimulationError: the pipeline cannot be driven.
     """
-    spec = source.spec
+    spec = model.spec
     vaes = [component.name for component in spec.vaes]
     must_tile = [vae for vae in spec.vaes if vae.tiling is not None and vae.tiling.required]
 
     tiled = [(setting, vaes) for setting in _tilings(must_tile)]
-    plain = source.run(workload, unplaced, tiled, accelerator=accelerator)
+    plain = model.run(workload, unplaced, tiled, accelerator=accelerator)
 
-    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(source, plain, accelerator))
+    return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(model, plain, accelerator))
 
 
-def traced_footprint(source: Source, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
+def traced_footprint(model: SimulatedModel, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
     """The planner's figures from components traced one by one, where the whole call cannot be driven."""
-    plain = source.alone(workload, accelerator=accelerator)
+    plain = model.alone(workload, accelerator=accelerator)
 
     return SimulatedFootprint(
-        spec=source.spec,
+        spec=model.spec,
         workload=workload,
         plain=plain,
-        decode=_decodes(source, plain, accelerator),
+        decode=_decodes(model, plain, accelerator),
         basis="derived",
         slack=ASSUMED_SLACK,
     )
 
 
 def _decodes(
-    source: Source, plain: Simulation, accelerator: Accelerator
+    model: SimulatedModel, plain: Simulation, accelerator: Accelerator
 ) -> Callable[[tuple[Decode, ...]], Simulation | None]:
     """What decodes the latents of a call with other settings, each simulated once."""
     from vramplan.simulator.run import SimulationError
 
-    vaes = [component.name for component in source.spec.vaes]
+    vaes = [component.name for component in model.spec.vaes]
 
     @cache
     def decode(settings: tuple[Decode, ...]) -> Simulation | None:
         try:
-            return source.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
+            return model.decode(plain.decoded, [(setting, vaes) for setting in settings], accelerator=accelerator)
         except SimulationError:
             return None
 
@@ -84,11 +85,10 @@ def _tilings(vaes: Sequence[Any]) -> tuple[Decode, ...]:
     return (VaeTiling(),) if vaes else ()
 
 
-class Source:
-    """A model that can be simulated again and again: its parts are put together once, when first needed."""
+class SimulatedModel:
+    """A model that can be simulated any number of times. Its parts are put together once, when first needed."""
 
-    def __init__(self, model: Any, spec: PipelineSpec) -> None:
-        self.model = model
+    def __init__(self, spec: PipelineSpec) -> None:
         self.spec = spec
         self._parts: Parts | None = None
         self._memos: dict[tuple[Any, ...], Memo] = {}
@@ -96,17 +96,8 @@ class Source:
     @property
     def parts(self) -> Parts:
         """The weightless or live parts of the model."""
-        from vramplan.pipeline.hub import open_source
-        from vramplan.simulator.parts import parts_from_live, parts_from_profile, parts_from_repository
-
         if self._parts is None:
-            dtypes = {component.name: component.dtype for component in self.spec.components}
-            if self.spec.source == "live":
-                self._parts = parts_from_live(self.model)
-            elif self.spec.source.startswith("profile:"):
-                self._parts = parts_from_profile(self.spec.source.removeprefix("profile:"), dtypes)
-            else:
-                self._parts = parts_from_repository(open_source(self.spec.source), dtypes)
+            self._parts = _parts(self.spec)
         return self._parts
 
     def run(
@@ -210,6 +201,20 @@ class Source:
             )
 
         return cached(key, make)
+
+
+def _parts(spec: PipelineSpec) -> Parts:
+    from vramplan.pipeline.hub import open_repository
+    from vramplan.simulator.parts import parts_from_live, parts_from_profile, parts_from_repository
+
+    source = spec.source
+    if isinstance(source, Live):
+        return parts_from_live(source.pipe)
+    dtypes = {component.name: component.dtype for component in spec.components}
+    if isinstance(source, Profile):
+        return parts_from_profile(source.name, dtypes)
+    assert isinstance(source, Folder | Hub), f"{source} is described as a profile"
+    return parts_from_repository(open_repository(source), dtypes)
 
 
 def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:

@@ -1,0 +1,88 @@
+"""The request for a plan: everything a user gives in addition to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypedDict
+
+from vramplan.hardware.types import Hardware
+from vramplan.planfile.types import Plan, Preferences, load_options
+from vramplan.planner.order import Prefer
+from vramplan.strategies.base import Quality
+
+
+class PlanOptions(TypedDict, total=False):
+    """The keyword arguments of `plan`, `fit` and `auto_configure`. `vramplan.plan` explains them."""
+
+    device: str | Hardware | None
+    vram: str | None
+    ram: str | None
+    margin: str | None
+    allow: Quality | None
+    prefer: Prefer
+    settings: Mapping[str, str | Sequence[str]] | None
+    dtype: str | None
+    variant: str | None
+    revision: str | None
+    allow_pickle: bool
+    simulate: bool
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    frames: int | None
+    num_images_per_prompt: int | None
+    num_videos_per_prompt: int | None
+    batch: int | None
+    num_inference_steps: int | None
+    steps: int | None
+    guidance_scale: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest(Preferences):
+    """The preferences, the machine, how to load the model, and the workload as given."""
+
+    device: str | Hardware | None = None
+    dtype: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    allow_pickle: bool = False
+    simulate: bool = True
+    workload: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def preferences(self) -> Preferences:
+        """The part that a plan file keeps."""
+        return Preferences(**{item.name: getattr(self, item.name) for item in fields(Preferences)})
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `describe`."""
+        return {name: getattr(self, name) for name in ("dtype", "variant", "revision", "allow_pickle")}
+
+    @property
+    def amounts(self) -> dict[str, str | None]:
+        """The memory as given, by `make_budget`'s names."""
+        return {"vram": self.vram, "ram": self.ram, "margin": self.margin}
+
+
+_OWN = {item.name for item in fields(PlanRequest)} - {"workload"}
+
+
+def make_request(options: Mapping[str, Any]) -> PlanRequest:
+    """The request of these keyword arguments. A name that is none of its own is the workload's."""
+    own = {name: value for name, value in options.items() if name in _OWN}
+    own["settings"] = {
+        key: (value,) if isinstance(value, str) else tuple(value) for key, value in (own.get("settings") or {}).items()
+    }
+    return PlanRequest(**own, workload={name: value for name, value in options.items() if name not in _OWN})
+
+
+def request_of(plan: Plan) -> PlanRequest:
+    """The request a plan was made for, its workload included, on the machine's first device."""
+    preferences = {item.name: getattr(plan.asked, item.name) for item in fields(Preferences)}
+    # A plan of before preferences were recorded may be lossy only because that was allowed.
+    preferences["allow"] = plan.asked.allow or ("lossy" if plan.quality == "lossy" else None)
+    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
+    return PlanRequest(**preferences, **load_options(plan), workload=workload)
