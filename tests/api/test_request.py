@@ -1,0 +1,54 @@
+"""A request is one value, whichever way it is given."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+import pytest
+
+import vramplan
+from vramplan.api.request import PlanOptions, PlanRequest, make_request, request_of
+from vramplan.errors import UsageError
+from vramplan.workload import _ALIASES, WORKLOAD_NAMES
+
+GIVEN = {
+    "device": "rtx-4070",
+    "vram": "10GiB",
+    "allow": "near_lossless",
+    "settings": {"placement.vae": "resident", "decode": ["vae_slicing", "vae_tiling"]},
+    "dtype": "float16",
+    "height": 512,
+    "steps": 4,
+}
+
+
+def test_names_that_are_none_of_its_own_are_the_workloads() -> None:
+    request = make_request(GIVEN)
+    assert request.workload == {"height": 512, "steps": 4}
+    assert request.settings == {"placement.vae": ("resident",), "decode": ("vae_slicing", "vae_tiling")}
+    assert request.loading == {"dtype": "float16", "variant": None, "revision": None, "allow_pickle": False}
+
+
+def test_the_typed_options_are_the_requests_fields_and_the_workloads_names() -> None:
+    own = {item.name for item in fields(PlanRequest)} - {"workload"}
+    names = own | set(WORKLOAD_NAMES) | set(_ALIASES) | {"num_videos_per_prompt"}
+    assert set(get_type_hints(PlanOptions)) <= names
+    assert own <= set(get_type_hints(PlanOptions))
+    assert str in get_args(get_type_hints(PlanOptions)["device"])
+
+
+@pytest.mark.parametrize("given", [{"colour": "red"}, {"height": -1}])
+def test_a_name_or_number_that_makes_no_sense_is_refused(given) -> None:
+    with pytest.raises(UsageError):
+        vramplan.plan("stable-diffusion-1.5", device="rtx-4070", simulate=False, **given)
+
+
+def test_a_plan_gives_the_request_back_and_as_one_value_it_makes_the_same_plan() -> None:
+    request = make_request({"device": "rtx-4070", "vram": "6GiB", "simulate": False, "steps": 4})
+    plan = vramplan.plan("stable-diffusion-1.5", request)
+    same = vramplan.plan("stable-diffusion-1.5", device="rtx-4070", vram="6GiB", simulate=False, steps=4)
+    assert plan.settings == same.settings
+    assert plan.asked == same.asked == request.preferences
+    again = request_of(plan)
+    assert (again.vram, again.workload["num_inference_steps"]) == ("6GiB", 4)
