@@ -93,6 +93,19 @@ def test_nothing_closes_an_axis(row: AxisRow) -> None:
     assert not closed
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "can_be"),
+    [
+        ("weights.vae", "x", True), ("weights", "x", False), ("weights", "stored", True), ("weights.", "stored", True),
+        ("placement.vae", "x", True), ("placement", "x", True), ("placement.", "x", False), ("placement.", "", False),
+        ("decode", "x", True), ("decode", "plain", True), ("decode.vae", "x", False), ("decode.", "plain", False),
+        ("attention.vae", "x", True), ("attention", "x", False), ("attention", "plain", True),
+    ],
+)  # fmt: skip
+def test_where_a_setting_can_stand(key: str, text: str, can_be: bool) -> None:
+    assert AXES[key.partition(".")[0]].takes(key, text) is can_be
+
+
 def test_axes_are_named_in_one_line() -> None:
     with pytest.raises(UsageError) as error:
         parse_fixed({"nowhere": "plain"}, SPEC)

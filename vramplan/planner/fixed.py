@@ -72,11 +72,11 @@ def refusal_of(setting: Weights | Execution, component: Component, accelerator: 
 
 def _place(key: str, texts: Sequence[str]) -> tuple[AxisRow, str]:
     """The axis and the component that `AXIS.COMPONENT` names, which is empty where it names none."""
-    axis, dot, name = key.partition(".")
+    axis, _, name = key.partition(".")
     row = AXES.get(axis)
     if len(texts) != 1 and (row is None or row.by_component):
         raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
-    if row is None or bool(dot) != bool(name) or not row.takes(name, "".join(texts)):
+    if row is None or not row.takes(key, texts[-1] if texts else ""):
         axes = sorted(AXES.values(), key=lambda row: (not row.by_component, row.order))
         *first, last = (word for row in axes for word in row.keys)
         raise UsageError(f"--set {key}: the axes are {', '.join(first)} and {last}")

@@ -59,11 +59,11 @@ class AxisRow:
         one = (f"{self.name}.COMPONENT",) if self.by_component else ()
         return one if one and self.nothing else (self.name, *one)
 
-    def takes(self, component: str, text: str) -> bool:
-        """Whether the text can be set for that component, or for no single one where the name is empty."""
-        if component:
-            return self.by_component
-        return self.name in self.keys or text == self.nothing
+    def takes(self, key: str, text: str) -> bool:
+        """Whether `KEY=TEXT` can be set on this axis; the word for no setting needs no component."""
+        if not self.by_component or key == self.name in self.keys:
+            return key == self.name
+        return bool(key.partition(".")[2] or (self.nothing and text == self.nothing))
 
 
 AXES: Mapping[Axis, AxisRow] = {
