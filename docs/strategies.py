@@ -14,7 +14,7 @@ from importlib import import_module
 from types import FunctionType, ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vramplan.strategies import REGISTRY
+from vramplan.strategies import AXES, REGISTRY, Decode, Execution
 from vramplan.strategies.base import AtLoad, FileName
 
 # Each way of decoding acts on one of them; the first is of the size of Stable Diffusion's.
@@ -38,6 +38,14 @@ def strategy_list() -> str:
     lines = ["| setting | axis | what it does | quality |", "|---|---|---|---|"]
     for cls in REGISTRY:
         lines.append(f"| `{cls.name}` | {cls.axis} | {_what(cls)} | {_quality(cls)} |")
+    return "\n".join(lines)
+
+
+def axis_list() -> str:
+    """One line for each axis: the question it answers, and the strategies on it."""
+    lines = ["| axis | the question | settings |", "|---|---|---|"]
+    for row in AXES.values():
+        lines.append(f"| `{row.name}` | {row.question} | {', '.join(f'`{cls.name}`' for cls in row.strategies)} |")
     return "\n".join(lines)
 
 
@@ -115,7 +123,7 @@ def _code(cls: Any) -> Iterator[str]:
     """The lines that `vramplan code` prints for it, on the first component that it would be tried on."""
     from vramplan.strategies.settings import format_setting
 
-    if cls.axis == "decode":
+    if AXES[cls.axis].kind is Decode:
         setting, name, module = next(
             (setting, "vae", module) for module, component in _vaes() for setting in _tried(cls, component)
         )
@@ -139,12 +147,8 @@ def _tried(cls: Any, component: Any) -> Iterator[Any]:
 
     work = make_workload({}, {"height": 1024, "width": 1024, "num_frames": 61})
     card = Accelerator(kind="mps", index=0, name="any", total_bytes=2**34, free_bytes=None)
-    if cls.axis == "decode":
-        yield from cls.variants(component, work)
-    elif cls.axis in ("weights", "placement"):
-        yield from cls.variants(component)
-    else:
-        yield from cls.variants(component, card)
+    kind = AXES[cls.axis].kind
+    yield from cls.variants(component, *({Decode: (work,), Execution: (card,)}.get(kind, ())))
 
 
 @cache

@@ -31,7 +31,7 @@ from vramplan.strategies.kernel_state import KernelState
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
-from vramplan.strategies.settings import format_setting, grouped, parse_execution
+from vramplan.strategies.settings import format_setting, grouped, parse_setting
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
 CUDA = Hardware(accelerators=(card(8 * GIB),), host=HOST)
@@ -139,7 +139,7 @@ def test_quality_is_that_of_the_backend() -> None:
 @pytest.mark.parametrize("cls", EXECUTIONS)
 def test_every_setting_can_be_written_and_read(cls: Any) -> None:
     for setting in (cls(), *cls.variants(described(tiny_unet(), "unet"), METAL)):
-        assert parse_execution(format_setting(setting), cls.axis) == setting
+        assert parse_setting(cls.axis, format_setting(setting)) == setting
     assert cls().unknown == "" or len(cls().unknown) > 20
 
 
@@ -260,7 +260,7 @@ def test_slicing_is_tried_only_where_attention_holds_scores() -> None:
     assert execution_settings(Spec(), Fixed(), METAL) == both  # type: ignore[arg-type]
     assert execution_settings(Spec(), Fixed(), TURING) == both  # type: ignore[arg-type] # bfloat16
     assert execution_settings(Spec(), Fixed(), card()) == []  # type: ignore[arg-type]
-    assert execution_settings(Spec(), Fixed(attention={}), METAL) == []  # type: ignore[arg-type]
+    assert execution_settings(Spec(), Fixed(executions={"attention": {}}), METAL) == []  # type: ignore[arg-type]
 
 
 def attention_peak(dtype: torch.dtype = torch.float16, **kernels: Any) -> int:

@@ -32,7 +32,7 @@ from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.base import FileName
 from vramplan.strategies.gguf import Gguf
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import format_setting, parse_weights
+from vramplan.strategies.settings import format_setting, parse_setting
 from vramplan.units import GIB
 
 gguf = pytest.importorskip("gguf")
@@ -189,7 +189,7 @@ def test_accelerate_cannot_move_its_tensors_one_by_one(file_of: Any, small_folde
 def test_any_name_of_a_file_is_written_and_read_again(name: str, tmp_path: Path) -> None:
     setting = Gguf(file=FileName(name))
     assert format_setting(setting) == f"gguf:file={name}"
-    assert parse_weights(format_setting(setting)) == setting
+    assert parse_setting("weights", format_setting(setting)) == setting
 
 
 def test_the_name_survives_a_plan_file(file_of: Any, small_folder: Any, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def refused(folder: Path, file: Path, words: str) -> None:
 def test_loading_takes_the_bytes_of_the_file_and_not_of_the_stored_weights(file_of: Any, small_folder: Any) -> None:
     folder, file = small_folder("flux-small"), file_of(Kind.Q4_K)
     spec = spec_from_folder(folder, dtype="bfloat16")
-    setting = parse_weights(f"gguf:file={file}")
+    setting = parse_setting("weights", f"gguf:file={file}")
     part = Alternatives(SimulatedModel(spec)).spec({"transformer": setting}).component("transformer")
     load = load_of(part, Resident(), Resident().hold(part, spec))
     assert load.peak_bytes == file.stat().st_size < module_bytes(build("flux-small").transformer)

@@ -8,6 +8,7 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
 from vramplan.planfile.types import Plan
 from vramplan.runtime.call import call_arguments
+from vramplan.strategies import AXES
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -87,11 +88,8 @@ def _check_words(plan: Plan) -> None:
     """Raises VramplanError where a name of the plan would become other code than a name."""
     words = [
         plan.model.class_name,
-        *plan.settings.placement,
         *(word for record in plan.model.components for word in (record.class_name, record.library)),
-        *plan.settings.weights,
-        *plan.settings.attention,
-        *plan.settings.compile,
+        *(word for row in AXES.values() if row.by_component for word in getattr(plan.settings, row.name)),
         plan.machine.device.replace(":", "_"),
     ]
     words += [word for record in plan.model.components for word in (record.name, record.dtype, record.library)]

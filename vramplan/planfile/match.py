@@ -12,16 +12,10 @@ from vramplan.pipeline.component import role_of
 from vramplan.pipeline.quantized import marked
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile.types import Plan, fingerprint
-from vramplan.planner.fixed import by_component
-from vramplan.strategies.base import Decode, Decodes, Execution, Placed, Placement, Weights, half_freed
-from vramplan.strategies.settings import (
-    format_setting,
-    grouped,
-    parse_decode,
-    parse_execution,
-    parse_placement,
-    parse_weights,
-)
+from vramplan.planner.fixed import by_component, refusal_of
+from vramplan.strategies import AXES, AxisRow
+from vramplan.strategies.base import Axis, Decode, Decodes, Execution, Placed, Placement, Weights, half_freed
+from vramplan.strategies.settings import format_setting, grouped, parse_setting
 
 
 def check_match(spec: PipelineSpec, plan: Plan) -> None:
@@ -32,7 +26,8 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
         return
     planned = {record.name: record for record in plan.model.components}
     here = {component.name: component for component in spec.components}
-    loaded = {name for name, text in plan.settings.weights.items() if name in here and _is_so(text, here[name])}
+    weights = _by_component(AXES["weights"], plan)
+    loaded = {name for name, setting in weights.items() if name in here and _is_so(setting, here[name])}
     for name in sorted(planned.keys() | here.keys()):
         if name not in here or name not in planned:
             where = "in the plan, not in this pipeline" if name in planned else "in this pipeline, not in the plan"
@@ -50,13 +45,12 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
         raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
 
 
-def _is_so(text: str, component: Component) -> bool:
+def _is_so(setting: Weights, component: Component) -> bool:
     """Whether a component already has the form that a setting of weights would give it.
 
     Where that depends on a file, any form of its library's.
     """
-    kind = _parsed(text, component.name, parse_weights, "weights").quantized
-    return bool(kind) and f"{component.quantized} ".startswith(f"{kind} ")
+    return bool(setting.quantized) and f"{component.quantized} ".startswith(f"{setting.quantized} ")
 
 
 def parse_settings(
@@ -69,27 +63,25 @@ def parse_settings(
     Raises:
         UsageError: an unknown or impossible setting, or a component without one; names the place in the plan.
     """
-    placement = {name: _parsed(text, name, parse_placement) for name, text in plan.settings.placement.items()}
-    decode = [_parsed(text, "decode", parse_decode) for text in plan.settings.decode]
+    given = {axis: _by_component(row, plan) for axis, row in AXES.items() if row.by_component}
+    executions = {axis: given[axis] for axis in given if AXES[axis].kind is Execution}
+    placement, weights = given["placement"], given["weights"]
+    decode = [_parsed("decode", text) for text in plan.settings.decode]
     whole = {setting.name for setting in placement.values() if setting.whole_pipeline}
     if whole and len({setting.name for setting in placement.values()}) > 1:
         name = sorted(whole)[0]
         raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
-    weights = {name: _parsed(text, name, parse_weights, "weights") for name, text in plan.settings.weights.items()}
-    execution = {axis: _executions(axis, texts) for axis, texts in _execution_texts(plan).items()}
     if spec is not None:
-        there = {component.name for component in spec.components}
+        there = {component.name: component for component in spec.components}
         weights = {
-            name: setting
-            for name, setting in weights.items()
-            if name not in there or not _is_so(plan.settings.weights[name], spec.component(name))
+            name: setting for name, setting in weights.items() if name not in there or not _is_so(setting, there[name])
         }
-        _check_weights(weights, spec)
+        _check("weights", weights, spec, accelerator)
         placement = _checked(placement, _under(spec, weights), accelerator)
-        for axis, settings in execution.items():
-            _check_execution(axis, settings, placement, spec, accelerator)
-    return grouped(placement, weights, by_component(*execution.values())), [
+        for axis, settings in executions.items():
+            _check(axis, settings, spec, accelerator, placement)
+    return grouped(placement, weights, by_component(executions)), [
         (setting, _able(setting, names, spec, plan)) for setting in decode
     ]
 
@@ -106,46 +98,34 @@ def calls_of(placed: Placed, decodes: Decodes, device: str, modules: Mapping[str
     return dict.fromkeys(lines)
 
 
-def _parsed(text: str, where: str, parse: Any, axis: str = "placement") -> Any:
+def _parsed(axis: Axis, text: str, component: str | None = None) -> Any:
     try:
-        return parse(text)
+        return parse_setting(axis, text)
     except UsageError as error:
-        raise UsageError(f"settings.{'decode' if where == 'decode' else f'{axis}.{where}'}: {error}") from None
+        raise UsageError(f"settings.{'.'.join(filter(None, (axis, component)))}: {error}") from None
 
 
-def _execution_texts(plan: Plan) -> dict[str, Mapping[str, str]]:
-    return {"attention": plan.settings.attention, "compile": plan.settings.compile}
+def _by_component(row: AxisRow, plan: Plan) -> dict[str, Any]:
+    """The plan's settings on an axis, read."""
+    return {name: _parsed(row.name, text, name) for name, text in getattr(plan.settings, row.name).items()}
 
 
-def _executions(axis: str, texts: Mapping[str, str]) -> dict[str, Execution]:
-    def parse(text: str) -> Execution:
-        return parse_execution(text, axis)
-
-    return {name: _parsed(text, name, parse, axis) for name, text in texts.items()}
-
-
-def _check_execution(
-    axis: str,
-    settings: Mapping[str, Execution],
-    placement: Mapping[str, Placement],
+def _check(
+    axis: Axis,
+    settings: Mapping[str, Any],
     spec: PipelineSpec,
     accelerator: Accelerator | None,
+    placement: Mapping[str, Placement] | None = None,
 ) -> None:
-    names = [component.name for component in spec.components]
+    """Raises UsageError where a component cannot take its setting, or cannot under its placement."""
+    there = {component.name: component for component in spec.components}
     for name, setting in settings.items():
-        if name not in names:
-            raise UsageError(f"settings.{axis}.{name}: {spec.class_name} has no such component")
-        reason = setting.refusal(spec.component(name), accelerator) or setting.conflict_with(placement[name])
+        reason: str | None = f"{spec.class_name} has no such component"
+        if name in there:
+            conflict = setting.conflict_with(placement[name]) if placement else None
+            reason = refusal_of(setting, there[name], accelerator) or conflict
         if reason is not None:
             raise UsageError(f"settings.{axis}.{name}: {reason}")
-
-
-def _check_weights(weights: Mapping[str, Weights], spec: PipelineSpec) -> None:
-    names = [component.name for component in spec.components]
-    for name, setting in weights.items():
-        reason = setting.refusal(spec.component(name)) if name in names else f"{spec.class_name} has no such component"
-        if reason is not None:
-            raise UsageError(f"settings.weights.{name}: {reason}")
 
 
 def _under(spec: PipelineSpec, weights: Mapping[str, Weights]) -> PipelineSpec:

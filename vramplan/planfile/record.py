@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vramplan._version import __version__
 from vramplan.pipeline.types import PipelineSpec
@@ -21,29 +22,23 @@ from vramplan.planfile.types import (
 from vramplan.planner.candidates import Refused
 from vramplan.planner.decide import Decision, Outcome
 from vramplan.planner.demand import Demand
-from vramplan.strategies.base import Axis
+from vramplan.strategies import AXES, AxisRow, Execution
 from vramplan.strategies.settings import format_setting
 from vramplan.workload import Workload
 
 
 def settings_of(decision: Decision) -> Settings:
     """The settings as text, by axis and component."""
-    return Settings(
-        placement={name: format_setting(setting) for name, setting in decision.placement.items()},
-        decode=tuple(map(format_setting, decision.decode)),
-        weights={name: format_setting(setting) for name, setting in decision.weights.items()},
-        attention=_on_axis(decision, "attention"),
-        compile=_on_axis(decision, "compile"),
-    )
+    return Settings(**{row.name: _texts(decision, row) for row in AXES.values()})
 
 
-def _on_axis(decision: Decision, axis: Axis) -> dict[str, str]:
-    return {
-        name: format_setting(setting)
-        for name, settings in decision.execution.items()
-        for setting in settings
-        if setting.axis == axis
-    }
+def _texts(decision: Decision, row: AxisRow) -> Any:
+    if not row.by_component:
+        return tuple(map(format_setting, getattr(decision, row.name)))
+    if row.kind is Execution:
+        pairs = ((name, setting) for name, several in decision.execution.items() for setting in several)
+        return {name: format_setting(setting) for name, setting in pairs if setting.axis == row.name}
+    return {name: format_setting(setting) for name, setting in getattr(decision, row.name).items()}
 
 
 def plan_record(

@@ -16,6 +16,7 @@ from vramplan.planner.candidates import Refused
 from vramplan.planner.clock import Bottleneck
 from vramplan.planner.demand import Demand
 from vramplan.planner.order import Prefer
+from vramplan.strategies import AXES
 from vramplan.strategies.base import Quality
 from vramplan.workload import Workload
 
@@ -175,6 +176,6 @@ def settings_text(settings: Settings) -> str:
         placed = next(iter(groups))
     else:
         placed = "; ".join(f"{', '.join(names)}: {text}" for text, names in groups.items())
-    others = (settings.weights, settings.attention, settings.compile)
+    others = [getattr(settings, row.name) for row in AXES.values() if row.by_component and row.nothing]
     more = "".join(f" + {name}: {text}" for axis in others for name, text in axis.items())
     return placed + more + "".join(f" + {text}" for text in settings.decode)

@@ -11,10 +11,10 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.fixed import Fixed, by_component
 from vramplan.planner.other_components import ladders_of, other_placements
-from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
+from vramplan.strategies import AXES, DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import UNSET, format_setting
+from vramplan.strategies.settings import format_setting
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
@@ -93,15 +93,15 @@ def is_allowed(quality: Quality, allow: Quality | None) -> bool:
 def execution_settings(
     spec: PipelineSpec, fixed: Fixed, accelerator: Accelerator | None
 ) -> list[dict[str, tuple[Execution, ...]]]:
-    """What may be tried unasked: the same for every denoiser, beside what is compiled; nothing where it was fixed."""
-    if fixed.attention is not None or fixed.weights or accelerator is None:
+    """What may be tried unasked: the same for every denoiser, beside what was fixed; nothing on an axis that was."""
+    if fixed.weights or accelerator is None:
         return []
     by_setting: dict[Execution, dict[str, Execution]] = {}
-    for cls in EXECUTIONS:
+    for cls in (cls for cls in EXECUTIONS if cls.axis not in fixed.executions):
         for component in spec.components:
             for setting in cls.variants(component, accelerator):
                 by_setting.setdefault(setting, {})[component.name] = setting
-    return [by_component(attention, fixed.compile) for attention in by_setting.values()]
+    return [by_component({**fixed.executions, setting.axis: placed}) for setting, placed in by_setting.items()]
 
 
 def rows(
@@ -237,9 +237,10 @@ def _tiled(
 ) -> list[tuple[Decode, ...]]:
     """Those with tiling, for a VAE that decodes in tiles or not at all."""
     kept = [mix for mix in found if any(isinstance(setting, VaeTiling) for setting in mix)]
+    plain = AXES["decode"].nothing
     if len(kept) < len(found):
         reason = f"{vae.class_name} decodes in tiles or not at all: keep {VaeTiling.name}"
-        refused.setdefault((UNSET, reason), Refused(setting=UNSET, component=vae.name, reason=reason))
+        refused.setdefault((plain, reason), Refused(setting=plain, component=vae.name, reason=reason))
     return kept
 
 

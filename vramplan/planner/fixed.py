@@ -4,43 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.types import PipelineSpec
-from vramplan.strategies import Decode, Execution, Placement, Weights
-from vramplan.strategies.settings import (
-    STORED,
-    UNSET,
-    parse_decode,
-    parse_execution,
-    parse_placement,
-    parse_weights,
-)
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.strategies import AXES, AxisRow, Decode, Execution, Placement, Weights
+from vramplan.strategies.base import Axis
+from vramplan.strategies.settings import parse_decode, parse_placement, parse_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
     """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open, and so are
-    `weights` and `attention`; nothing is compiled that is not named."""
+    `weights`, and every axis of `executions` that is not there."""
 
     everywhere: Placement | None = None
     placement: Mapping[str, Placement] = field(default_factory=dict)
     decode: tuple[Decode, ...] | None = None
     weights: Mapping[str, Weights] | None = None
-    attention: Mapping[str, Execution] | None = None
-    compile: Mapping[str, Execution] = field(default_factory=dict)
+    executions: Mapping[Axis, Mapping[str, Execution]] = field(default_factory=dict)
 
     @property
     def execution(self) -> dict[str, tuple[Execution, ...]]:
-        """Settings of attention and compiling, by component."""
-        return by_component(self.attention or {}, self.compile)
+        """`executions` by component."""
+        return by_component(self.executions)
 
 
-def by_component(*axes: Mapping[str, Execution]) -> dict[str, tuple[Execution, ...]]:
+def by_component(axes: Mapping[Axis, Mapping[str, Execution]]) -> dict[str, tuple[Execution, ...]]:
     """The settings of several axes, by component."""
-    names = dict.fromkeys(name for settings in axes for name in settings)
-    return {name: tuple(settings[name] for settings in axes if name in settings) for name in names}
+    several = [axes[axis] for axis in AXES if axis in axes]
+    names = dict.fromkeys(name for settings in several for name in settings)
+    return {name: tuple(settings[name] for settings in several if name in settings) for name in names}
 
 
 def parse_fixed(
@@ -52,83 +47,73 @@ def parse_fixed(
         UsageError: an axis or component that does not exist, or a setting that cannot stand there.
     """
     everywhere: Placement | None = None
-    placement: dict[str, Placement] = {}
-    decode: list[Decode] | None = None
-    weights: dict[str, Weights] | None = None
-    execution: dict[str, dict[str, Execution]] = {}
+    given: dict[Axis, Any] = {}
     for key, value in settings.items():
-        axis, _, name = key.partition(".")
         texts = [value] if isinstance(value, str) else list(value)
-        if axis != "decode" and len(texts) != 1:
-            raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
-        if key == "decode":
-            decode = _decode_settings(texts)
-        elif key == "placement":
+        row, name = _place(key, texts)
+        if not row.by_component:
+            given[row.name] = _decode_settings(texts)
+        elif not name and not row.nothing:
             everywhere = parse_placement(texts[-1])
-        elif axis == "placement" and name:
-            placement[name] = _component_placement(name, texts[-1], spec)
-        elif axis == "weights":
-            weights = (weights or {}) | _component_weights(name, texts[-1], spec)
-        elif axis in ("attention", "compile") and (name or texts[-1] == UNSET):
-            execution.setdefault(axis, {}).update(_component_execution(axis, name, texts[-1], spec, accelerator))
         else:
-            raise UsageError(
-                f"--set {key}: the axes are weights.COMPONENT, attention.COMPONENT, placement, placement.COMPONENT, "
-                "compile.COMPONENT and decode"
-            )
-    if everywhere is not None and everywhere.whole_pipeline and placement:
-        raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
-    told = None if decode is None else tuple(decode)
-    return Fixed(everywhere=everywhere, placement=placement, decode=told, weights=weights, **execution)
+            given.setdefault(row.name, {}).update(_component_setting(row, name, texts[-1], spec, accelerator))
+    if everywhere is not None and everywhere.whole_pipeline and "placement" in given:
+        raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(given['placement'])}")
+    executions = {axis: given.pop(axis) for axis in AXES if axis in given and AXES[axis].kind is Execution}
+    return Fixed(everywhere=everywhere, executions=executions, **given)
 
 
-def _component_execution(
-    axis: str, name: str, text: str, spec: PipelineSpec, accelerator: Accelerator | None
-) -> dict[str, Execution]:
-    """The setting for one component; `plain`, with or without a component, leaves it as it is."""
-    if text == UNSET:
+def refusal_of(setting: Weights | Execution, component: Component, accelerator: Accelerator | None) -> str | None:
+    """Why the component cannot take the setting, as a sentence; None when it can."""
+    if isinstance(setting, Execution):
+        return setting.refusal(component, accelerator)
+    return setting.refusal(component)
+
+
+def _place(key: str, texts: Sequence[str]) -> tuple[AxisRow, str]:
+    """The axis and the component that `AXIS.COMPONENT` names, which is empty where it names none."""
+    axis, _, name = key.partition(".")
+    row = AXES.get(axis)
+    if len(texts) != 1 and (row is None or row.by_component):
+        raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
+    if row is None or not row.takes(key, texts[-1] if texts else ""):
+        axes = sorted(AXES.values(), key=lambda row: (not row.by_component, row.order))
+        *first, last = (word for row in axes for word in row.keys)
+        raise UsageError(f"--set {key}: the axes are {', '.join(first)} and {last}")
+    return row, name
+
+
+def _component_setting(
+    row: AxisRow, name: str, text: str, spec: PipelineSpec, accelerator: Accelerator | None
+) -> dict[str, Any]:
+    """The setting for one component; the axis's word for nothing, with or without a component, leaves it as it is."""
+    if row.nothing and text == row.nothing:
         return {}
-    _check_name(f"{axis}.{name}", name, spec)
-    setting = parse_execution(text, axis)
-    reason = setting.refusal(spec.component(name), accelerator)
+    names = [component.name for component in spec.components]
+    if name not in names:
+        raise UsageError(f"{row.name}.{name}: {spec.class_name} has no {name}, only {', '.join(names)}")
+    component, setting = spec.component(name), parse_setting(row.name, text)
+    if isinstance(setting, Placement):
+        return {name: _own_placement(setting, component)}
+    reason = refusal_of(setting, component, accelerator)
     if reason is not None:
-        raise UsageError(f"{axis}.{name}: {reason}")
+        raise UsageError(f"{row.name}.{name}: {reason}")
     return {name: setting}
 
 
-def _component_weights(name: str, text: str, spec: PipelineSpec) -> dict[str, Weights]:
-    """The setting for one component; `stored`, with or without a component, leaves weights as they are stored."""
-    if text == STORED:
-        return {}
-    _check_name(f"weights.{name}", name, spec)
-    setting = parse_weights(text)
-    reason = setting.refusal(spec.component(name))
-    if reason is not None:
-        raise UsageError(f"weights.{name}: {reason}")
-    return {name: setting}
-
-
-def _component_placement(name: str, text: str, spec: PipelineSpec) -> Placement:
-    _check_name(f"placement.{name}", name, spec)
-    setting = parse_placement(text)
+def _own_placement(setting: Placement, component: Component) -> Placement:
     if setting.whole_pipeline:
         raise UsageError(
-            f"{setting.name} is for the whole pipeline, never for {name} alone: set placement={setting.name}"
+            f"{setting.name} is for the whole pipeline, never for {component.name} alone: set placement={setting.name}"
         )
-    return setting.complete(spec.component(name))
+    return setting.complete(component)
 
 
-def _decode_settings(texts: Sequence[str]) -> list[Decode]:
+def _decode_settings(texts: Sequence[str]) -> tuple[Decode, ...]:
     """The settings of the decode axis, each strategy once: two tile sizes cannot both be."""
-    found = [parse_decode(text) for text in texts if text != UNSET]
+    found = tuple(parse_decode(text) for text in texts if text != AXES["decode"].nothing)
     names = [setting.name for setting in found]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--set decode: {name} is given twice")
     return found
-
-
-def _check_name(where: str, name: str, spec: PipelineSpec) -> None:
-    names = [component.name for component in spec.components]
-    if name not in names:
-        raise UsageError(f"{where}: {spec.class_name} has no {name}, only {', '.join(names)}")

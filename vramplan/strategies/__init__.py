@@ -1,10 +1,14 @@
-"""The levers, one file each. The registry below is the only list of them."""
+"""The levers, one file each, and the axes they are on. `AXES` is the only list of either."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from vramplan.strategies.attention_backend import AttentionBackend
 from vramplan.strategies.attention_slicing import AttentionSlicing
-from vramplan.strategies.base import Decode, Execution, Placement, Weights
+from vramplan.strategies.base import Axis, Decode, Execution, Placement, Weights
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.strategies.compile_repeated_blocks import CompileRepeatedBlocks
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize
@@ -31,8 +35,66 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     SequentialCpuOffload,
 )
 DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling, FramewiseDecoding, DecodeChunkSize)
-EXECUTIONS: tuple[type[Execution], ...] = (AttentionSlicing, AttentionBackend, CompileRepeatedBlocks)
-Strategy = type[Weights] | type[Placement] | type[Decode] | type[Execution]
-REGISTRY: tuple[Strategy, ...] = (*WEIGHTS, *PLACEMENTS, *DECODES, *EXECUTIONS)
 
-__all__ = ["DECODES", "EXECUTIONS", "PLACEMENTS", "REGISTRY", "WEIGHTS", "Decode", "Execution", "Placement", "Weights"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisRow:
+    """One axis of a candidate, and the strategies on it, each of which keeps the protocol `kind`.
+
+    A setting is for one component, or, where not `by_component`, for the pipeline, which then takes several at once.
+    `nothing` is the word for no setting; empty where every component needs one. `order` is the place in applying them.
+    """
+
+    name: Axis
+    kind: type
+    strategies: tuple[type[Any], ...]
+    order: int
+    by_component: bool = True
+    nothing: str = "plain"
+    question: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The ways to name the axis in `AXIS.COMPONENT=SETTING`."""
+        one = (f"{self.name}.COMPONENT",) if self.by_component else ()
+        return one if one and self.nothing else (self.name, *one)
+
+    def takes(self, key: str, text: str) -> bool:
+        """Whether `KEY=TEXT` can be set on this axis; the word for no setting needs no component."""
+        if not self.by_component or key == self.name in self.keys:
+            return key == self.name
+        return bool(key.partition(".")[2] or (self.nothing and text == self.nothing))
+
+
+AXES: Mapping[Axis, AxisRow] = {
+    row.name: row
+    for row in (
+        AxisRow(
+            name="weights", kind=Weights, strategies=WEIGHTS, order=1, nothing="stored",
+            question="how many bytes a component weighs",
+        ),
+        AxisRow(
+            name="placement", kind=Placement, strategies=PLACEMENTS, order=3, nothing="",
+            question="how much of a component is on the device, and when",
+        ),
+        AxisRow(
+            name="decode", kind=Decode, strategies=DECODES, order=0, by_component=False,
+            question="how much of a picture the VAE works on at a time",
+        ),
+        AxisRow(
+            name="attention", kind=Execution, strategies=(AttentionSlicing, AttentionBackend), order=2,
+            question="by which kernels the attention of a component runs",
+        ),
+        AxisRow(
+            name="compile", kind=Execution, strategies=(CompileRepeatedBlocks,), order=4,
+            question="whether the blocks of a component are compiled",
+        ),
+    )
+}  # fmt: skip
+REGISTRY: tuple[type[Any], ...] = tuple(cls for row in AXES.values() for cls in row.strategies)
+EXECUTIONS: tuple[type[Execution], ...] = tuple(cls for cls in REGISTRY if AXES[cls.axis].kind is Execution)
+
+__all__ = [
+    "AXES", "DECODES", "EXECUTIONS", "PLACEMENTS", "REGISTRY", "WEIGHTS",
+    "AxisRow", "Decode", "Execution", "Placement", "Weights",
+]  # fmt: skip

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Quality = Literal["lossless", "near_lossless", "lossy"]
 QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
-Axis = Literal["weights", "attention", "placement", "compile", "decode"]
+Axis = str  # the name of a row of `strategies.AXES`
 # The name of a file as an option of a setting: the last one, which is the rest of the setting's text as it stands.
 FileName = NewType("FileName", str)
 NO_FILE = FileName("")

@@ -5,18 +5,15 @@ A file's name may hold commas, equals signs and spaces: it is the last option, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vramplan.errors import UsageError
-from vramplan.strategies import DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
-from vramplan.strategies.base import FileName
-
-UNSET = "plain"
-STORED = "stored"
-_ORDER = ("weights", "attention", "placement", "compile")
+from vramplan.strategies import AXES, Decode, Execution, Placement, Weights
+from vramplan.strategies.base import Axis, FileName
 
 
 def format_setting(setting: Weights | Placement | Decode | Execution) -> str:
@@ -29,32 +26,20 @@ def format_setting(setting: Weights | Placement | Decode | Execution) -> str:
     return setting.name + (":" + ",".join(options) if options else "")
 
 
-def parse_placement(text: str) -> Placement:
-    """The placement that text stands for. Raises UsageError: unknown strategy, option or value."""
-    found = _parse(text, {cls.name: cls for cls in PLACEMENTS})
-    assert isinstance(found, Placement)
-    return found
+def parse_setting(axis: Axis, text: str) -> Any:
+    """The setting on that axis that text stands for. Raises UsageError: unknown strategy, option or value."""
+    known = {cls.name: cls for cls in AXES[axis].strategies}
+    name, _, rest = text.partition(":")
+    cls = known.get(name.strip())
+    if cls is None:
+        near = get_close_matches(name.strip(), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        raise UsageError(f"{name.strip()!r} is not a strategy here: {hint}")
+    return cls(**_options(cls, rest))
 
 
-def parse_weights(text: str) -> Weights:
-    """The setting of weights that text stands for. Raises UsageError: unknown strategy, option or value."""
-    found = _parse(text, {cls.name: cls for cls in WEIGHTS})
-    assert isinstance(found, Weights)
-    return found
-
-
-def parse_decode(text: str) -> Decode:
-    """The decode setting that text stands for. Raises UsageError: unknown strategy, option or value."""
-    found = _parse(text, {cls.name: cls for cls in DECODES})
-    assert isinstance(found, Decode)
-    return found
-
-
-def parse_execution(text: str, axis: str) -> Execution:
-    """The setting of attention or compiling that text stands for. Raises UsageError as `parse_placement` does."""
-    found = _parse(text, {cls.name: cls for cls in EXECUTIONS if cls.axis == axis})
-    assert isinstance(found, Execution)
-    return found
+parse_placement: Callable[[str], Placement] = partial(parse_setting, "placement")
+parse_decode: Callable[[str], Decode] = partial(parse_setting, "decode")
 
 
 def grouped(
@@ -72,29 +57,22 @@ def grouped(
     settings += [(name, setting) for name, several in (execution or {}).items() for setting in several]
     for name, setting in settings:
         groups.setdefault(setting, []).append(name)
-    return sorted(groups.items(), key=lambda item: (_ORDER.index(item[0].axis), item[0].name == "resident"))
+    return sorted(groups.items(), key=lambda item: (AXES[item[0].axis].order, item[0].name == "resident"))
 
 
-def _parse(text: str, known: dict[str, Any]) -> Any:
-    name, _, rest = text.partition(":")
-    name = name.strip()
-    cls = known.get(name)
-    if cls is None:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-        raise UsageError(f"{name!r} is not a strategy here: {hint}")
-    hints = get_type_hints(cls)
+def _options(cls: Any, text: str) -> dict[str, Any]:
+    """The options of a setting by name."""
+    hints, names = get_type_hints(cls), [field.name for field in fields(cls)]
     options: dict[str, Any] = {}
-    for part in _parts(rest, {key for key, kind in hints.items() if kind is FileName}):
+    for part in _parts(text, {key for key, kind in hints.items() if kind is FileName}):
         key, equals, value = part.partition("=")
         key = key.strip()
-        if not equals and key in {field.name for field in fields(cls)}:
-            raise UsageError(f"{name}: {key} needs a value: write {key}=VALUE")
-        if not equals or key not in {field.name for field in fields(cls)}:
-            allowed = ", ".join(field.name for field in fields(cls)) or "none"
-            raise UsageError(f"{name} has no option {key!r}; its options are: {allowed}")
-        options[key] = _parse_value(hints[key], value, f"{name}:{key}")
-    return cls(**options)
+        if not equals and key in names:
+            raise UsageError(f"{cls.name}: {key} needs a value: write {key}=VALUE")
+        if key not in names:
+            raise UsageError(f"{cls.name} has no option {key!r}; its options are: {', '.join(names) or 'none'}")
+        options[key] = _parse_value(hints[key], value, f"{cls.name}:{key}")
+    return options
 
 
 def _parts(text: str, files: set[str]) -> Iterator[str]:
