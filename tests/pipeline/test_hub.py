@@ -48,7 +48,7 @@ def online(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(hub_http, "PAUSE_S", 0.0)
+        monkeypatch.setattr(hub_http, "RETRY_PAUSE_S", 0.0)
         monkeypatch.chdir(tmp_path)
         hub_module._opened.cache_clear()
         yield hub
@@ -390,7 +390,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("part", ["/api/", "unet/config.json", UNET])
     def test_an_answer_that_drips(self, repository, part, monkeypatch):
-        monkeypatch.setattr(hub_http, "ANSWER_S", 0.2)
+        monkeypatch.setattr(hub_http, "ANSWER_TIMEOUT_S", 0.2)
         repository.faults[part] = "slow"
         refused("too slow")
 
@@ -506,7 +506,7 @@ class TestRefusals:
         refused("are no configuration")
 
     def test_more_shards_than_any_pipeline_has(self, repository, folder, monkeypatch):
-        monkeypatch.setattr(hub_module, "_MOST_READ", 1 << 20)
+        monkeypatch.setattr(hub_module, "_MAX_READ_BYTES", 1 << 20)
         shards = [f"{n}.safetensors" for n in range(20)]
         for shard in shards:
             write_header(folder / "unet" / shard, {"w": ([1 << 20], "F32", 4)})

@@ -13,7 +13,7 @@ from vramplan.common.versions import versions
 from vramplan.errors import MismatchError, NothingFitsError, UsageError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
-from vramplan.pipeline.held import held_bytes
+from vramplan.pipeline.live_memory import held_bytes
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.types import Plan, load_options
 from vramplan.planner.demand import fits_sentence

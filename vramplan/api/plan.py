@@ -11,7 +11,7 @@ from vramplan.common.versions import versions
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.pipeline.describe import describe
-from vramplan.pipeline.held import held_bytes, refuse_hooked
+from vramplan.pipeline.live_memory import held_bytes, refuse_hooked
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.record import _written
 from vramplan.planfile.types import (

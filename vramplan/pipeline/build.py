@@ -53,8 +53,8 @@ def weightless_copy(module: torch.nn.Module) -> torch.nn.Module:
 
     import torch
 
-    from vramplan.pipeline.packed import stand_in
-    from vramplan.pipeline.quantized import kind_of
+    from vramplan.pipeline.packed_linear import stand_in
+    from vramplan.pipeline.quantization import kind_of
 
     memo: dict[int, Any] = {id(layer): made for layer in module.modules() if (made := stand_in(layer)) is not None}
     for tensor in (*module.parameters(), *module.buffers()):

@@ -14,7 +14,7 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.build import build_weightless, component_class, has_weights
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
-from vramplan.pipeline.live import assemble
+from vramplan.pipeline.live import build_spec
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
 from vramplan.profiles.files import ProfileKind, located, mistakes, read_document, read_profile
@@ -40,7 +40,7 @@ def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> 
         module = build_weightless(part.library, part.class_name, part.config)
         cast_as_loaded(module, part.dtype or dtype or profile.dtype)
         components.append(describe_component(name, module, library=part.library, pipeline=cls))
-    return assemble(cls, tuple(components), source=f"profile:{profile.name}", family=profile.name)
+    return build_spec(cls, tuple(components), source=f"profile:{profile.name}", family=profile.name)
 
 
 def profile_class(profile: PipelineProfile) -> type:
@@ -71,7 +71,7 @@ def unknown_keys(part: ComponentProfile) -> list[str]:
     Of transformers' classes those are known too that their code reads; what has no weights there takes anything.
     """
     cls = component_class(part.library, part.class_name)
-    config, names = _config_of(cls), _names(cls)
+    config, names = _config_of(cls), _config_names(cls)
     if config is None:
         return [] if part.library == "transformers" else [key for key in part.config if key not in names]
     code = inspect.getsource(sys.modules[cls.__module__])
@@ -86,7 +86,7 @@ def _contradictions(part: ComponentProfile) -> Iterator[tuple[KeyPath, str]]:
         return
     unknown = unknown_keys(part)
     for key in unknown:
-        near = difflib.get_close_matches(key, _names(cls), n=1)
+        near = difflib.get_close_matches(key, _config_names(cls), n=1)
         yield ("config", key), f"{part.class_name} takes no {key}" + "".join(f", but {name}" for name in near)
     if unknown or not has_weights(cls):
         return
@@ -108,7 +108,7 @@ def _no_count(part: ComponentProfile) -> str:
     return f"{part.class_name} has weights: give its number of parameters"
 
 
-def _names(cls: Any) -> Collection[str]:
+def _config_names(cls: Any) -> Collection[str]:
     """What a class is configured with: arguments of diffusers' classes, keys of transformers' configurations."""
     config = _config_of(cls)
     return inspect.signature(cls).parameters.keys() if config is None else list(config.to_dict())

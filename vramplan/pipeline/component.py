@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vramplan.pipeline.direct_access import called_directly, own_tensors, read_directly
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
-from vramplan.pipeline.quantized import element_count, marked, quantization_of
+from vramplan.pipeline.quantization import element_count, mark_quantized, quantization_of
 from vramplan.pipeline.tiles import tiling_of
 from vramplan.pipeline.types import Component, Role
 
@@ -26,13 +26,13 @@ def role_of(name: str, library: str, class_name: str) -> Role:
     """What part a component plays, from its name in the pipeline and its class."""
     if name.endswith("text_encoder") or "text_encoder" in name or name in ("bert", "language_model"):
         return "text_encoder"
-    if "image_encoder" in name or (library == "transformers" and _any_in(_VISION_MARKS, class_name)):
+    if "image_encoder" in name or (library == "transformers" and _contains_any(_VISION_MARKS, class_name)):
         return "other" if name == "safety_checker" else "image_encoder"
-    if name in ("controlnet", "adapter") or _any_in(_CONTROL_MARKS, class_name):
+    if name in ("controlnet", "adapter") or _contains_any(_CONTROL_MARKS, class_name):
         return "control"
-    if name in ("vae", "movq", "vqvae", "vqgan", "audio_vae") or _any_in(_VAE_MARKS, class_name):
+    if name in ("vae", "movq", "vqvae", "vqgan", "audio_vae") or _contains_any(_VAE_MARKS, class_name):
         return "vae"
-    if library == "diffusers" and name != "motion_adapter" and _any_in(_DENOISER_MARKS, class_name):
+    if library == "diffusers" and name != "motion_adapter" and _contains_any(_DENOISER_MARKS, class_name):
         return "denoiser"
     return "other"
 
@@ -69,9 +69,9 @@ def describe_component(
         slicing=hasattr(module, "use_slicing"),
         tiling=tiling_of(module),
         group_offload_refusal=_group_refusal(module),
-        block_offload_refusal=_block_refusal(role, module) or _beside_refusal(pipeline, name, role, module),
+        block_offload_refusal=_block_refusal(role, module) or _direct_call_refusal(pipeline, name, role, module),
         leaf_offload_refusal=_leaf_refusal(module),
-        disk_offload_refusal=_disk_refusal(module) or _file_refusal(pipeline, name, module),
+        disk_offload_refusal=_disk_refusal(module) or _direct_read_refusal(pipeline, name, module),
         sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
         attention_slicing_refusal=attention_slicing_refusal(role, module),
@@ -81,7 +81,7 @@ def describe_component(
         hooks=hooks_of(module) if live else (),
         converted_at_load=converted_at_load,
     )
-    return marked(component, quantization_of(module))
+    return mark_quantized(component, quantization_of(module))
 
 
 def device_of(module: torch.nn.Module) -> str | None:
@@ -198,7 +198,7 @@ def _disk_refusal(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _beside_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
+def _direct_call_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
     """A VAE is always called by its methods: what its class says of its blocks is made for that."""
     called = None if role == "vae" else called_directly(pipeline, name, module)
     if pipeline is None or called is None:
@@ -206,7 +206,7 @@ def _beside_refusal(pipeline: type | None, name: str, role: Role, module: torch.
     return f"{pipeline.__name__} calls {called} of {name} by itself, which loads no groups; use leaf-level"
 
 
-def _file_refusal(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+def _direct_read_refusal(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
     read = read_directly(pipeline, name, module)
     if pipeline is None or read is None:
         return None
@@ -249,5 +249,5 @@ def _config_get(config: Any, key: str) -> Any:
     return config.get(key) if hasattr(config, "get") else getattr(config, key, None)
 
 
-def _any_in(marks: tuple[str, ...], text: str) -> bool:
+def _contains_any(marks: tuple[str, ...], text: str) -> bool:
     return any(mark in text for mark in marks)

@@ -24,17 +24,17 @@ Path = tuple[str, ...]
 
 def called_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
     """The layer, or the method that runs layers, of the component that the pipeline calls by itself; None for none."""
-    for path, called in _reached(pipeline).get(name, ()):
-        holder, rest = _walk(module, path)
-        if called and (_runs_layers(holder, rest) if rest else holder is not module and _weighs(holder)):
+    for path, called in _accesses(pipeline).get(name, ()):
+        holder, rest = _descend(module, path)
+        if called and (_runs_layers(holder, rest) if rest else holder is not module and _has_tensors(holder)):
             return ".".join(path)
     return None
 
 
 def read_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
     """The parameter or buffer of the component that the pipeline reads by itself; None for none."""
-    for path, _ in _reached(pipeline).get(name, ()):
-        holder, rest = _walk(module, path)
+    for path, _ in _accesses(pipeline).get(name, ()):
+        holder, rest = _descend(module, path)
         if rest and rest[0] in own_tensors(holder):
             return ".".join(path[: len(path) - len(rest) + 1])
     return None
@@ -45,7 +45,7 @@ def own_tensors(module: torch.nn.Module) -> set[str]:
     return {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
 
 
-def _walk(module: torch.nn.Module, path: Path) -> tuple[torch.nn.Module, Path]:
+def _descend(module: torch.nn.Module, path: Path) -> tuple[torch.nn.Module, Path]:
     """How far the path leads through submodules, and what is left of it."""
     for number, step in enumerate(path):
         child = module._modules.get(step)
@@ -65,28 +65,28 @@ def _runs_layers(module: torch.nn.Module, rest: Path) -> bool:
     code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
     if code is None:
         return False
-    layers = {name for name, child in module._modules.items() if child is not None and _weighs(child)}
+    layers = {name for name, child in module._modules.items() if child is not None and _has_tensors(child)}
     return not (layers | own_tensors(module)).isdisjoint(code.co_names)
 
 
-def _weighs(module: torch.nn.Module) -> bool:
+def _has_tensors(module: torch.nn.Module) -> bool:
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
 @lru_cache
-def _reached(cls: type | None) -> dict[str, list[tuple[Path, bool]]]:
+def _accesses(cls: type | None) -> dict[str, list[tuple[Path, bool]]]:
     """By what follows `self.` or stands by itself: where its attributes lead, and whether that is called or
     handed on, in order."""
     found: dict[str, list[tuple[Path, bool]]] = {}
     for base in () if cls is None else cls.__mro__:
         # how adapters and textual inversions are loaded is no part of a call
         if not base.__module__.startswith(("diffusers.loaders.", "diffusers.pipelines.pipeline_utils")):
-            for name, path, called in _chains(base):
+            for name, path, called in _attribute_chains(base):
                 found.setdefault(name, []).append((path, called))
     return {name: sorted(set(paths)) for name, paths in found.items()}
 
 
-def _chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
+def _attribute_chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # built in, or written where there is no file
@@ -95,14 +95,14 @@ def _chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
         if isinstance(node, ast.ClassDef):  # what is done while the pipeline is made is done before any hook
             node.body = [item for item in node.body if getattr(item, "name", "") != "__init__"]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    called = {id(node.func) for node in calls} | {id(handed) for node in calls for handed in _handed(node)}
+    called = {id(node.func) for node in calls} | {id(handed) for node in calls for handed in _passed_arguments(node)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in inner and len(names := _names(node)) > 1:
             yield names[0], names[1:], id(node) in called
 
 
-def _handed(call: ast.Call) -> Iterator[ast.expr]:
+def _passed_arguments(call: ast.Call) -> Iterator[ast.expr]:
     """What somebody else may call: Motif-Video hands the vision tower of its text encoder to a function of its own."""
     if not (isinstance(call.func, ast.Name) and hasattr(builtins, call.func.id)):
         yield from call.args

@@ -15,9 +15,15 @@ from vramplan.pipeline.build import build_weightless, component_class, has_weigh
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.geometry import tensors_of
-from vramplan.pipeline.live import assemble
+from vramplan.pipeline.live import build_spec
 from vramplan.pipeline.repository import FolderRepository, Repository
-from vramplan.pipeline.saved import SavedLayer, keeps_saved_dtype, layer_of, packed_layers, put_packed
+from vramplan.pipeline.saved_quantization import (
+    SavedLayer,
+    insert_stand_ins,
+    keeps_saved_dtype,
+    layer_name,
+    packed_layers,
+)
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import format_bytes
 
@@ -28,9 +34,9 @@ INDEX = "model_index.json"
 # What diffusers and transformers call their weights.
 _STEMS = ("diffusion_pytorch_model", "model")
 # What weights of 8 bits are multiplied with again, as others than diffusers (0.42) write them beside them.
-_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv", "scaled_fp8")
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".weight_scale_inv", "scaled_fp8")
 # What weights are loaded in whose own dtype nothing is computed in.
-_COMPUTED = "bfloat16"
+_COMPUTE_DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,7 @@ def spec_from_repository(
         there = f"it has {', '.join(found)}" if found else "it has none"
         raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {there}")
     notes = tuple(note for _, own in parts for note in own)
-    return assemble(cls, components, source=repository.source, notes=notes)
+    return build_spec(cls, components, source=repository.source, notes=notes)
 
 
 def read_index(repository: Repository) -> Mapping[str, Any]:
@@ -119,14 +125,14 @@ def stored_weights(repository: Repository, name: str, variant: str | None = None
         return None
     headers = [repository.header(path) for path in files]
     tensors = [tensor for found, _ in headers for tensor in found]
-    scaled = next((tensor.name for tensor in tensors if tensor.name.endswith(_SCALES)), None)
+    scaled = next((tensor.name for tensor in tensors if tensor.name.endswith(_SCALE_SUFFIXES)), None)
     if scaled is not None and "quantization_config" not in read_config(repository, name):
         raise VramplanError(
             f"{repository.where(name)}: its weights are of 8 bits with scales beside them ({scaled}), which diffusers "
             "would leave out: take the checkpoint it was made from"
         )
     packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
-    plain = [tensor for tensor in tensors if layer_of(tensor.name) not in packed]
+    plain = [tensor for tensor in tensors if layer_name(tensor.name) not in packed]
     by_dtype: dict[str, int] = {}
     for tensor in plain:
         by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.size_bytes
@@ -187,9 +193,9 @@ def _component(
     read_config(repository, name)  # what a missing folder lacks first
     stored = stored_weights(repository, name, variant)
     if stored is None and not allow_pickle:
-        raise _without_weights(repository, name)
+        raise _no_weights_error(repository, name)
     stored_dtype = stored.dtype if stored else "float32"
-    own_dtype = _COMPUTED if stored_dtype.startswith("float8") else stored_dtype
+    own_dtype = _COMPUTE_DTYPE if stored_dtype.startswith("float8") else stored_dtype
     module = weightless_component(repository, name, library, class_name, dtype or own_dtype, variant=variant)
     # pickles may be read whole; what loading makes of quantized weights is taken to be the process's own memory
     converted = stored is None or (dtype or own_dtype) != stored_dtype or bool(stored.packed)
@@ -219,7 +225,7 @@ def weightless_component(
     """
     config = read_config(repository, name)
     quantization = config.pop("quantization_config", None)
-    module = _built(repository, name, library, class_name, config)
+    module = _build(repository, name, library, class_name, config)
     if quantization is None:
         cast_as_loaded(module, dtype)
         return module
@@ -232,11 +238,11 @@ def weightless_component(
             "files; load the pipeline and call vramplan.auto_configure(pipe)"
         )
     cast_as_loaded(module, stored.dtype if keeps_saved_dtype(module, stored.packed) else dtype)
-    put_packed(module, stored.packed)
+    insert_stand_ins(module, stored.packed)
     return module
 
 
-def _built(
+def _build(
     repository: Repository, name: str, library: str, class_name: str, config: Mapping[str, Any]
 ) -> torch.nn.Module:
     """The component without weights. What a wrong configuration makes a class raise is anybody's guess."""
@@ -251,7 +257,7 @@ def _built(
         ) from error
 
 
-def _without_weights(repository: Repository, name: str) -> VramplanError:
+def _no_weights_error(repository: Repository, name: str) -> VramplanError:
     where, found = repository.where(name), variants(repository, name)
     if found:
         return VramplanError(f"{where} has weights of variant {', '.join(found)} only: pass --variant {found[0]}")
@@ -275,7 +281,7 @@ def _disagreement(name: str, module: torch.nn.Module, stored: StoredWeights | No
 
 def _packed_tensors(module: torch.nn.Module) -> frozenset[int]:
     """The parts of quantized weights, by identity."""
-    from vramplan.pipeline.packed import PackedLinear, weight_parts
+    from vramplan.pipeline.packed_linear import PackedLinear, weight_parts
 
     layers = (layer for layer in module.modules() if isinstance(layer, PackedLinear))
     return frozenset(id(part) for layer in layers for part in weight_parts(layer))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from vramplan.pipeline.quantized import extra_bytes, inner_tensors
+from vramplan.pipeline.quantization import extra_bytes, inner_tensors
 from vramplan.pipeline.types import Geometry
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def measure(module: torch.nn.Module) -> Geometry:
         block_lists=tuple(lists),
         block_modules=names if lists else (),
         rest_bytes=max(0, total - sum(map(sum, lists))),
-        largest_leaf_bytes=_with_parents(module),
+        largest_leaf_bytes=_leaf_with_parents_bytes(module),
         leaf_count=sum(_own_bytes(child) > 0 for child in module.modules()),
         pinned_bytes=_pinned_bytes(module),
         units=tuple(map(module_bytes, units := units_of(module))),
@@ -100,20 +100,20 @@ def units_of(module: torch.nn.Module) -> list[torch.nn.Module]:
 def _units(module: torch.nn.Module, limit: float) -> Iterable[torch.nn.Module]:
     for child in module.children():
         if _is_list(child):
-            for item in _items(child):
+            for item in _list_items(child):
                 finer = list(_units(item, limit)) if module_bytes(item) > limit else []
                 yield from finer or [item]
         elif module_bytes(child) > limit:
             yield from _units(child, limit)
 
 
-def _items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
+def _list_items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
     """What a list holds; what lists in it hold, as nothing calls those."""
     import torch
 
     for item in blocks.children():
         if isinstance(item, torch.nn.ModuleList):
-            yield from _items(item)
+            yield from _list_items(item)
         else:
             yield item
 
@@ -142,10 +142,10 @@ def _own_bytes(module: torch.nn.Module) -> int:
     return sum(map(tensor_bytes, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
 
 
-def _with_parents(module: torch.nn.Module) -> int:
+def _leaf_with_parents_bytes(module: torch.nn.Module) -> int:
     """The most there is while one leaf runs: the leaf, and what every module around it holds itself.
 
     Those stay for the whole forward of theirs: CogVideoX-2b's patch embedding holds a table of positions
     four times the size of its largest layer.
     """
-    return _own_bytes(module) + max(map(_with_parents, module.children()), default=0)
+    return _own_bytes(module) + max(map(_leaf_with_parents_bytes, module.children()), default=0)

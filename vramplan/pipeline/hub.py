@@ -22,9 +22,9 @@ from vramplan.units import format_bytes
 PREFIX = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Assumed: a repository of 20,000 files has a list of 2 MB.
-_LONGEST_LIST = 8 << 20
+_MAX_LISTING_BYTES = 8 << 20
 # Assumed: of FLUX.2's 112 GB 1 MB is read.
-_MOST_READ = 64 << 20
+_MAX_READ_BYTES = 64 << 20
 
 
 class HubRepository(Repository):
@@ -53,10 +53,10 @@ class HubRepository(Repository):
         """
         if path not in self._paths:
             raise VramplanError(f"{self.where(path)} is missing")
-        found = self._read.get(path) or _kept(self._key(path))
+        found = self._read.get(path) or _read_kept(self._key(path))
         if found is None or len(found[0]) < min(count, found[1]):
             found = self._fetched(path, count)
-            _keep(self._key(path), found)
+            _write_kept(self._key(path), found)
         self._read[path] = found
         return found[0][:count], found[1]
 
@@ -66,8 +66,8 @@ class HubRepository(Repository):
         local = try_to_load_from_cache(self.repo_id, path, revision=self.commit)
         if isinstance(local, str):
             return read_start(Path(local), count)
-        if sum(len(data) for data, _ in self._read.values()) + count > _MOST_READ:
-            told = f"more than {format_bytes(_MOST_READ)} of configurations and headers"
+        if sum(len(data) for data, _ in self._read.values()) + count > _MAX_READ_BYTES:
+            told = f"more than {format_bytes(_MAX_READ_BYTES)} of configurations and headers"
             raise VramplanError(f"{self.where(path)}: {told}: that is no pipeline")
         return get_start(hf_hub_url(self.repo_id, path, revision=self.commit), count, repo_id=self.repo_id)
 
@@ -112,25 +112,25 @@ def hub_repository(repo_id: str, revision: str | None = None) -> Repository:
     """
     wanted = revision or "main"
     fixed = _COMMIT.fullmatch(wanted) is not None
-    listing = _kept_listing(repo_id, wanted) if fixed or is_offline() else None
+    listing = _read_kept_listing(repo_id, wanted) if fixed or is_offline() else None
     if listing is None:
         try:
-            listing = _asked_listing(repo_id, wanted)
+            listing = _fetch_listing(repo_id, wanted)
         except UnreachableError:
-            listing = _kept_listing(repo_id, wanted)
+            listing = _read_kept_listing(repo_id, wanted)
             snapshot = None if listing else cached_snapshot(repo_id, wanted)
             if snapshot is not None:
                 return FolderRepository(snapshot, f"{PREFIX}{repo_id}@{snapshot.name}")
             if listing is None:
                 raise
-    made = _opened(repo_id, listing[0], listing[1])
+    made = _repository_at(repo_id, listing[0], listing[1])
     if INDEX in made.names(""):
         made.start(INDEX, 1)  # the list of a gated repository is public: this tells whether its files may be read
     return made
 
 
 @cache
-def _opened(repo_id: str, commit: str, paths: frozenset[str]) -> HubRepository:
+def _repository_at(repo_id: str, commit: str, paths: frozenset[str]) -> HubRepository:
     """One for each commit: what it has read serves the next time it is asked for."""
     return HubRepository(repo_id, commit, paths)
 
@@ -143,40 +143,40 @@ def cached_snapshot(repo_id: str, revision: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _asked_listing(repo_id: str, revision: str) -> tuple[str, frozenset[str]]:
+def _fetch_listing(repo_id: str, revision: str) -> tuple[str, frozenset[str]]:
     """The commit that a revision is now, and the paths of its files, as the hub tells them."""
     from urllib.parse import quote
 
     from huggingface_hub import constants
 
     url = f"{constants.ENDPOINT}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
-    data, size = get_start(url, _LONGEST_LIST, repo_id=repo_id)
+    data, size = get_start(url, _MAX_LISTING_BYTES, repo_id=repo_id)
     try:
         content = json.loads(data)
-        found = _listing(content)
+        found = _parse_listing(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise HubError(f"{repo_id}: the hub's list of its files cannot be read ({size:,} bytes)") from error
     for key in (revision, found[0]):
-        _keep(_listing_key(repo_id, key), (_as_bytes(found), 0))
+        _write_kept(_listing_key(repo_id, key), (_listing_bytes(found), 0))
     return found
 
 
-def _listing(content: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
+def _parse_listing(content: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
     commit, paths = content["sha"], frozenset(entry["rfilename"] for entry in content["siblings"])
     if not _COMMIT.fullmatch(commit) or not all(isinstance(path, str) for path in paths):
         raise ValueError("no list of files")
     return commit, paths
 
 
-def _as_bytes(listing: tuple[str, frozenset[str]]) -> bytes:
+def _listing_bytes(listing: tuple[str, frozenset[str]]) -> bytes:
     commit, paths = listing
     return json.dumps({"sha": commit, "siblings": [{"rfilename": path} for path in sorted(paths)]}).encode()
 
 
-def _kept_listing(repo_id: str, revision: str) -> tuple[str, frozenset[str]] | None:
-    kept = _kept(_listing_key(repo_id, revision))
+def _read_kept_listing(repo_id: str, revision: str) -> tuple[str, frozenset[str]] | None:
+    kept = _read_kept(_listing_key(repo_id, revision))
     try:
-        return None if kept is None else _listing(json.loads(kept[0]))
+        return None if kept is None else _parse_listing(json.loads(kept[0]))
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -196,7 +196,7 @@ def _kept_path(key: str) -> Path | None:
     return None if folder is None else folder / "hub" / f"{digest}.json"
 
 
-def _kept(key: str) -> tuple[bytes, int] | None:
+def _read_kept(key: str) -> tuple[bytes, int] | None:
     path = _kept_path(key)
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path else {}
@@ -205,7 +205,7 @@ def _kept(key: str) -> tuple[bytes, int] | None:
         return None
 
 
-def _keep(key: str, found: tuple[bytes, int]) -> None:
+def _write_kept(key: str, found: tuple[bytes, int]) -> None:
     from vramplan.common.files import write_text
 
     path = _kept_path(key)

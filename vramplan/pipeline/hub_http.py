@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 # Seconds: without a byte, as huggingface_hub waits for one (2.4, DEFAULT_DOWNLOAD_TIMEOUT); for one answer, before
 # asking again, and at most for a rate limit to pass. The last three are assumed.
-SILENCE_S = 10.0
-ANSWER_S = 30.0
-PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 10.0
+IDLE_S = 10.0
+ANSWER_TIMEOUT_S = 30.0
+RETRY_PAUSE_S = 1.0
+_MAX_PAUSE_S = 10.0
 _ATTEMPTS = 2
-_LATER = (408, 429, 500, 502, 503, 504)
+_RETRY_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
 class HubError(VramplanError):
@@ -32,10 +32,10 @@ class RefusedError(HubError):
     """The hub wants a token, or one that may see the repository."""
 
 
-class _AgainError(Exception):
+class _RetryError(Exception):
     """One attempt that failed in a way another may not. `pause_s` is how long to wait before it."""
 
-    def __init__(self, reason: str, pause_s: float = PAUSE_S) -> None:
+    def __init__(self, reason: str, pause_s: float = RETRY_PAUSE_S) -> None:
         super().__init__(reason)
         self.pause_s = pause_s
 
@@ -62,9 +62,9 @@ def get_start(url: str, count: int, *, repo_id: str) -> tuple[bytes, int]:
     for attempt in range(_ATTEMPTS):
         try:
             return _attempt(url, count, repo_id)
-        except _AgainError as error:
+        except _RetryError as error:
             reason = str(error)
-            if attempt + 1 == _ATTEMPTS or error.pause_s > _LONGEST_PAUSE_S:
+            if attempt + 1 == _ATTEMPTS or error.pause_s > _MAX_PAUSE_S:
                 break
             time.sleep(error.pause_s)
     raise UnreachableError(f"{repo_id}: {reason}")
@@ -76,9 +76,9 @@ def _attempt(url: str, count: int, repo_id: str) -> tuple[bytes, int]:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     headers = build_hf_headers() | {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
-    until = time.monotonic() + ANSWER_S
+    until = time.monotonic() + ANSWER_TIMEOUT_S
     try:
-        with get_session().stream("GET", url, headers=headers, timeout=SILENCE_S, follow_redirects=True) as response:
+        with get_session().stream("GET", url, headers=headers, timeout=IDLE_S, follow_redirects=True) as response:
             if response.status_code == 416:  # no byte of an empty file is in any range
                 return b"", 0
             _check(response.status_code, response.headers, repo_id)
@@ -88,12 +88,12 @@ def _attempt(url: str, count: int, repo_id: str) -> tuple[bytes, int]:
                 if len(data) >= count:
                     break
                 if time.monotonic() > until:
-                    raise _AgainError(f"the hub's answer is too slow: {len(data):,} bytes in {ANSWER_S:.0f} s")
+                    raise _RetryError(f"the hub's answer is too slow: {len(data):,} bytes in {ANSWER_TIMEOUT_S:.0f} s")
             size = _size(response.headers, len(data))
     except HTTPError as error:
-        raise _AgainError(f"the hub cannot be reached ({_reason(error)})") from error
+        raise _RetryError(f"the hub cannot be reached ({_reason(error)})") from error
     if len(data) < min(count, size):
-        raise _AgainError(f"the hub's answer breaks off after {len(data):,} bytes")
+        raise _RetryError(f"the hub's answer breaks off after {len(data):,} bytes")
     return bytes(data[:count]), size
 
 
@@ -117,11 +117,11 @@ def _check(status: int, headers: Mapping[str, str], repo_id: str) -> None:
             f"{repo_id}: no such folder, and no such repository on the hub, or a private one: "
             "check the name, or log in (hf auth login, or HF_TOKEN)"
         )
-    if status in _LATER:
+    if status in _RETRY_STATUSES:
         told = headers.get("retry-after", "").strip()
-        pause = float(told) if told.isdigit() else PAUSE_S
+        pause = float(told) if told.isdigit() else RETRY_PAUSE_S
         after = f"; try again in {pause:.0f} s" if told.isdigit() else ""
-        raise _AgainError(f"the hub answers {status}{' (too many requests)' * (status == 429)}{after}", pause)
+        raise _RetryError(f"the hub answers {status}{' (too many requests)' * (status == 429)}{after}", pause)
     raise HubError(f"{repo_id}: the hub answers {status}")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vramplan.pipeline.call_order import uses_of
 from vramplan.pipeline.classes import class_facts
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.prompt import encode_refusal
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.pipeline.uses import uses_of
 
 if TYPE_CHECKING:
     pass
@@ -21,10 +21,10 @@ def spec_from_pipeline(pipe: Any) -> PipelineSpec:
     components = tuple(
         describe_component(name, module, pipeline=cls, live=True) for name, module in modules_of(pipe).items()
     )
-    return assemble(cls, components, source="live", pipe=pipe)
+    return build_spec(cls, components, source="live", pipe=pipe)
 
 
-def assemble(
+def build_spec(
     cls: type,
     components: tuple[Component, ...],
     *,

@@ -22,7 +22,7 @@ from vramplan.errors import VramplanError
 
 _METHOD = "encode_prompt"
 # A VAE is entered by these, not by its forward.
-_ENTRIES = ("encode", "decode")
+_VAE_METHODS = ("encode", "decode")
 _REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -64,7 +64,7 @@ def encode(pipe: Any, arguments: Mapping[str, Any], encoders: Sequence[str]) -> 
     heard: list[Encoding] = []
     states = [(item, item.get_state()) for item in generators(arguments)]
     try:
-        with _listened(pipe, sites, heard), _stopped_at_others(pipe, encoders):
+        with _record_encodings(pipe, sites, heard), _stop_at_other_components(pipe, encoders):
             pipe(**arguments)
     except _EnteredError as entered:
         if not heard:
@@ -81,7 +81,7 @@ def call_encoded(pipe: Any, encoded: Encoded) -> Any:
     Raises:
         EncodeError: it would not have worked with the very embeddings that were encoded.
     """
-    with checked(pipe, encoded):
+    with check_encodings(pipe, encoded):
         return pipe(**encoded.arguments)
 
 
@@ -133,7 +133,7 @@ def _names(target: ast.expr) -> tuple[str, ...]:
 
 
 @contextmanager
-def _listened(pipe: Any, sites: Mapping[range, tuple[str, ...]], heard: list[Encoding]) -> Iterator[None]:
+def _record_encodings(pipe: Any, sites: Mapping[range, tuple[str, ...]], heard: list[Encoding]) -> Iterator[None]:
     """While entered, every `encode_prompt` of the pipeline's call is noted."""
     original: Callable[..., Any] = getattr(pipe, _METHOD)
     signature = inspect.signature(original)
@@ -149,12 +149,12 @@ def _listened(pipe: Any, sites: Mapping[range, tuple[str, ...]], heard: list[Enc
         heard.append(Encoding(given=given, names=names, results=listed))
         return results
 
-    with _replaced(pipe, _METHOD, listen):
+    with _replace_attribute(pipe, _METHOD, listen):
         yield
 
 
 @contextmanager
-def checked(pipe: Any, encoded: Encoded) -> Iterator[None]:
+def check_encodings(pipe: Any, encoded: Encoded) -> Iterator[None]:
     """While entered, every `encode_prompt` must give the call what the listened one gave it, bit for bit."""
     original: Callable[..., Any] = getattr(pipe, _METHOD)
     expected = cycle(encoded.encodings)
@@ -163,20 +163,20 @@ def checked(pipe: Any, encoded: Encoded) -> Iterator[None]:
         results = original(*args, **kwargs)
         listed = results if isinstance(results, tuple) else (results,)
         before = next(expected).results
-        if len(before) != len(listed) or not all(map(_same, before, listed)):
+        if len(before) != len(listed) or not all(map(_equal, before, listed)):
             raise EncodeError(f"{type(pipe).__name__} does not take its prompt encoded as its own {_METHOD} does it")
         return results
 
-    with _replaced(pipe, _METHOD, check):
+    with _replace_attribute(pipe, _METHOD, check):
         yield
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     """Equal tensors; of hollow ones, equal in shape and dtype."""
     import torch
 
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal, one, other))
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return (one is None) == (other is None)
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -188,7 +188,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def _replace_attribute(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """An attribute of the object itself for as long as the block runs; what it had of its own comes back."""
     had = name in vars(owner)
     before = vars(owner).get(name)
@@ -203,7 +203,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 @contextmanager
-def _stopped_at_others(pipe: Any, encoders: Sequence[str]) -> Iterator[None]:
+def _stop_at_other_components(pipe: Any, encoders: Sequence[str]) -> Iterator[None]:
     """While entered, no component but the encoders runs: the call ends where one would."""
     from vramplan.pipeline.modules import modules_of
 
@@ -218,9 +218,9 @@ def _stopped_at_others(pipe: Any, encoders: Sequence[str]) -> Iterator[None]:
             if name in encoders:
                 continue
             stack.callback(module.register_forward_pre_hook(stop(name)).remove)
-            for method in _ENTRIES:
+            for method in _VAE_METHODS:
                 if callable(getattr(module, method, None)):
-                    stack.enter_context(_replaced(module, method, stop(name)))
+                    stack.enter_context(_replace_attribute(module, method, stop(name)))
         yield
 
 

@@ -14,11 +14,11 @@ from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES
 from vramplan.units import format_bytes
 
 # Of 1,000 popular models 97 % have shorter headers (huggingface_hub 2.4, `parse_safetensors_file_metadata`).
-_FIRST = 100_000
+_HEADER_START_BYTES = 100_000
 # What huggingface_hub reads at most (2.4, SAFETENSORS_MAX_HEADER_LENGTH), a quarter of what safetensors allows.
-_LONGEST_HEADER = 25_000_000
+_MAX_HEADER_BYTES = 25_000_000
 # Assumed: the longest index of shards seen has 0.2 MB, other configurations less.
-_LONGEST_JSON = 8 << 20
+_MAX_JSON_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +63,10 @@ class Repository(ABC):
 
     def read_json(self, path: str) -> dict[str, Any]:
         """The object in a JSON file. Raises VramplanError where it is missing, damaged or something else."""
-        data, size = self.start(path, _LONGEST_JSON)
-        if size > _LONGEST_JSON:
+        data, size = self.start(path, _MAX_JSON_BYTES)
+        if size > _MAX_JSON_BYTES:
             raise VramplanError(
-                f"{self.where(path)}: {format_bytes(size)} are no configuration, {format_bytes(_LONGEST_JSON)} are read"
+                f"{self.where(path)}: {format_bytes(size)} are no configuration (limit {format_bytes(_MAX_JSON_BYTES)})"
             )
         try:
             content = json.loads(data.decode("utf-8"))
@@ -82,9 +82,9 @@ class Repository(ABC):
         Raises:
             VramplanError: a file that is cut off, or whose header is damaged or beyond measure.
         """
-        data, size = self.start(path, _FIRST)
+        data, size = self.start(path, _HEADER_START_BYTES)
         length = int.from_bytes(data[:8], "little")
-        if len(data) < 8 or length > min(_LONGEST_HEADER, size - 8):
+        if len(data) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise self._unreadable(path, f"a header of {length:,} bytes in a file of {size:,}")
         if 8 + length > len(data):
             data, _ = self.start(path, 8 + length)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.build import build_weightless
-from vramplan.pipeline.ggufs import check_names, converted
+from vramplan.pipeline.gguf_file import check_names, convert_names
 from vramplan.pipeline.repository import Repository, StoredTensor
 from vramplan.profiles.catalogue import PipelineProfile, load_pipeline_profile
 from vramplan.units import format_bytes
@@ -21,8 +21,8 @@ _VAE = ("first_stage_model.", "vae.")
 _ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 _DENOISERS = ("transformer", "unet")
 # What diffusers takes a file for that has the names of nothing it knows.
-_FALLBACK = "v1"
-_LOADED = ("float32", "float16", "bfloat16")
+_FALLBACK_KIND = "v1"
+_LOAD_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class SingleFile:
     @property
     def load_dtype(self) -> str | None:
         """The dtype to load it in where nothing is said: its own, None where it is stored in another kind."""
-        return self.dtype if self.dtype in _LOADED else None
+        return self.dtype if self.dtype in _LOAD_DTYPES else None
 
     @property
     def note(self) -> str:
@@ -65,10 +65,11 @@ def read_single_file(repository: Repository, path: str) -> SingleFile:
         raise VramplanError(f"{where}: of {profile.title} not a file but a folder or a repository can be planned for")
     part = profile.components[denoiser]
     module = build_weightless(part.library, part.class_name, part.config)
-    check_names(where, module, converted(where, type(module), module, _hollow(tensors), _config(module)))
+    check_names(where, module, convert_names(where, type(module), module, _meta_tensors(tensors), _config(module)))
     found = [denoiser]
-    found += ["vae"] if _any(tensors, _VAE) else []
-    found += [name for name in profile.components if name.startswith("text_enc")] if _any(tensors, _ENCODERS) else []
+    found += ["vae"] if _has_prefix(tensors, _VAE) else []
+    if _has_prefix(tensors, _ENCODERS):
+        found += [name for name in profile.components if name.startswith("text_enc")]
     sizes: dict[str, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
@@ -85,13 +86,13 @@ def _profile(where: str, tensors: list[StoredTensor]) -> PipelineProfile:
     """The profile of what diffusers takes the file for. Its rules read shapes of tensors it expects to be there."""
     from diffusers.loaders import single_file_utils
 
-    hollow = _hollow(tensors)
+    hollow = _meta_tensors(tensors)
     try:
         kind = single_file_utils.infer_diffusers_model_type(hollow)
         repo_id = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     except Exception as error:  # whatever shapes a damaged or foreign file has
         raise VramplanError(f"{where}: not a checkpoint that diffusers knows ({type(error).__name__})") from error
-    if kind == _FALLBACK and single_file_utils.CHECKPOINT_KEY_NAMES[_FALLBACK] not in hollow:
+    if kind == _FALLBACK_KIND and single_file_utils.CHECKPOINT_KEY_NAMES[_FALLBACK_KIND] not in hollow:
         raise VramplanError(f"{where}: its {len(tensors):,} tensors are of no checkpoint that diffusers knows")
     try:
         return load_pipeline_profile(repo_id)
@@ -102,7 +103,7 @@ def _profile(where: str, tensors: list[StoredTensor]) -> PipelineProfile:
         ) from None
 
 
-def _hollow(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:
+def _meta_tensors(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors without data, anew: conversions take what they are given apart."""
     import torch
 
@@ -116,5 +117,5 @@ def _config(module: torch.nn.Module) -> Mapping[str, object]:
     return dict(module.config)  # type: ignore[arg-type]
 
 
-def _any(tensors: list[StoredTensor], prefixes: tuple[str, ...]) -> bool:
+def _has_prefix(tensors: list[StoredTensor], prefixes: tuple[str, ...]) -> bool:
     return any(tensor.name.startswith(prefixes) for tensor in tensors)

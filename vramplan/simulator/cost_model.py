@@ -47,7 +47,7 @@ class CostModel:
             from vramplan.simulator.run import SimulationError
 
             try:
-                return confirmed(decision, run(decision, capacity))
+                return apply_simulation(decision, run(decision, capacity))
             except SimulationError as error:  # with everything resident it ran: these settings are what stops it
                 return replace(decision, verdict="rejected", reason=f"does not run: {error}")
 
@@ -92,7 +92,7 @@ def cost_model(
         traced = traced_footprint(source, work, accelerator)
         others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
         return CostModel(
-            footprint=traced, lighter=others, notes=(note, *_unseen(spec, traced.plain, "could be traced"))
+            footprint=traced, lighter=others, notes=(note, *_missing_note(spec, traced.plain, "could be traced"))
         )
     every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
     tried = (
@@ -115,20 +115,20 @@ def cost_model(
             return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
         found = source.run(work, grouped(*beside), decodes, accelerator=accelerator, capacity_bytes=capacity)
-        if _before_vaes(found, vaes):
+        if _stopped_before_vaes(found, vaes):
             stopped[key] = found
         return found
 
-    notes = (*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call"))
+    notes = (*footprint.plain.notes, *_missing_note(spec, footprint.plain, "ran in the simulated call"))
     return CostModel(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
 
 
-def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
+def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
     """Whether it was stopped before it came to any VAE."""
     return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
 
 
-def _unseen(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
+def _missing_note(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
     """A note for what the planner has no figures of, and counts with rules of thumb."""
     names = {
         use.component: None
@@ -138,7 +138,7 @@ def _unseen(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str,
     return (f"not all {what}: rules of thumb stand in for {', '.join(names)}",) if names else ()
 
 
-def confirmed(decision: Decision, simulation: Simulation) -> Decision:
+def apply_simulation(decision: Decision, simulation: Simulation) -> Decision:
     """The decision with what its own simulation found: its peaks, or where and by how much it does not fit.
 
     A phase that the simulated call did not come to stays as it was priced.

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from vramplan.simulator.inferred import inferred
+from vramplan.simulator.data_dependent import HANDLERS
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Block, Kind, Ledger
+from vramplan.simulator.shape_inference import infer_results
 from vramplan.simulator.shapes import (
     CPU,
     aten,
-    follow,
     forget_values,
     label_of,
     meta_like,
-    normalized,
+    normalize_device,
     place_of,
-    pointwise,
+    pointwise_result,
     shape_of,
     traffic,
+    update_shape,
     value_of,
 )
-from vramplan.simulator.special import SPECIAL
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, mapped, storage_key, tensors_in
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, map_tensors, storage_key, tensors_in
 
 # Copies that may go from one device to another, and indexing, which takes indices from the CPU.
 _CROSS_DEVICE = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
@@ -57,7 +57,7 @@ class Engine:
         size = shape.untyped_storage().nbytes()
         if value is not None and value.numel() > VALUE_LIMIT:
             value = None
-        return make(self, shape, label, Block(self.ledger, size, place_of(label), kind, owner), value)
+        return make_tensor(self, shape, label, Block(self.ledger, size, place_of(label), kind, owner), value)
 
     def from_real(self, tensor: torch.Tensor, label: torch.device, kind: Kind = "activation") -> SimTensor:
         """A real CPU tensor on a simulated device, with its value while it is small."""
@@ -75,7 +75,7 @@ class Engine:
     ) -> torch.Tensor:
         """`tensor.to(...)`: itself where nothing changes, else new memory where it would be."""
         here = label_of(tensor)
-        target, kind_of = normalized(label or here), dtype or tensor.dtype
+        target, kind_of = normalize_device(label or here), dtype or tensor.dtype
         format_same = memory_format in (None, torch.preserve_format) or (
             tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=memory_format)
         )
@@ -113,7 +113,7 @@ class Engine:
         shape = torch.empty_like(tensor.meta)
         size = power_of_two(shape.untyped_storage().nbytes())
         block = Block(self.ledger, size, "pinned", tensor.block.kind, tensor.block.owner)
-        return make(self, shape, CPU, block, tensor.value)
+        return make_tensor(self, shape, CPU, block, tensor.value)
 
     # ---- running operations
 
@@ -125,7 +125,7 @@ class Engine:
         ledger.operation = str(packet)
         tensors = list(tensors_in((args, kwargs)))
         label = self._label(packet, tensors)
-        special = SPECIAL.get(packet)
+        special = HANDLERS.get(packet)
         if special is not None:
             result = special(self, func, args, kwargs, tensors, label)
             if result is not NotImplemented:
@@ -144,7 +144,7 @@ class Engine:
         by_value = {id(value): tensor for tensor in tensors if (value := value_of(tensor)) is not None}
         try:
             with torch._C.DisableTorchFunctionSubclass():
-                results = func(*mapped(args, value_of), **mapped(kwargs, value_of))
+                results = func(*map_tensors(args, value_of), **map_tensors(kwargs, value_of))
         except (NotImplementedError, RuntimeError) as error:
             if "not implemented" not in str(error):
                 raise
@@ -158,10 +158,10 @@ class Engine:
                 source = value_of(tensor)
                 assert source is not None
                 if source.untyped_storage()._cdata == key and isinstance(tensor, SimTensor):
-                    return make(self, meta_like(result), label, tensor.block, result)
+                    return make_tensor(self, meta_like(result), label, tensor.block, result)
             return self.new(meta_like(result), label, self._kind(func, tensors), result)
 
-        return mapped(results, wrapped)
+        return map_tensors(results, wrapped)
 
     def run_on_shapes(
         self, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: torch.device
@@ -169,9 +169,9 @@ class Engine:
         """The result as it is where values are not known: its shape, from torch's meta kernels."""
         shapes = {id(tensor): shape_of(tensor) for tensor in tensors}
         with torch._C.DisableTorchFunctionSubclass():
-            results = pointwise(func.overloadpacket, [shapes[id(tensor)] for tensor in tensors])
+            results = pointwise_result(func.overloadpacket, [shapes[id(tensor)] for tensor in tensors])
             if results is None:
-                results = inferred(func, args, kwargs, shapes, partial(_on_shapes, func, args, kwargs, shapes))
+                results = infer_results(func, args, kwargs, shapes, partial(_run_meta, func, args, kwargs, shapes))
         if func._schema.is_mutable:
             forget_values(func, args, kwargs)
         by_key = {storage_key(t.meta): t for t in tensors if isinstance(t, SimTensor)}
@@ -181,14 +181,14 @@ class Engine:
             for tensor in tensors:
                 if shapes[id(tensor)] is result:
                     if isinstance(tensor, SimTensor) and tensor.shape != result.shape:
-                        follow(tensor, result)
+                        update_shape(tensor, result)
                     return tensor
             source = by_key.get(storage_key(result))
             if source is not None:
-                return make(self, result, label, source.block)
+                return make_tensor(self, result, label, source.block)
             return self.new(result, label, kind)
 
-        made = mapped(results, wrapped)
+        made = map_tensors(results, wrapped)
         self._count(func, args, kwargs, made, label)
         return made
 
@@ -246,6 +246,6 @@ class Engine:
         self.notes[text] = self.notes.get(text, 0) + 1
 
 
-def _on_shapes(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
+def _run_meta(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
     """What torch's meta kernel makes of the shapes in place of the tensors."""
-    return func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))
+    return func(*map_tensors(args, lambda t: shapes[id(t)]), **map_tensors(kwargs, lambda t: shapes[id(t)]))

@@ -49,7 +49,7 @@ class SimulatedFootprint:
             return self.assumed.activation(use, decode)
         between = self.plain.use(use.phase, "")
         size = max(found.need_bytes, between.need_bytes if between else 0)
-        reserved = int(size * self.slack) if simulation is self.plain else max(size, _beside_weights(simulation))
+        reserved = int(size * self.slack) if simulation is self.plain else max(size, _above_weights(simulation))
         return Estimate(size_bytes=size, reserved_bytes=reserved, basis=self.basis)
 
     def work(self, use: Use, decode: Sequence[Decode]) -> Work:
@@ -75,6 +75,6 @@ class SimulatedFootprint:
         return self.decode(tuple(decode)) if use.phase == "decode" and use.component in decodes else self.plain
 
 
-def _beside_weights(simulation: Simulation) -> int:
+def _above_weights(simulation: Simulation) -> int:
     """What is reserved beside the weights of a component that was simulated by itself."""
     return simulation.peak_reserved_bytes - max(phase.weights_bytes for phase in simulation.phases)

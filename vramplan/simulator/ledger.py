@@ -74,8 +74,8 @@ class Cost:
 
 # A block that was taken: its number, size, place and kind, and the module (below the recorded one) and operation
 # that asked for it. Bytes that were moved: from where, to where, how many.
-Taken = tuple[int, int, Place, Kind, str, str]
-Moved = tuple[str, str, int]
+TakeEvent = tuple[int, int, Place, Kind, str, str]
+MoveEvent = tuple[str, str, int]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class Recorder:
     """
 
     name: str
-    events: list[int | Taken | Moved | None] = field(default_factory=list)
+    events: list[int | TakeEvent | MoveEvent | None] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
     operations: int = 0

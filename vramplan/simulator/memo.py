@@ -18,12 +18,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.ledger import Block, Cost, Moved, Recorder, Taken
+from vramplan.simulator.ledger import Block, Cost, MoveEvent, Recorder, TakeEvent
 from vramplan.simulator.shapes import label_of, value_of
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, storage_key, tensors_in
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
 
 # A forward that could not be recorded this often is not tried again: state may be there the first time only.
-_MOST_TRIES = 2
+_MAX_TRIES = 2
 # How VAEs of diffusers 0.42 join tiles: in place and line by line, which is most of the operations of a tiled decode.
 _BLENDS = ("blend_v", "blend_h", "blend_t")
 # What is no part of a module's structure: what `torch.nn.Module` and hooks keep on it, and what is wrapped here.
@@ -36,14 +36,14 @@ _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
 }
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 # Objects with at most this many attributes are told by them, as attention processors are; larger ones by themselves.
-_FEW = 8
+_MAX_ATTRIBUTES = 8
 
 
-class _UnlikeError(Exception):
+class _NotComparableError(Exception):
     """There is no telling whether this is like anything else."""
 
 
-class _Same:
+class _ByIdentity:
     """An object as itself, which it stays as long as something is told by it."""
 
     __slots__ = ("what",)
@@ -52,7 +52,7 @@ class _Same:
         self.what = what
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.what is self.what
+        return isinstance(other, _ByIdentity) and other.what is self.what
 
     def __hash__(self) -> int:
         return id(self.what)
@@ -83,7 +83,7 @@ class _Output:
 class Recording:
     """A forward that can be played back: its events in the ledger, its costs by module, and what it returned."""
 
-    events: Sequence[int | Taken | Moved | None]
+    events: Sequence[int | TakeEvent | MoveEvent | None]
     costs: Mapping[str, Cost]
     operations: int
     outputs: Sequence[Any]
@@ -140,7 +140,7 @@ class Recording:
             storage = storages[item.storage]
         shape = torch.empty(0, dtype=item.dtype, device="meta")
         shape.set_(storage.untyped_storage(), offset, item.shape, item.stride)
-        return make(engine, shape, item.label, block, None if item.value is None else item.value.clone())
+        return make_tensor(engine, shape, item.label, block, None if item.value is None else item.value.clone())
 
 
 @dataclass(slots=True)
@@ -180,7 +180,7 @@ class Memo:
         def key(args: Any, kwargs: Any, done: bool) -> Any:
             if any(value_of(tensor) is not None for tensor in tensors_in((args, kwargs))):
                 return None
-            return (type(module), method), _arguments((args, kwargs), {})
+            return (type(module), method), _argument_key((args, kwargs), {})
 
         return self._remembering(name, getattr(module, method), key, engine)
 
@@ -204,10 +204,10 @@ class Memo:
             if key is None:
                 return original(*args, **kwargs)
             tried = self.tries[key] = self.tries.get(key, 0) + 1
-            if tried > _MOST_TRIES:
+            if tried > _MAX_TRIES:
                 return original(*args, **kwargs)
             recorder = Recorder(name=name)
-            made = _recorded(recorder, engine, original, args, kwargs)
+            made = _record(recorder, engine, original, args, kwargs)
             with torch._C.DisableTorchFunction():
                 if not recorder.broken and key == key_of(args, kwargs, True):
                     self._keep(key, recorder, made, list(tensors_in((args, kwargs))))
@@ -231,7 +231,7 @@ class Memo:
         """A number for all modules that are made alike; None where something in it may do what cannot be replayed."""
         try:
             made = _signature(module, outermost=True)
-        except _UnlikeError:
+        except _NotComparableError:
             return None
         return self.structures.setdefault(made, len(self.structures))
 
@@ -240,9 +240,9 @@ def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
     """Classes and attributes of a module and all in it, without its tensors."""
     own = vars(module)
     if module._forward_hooks or module._forward_pre_hooks:
-        raise _UnlikeError
+        raise _NotComparableError
     if not outermost and ("_hf_hook" in own or "_diffusers_hook" in own):
-        raise _UnlikeError
+        raise _NotComparableError
     plain = tuple((name, _attribute(value)) for name, value in own.items() if name not in _NOT_STRUCTURE)
     children = tuple((name, _signature(child)) for name, child in module.named_children())
     return type(module), plain, children
@@ -252,18 +252,18 @@ def _attribute(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, torch.Tensor):
-        raise _UnlikeError
+        raise _NotComparableError
     if isinstance(value, tuple | list):
         return tuple(map(_attribute, value))
     made: Any = type(value).__new__
     if made is object.__new__ and hasattr(value, "__dict__"):  # all of it is in its attributes
         attributes = vars(value)
-        if len(attributes) <= _FEW and all(isinstance(item, _PLAIN) for item in attributes.values()):
+        if len(attributes) <= _MAX_ATTRIBUTES and all(isinstance(item, _PLAIN) for item in attributes.values()):
             return type(value), tuple(attributes.items())
-    return _Same(value)
+    return _ByIdentity(value)
 
 
-def _recorded(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _record(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What the forward returns; the recorder has what it did."""
     ledger = engine.ledger
     before = ledger.operations
@@ -281,12 +281,12 @@ def _key(structure: int | None, parts: Sequence[torch.nn.Module], args: Any, kwa
     if structure is None:
         return None
     try:
-        return structure, _weights(parts), _arguments((args, kwargs), {})
-    except _UnlikeError:
+        return structure, _weight_layouts(parts), _argument_key((args, kwargs), {})
+    except _NotComparableError:
         return None
 
 
-def _weights(parts: Sequence[torch.nn.Module]) -> Any:
+def _weight_layouts(parts: Sequence[torch.nn.Module]) -> Any:
     """Where all tensors of a module are, and what they are like."""
     found = []
     for part in parts:
@@ -295,14 +295,14 @@ def _weights(parts: Sequence[torch.nn.Module]) -> Any:
                 if tensor is None:
                     continue
                 if not isinstance(tensor, SimTensor):
-                    raise _UnlikeError
+                    raise _NotComparableError
                 meta = tensor.meta
-                known = None if tensor.stored is None else _Same(tensor.stored)
+                known = None if tensor.stored is None else _ByIdentity(tensor.stored)
                 found.append((tensor.label, tensor.block.place, meta.dtype, meta.shape, meta.stride(), known))
     return tuple(found)
 
 
-def _arguments(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
+def _argument_key(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
     """What matters of arguments: shapes, places, values as far as they are known, and which share their memory.
 
     Where in its memory an argument starts does not matter, as with the tiles of one latent, but how far from where
@@ -314,7 +314,7 @@ def _arguments(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
     if isinstance(given, torch.Tensor):
         value = value_of(given)
         if value is not None and value.numel() > VALUE_LIMIT:
-            raise _UnlikeError
+            raise _NotComparableError
         known = None if value is None else _digest(value)
         meta = given.meta if isinstance(given, SimTensor) else given
         offset, shared = int(meta.storage_offset()), None
@@ -325,10 +325,10 @@ def _arguments(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
     if isinstance(given, _PLAIN):
         return type(given), given
     if type(given) is tuple:
-        return tuple(_arguments(item, seen) for item in given)
+        return tuple(_argument_key(item, seen) for item in given)
     if type(given) is dict:
-        return tuple((name, _arguments(item, seen)) for name, item in given.items())
-    raise _UnlikeError
+        return tuple((name, _argument_key(item, seen)) for name, item in given.items())
+    raise _NotComparableError
 
 
 def _digest(value: torch.Tensor) -> bytes:

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes, scores_bytes
-from vramplan.simulator.shapes import CPU, META, label_of, normalized, value_of
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, mapped, tensors_in
+from vramplan.simulator.shapes import CPU, META, label_of, normalize_device, value_of
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, map_tensors, tensors_in
 
 
 class SimulatedDevices(TorchFunctionMode):
@@ -31,13 +31,13 @@ class SimulatedDevices(TorchFunctionMode):
         if handler is not None:
             return handler(self.engine, func, *args, **kwargs)
         if kwargs.get("device") is not None:
-            return _placed(self.engine, func, args, kwargs)
+            return _create_on_device(self.engine, func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _placed(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _create_on_device(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A function that makes a tensor on a device: `torch.zeros(..., device="cuda")`."""
-    target = normalized(kwargs["device"])
+    target = normalize_device(kwargs["device"])
     rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     if any(isinstance(tensor, SimTensor) for tensor in tensors_in((args, rest))):
         made = func(*args, **rest)
@@ -65,7 +65,7 @@ def _to(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: A
 
 
 def _cuda(engine: Engine, func: Any, tensor: torch.Tensor, device: Any = 0, *args: Any, **kwargs: Any) -> Any:
-    return engine.convert(tensor, normalized(device if device is not None else 0))
+    return engine.convert(tensor, normalize_device(device if device is not None else 0))
 
 
 def _cpu(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,12 +109,12 @@ def _set_item(engine: Engine, func: Any, tensor: torch.Tensor, index: Any, new: 
     """`tensor[index] = new` on true values while all are known: torch would make the number a meta tensor."""
     if isinstance(tensor, SimTensor) and all(value_of(item) is not None for item in tensors_in([tensor, index, new])):
         assert tensor.value is not None
-        func(tensor.value, mapped(index, value_of), mapped(new, value_of))
+        func(tensor.value, map_tensors(index, value_of), map_tensors(new, value_of))
         return
     func(tensor, index, new)
 
 
-def _number(kind: type) -> Callable[..., Any]:
+def _read_number(kind: type) -> Callable[..., Any]:
     def read(engine: Engine, func: Any, tensor: torch.Tensor) -> Any:
         return engine.scalar(tensor, kind) if isinstance(tensor, SimTensor) else func(tensor)
 
@@ -125,7 +125,7 @@ def _data_ptr(engine: Engine, func: Any, tensor: torch.Tensor) -> int:
     return id(tensor.block) if isinstance(tensor, SimTensor) else int(func(tensor))
 
 
-def _same(engine: Engine, func: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+def _equal(engine: Engine, func: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     values = [t.value if isinstance(t, SimTensor) else t for t in (first, second)]
     if any(value is None for value in values):
         engine.note("two tensors without values were taken to be equal")
@@ -139,8 +139,8 @@ def _tensor(engine: Engine, func: Any, data: Any, *args: Any, **kwargs: Any) -> 
         made: torch.Tensor = engine.convert(data, data.label, kwargs.get("dtype"), copy=True)
     else:
         # tensors in a list must be of one element each
-        made = func(mapped(data, lambda tensor: tensor.item()) if _nested(data) else data, *args, **kwargs)
-    return made if device is None else engine.convert(made, normalized(device))
+        made = func(map_tensors(data, lambda tensor: tensor.item()) if _nested(data) else data, *args, **kwargs)
+    return made if device is None else engine.convert(made, normalize_device(device))
 
 
 def _new_tensor(engine: Engine, func: Any, like: torch.Tensor, data: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,14 +221,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__array__: _numpy,
     torch.Tensor.tolist: _list,
     torch.Tensor.__setitem__: _set_item,
-    torch.Tensor.__bool__: _number(bool),
-    torch.Tensor.__int__: _number(int),
-    torch.Tensor.__float__: _number(float),
-    torch.Tensor.__index__: _number(int),
+    torch.Tensor.__bool__: _read_number(bool),
+    torch.Tensor.__int__: _read_number(int),
+    torch.Tensor.__float__: _read_number(float),
+    torch.Tensor.__index__: _read_number(int),
     torch.Tensor.data_ptr: _data_ptr,
-    torch.equal: _same,
-    torch.Tensor.equal: _same,
-    torch.allclose: _same,
+    torch.equal: _equal,
+    torch.Tensor.equal: _equal,
+    torch.allclose: _equal,
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
     torch.Tensor.new_tensor: _new_tensor,

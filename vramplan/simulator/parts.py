@@ -15,7 +15,7 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.build import build_weightless, component_class, weightless_copy
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.modules import modules_of
-from vramplan.pipeline.quantized import quantization_of
+from vramplan.pipeline.quantization import quantization_of
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.shapes import CPU
 from vramplan.simulator.tensor import SimTensor
@@ -41,7 +41,7 @@ class Parts:
         made: dict[str, Any] = {}
         for name, module in self.modules.items():
             engine.ledger.component = name  # whose weights these are
-            made[name] = hollow(module, engine)
+            made[name] = simulated_copy(module, engine)
         engine.ledger.component = ""
         made |= {name: copy.deepcopy(part) for name, part in self.others.items()}
         takes = inspect.signature(self.cls.__init__).parameters  # type: ignore[misc]
@@ -147,21 +147,21 @@ def _configured_part(repository: Repository, name: str, library: str, class_name
     return {}
 
 
-def hollow(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
+def simulated_copy(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
     """A copy of the module, live or weightless, with a hollow tensor for each parameter and buffer.
 
     Tied tensors stay tied. Small real buffers keep their values. The module itself is not changed.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers(), *_computed(module)):
+    for tensor in (*module.parameters(), *module.buffers(), *_computed_tensors(module)):
         if id(tensor) not in memo:
-            memo[id(tensor)] = _hollow_tensor(tensor, engine)
+            memo[id(tensor)] = _simulated_tensor(tensor, engine)
     made = copy.deepcopy(module, memo)
     made.eval()
     return made
 
 
-def _computed(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+def _computed_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Plain attributes that depend on parameters, as `weight_norm` leaves them: torch refuses to copy those."""
     for part in module.modules():
         for value in vars(part).values():
@@ -169,7 +169,7 @@ def _computed(module: torch.nn.Module) -> Iterator[torch.Tensor]:
                 yield value
 
 
-def _hollow_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:
+def _simulated_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:
     made = engine.from_real(tensor.detach(), CPU, "weights")
     if isinstance(tensor, torch.nn.Parameter):
         made.stored = None  # a trained weight's value is not known, and a random one's is worth nothing

@@ -21,7 +21,7 @@ import torch
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops
 from vramplan.simulator.ledger import Block, Ledger
-from vramplan.simulator.shapes import normalized
+from vramplan.simulator.shapes import normalize_device
 from vramplan.simulator.tensor import SimTensor
 
 
@@ -114,26 +114,26 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module, name, stand_in in (
-            *_group_offloading(backend),
+            *_stream_stand_ins(backend),
             (pipeline_utils, "empty_device_cache", empty_cache),
             (accelerate.hooks, "clear_device_cache", empty_cache),
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),
             (torch.cuda, "empty_cache", empty_cache),
             (torch, "Generator", SimGenerator),
-            *_files(engine),
+            *_file_stand_ins(engine),
         ):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
-        for module in _without_ftfy():
+        for module in _modules_without_ftfy():
             stack.enter_context(patch.object(module, "ftfy", _ftfy(engine), create=True))
-        stack.enter_context(_quiet())
-        stack.enter_context(_not_deterministic())
+        stack.enter_context(_hide_warnings())
+        stack.enter_context(_default_kernels())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay as they are
         stack.enter_context(patch.object(flex, "flex_attention", _flex_attention(engine, flex.flex_attention)))
         yield
 
 
-def _without_ftfy() -> list[Any]:
+def _modules_without_ftfy() -> list[Any]:
     """Modules of pipelines that clean prompts with ftfy, which is not installed: some of them do not ask whether it is
     (diffusers 0.42, `prompt_clean` of Wan's image-to-video)."""
     loaded = [module for name, module in sys.modules.items() if name.startswith("diffusers.pipelines.")]
@@ -150,7 +150,7 @@ def _ftfy(engine: Engine) -> Any:
     return SimpleNamespace(fix_text=fix_text)
 
 
-def _group_offloading(backend: SimBackend) -> list[tuple[Any, str, Any]]:
+def _stream_stand_ins(backend: SimBackend) -> list[tuple[Any, str, Any]]:
     """What group offloading asks for streams: `torch` itself in older versions; before diffusers 0.33 there is none."""
     try:
         from diffusers.hooks import group_offloading
@@ -161,7 +161,7 @@ def _group_offloading(backend: SimBackend) -> list[tuple[Any, str, Any]]:
     return [(group_offloading, "torch", _TorchWithStreams(backend))]
 
 
-def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
+def _file_stand_ins(engine: Engine) -> list[tuple[Any, str, Any]]:
     """Files of hollow weights, which keep shapes and no bytes, in directories that stay empty."""
     import safetensors.torch
 
@@ -179,7 +179,7 @@ def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
         kept[path] = {key: (tensor.meta, tensor.value) for key, tensor in tensors.items()}
 
     def load(path: str, device: Any = "cpu") -> dict[str, Any]:
-        place = normalized(device)
+        place = normalize_device(device)
         return {key: engine.new(shape, place, "weights", value) for key, (shape, value) in kept[path].items()}
 
     return [
@@ -216,7 +216,7 @@ def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _hide_warnings() -> Iterator[None]:
     """What libraries warn of is for the real call, which the user makes and sees."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     before = [logger.level for logger in loggers]
@@ -232,7 +232,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _not_deterministic() -> Iterator[None]:
+def _default_kernels() -> Iterator[None]:
     """The device's ordinary kernels: the deterministic ones of `interpolate` and `pad` are written in Python."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")

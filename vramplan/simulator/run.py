@@ -17,8 +17,8 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.dtypes import torch_dtype
 from vramplan.pipeline.prompt import Encoded, call_encoded, encode
 from vramplan.simulator.allocator import CachingAllocator
+from vramplan.simulator.call_tracker import named_modules, track_call
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.follow import followed, named_modules
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Cost, Ledger
 from vramplan.simulator.memo import Memo
@@ -29,7 +29,7 @@ from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
-Step = Callable[[Any], None]
+Action = Callable[[Any], None]
 
 # Denoising steps that are simulated: the second one stands for all that follow.
 STEPS = 2
@@ -41,7 +41,7 @@ class First:
     """Components that encode the prompt before any other is on the device, and what places them."""
 
     names: Sequence[str]
-    place: Step
+    place: Action
 
 
 class SimulationError(VramplanError):
@@ -84,11 +84,11 @@ def run_simulation(
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
     recorder = TimelineRecorder() if timeline else None
     ledger = Ledger(allocator, recorder.note if recorder else None)
-    found = simulated_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
+    found = simulate_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
     return replace(found, timeline=recorder.timeline()) if recorder else found
 
 
-def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[Step, Step]]:
+def _encode_first(first: First, workload: Workload, place: Action) -> list[tuple[Action, Action]]:
     """Encoding the prompt with nothing but the encoders on the device, and the rest of the call without them."""
     encoded: list[Encoded] = []
 
@@ -123,7 +123,7 @@ def run_encode(parts: Parts, arguments: Callable[[Any], Mapping[str, Any]], name
         except VramplanError:
             raise
         except Exception as error:
-            raise SimulationError(_where(error, ledger)) from error
+            raise SimulationError(_stop_message(error, ledger)) from error
         finally:
             engine.kernels.release()
 
@@ -143,7 +143,7 @@ def run_decode(
     """
 
     def call(pipe: Any) -> None:
-        after_matrix_products()
+        allocate_cublas_workspace()
         for item in latents:
             vae, dtype = pipe.components[item.component], torch_dtype(item.dtype)
             if dtype != vae.dtype:
@@ -153,7 +153,7 @@ def run_decode(
             pipe.decode_latents(given, item.frames)
 
     only = Parts(cls=ComponentsOnly, modules={item.component: parts.modules[item.component] for item in latents})
-    return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels(), memo)
+    return simulate_call(only, place, call, CachingAllocator(), kernels or Kernels(), memo)
 
 
 def decode_all(vae: Any, latents: torch.Tensor, frames: int | None, chunk: int | None = None) -> None:
@@ -165,7 +165,7 @@ def decode_all(vae: Any, latents: torch.Tensor, frames: int | None, chunk: int |
     torch.cat(decoded)
 
 
-def after_matrix_products() -> None:
+def allocate_cublas_workspace() -> None:
     """What ran before in a whole call has left the workspace of matrix products allocated."""
     one = torch.ones((1, 1), device="cuda:0")
     one @ one
@@ -191,7 +191,7 @@ class ComponentsOnly:
             module.to(device)
 
 
-def simulated_call(
+def simulate_call(
     parts: Parts,
     place: Callable[[Any], None],
     call: Callable[[Any], None],
@@ -204,11 +204,11 @@ def simulated_call(
     Raises:
         SimulationError: the call needs something that a hollow pipeline cannot give.
     """
-    return simulated_stages(parts, [(place, call)], Ledger(allocator), kernels, memo or Memo())
+    return simulate_stages(parts, [(place, call)], Ledger(allocator), kernels, memo or Memo())
 
 
-def simulated_stages(
-    parts: Parts, stages: Sequence[tuple[Step, Step]], ledger: Ledger, kernels: Kernels, memo: Memo
+def simulate_stages(
+    parts: Parts, stages: Sequence[tuple[Action, Action]], ledger: Ledger, kernels: Kernels, memo: Memo
 ) -> Simulation:
     """The same for a call in stages, each placed before it is made."""
     start = time.perf_counter()
@@ -223,13 +223,13 @@ def simulated_stages(
             for stage, (place, call) in enumerate(stages):
                 ledger.start_loading()
                 place(pipe)
-                with followed(pipe, ledger) as decoded:
+                with track_call(pipe, ledger) as decoded:
                     ledger.phase = "denoise" if stage else ledger.phase  # the prompt is encoded by then
                     call(pipe)
         except torch.OutOfMemoryError as error:
             stopped = str(error)
         except Exception as error:
-            raise SimulationError(_where(error, ledger)) from error
+            raise SimulationError(_stop_message(error, ledger)) from error
         finally:
             engine.kernels.release()
         return _result(ledger, engine, stopped, decoded, time.perf_counter() - start)
@@ -255,11 +255,11 @@ def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
     wanted |= {name: STEPS for name in takes if name.endswith("num_inference_steps")}  # those of a prior too
     if "strength" in takes and 0 < (strength := takes["strength"].default or 0) < 1:
         wanted["num_inference_steps"] = math.ceil(STEPS / strength)  # of which only this share is made
-    wanted |= _pictures(takes, workload)
+    wanted |= _picture_inputs(takes, workload)
     return {name: value for name, value in wanted.items() if value is not None and name in takes}
 
 
-def _pictures(takes: Mapping[str, inspect.Parameter], workload: Workload) -> dict[str, Any]:
+def _picture_inputs(takes: Mapping[str, inspect.Parameter], workload: Workload) -> dict[str, Any]:
     """Grey pictures for the arguments that condition a call on one."""
     from PIL import Image
 
@@ -327,7 +327,7 @@ def _phases(ledger: Ledger) -> Sequence[SimulatedPhase]:
     ]
 
 
-def _where(error: Exception, ledger: Ledger) -> str:
+def _stop_message(error: Exception, ledger: Ledger) -> str:
     module = ledger.modules[-1] if ledger.modules else "the pipeline's own code"
     return (
         f"the call stopped in {module} after {ledger.operation}: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -30,7 +30,7 @@ def traffic(args: Any, made: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, made)))
 
 
-def pointwise(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def pointwise_result(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The result's shape, told at once where it is plain; None where torch has to work it out."""
     if packet not in _POINTWISE or not shapes:
         return None
@@ -41,12 +41,12 @@ def pointwise(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | Non
         # Numbers of no dimension never widen a floating tensor's dtype.
         if shape is largest or (shape.dim() == 0 and shape.dtype != torch.complex64):
             continue
-        if shape.dtype != largest.dtype or not _fits_in(shape.shape, largest.shape):
+        if shape.dtype != largest.dtype or not _broadcasts_to(shape.shape, largest.shape):
             return None
     return torch.empty_like(largest)
 
 
-def _fits_in(small: Sequence[int], large: Sequence[int]) -> bool:
+def _broadcasts_to(small: Sequence[int], large: Sequence[int]) -> bool:
     """Whether a shape broadcasts to the other one and leaves it as it is."""
     return all(size in (1, full) for size, full in zip(reversed(small), reversed(large), strict=False))
 
@@ -56,7 +56,7 @@ def label_of(tensor: torch.Tensor) -> torch.device:
     return tensor.label if isinstance(tensor, SimTensor) else tensor.device
 
 
-def normalized(device: torch.device | str | int) -> torch.device:
+def normalize_device(device: torch.device | str | int) -> torch.device:
     """With its index: `cuda` is `cuda:0`; the CPU has none."""
     found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if found.type in ("cpu", "meta"):
@@ -97,7 +97,7 @@ def forget_values(func: Any, args: Any, kwargs: Any) -> None:
                     tensor.block.known = False
 
 
-def follow(tensor: SimTensor, shape: torch.Tensor) -> None:
+def update_shape(tensor: SimTensor, shape: torch.Tensor) -> None:
     """After an operation that changed a shape in place (`unsqueeze_`), the tensor shows the new one."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         tensor.as_strided_(shape.shape, shape.stride(), shape.storage_offset())

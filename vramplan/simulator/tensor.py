@@ -63,7 +63,7 @@ class Runner(Protocol):
 
 
 class SimTensor(torch.Tensor):
-    """A tensor of a simulation. Made by `make`; the constructor serves code that copies a parameter's type."""
+    """A tensor of a simulation. Made by `make_tensor`; the constructor serves code that copies a parameter's type."""
 
     label: torch.device
     block: Block
@@ -77,7 +77,7 @@ class SimTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, data: SimTensor, requires_grad: bool = False, **_: Any) -> SimTensor:
         """`type(parameter)(value, requires_grad=...)`, as accelerate rebuilds parameters: the same memory."""
-        alias = make(data.engine, data.meta, data.label, data.block, data.stored)
+        alias = make_tensor(data.engine, data.meta, data.label, data.block, data.stored)
         alias._is_param = True
         return alias
 
@@ -130,7 +130,7 @@ class SimTensor(torch.Tensor):
         return copy
 
 
-def make(
+def make_tensor(
     engine: Runner, shape: torch.Tensor, label: torch.device, block: Block, value: torch.Tensor | None = None
 ) -> SimTensor:
     """A tensor with the shape of a meta tensor, sharing that one's storage and the given block."""
@@ -161,16 +161,16 @@ def tensors_in(arguments: Any) -> Iterable[torch.Tensor]:
             yield from tensors_in(item)
 
 
-def mapped(arguments: Any, change: Any) -> Any:
+def map_tensors(arguments: Any, change: Any) -> Any:
     """The same nesting with every tensor replaced by `change(tensor)`."""
     if isinstance(arguments, torch.Tensor):
         return change(arguments)
     if isinstance(arguments, tuple | list):
         return (
-            type(arguments)(mapped(item, change) for item in arguments)
+            type(arguments)(map_tensors(item, change) for item in arguments)
             if not hasattr(arguments, "_fields")
-            else type(arguments)(*(mapped(item, change) for item in arguments))
+            else type(arguments)(*(map_tensors(item, change) for item in arguments))
         )
     if isinstance(arguments, dict):
-        return {key: mapped(item, change) for key, item in arguments.items()}
+        return {key: map_tensors(item, change) for key, item in arguments.items()}
     return arguments

@@ -8,50 +8,50 @@ from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.types import Moment, SimulatedPhaseName, Timeline
 
 # Stretches of a call, of each of which four moments are kept at most. A picture is about as wide in pixels.
-_MOST_STRETCHES = 600
+_MAX_INTERVALS = 600
 
 # A moment while it is recorded: its fields in order, the weights of the components known by then.
-_Seen = tuple[int, SimulatedPhaseName, str, str, str, tuple[int, ...], int, int, int, int, int]
+_MomentFields = tuple[int, SimulatedPhaseName, str, str, str, tuple[int, ...], int, int, int, int, int]
 # What has peaks that must not be lost: allocated, reserved and host bytes.
 _Heights = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class _Stretch:
+class _Interval:
     """Ticks of one phase from `first` on: the moments at which each memory was highest, and the last one."""
 
     first: int
     phase: SimulatedPhaseName
     heights: list[int] = field(default_factory=lambda: [-1, -1, -1])
-    highest: list[_Seen] = field(default_factory=lambda: [_NEVER] * 3)
-    last: _Seen = field(default_factory=lambda: _NEVER)
+    highest: list[_MomentFields] = field(default_factory=lambda: [_NO_MOMENT] * 3)
+    last: _MomentFields = field(default_factory=lambda: _NO_MOMENT)
 
-    def add(self, seen: _Seen, heights: _Heights | list[int]) -> None:
+    def add(self, seen: _MomentFields, heights: _Heights | list[int]) -> None:
         for place, height in enumerate(heights):
             if height > self.heights[place]:
                 self.heights[place], self.highest[place] = height, seen
         self.last = seen
 
-    def join(self, later: _Stretch) -> None:
+    def join(self, later: _Interval) -> None:
         for place, height in enumerate(later.heights):
             if height > self.heights[place]:
                 self.heights[place], self.highest[place] = height, later.highest[place]
         self.last = later.last
 
 
-_NEVER: _Seen = (0, "load", "", "", "", (), 0, 0, 0, 0, 0)
+_NO_MOMENT: _MomentFields = (0, "load", "", "", "", (), 0, 0, 0, 0, 0)
 
 
 class TimelineRecorder:
     """Notes what a ledger books. Where a call is longer than there is room, stretches become twice as long; a stretch
     never spans two phases."""
 
-    def __init__(self, most: int = _MOST_STRETCHES) -> None:
+    def __init__(self, most: int = _MAX_INTERVALS) -> None:
         self._most = most
         self._width = 1
         self._ticks = 0
         self._weights: dict[str, int] = {}
-        self._stretches: list[_Stretch] = []
+        self._stretches: list[_Interval] = []
 
     def note(self, ledger: Ledger, block: Block, size: int) -> None:
         """A block was entered or taken out; `size` is by how much the device's memory changed."""
@@ -62,7 +62,7 @@ class TimelineRecorder:
             self._weights[block.owner] = self._weights.get(block.owner, 0) + size
         allocator, on_device = ledger.allocator, ledger.on_device
         host = ledger.host_bytes + ledger.pinned_bytes
-        seen: _Seen = (
+        seen: _MomentFields = (
             self._ticks,
             ledger.phase,
             ledger.component,
@@ -79,11 +79,11 @@ class TimelineRecorder:
         allocated = allocator.allocated_bytes if size > 0 else 0
         self._stretch(ledger.phase).add(seen, (allocated, allocator.reserved_bytes, host))
 
-    def _stretch(self, phase: SimulatedPhaseName) -> _Stretch:
+    def _stretch(self, phase: SimulatedPhaseName) -> _Interval:
         """The one that goes on, or a new one."""
         now = self._stretches[-1] if self._stretches else None
         if now is None or now.phase != phase or self._ticks // self._width != now.first // self._width:
-            now = _Stretch(self._ticks, phase)
+            now = _Interval(self._ticks, phase)
             self._stretches.append(now)
             if len(self._stretches) > self._most:
                 self._widen()
@@ -111,7 +111,7 @@ class TimelineRecorder:
         )
 
 
-def _moment(seen: _Seen, components: int) -> Moment:
+def _moment(seen: _MomentFields, components: int) -> Moment:
     tick, phase, component, module, operation, weights, activation, workspace, reserved, host, pinned = seen
     return Moment(
         tick=tick,

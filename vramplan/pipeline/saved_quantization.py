@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vramplan.errors import VramplanError
-from vramplan.pipeline.quantized import torchao_kind
+from vramplan.pipeline.quantization import torchao_kind
 from vramplan.pipeline.repository import StoredTensor
 
 if TYPE_CHECKING:
@@ -36,16 +36,16 @@ class SavedLayer:
 def packed_layers(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
     """The quantized layers by name, of those tensors and that metadata of one or several files."""
     tensors = list(tensors)
-    kinds = {path: kind for tensor in tensors for path, kind in _kind(tensor.name, metadata)}
+    kinds = {path: kind for tensor in tensors for path, kind in _layer_kind(tensor.name, metadata)}
     sizes = dict.fromkeys(kinds, 0)
     for tensor in tensors:
-        path = layer_of(tensor.name)
+        path = layer_name(tensor.name)
         if path in sizes and not any(part in tensor.name for part in _NOT_KEPT):
             sizes[path] += tensor.size_bytes + (_OFFSET_BYTES if tensor.name.endswith(_NESTED) else 0)
     return {path: SavedLayer(quantized=kind, size_bytes=sizes[path]) for path, kind in kinds.items()}
 
 
-def layer_of(name: str) -> str | None:
+def layer_name(name: str) -> str | None:
     """The layer whose weight this tensor is, or a part of; None where it is of no weight."""
     for part in (_TORCHAO, ".weight", _EIGHT_BIT):
         path, found, _ = name.partition(part)
@@ -61,7 +61,7 @@ def keeps_saved_dtype(module: torch.nn.Module, layers: Mapping[str, SavedLayer])
     return own and any(layer.quantized.startswith("bitsandbytes ") for layer in layers.values())
 
 
-def put_packed(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> None:
+def insert_stand_ins(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> None:
     """Stand-ins for these layers, in place.
 
     Raises:
@@ -69,7 +69,7 @@ def put_packed(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> Non
     """
     import torch
 
-    from vramplan.pipeline.packed import stand_in_of
+    from vramplan.pipeline.packed_linear import stand_in_of
 
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
@@ -85,8 +85,8 @@ def put_packed(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> Non
         setattr(module.get_submodule(parent), name, stand_in_of(linear, layer.quantized, layer.size_bytes))
 
 
-def _kind(name: str, metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    path = layer_of(name)
+def _layer_kind(name: str, metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    path = layer_name(name)
     if path is None:
         return
     if _FOUR_BIT in name:
@@ -94,10 +94,10 @@ def _kind(name: str, metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     elif name.endswith(_EIGHT_BIT):
         yield path, "bitsandbytes int8"
     elif _TORCHAO in name:
-        yield path, _torchao(metadata.get(f"{path}.weight", ""))
+        yield path, _torchao_kind(metadata.get(f"{path}.weight", ""))
 
 
-def _torchao(text: str) -> str:
+def _torchao_kind(text: str) -> str:
     """By the metadata of a weight."""
     try:
         made = json.loads(text)

@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vramplan.pipeline.packed import PackedLinear
+from vramplan.pipeline.packed_linear import PackedLinear
 from vramplan.pipeline.types import Use
 from vramplan.planner.footprint import Estimate, Footprint, Work
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Cost, Ledger
-from vramplan.simulator.parts import hollow
-from vramplan.simulator.run import after_matrix_products, simulated_devices
+from vramplan.simulator.parts import simulated_copy
+from vramplan.simulator.run import allocate_cublas_workspace, simulated_devices
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unpacking:
+class UnpackingCost:
     """One forward of a component with packed weights against a plain one: the most bytes more that a layer takes, and
     what all of them together read, write and launch more."""
 
@@ -39,7 +39,7 @@ class UnpackingFootprint:
     """The needs of a pipeline with plain weights, and what unpacking takes beside them, by component."""
 
     plain: Footprint
-    parts: Mapping[str, Unpacking]
+    parts: Mapping[str, UnpackingCost]
 
     @property
     def workspace_bytes(self) -> int:
@@ -63,12 +63,12 @@ class UnpackingFootprint:
         return replace(found, traffic_bytes=traffic, launches=found.launches + part.launches * found.forwards)
 
 
-def unpacking(name: str, module: torch.nn.Module, dtype: torch.dtype, plain: Simulation) -> Unpacking:
+def unpacking_cost(name: str, module: torch.nn.Module, dtype: torch.dtype, plain: Simulation) -> UnpackingCost:
     """What one forward of this module takes more than with plain weights of `dtype`, on as many rows as `plain` had
     in each layer; on one, in layers it did not see."""
     flops = {item.name: item.flops for item in plain.modules}
     forwards = max(1, sum(use.forwards for use in plain.uses if use.component == name))
-    measured: dict[tuple[str, int, int, bool, int], Unpacking] = {}
+    measured: dict[tuple[str, int, int, bool, int], UnpackingCost] = {}
     costs = []
     for path, layer in module.named_modules():
         if isinstance(layer, PackedLinear):
@@ -80,7 +80,7 @@ def unpacking(name: str, module: torch.nn.Module, dtype: torch.dtype, plain: Sim
             costs.append(measured[key])
         elif _is_cast(layer):
             costs.append(_cast_cost(layer, dtype.itemsize))
-    return Unpacking(
+    return UnpackingCost(
         extra_bytes=max((cost.extra_bytes for cost in costs), default=0),
         traffic_bytes=sum(cost.traffic_bytes for cost in costs),
         launches=sum(cost.launches for cost in costs),
@@ -92,40 +92,41 @@ def _is_cast(layer: torch.nn.Module) -> bool:
     return registry is not None and registry.get_hook("layerwise_casting") is not None
 
 
-def _cast_cost(layer: torch.nn.Module, size: int) -> Unpacking:
+def _cast_cost(layer: torch.nn.Module, size: int) -> UnpackingCost:
     """A layer that is cast to `size` bytes a weight before it runs, and back afterwards."""
     tensors = list(layer.parameters())
     count = sum(tensor.numel() for tensor in tensors)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return Unpacking(
+    return UnpackingCost(
         extra_bytes=max(0, count * size - stored),
         traffic_bytes=2 * (stored + count * size),
         launches=2 * len(tensors),
     )
 
 
-def _packed_cost(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Unpacking:
+def _packed_cost(layer: PackedLinear, rows: int, dtype: torch.dtype) -> UnpackingCost:
     """A layer on so many rows, packed against plain."""
     columns, bias = layer.in_features, layer.bias is not None
     ledger = Ledger(CachingAllocator())
     engine = Engine(ledger, Kernels())
     with simulated_devices(engine):
-        plain = hollow(torch.nn.Linear(columns, layer.out_features, bias=bias, dtype=dtype, device="meta"), engine)
+        linear = torch.nn.Linear(columns, layer.out_features, bias=bias, dtype=dtype, device="meta")
+        plain = simulated_copy(linear, engine)
         assert isinstance(plain, torch.nn.Linear)
         given = torch.empty((rows, columns), dtype=dtype, device="cuda:0")
-        after_matrix_products()
-        packed = layer.of_kind(plain)
-        taken = [_forward(made.to("cuda:0"), given, ledger) for made in (plain, packed)]
+        allocate_cublas_workspace()
+        packed = layer.same_kind(plain)
+        taken = [_run_layer(made.to("cuda:0"), given, ledger) for made in (plain, packed)]
         engine.kernels.release()
     (bytes_before, before), (bytes_after, after) = taken
-    return Unpacking(
+    return UnpackingCost(
         extra_bytes=max(0, bytes_after - bytes_before),
         traffic_bytes=max(0, after.traffic_bytes - before.traffic_bytes),
         launches=max(0, after.launches - before.launches),
     )
 
 
-def _forward(layer: torch.nn.Module, given: torch.Tensor, ledger: Ledger) -> tuple[int, Cost]:
+def _run_layer(layer: torch.nn.Module, given: torch.Tensor, ledger: Ledger) -> tuple[int, Cost]:
     """The most bytes that a forward allocates, and what it computes."""
     allocator = ledger.allocator
     ledger.costs.clear()

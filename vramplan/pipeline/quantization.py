@@ -38,7 +38,7 @@ _UNKNOWN = {
 }
 
 
-def marked(component: Component, quantized: str) -> Component:
+def mark_quantized(component: Component, quantized: str) -> Component:
     """The component as one whose weights are `quantized`: with what can no longer be done with it."""
     if not quantized:
         return component

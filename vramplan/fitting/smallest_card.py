@@ -25,7 +25,7 @@ class Card:
     least: LeastVram
 
 
-def by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
+def rows_by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
     """Every size with its row, by price. Of each kind of card they end with the first that holds all of a model."""
     found: list[tuple[Card, Row]] = []
     roomy: set[object] = set()
@@ -56,12 +56,12 @@ def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: PlanRe
         below = [card for card, _ in priced if not ready or card.size.memory_bytes < ready[0][0].size.memory_bytes]
         open_ones = asked.allow is None and limit != QUALITIES[0]
         if open_ones and (limit == QUALITIES[-1] or more):
-            more = _with_more(below, limit)
-        found.insert(0, _first(model, limit, [*more, *ready] if open_ones else ready))
+            more = _usable_cards(below, limit)
+        found.insert(0, _first_confirmed(model, limit, [*more, *ready] if open_ones else ready))
     return found
 
 
-def _with_more(cards: Sequence[Card], limit: Quality) -> list[tuple[Card, Quality | None]]:
+def _usable_cards(cards: Sequence[Card], limit: Quality) -> list[tuple[Card, Quality | None]]:
     """Of cards that run nothing as it is those that do where so much is allowed, the smallest first.
 
     Of each kind the largest is tried first, and none that is smaller than one that is too small.
@@ -82,7 +82,7 @@ def _within(row: Row, limit: Quality) -> bool:
     return row.fits and row.quality is not None and QUALITIES.index(row.quality) <= QUALITIES.index(limit)
 
 
-def _first(model: str, limit: Quality, cards: Sequence[tuple[Card, Quality | None]]) -> Smallest:
+def _first_confirmed(model: str, limit: Quality, cards: Sequence[tuple[Card, Quality | None]]) -> Smallest:
     """The first that runs it when that is simulated, and the least it can be brought down to there, by price."""
     from vramplan.fitting.types import Smallest
 

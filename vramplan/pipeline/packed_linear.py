@@ -13,13 +13,13 @@ import torch
 from torch.nn import functional
 
 from vramplan.pipeline.geometry import tensor_bytes
-from vramplan.pipeline.quantized import gguf_type, kind_of
+from vramplan.pipeline.quantization import gguf_type, kind_of
 
 # bitsandbytes quantizes 4-bit weights in blocks of 64, each with a scale, and keeps a table of their 16 values
 # (0.50, `functional.quantize_4bit`).
 _BLOCK, _VALUES = 64, 16
 # The threshold above which LLM.int8() keeps activations as they are (transformers' and diffusers' BitsAndBytesConfig).
-_OUTLIER = 6.0
+_OUTLIER_THRESHOLD = 6.0
 
 Layout = Mapping[str, tuple[int, torch.dtype]]
 
@@ -36,7 +36,7 @@ class PackedLinear(torch.nn.Linear):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name, (count, dtype) in self.layout(linear.weight).items():
-            self.register_parameter(name, _piece(linear.weight, count, dtype))
+            self.register_parameter(name, _parameter_like(linear.weight, count, dtype))
         self.bias = linear.bias
         self.train(linear.training)
 
@@ -44,7 +44,7 @@ class PackedLinear(torch.nn.Linear):
         """The tensors kept in place of this weight: how many elements, and of which dtype."""
         raise NotImplementedError
 
-    def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
+    def same_kind(self, linear: torch.nn.Linear) -> PackedLinear:
         """Another plain layer, packed as this one."""
         return type(self)(linear)
 
@@ -152,7 +152,7 @@ class BitsandbytesInt8(PackedLinear):
 
     def _quantized(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         stats, codes = rows[:, 0].to(torch.float32), rows.to(torch.int8)
-        _ = rows.abs() >= _OUTLIER
+        _ = rows.abs() >= _OUTLIER_THRESHOLD
         return codes, stats
 
 
@@ -173,7 +173,7 @@ class GgufLinear(PackedLinear):
         _, block, size = _ggml(self.quant_type)
         return {"weight": (weight.numel() // block * size, torch.uint8)}
 
-    def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
+    def same_kind(self, linear: torch.nn.Linear) -> PackedLinear:
         """Another plain layer, in blocks of the same type."""
         return GgufLinear(linear, self.quant_type)
 
@@ -198,7 +198,7 @@ def _ggml(quant_type: str) -> tuple[Callable[..., Any], int, int]:
     return utils.dequantize_functions[key], *utils.GGML_QUANT_SIZES[key]
 
 
-class PackedOtherwise(PackedLinear):
+class PackedUnknown(PackedLinear):
     """A layer quantized in a way that nothing more is known of: so many bytes, unpacked whole."""
 
     def __init__(self, linear: torch.nn.Linear, quantized: str, size_bytes: int) -> None:
@@ -211,9 +211,9 @@ class PackedOtherwise(PackedLinear):
         """So many bytes."""
         return {"weight": (0, weight.dtype), "packed": (self.__dict__["size_bytes"], torch.uint8)}
 
-    def of_kind(self, linear: torch.nn.Linear) -> PackedLinear:
+    def same_kind(self, linear: torch.nn.Linear) -> PackedLinear:
         """Another plain layer of the same size, packed as this one."""
-        return PackedOtherwise(linear, self.quantized, self.size_bytes)
+        return PackedUnknown(linear, self.quantized, self.size_bytes)
 
     @property
     def kind(self) -> str:
@@ -253,7 +253,7 @@ def stand_in_of(linear: torch.nn.Linear, quantized: str, size_bytes: int) -> Pac
     made = cls(linear) if cls is not None else None
     if made is not None and packed_bytes(made) == size_bytes:
         return made
-    return PackedOtherwise(linear, quantized, size_bytes)
+    return PackedUnknown(linear, quantized, size_bytes)
 
 
 def packed_bytes(layer: PackedLinear) -> int:
@@ -278,7 +278,7 @@ def pack(
             setattr(module.get_submodule(parent), name, cls(linear))
 
 
-def _piece(weight: torch.Tensor, count: int, dtype: torch.dtype) -> torch.nn.Parameter:
+def _parameter_like(weight: torch.Tensor, count: int, dtype: torch.dtype) -> torch.nn.Parameter:
     """A parameter of so many elements, where the weight is and of its kind."""
     piece = weight.detach().reshape(-1)[:1].expand(count)
     return torch.nn.Parameter(piece.to(dtype, copy=True, memory_format=torch.contiguous_format), requires_grad=False)

@@ -16,18 +16,18 @@ from vramplan.simulator.ledger import Ledger
 from vramplan.simulator.types import DecodedLatents
 
 # VAEs are entered by these, not by their forward.
-_METHODS = ("encode", "decode")
+_VAE_METHODS = ("encode", "decode")
 
 
 @contextmanager
-def followed(pipe: Any, ledger: Ledger) -> Iterator[list[DecodedLatents]]:
+def track_call(pipe: Any, ledger: Ledger) -> Iterator[list[DecodedLatents]]:
     """While entered, operations are booked on the component and module that runs.
 
     What a pipeline computes between its components is booked on the phase of the last one: latents and
     schedulers on denoising once that has begun, postprocessing on the decode. The list that is given fills
     with what VAEs are asked to decode.
     """
-    follower = _Follower(pipe, ledger)
+    follower = _CallTracker(pipe, ledger)
     ledger.phase = follower.phase("")
     before = nn_module.register_module_forward_pre_hook(follower.enter)
     after = nn_module.register_module_forward_hook(follower.leave, always_call=True)
@@ -50,7 +50,7 @@ def named_modules(pipe: Any) -> dict[str, torch.nn.Module]:
     return dict(found.values())
 
 
-class _Follower:
+class _CallTracker:
     def __init__(self, pipe: Any, ledger: Ledger) -> None:
         self.ledger = ledger
         self.roles: dict[str, Role] = {}
@@ -95,7 +95,7 @@ class _Follower:
     @contextmanager
     def methods(self, name: str, module: torch.nn.Module) -> Iterator[None]:
         """Wrap a VAE's encode and decode on the instance; off again when the block ends."""
-        wrapped = [method for method in _METHODS if self.roles[name] == "vae" and hasattr(module, method)]
+        wrapped = [method for method in _VAE_METHODS if self.roles[name] == "vae" and hasattr(module, method)]
         for method in wrapped:
             module.__dict__[method] = self._around(name, method, getattr(module, method))
         try:

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 
 # More than the operations of any pipeline that differ; a few hundred bytes each.
-_MOST = 1 << 14
+_MAX_ENTRIES = 1 << 14
 _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 # The result of an operation by what it depends on: shape, strides and dtype of one tensor or of several.
-_Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
-_known: dict[Any, _Made | tuple[type, tuple[_Made, ...]]] = {}
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_cache: dict[Any, _Layout | tuple[type, tuple[_Layout, ...]]] = {}
 
 
-class _UnlikeError(Exception):
+class _NotComparableError(Exception):
     """An argument that cannot be told from others."""
 
 
-def inferred(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor], infer: Callable[[], Any]) -> Any:
+def infer_results(
+    func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor], infer: Callable[[], Any]
+) -> Any:
     """Meta tensors of the operation's result, from `infer` where none of this kind is known yet.
 
     `shapes` has the meta tensor of every tensor of the arguments, by its id. What changes or returns an argument, or
@@ -30,17 +32,17 @@ def inferred(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tenso
     if func._schema.is_mutable or func.is_view or not shapes:
         return infer()
     try:
-        key = func, _likeness(args, shapes), _likeness(kwargs, shapes)
-    except _UnlikeError:
+        key = func, _key(args, shapes), _key(kwargs, shapes)
+    except _NotComparableError:
         return infer()
-    found = _known.get(key)
+    found = _cache.get(key)
     if found is None:
         results = infer()
-        made = _described(results, shapes)
+        made = _layouts(results, shapes)
         if made is not None:
-            if len(_known) >= _MOST:
-                _known.clear()
-            _known[key] = made
+            if len(_cache) >= _MAX_ENTRIES:
+                _cache.clear()
+            _cache[key] = made
         return results
     if isinstance(found[0], type):
         nesting, several = found
@@ -48,28 +50,28 @@ def inferred(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tenso
     return _empty(found)
 
 
-def _likeness(value: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
+def _key(value: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         shape = shapes[id(value)]
         return shape.shape, shape.stride(), shape.dtype
     if isinstance(value, _PLAIN):
         return type(value), value  # True, 1 and 1.0 are equal, and make tensors of other dtypes
     if isinstance(value, tuple | list):
-        return tuple(_likeness(item, shapes) for item in value)
+        return tuple(_key(item, shapes) for item in value)
     if isinstance(value, dict):
-        return tuple((name, _likeness(item, shapes)) for name, item in value.items())
-    raise _UnlikeError
+        return tuple((name, _key(item, shapes)) for name, item in value.items())
+    raise _NotComparableError
 
 
-def _described(results: Any, shapes: Mapping[int, torch.Tensor]) -> _Made | tuple[type, tuple[_Made, ...]] | None:
+def _layouts(results: Any, shapes: Mapping[int, torch.Tensor]) -> _Layout | tuple[type, tuple[_Layout, ...]] | None:
     """What was made, None where it is more than tensors of memory of their own."""
     if isinstance(results, torch.Tensor):
-        return _fresh(results, shapes)
+        return _own_layout(results, shapes)
     if type(results) not in (tuple, list):
         return None
-    found: list[_Made] = []
+    found: list[_Layout] = []
     for item in results:
-        made = _fresh(item, shapes) if isinstance(item, torch.Tensor) else None
+        made = _own_layout(item, shapes) if isinstance(item, torch.Tensor) else None
         if made is None:
             return None
         found.append(made)
@@ -77,7 +79,7 @@ def _described(results: Any, shapes: Mapping[int, torch.Tensor]) -> _Made | tupl
     return (type(results), tuple(found)) if found and apart else None
 
 
-def _fresh(result: torch.Tensor, shapes: Mapping[int, torch.Tensor]) -> _Made | None:
+def _own_layout(result: torch.Tensor, shapes: Mapping[int, torch.Tensor]) -> _Layout | None:
     storage = result.untyped_storage()
     if any(shape.untyped_storage()._cdata == storage._cdata for shape in shapes.values()):
         return None
@@ -85,6 +87,6 @@ def _fresh(result: torch.Tensor, shapes: Mapping[int, torch.Tensor]) -> _Made | 
     return made if not result.storage_offset() and _empty(made).untyped_storage().nbytes() == storage.nbytes() else None
 
 
-def _empty(made: _Made) -> torch.Tensor:
+def _empty(made: _Layout) -> torch.Tensor:
     shape, stride, dtype = made
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

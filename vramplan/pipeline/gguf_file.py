@@ -48,7 +48,7 @@ def check_file(path: Path) -> None:
 def _block_types(path: Path, modified: int, size: int, library: str, class_name: str, config: str) -> Mapping[str, str]:
     cls = component_class(library, class_name)
     module = build_weightless(library, class_name, json.loads(config))
-    tensors = converted(path, cls, module, _tensors(path), json.loads(config))
+    tensors = convert_names(path, cls, module, _tensors(path), json.loads(config))
     check_names(path, module, tensors)
     kept = frozenset(getattr(module, "_keep_in_fp32_modules", None) or ())
     found = {}
@@ -86,7 +86,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def converted(
+def convert_names(
     path: object, cls: type, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]
 ) -> Mapping[str, torch.Tensor]:
     """The tensors under the names the class has for them, by the conversion of `from_single_file` (diffusers 0.42).

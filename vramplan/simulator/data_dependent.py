@@ -11,7 +11,7 @@ import torch
 from vramplan.simulator.shapes import META, aten, meta_like, value_of
 from vramplan.simulator.tensor import Runner, SimTensor, tensors_in
 
-Special = Callable[[Runner, Any, Any, Any, Sequence[torch.Tensor], torch.device], Any]
+Handler = Callable[[Runner, Any, Any, Any, Sequence[torch.Tensor], torch.device], Any]
 
 
 def _item(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
@@ -96,7 +96,7 @@ def _to_copy(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequenc
     )
 
 
-SPECIAL: dict[Any, Special] = {
+HANDLERS: dict[Any, Handler] = {
     aten._local_scalar_dense: _item,
     aten.nonzero: _nonzero,
     aten.index: _index,

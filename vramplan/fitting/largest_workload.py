@@ -13,12 +13,12 @@ _STRIDE = 2.0
 _GUESSES = 6
 
 
-def amount(work: Workload) -> int:
+def pixel_count(work: Workload) -> int:
     """What memory grows with: pixels of all frames of all pictures."""
     return work.height * work.width * work.num_frames * work.num_images_per_prompt
 
 
-def last_within(amounts: Sequence[float], need: Callable[[int], float | None], limit: float, start: int) -> int:
+def last_within_limit(amounts: Sequence[float], need: Callable[[int], float | None], limit: float, start: int) -> int:
     """The last place that needs no more than the limit, where need grows with the amount; -1 where none does.
 
     `amounts` go up; `need` is None where there is no telling but that it is too much. It is asked for few places, first
@@ -34,7 +34,7 @@ def last_within(amounts: Sequence[float], need: Callable[[int], float | None], l
         low, high = (place, high) if needed is not None and needed <= limit else (low, place)
         guess = (low + high) // 2 if asked > _GUESSES and high < len(amounts) else _guess(amounts, found, limit, place)
         if high == len(amounts) and low >= 0:
-            guess = min(guess, _at(amounts, amounts[low] * _STRIDE))
+            guess = min(guess, _last_up_to(amounts, amounts[low] * _STRIDE))
         place = max(low + 1, min(guess, high - 1))
     return low
 
@@ -46,17 +46,17 @@ def _guess(amounts: Sequence[float], found: Mapping[int, float], limit: float, l
         (one, other) = near
         slope = (found[one] - found[other]) / (amounts[one] - amounts[other])
         if slope > 0:
-            return _at(amounts, amounts[one] + (limit - found[one]) / slope)
+            return _last_up_to(amounts, amounts[one] + (limit - found[one]) / slope)
     fits = last in found and found[last] <= limit
-    return _at(amounts, amounts[last] * _STRIDE if fits else amounts[last] / _STRIDE)
+    return _last_up_to(amounts, amounts[last] * _STRIDE if fits else amounts[last] / _STRIDE)
 
 
-def _at(amounts: Sequence[float], wanted: float) -> int:
+def _last_up_to(amounts: Sequence[float], wanted: float) -> int:
     """The last place with no more than this."""
     return bisect_right(amounts, wanted) - 1
 
 
-def edge_near(count: int, fits: Callable[[int], bool], start: int) -> int:
+def last_fitting(count: int, fits: Callable[[int], bool], start: int) -> int:
     """The last of so many places that fits, all before it taken to fit and none after it; -1 where none does.
 
     It and the next one have been asked for, and otherwise places near `start`, where it is looked for first.
