@@ -1,4 +1,4 @@
-"""The largest of a row of workloads that fits: by price, along a line through what was found, then for certain."""
+"""Find the largest workload that fits: first by price, with linear interpolation, then by simulation."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vramplan.workload import Workload
 
-# Nothing more than this times as large as what fits is looked at next: a larger call takes longer to simulate.
+# The largest step up from a workload that fits: a larger call takes longer to simulate.
 _STRIDE = 2.0
-# A line that is no nearer after so many guesses gives way to halving.
+# Interpolation gives way to bisection after this many guesses.
 _GUESSES = 6
 
 
 def pixel_count(work: Workload) -> int:
-    """What memory grows with: pixels of all frames of all pictures."""
+    """The pixels of all frames of all pictures, which memory grows with."""
     return work.height * work.width * work.num_frames * work.num_images_per_prompt
 
 
 def last_within_limit(amounts: Sequence[float], need: Callable[[int], float | None], limit: float, start: int) -> int:
-    """The last place that needs no more than the limit, where need grows with the amount; -1 where none does.
+    """The last index whose need is within the limit; -1 if there is none. Need must grow with the amount.
 
-    `amounts` go up; `need` is None where there is no telling but that it is too much. It is asked for few places, first
+    `amounts` is ascending; `need` returns None for an unknown need above the limit. It is called for few indices, first
     for `start`, and for none far beyond the answer.
     """
     found: dict[int, float] = {}
@@ -40,7 +40,8 @@ def last_within_limit(amounts: Sequence[float], need: Callable[[int], float | No
 
 
 def _guess(amounts: Sequence[float], found: Mapping[int, float], limit: float, last: int) -> int:
-    """Where the line through the two places nearest to the limit meets it; twice or half as far without two."""
+    """The index where the line through the two needs nearest to the limit meets it; without two, twice or half the
+    amount of the `last` index."""
     near = sorted(found, key=lambda place: abs(found[place] - limit))[:2]
     if len(near) == 2:
         (one, other) = near
@@ -52,14 +53,14 @@ def _guess(amounts: Sequence[float], found: Mapping[int, float], limit: float, l
 
 
 def _last_up_to(amounts: Sequence[float], wanted: float) -> int:
-    """The last place with no more than this."""
+    """The last index with at most the `wanted` amount."""
     return bisect_right(amounts, wanted) - 1
 
 
 def last_fitting(count: int, fits: Callable[[int], bool], start: int) -> int:
-    """The last of so many places that fits, all before it taken to fit and none after it; -1 where none does.
+    """The last of `count` indices that fits, -1 if none does. All before it are assumed to fit, and none after it.
 
-    It and the next one have been asked for, and otherwise places near `start`, where it is looked for first.
+    `fits` is called for that index, for the next one, and otherwise for indices near `start`, where the search begins.
     """
     low, high, step = -1, count, 1
     place = max(0, min(start, count - 1))

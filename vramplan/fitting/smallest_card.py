@@ -1,4 +1,4 @@
-"""The cards that a model runs on, by size, and the smallest of them at each quality."""
+"""Find the smallest card that a model runs on, at each quality."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LeastVram = Callable[[Quality | None], int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One size of card: what tries the model on the least of its cards, and the least VRAM it needs there."""
+    """One size of card: a function that plans the model on its least device, and one for the least VRAM needed there."""
 
     size: CardSize
     attempt: Try
@@ -26,7 +26,7 @@ class Card:
 
 
 def rows_by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
-    """Every size with its row, by price. Of each kind of card they end with the first that holds all of a model."""
+    """Each size with its row, by price. Each kind of card ends with the first size that holds the whole model."""
     found: list[tuple[Card, Row]] = []
     roomy: set[object] = set()
     for card in cards:
@@ -38,20 +38,20 @@ def rows_by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
 
 
 def _holds_all(row: Row) -> bool:
-    """Whether nothing is offloaded and the picture is decoded as one."""
+    """Whether nothing is offloaded and the picture is decoded in one piece."""
     chosen = row.settings
     return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
 
 
 def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: PlanRequest) -> list[Smallest]:
-    """The smallest card at each quality that was not ruled out, simulated there.
+    """The smallest card at each allowed quality, confirmed by simulation.
 
-    What runs with less done to the picture is the answer for more too, as long as no smaller card is.
+    The answer for a stricter quality also holds for a looser one, unless a smaller card runs the model there.
     """
     limits = QUALITIES if asked.allow is None else (asked.allow,)
     found: list[Smallest] = []
     more: list[tuple[Card, Quality | None]] = []
-    for limit in reversed(limits):  # what does not run with everything allowed runs with nothing less
+    for limit in reversed(limits):  # a card that fails with everything allowed fails with less, too
         ready = [(card, asked.allow) for card, row in priced if _within(row, limit)]
         below = [card for card, _ in priced if not ready or card.size.memory_bytes < ready[0][0].size.memory_bytes]
         open_ones = asked.allow is None and limit != QUALITIES[0]
@@ -62,9 +62,9 @@ def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: PlanRe
 
 
 def _usable_cards(cards: Sequence[Card], limit: Quality) -> list[tuple[Card, Quality | None]]:
-    """Of cards that run nothing as it is those that do where so much is allowed, the smallest first.
+    """The cards, smallest first, that run the model if this quality is allowed.
 
-    Of each kind the largest is tried first, and none that is smaller than one that is too small.
+    Each kind is tried from its largest card down, until a card is too small.
     """
     found: list[tuple[Card, Quality | None]] = []
     small: set[object] = set()
@@ -83,7 +83,7 @@ def _within(row: Row, limit: Quality) -> bool:
 
 
 def _first_confirmed(model: str, limit: Quality, cards: Sequence[tuple[Card, Quality | None]]) -> Smallest:
-    """The first that runs it when that is simulated, and the least it can be brought down to there, by price."""
+    """The first card that runs the model when simulated, and the least VRAM it can be limited to there, by price."""
     from vramplan.fitting.types import Smallest
 
     for card, allow in cards:

@@ -23,9 +23,9 @@ KeyPath = tuple[str, ...]
 
 
 def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> PipelineSpec:
-    """The description of the pipeline the profile stands for, loaded with `dtype` or the profile's own.
+    """The spec of the profile's pipeline, loaded with `dtype` or the profile's own.
 
-    A component that has a dtype of its own in the profile keeps it.
+    A component with a dtype of its own in the profile keeps it.
 
     Raises:
         VramplanError: a class unknown here, or a component that has weights and no `parameters` in the profile.
@@ -44,7 +44,7 @@ def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> 
 
 
 def profile_class(profile: PipelineProfile) -> type:
-    """The diffusers class a profile names. Raises VramplanError where this diffusers does not have it."""
+    """The diffusers class that a profile names. Raises VramplanError if this diffusers does not have it."""
     import diffusers
 
     found = getattr(diffusers, profile.pipeline, None)
@@ -54,8 +54,8 @@ def profile_class(profile: PipelineProfile) -> type:
 
 
 def contradictions(profile: PipelineProfile) -> Iterator[tuple[KeyPath, str]]:
-    """What the installed libraries say against a profile, each with its place in the file: a class they do not have, a
-    key of a configuration that its class does not take, another number of parameters than the class has."""
+    """Yield the errors that the installed libraries find in a profile, each with its key path in the file: an unknown
+    class, a configuration key that its class does not take, a wrong number of parameters."""
     try:
         profile_class(profile)
     except VramplanError as error:
@@ -66,9 +66,9 @@ def contradictions(profile: PipelineProfile) -> Iterator[tuple[KeyPath, str]]:
 
 
 def unknown_keys(part: ComponentProfile) -> list[str]:
-    """The keys of a component's configuration that its class does nothing with. Raises VramplanError without a class.
+    """The configuration keys that a component's class does not use. Raises VramplanError for an unknown class.
 
-    Of transformers' classes those are known too that their code reads; what has no weights there takes anything.
+    For transformers' classes, keys that their code reads are known too; those without weights take any key.
     """
     cls = component_class(part.library, part.class_name)
     config, names = _config_of(cls), _config_names(cls)
@@ -95,7 +95,7 @@ def _contradictions(part: ComponentProfile) -> Iterator[tuple[KeyPath, str]]:
         return
     try:
         module = build_weightless(part.library, part.class_name, part.config)
-    except Exception as error:  # what a wrong configuration makes a class raise is anybody's guess
+    except Exception as error:  # a class may raise anything on a wrong configuration
         reason = " ".join(str(error).split())[:200]
         yield ("config",), f"no {part.class_name} can be built from it ({reason})"
         return
@@ -109,7 +109,7 @@ def _no_count(part: ComponentProfile) -> str:
 
 
 def _config_names(cls: Any) -> Collection[str]:
-    """What a class is configured with: arguments of diffusers' classes, keys of transformers' configurations."""
+    """The configuration keys of a class: arguments of diffusers' classes, keys of transformers' configurations."""
     config = _config_of(cls)
     return inspect.signature(cls).parameters.keys() if config is None else list(config.to_dict())
 
@@ -120,8 +120,8 @@ def _config_of(cls: Any) -> Any:
 
 
 def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
-    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it: in its form, and,
-    where that is right, in what it says of the classes that are installed here."""
+    """The kind of profile in a file, judged by its keys, and a line for each mistake: in its form or, if that is valid,
+    in its agreement with the installed classes."""
     try:
         document = read_document(path)
     except VramplanError as error:

@@ -1,6 +1,6 @@
-"""A saved pipeline on the hub: its configurations and headers are read where they lie, kilobytes of it, no weight.
+"""Read a saved pipeline on the hub: kilobytes of configurations and headers, no weights.
 
-What a commit holds never changes, so that what was read of one is kept, and serves without a network too.
+The content of a commit never changes, so that the parts read are cached, and available without a network too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_READ_BYTES = 64 << 20
 
 
 class HubRepository(Repository):
-    """A repository at one commit, whose files have these paths."""
+    """A repository on the hub at one commit; `paths` are those of its files."""
 
     def __init__(self, repo_id: str, commit: str, paths: frozenset[str]) -> None:
         self.repo_id, self.commit = repo_id, commit
@@ -42,14 +42,14 @@ class HubRepository(Repository):
         return frozenset(name for place, _, name in split if place == folder)
 
     def where(self, path: str) -> str:
-        """Its name, and the path in it."""
+        """The repository's name, followed by the path in it."""
         return f"{self.repo_id}/{path}" if path else self.repo_id
 
     def start(self, path: str, count: int) -> tuple[bytes, int]:
-        """The first bytes of a file and its size: from what was read before, from hub's cache, or from the hub.
+        """The first `count` bytes of a file and its size: from earlier reads, hub's cache, or the hub.
 
         Raises:
-            VramplanError: no such file; or this repository has had more read of it than any pipeline needs.
+            VramplanError: no such file, or more bytes were read from this repository than any pipeline needs.
         """
         if path not in self._paths:
             raise VramplanError(f"{self.where(path)} is missing")
@@ -67,8 +67,8 @@ class HubRepository(Repository):
         if isinstance(local, str):
             return read_start(Path(local), count)
         if sum(len(data) for data, _ in self._read.values()) + count > _MAX_READ_BYTES:
-            told = f"more than {format_bytes(_MAX_READ_BYTES)} of configurations and headers"
-            raise VramplanError(f"{self.where(path)}: {told}: that is no pipeline")
+            excess = f"more than {format_bytes(_MAX_READ_BYTES)} of configurations and headers"
+            raise VramplanError(f"{self.where(path)}: {excess}: that is no pipeline")
         return get_start(hf_hub_url(self.repo_id, path, revision=self.commit), count, repo_id=self.repo_id)
 
     def _key(self, path: str) -> str:
@@ -76,7 +76,7 @@ class HubRepository(Repository):
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name can be one of a repository: `owner/name`."""
+    """Whether a name has the form of a repository's: `owner/name`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -88,14 +88,14 @@ def is_repo_id(name: str) -> bool:
 
 
 def open_source(source: str) -> Repository:
-    """The repository that a plan calls so: a folder, or `hub:owner/name@commit`."""
+    """The repository of a plan's source: a folder, or `hub:owner/name@commit`."""
     if not source.startswith(PREFIX):
         return FolderRepository(Path(source).expanduser())
     return hub_repository(*split_source(source))
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """Name and commit of what a plan calls `hub:owner/name@commit`. Raises UsageError for anything else."""
+    """The name and commit in `hub:owner/name@commit`. Raises UsageError for any other form."""
     repo_id, _, commit = source.removeprefix(PREFIX).partition("@")
     if not is_repo_id(repo_id) or not commit:
         raise UsageError(f"{source}: write {PREFIX}owner/name@revision")
@@ -103,12 +103,12 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def hub_repository(repo_id: str, revision: str | None = None) -> Repository:
-    """The repository at this revision, its main branch where left out, at the commit that is now.
+    """The repository at the current commit of this revision, by default the main branch.
 
-    Without a network the one of the last time, or a snapshot in hub's cache.
+    Without a network, the commit seen last, or a snapshot in hub's cache.
 
     Raises:
-        HubError: there is none, it may not be read, or the hub cannot be reached and nothing of it was kept.
+        HubError: it does not exist or may not be read, or the hub cannot be reached and nothing is cached.
     """
     wanted = revision or "main"
     fixed = _COMMIT.fullmatch(wanted) is not None
@@ -125,18 +125,18 @@ def hub_repository(repo_id: str, revision: str | None = None) -> Repository:
                 raise
     made = _repository_at(repo_id, listing[0], listing[1])
     if INDEX in made.names(""):
-        made.start(INDEX, 1)  # the list of a gated repository is public: this tells whether its files may be read
+        made.start(INDEX, 1)  # a gated repository's listing is public: this checks that its files may be read
     return made
 
 
 @cache
 def _repository_at(repo_id: str, commit: str, paths: frozenset[str]) -> HubRepository:
-    """One for each commit: what it has read serves the next time it is asked for."""
+    """One repository object per commit, so that it reuses the bytes already read."""
     return HubRepository(repo_id, commit, paths)
 
 
 def cached_snapshot(repo_id: str, revision: str) -> Path | None:
-    """The folder of this revision in hub's own cache, named by its commit, whole or not; None where there is none."""
+    """The folder of this revision in hub's own cache, named by its commit, maybe incomplete; None if missing."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo_id, INDEX, revision=revision)
@@ -144,7 +144,7 @@ def cached_snapshot(repo_id: str, revision: str) -> Path | None:
 
 
 def _fetch_listing(repo_id: str, revision: str) -> tuple[str, frozenset[str]]:
-    """The commit that a revision is now, and the paths of its files, as the hub tells them."""
+    """Ask the hub for the current commit of a revision, and the paths of its files."""
     from urllib.parse import quote
 
     from huggingface_hub import constants
@@ -186,7 +186,7 @@ def _listing_key(repo_id: str, revision: str) -> str:
 
 
 def _kept_path(key: str) -> Path | None:
-    """Where what was read under this key is kept: each endpoint has its own repositories."""
+    """The cache file for this key, which includes the endpoint, as each has its own repositories."""
     from huggingface_hub import constants
 
     from vramplan.common.files import cache_folder
@@ -214,4 +214,4 @@ def _write_kept(key: str, found: tuple[bytes, int]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps({"start": found[0].decode("latin-1"), "size": found[1]}))
     except (OSError, VramplanError):
-        pass  # it is read again the next time
+        pass  # the next run reads it again

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def spec_from_pipeline(pipe: Any) -> PipelineSpec:
-    """The description of a live `DiffusionPipeline`, hooks and devices included. Nothing is changed."""
+    """The spec of a live `DiffusionPipeline`, with its hooks and devices. The pipeline is not changed."""
     cls = type(pipe)
     components = tuple(
         describe_component(name, module, pipeline=cls, live=True) for name, module in modules_of(pipe).items()
@@ -33,7 +33,7 @@ def build_spec(
     family: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> PipelineSpec:
-    """The spec of these components in a pipeline of this class, instance attributes first."""
+    """The spec of these components in a pipeline of this class; attributes of `pipe` take precedence."""
     facts = class_facts(cls)
     names = {component.name for component in components}
     sequence = facts.sequence
@@ -56,7 +56,7 @@ def build_spec(
 
 
 def _several_devices(device_map: Any) -> dict[str, str] | None:
-    """The map, where it is one over several devices: what diffusers calls device-mapped."""
+    """The device map if it spans several devices (diffusers' device-mapped), else None."""
     if not isinstance(device_map, dict) or len(device_map) <= 1:
         return None
     return {str(name): str(device) for name, device in device_map.items()}

@@ -1,4 +1,4 @@
-"""A pipeline with something done to its weights: its components then, and what they need."""
+"""A pipeline with other weights, quantized for instance: its components and their memory needs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from vramplan.simulator.types import Simulation
     from vramplan.simulator.unpacking_cost import UnpackingCost
 
-# What a setting changes of a component: what it weighs, and how it can be cut.
+# The fields of a component that a weights setting changes: its size, and how it can be split.
 _SIZE_FIELDS = ("weight_bytes", "dtype_bytes", "geometry")
 
 
 class Alternatives:
-    """The forms of one model's weights. Each component is made and measured once under each setting."""
+    """The alternatives for one model's weights. Each component is built and measured once per setting."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -35,7 +35,7 @@ class Alternatives:
         self._unpacking: dict[tuple[str, Weights], UnpackingCost] = {}
 
     def spec(self, weights: Mapping[str, Weights]) -> PipelineSpec:
-        """The pipeline under these settings."""
+        """The pipeline with these weights settings, by component name."""
         spec = self.source.spec
         light = [
             self._component(component, weights[component.name]) if component.name in weights else component
@@ -44,8 +44,8 @@ class Alternatives:
         return replace(spec, components=tuple(light))
 
     def footprint(self, weights: Mapping[str, Weights], plain: Footprint, simulation: Simulation) -> Footprint:
-        """What the pipeline needs under these settings: what it needs as it is stored, read off that simulation, and
-        what unpacking its weights takes."""
+        """The memory needs of the pipeline with these weights settings: those of the pipeline as stored (`plain`), plus
+        the cost of unpacking its weights on the shapes of that `simulation`."""
         from vramplan.simulator.unpacking_cost import UnpackingFootprint
 
         parts = {name: self._unpacked(name, setting, simulation) for name, setting in weights.items()}
@@ -77,8 +77,8 @@ class Alternatives:
 
 
 def _with_load_bytes(light: Component, setting: Weights, stored_bytes: int) -> Component:
-    """The component with what it weighs in RAM before it has its form: as stored, or as its file holds it, which
-    diffusers reads whole (0.42, `load_gguf_checkpoint`)."""
+    """The component with the bytes it takes in RAM before conversion: those of its stored weights, or those of its
+    file, which diffusers reads whole (0.42, `load_gguf_checkpoint`)."""
     source = setting.source if isinstance(setting, AtLoad) else None
     if source is None:
         return replace(light, cast_from_bytes=stored_bytes)
@@ -86,7 +86,7 @@ def _with_load_bytes(light: Component, setting: Weights, stored_bytes: int) -> C
 
 
 def converted_copy(module: torch.nn.Module, setting: Weights) -> torch.nn.Module:
-    """A copy of the module under a setting of weights, without data."""
+    """A weightless copy of the module, with a weights setting applied."""
     copy = weightless_copy(module)
     setting.lighten(copy)
     return copy

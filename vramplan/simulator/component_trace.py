@@ -1,7 +1,7 @@
-"""Trace components one by one, for a pipeline whose whole call cannot be driven.
+"""Trace components one by one, for a pipeline whose whole call cannot be simulated.
 
-The inputs are made up from the configurations and the workload: shapes as the classes of diffusers and
-transformers have them. What cannot be traced so is left out.
+The inputs are built from the configurations and the workload, in the shapes that the classes of diffusers and
+transformers take. A component that accepts none of them is left out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from vramplan.simulator.run import ComponentsOnly, SimulationError, allocate_cub
 from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation
 from vramplan.workload import Workload
 
-# Text tokens of an encoder's forward, and of what a denoiser is shown: what FLUX.1, SD3 and Wan take by default.
+# Text tokens of an encoder's forward, and of a denoiser's text input: the default of FLUX.1, SD3 and Wan.
 _TOKENS = 512
-# Where the configurations of denoisers keep the width of the text they are shown.
+# The configuration keys of denoisers that hold the width of their text input.
 _TEXT_WIDTHS = (
     "joint_attention_dim", "cross_attention_dim", "encoder_hid_dim", "caption_channels", "text_embed_dim", "text_dim",
     "caption_feat_dim", "cap_feat_dim",
@@ -36,9 +36,9 @@ Inputs = Mapping[str, Any]
 
 
 def trace_components(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: Kernels) -> Simulation:
-    """One simulation made of one forward of each component that can be traced by itself.
+    """One simulation, composed of one forward of each component that can be traced alone.
 
-    `uses` holds those components alone; peaks of the whole call are not known and 0.
+    `uses` holds only those components; the peaks of the whole call are unknown and 0.
     """
     needs: list[SimulatedUse] = []
     decoded: list[DecodedLatents] = []
@@ -80,7 +80,7 @@ def trace_components(parts: Parts, spec: PipelineSpec, workload: Workload, kerne
 def _trace_component(
     parts: Parts, component: Component, spec: PipelineSpec, workload: Workload, kernels: Kernels
 ) -> Simulation | None:
-    """The simulation of the first inputs the component takes, None where it takes none of them."""
+    """The simulation with the first inputs that the component accepts, None if it accepts none."""
     only = Parts(cls=ComponentsOnly, modules={component.name: parts.modules[component.name]})
     for call in _candidate_calls(component, spec, workload):
         try:
@@ -118,7 +118,7 @@ def _forward(component: Component, inputs: Inputs) -> Callable[[Any], None]:
 
 
 def _fill(value: Any, component: Component) -> Any:
-    """Shapes as tensors of the component's dtype on the device; the rest as it is."""
+    """Replace shapes with tensors of the component's dtype on the device; keep other values."""
     if isinstance(value, tuple):
         return torch.zeros(value, dtype=torch_dtype(component.dtype), device="cuda:0")
     if isinstance(value, dict):
@@ -178,7 +178,7 @@ def _denoiser_inputs(component: Component, spec: PipelineSpec, workload: Workloa
 
 
 def _layouts(spec: PipelineSpec, workload: Workload, batch: int, channels: int) -> Iterator[tuple[int, ...]]:
-    """Latents as denoisers take them: pictures, frames before or after channels, or tokens already packed."""
+    """The shapes of latents that denoisers take: pictures, frames before or after channels, or packed tokens."""
     vae = next(iter(spec.vaes), None)
     spatial, temporal = vae_scale(vae)
     size = workload.latent_sides(spatial)

@@ -1,4 +1,4 @@
-"""Where the planner's numbers come from: simulating the call, tracing its components one by one, or rules of thumb."""
+"""Build the planner's cost model: from a simulated call, from traced components, or from rules of thumb."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
+    """The planner's costs: from a simulation that can be run again, or from rules of thumb."""
 
     footprint: Footprint
     lighter: tuple[Alternative, ...] = ()
@@ -33,12 +33,12 @@ class CostModel:
     notes: tuple[str, ...] = ()
 
     def basis(self, spec: PipelineSpec) -> Basis:
-        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
+        """The weakest basis of the prices. Decodes have their own: each is simulated when it is first priced."""
         uses = [use for use in spec.uses if use.phase != "decode"]
         return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
-        """What has the last word on a decision within this budget; nothing without a simulation."""
+        """A function that checks a decision by simulating it within this budget; None without a simulation."""
         run, capacity = self.simulated, budget.vram_bytes
         if run is None or capacity is None:
             return None
@@ -48,29 +48,29 @@ class CostModel:
 
             try:
                 return apply_simulation(decision, run(decision, capacity))
-            except SimulationError as error:  # with everything resident it ran: these settings are what stops it
+            except SimulationError as error:  # everything resident ran, so these settings are the cause
                 return replace(decision, verdict="rejected", reason=f"does not run: {error}")
 
         return confirm
 
 
 def cost_model(
-    forms: Alternatives,
+    alternatives: Alternatives,
     work: Workload,
     accelerator: Accelerator | None,
     weights: Sequence[Mapping[str, Weights]],
-    told: Fixed,
+    fixed: Fixed,
 ) -> CostModel:
-    """What the planner counts with, for the weights as they are stored and with each of these settings.
+    """Build the cost model of the stored weights, and of each of these weights settings.
 
-    What was told of attention and compiling goes with each. Attention that nobody asked for is one more form of the
-    pipeline, where it lowers what a denoiser needs.
+    Attention and compile settings in `fixed` apply to all of them. An attention setting that the user did not fix is
+    one more alternative, if it lowers the memory that denoising needs.
     """
     from vramplan.simulator.run import SimulationError
     from vramplan.simulator.source import simulated_footprint, traced_footprint
 
-    source, spec, execution = forms.source, forms.source.spec, told.execution
-    light = [(setting, forms.spec(setting)) for setting in weights]
+    source, spec, execution = alternatives.source, alternatives.source.spec, fixed.execution
+    light = [(setting, alternatives.spec(setting)) for setting in weights]
 
     def lighter(needs: Callable[[Mapping[str, Weights], PipelineSpec], Footprint]) -> tuple[Alternative, ...]:
         return tuple(
@@ -90,14 +90,14 @@ def cost_model(
             ) from error
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(source, work, accelerator)
-        others = lighter(lambda setting, _: forms.footprint(setting, traced, traced.plain))
+        others = lighter(lambda setting, _: alternatives.footprint(setting, traced, traced.plain))
         return CostModel(
             footprint=traced, lighter=others, notes=(note, *_missing_note(spec, traced.plain, "could be traced"))
         )
-    every = lighter(lambda setting, _: forms.footprint(setting, footprint, footprint.plain))
+    every = lighter(lambda setting, _: alternatives.footprint(setting, footprint, footprint.plain))
     tried = (
         (item, simulated_footprint(source, work, accelerator, grouped({}, {}, item)))
-        for item in execution_settings(spec, told, accelerator)
+        for item in execution_settings(spec, fixed, accelerator)
     )
     every += tuple(
         Alternative(weights={}, execution=item, spec=spec, footprint=sliced)
@@ -109,12 +109,12 @@ def cost_model(
     stopped: dict[Any, Simulation] = {}
 
     def simulated(decision: Decision, capacity: int) -> Simulation:
-        beside = decision.placement, decision.weights, decision.execution
-        key = capacity, *(frozenset(settings.items()) for settings in beside)
-        if key in stopped:  # however it would have been decoded
+        settings = decision.placement, decision.weights, decision.execution
+        key = capacity, *(frozenset(part.items()) for part in settings)
+        if key in stopped:  # the decode settings make no difference then
             return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
-        found = source.run(work, grouped(*beside), decodes, accelerator=accelerator, capacity_bytes=capacity)
+        found = source.run(work, grouped(*settings), decodes, accelerator=accelerator, capacity_bytes=capacity)
         if _stopped_before_vaes(found, vaes):
             stopped[key] = found
         return found
@@ -124,12 +124,12 @@ def cost_model(
 
 
 def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
-    """Whether it was stopped before it came to any VAE."""
+    """Whether the simulation ran out of memory before any VAE ran."""
     return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
 
 
 def _missing_note(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
-    """A note for what the planner has no figures of, and counts with rules of thumb."""
+    """A note that names the components without simulated costs, for which rules of thumb are used."""
     names = {
         use.component: None
         for use in spec.uses
@@ -139,9 +139,9 @@ def _missing_note(spec: PipelineSpec, simulation: Simulation, what: str) -> tupl
 
 
 def apply_simulation(decision: Decision, simulation: Simulation) -> Decision:
-    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit.
+    """The decision with the peaks of its own simulation, or rejected, with where and by how much it does not fit.
 
-    A phase that the simulated call did not come to stays as it was priced.
+    A phase that the simulated call did not reach keeps its price.
     """
     if simulation.stopped is not None:
         short = simulation.short_bytes

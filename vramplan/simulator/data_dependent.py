@@ -1,4 +1,4 @@
-"""Operations that need more than a shape: those whose result depends on values, and copies between devices."""
+"""Handlers for operations that need more than shapes: data-dependent results, and copies between devices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _nonzero(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequenc
 
 
 def _index(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
-    """Boolean masks become as many indices as they select, so that the shape is known."""
+    """Replace boolean masks with as many indices as they select, so that the shape is known."""
     if not any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1])):
         return NotImplemented
     if all(value_of(tensor) is not None for tensor in tensors):
@@ -52,7 +52,7 @@ def _index(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[
 
 
 def _bincount(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
-    """How often each number is there: a router's tokens, say, all of which then go to the first expert."""
+    """Count each number. Unknown ones count as 0: a router then sends all tokens to the first expert."""
     if all(value_of(tensor) is not None for tensor in tensors):
         return NotImplemented
     engine.note("numbers without values were taken to be all 0 when they were counted")
@@ -75,7 +75,7 @@ def _masked_select(
 
 
 def _unique(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
-    """Values, where each of them came from, and counts."""
+    """The unique values, the inverse indices, and the counts."""
     if value_of(args[0]) is not None:
         return NotImplemented
     engine.note("numbers without values were taken to be all different")

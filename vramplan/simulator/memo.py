@@ -1,9 +1,9 @@
-"""A module that runs again on tensors of the same shapes takes the same memory in the same order: it is replayed.
+"""Record module forwards and replay them: equal modules on equal shapes use the same memory in the same order.
 
 Blocks, tiles and denoising steps repeat each other. The first forward of a kind is run and recorded, event by event;
-the next is played back through the same ledger and allocator, without its operations. What cannot be told to be alike
-is run: a module with hooks inside, with arguments that it may change, or that leaves something behind or lets go of
-something that was there before.
+later ones are replayed through the same ledger and allocator, without their operations. A forward that cannot be
+compared is run: of a module with hooks inside, with arguments that it may change, or one that keeps memory or frees
+memory allocated before it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vramplan.simulator.ledger import Block, Cost, MoveEvent, Recorder, TakeEven
 from vramplan.simulator.shapes import label_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
 
-# A forward that could not be recorded this often is not tried again: state may be there the first time only.
+# Attempts to record a forward: the first may fail because of state that it sets up once.
 _MAX_TRIES = 2
-# How VAEs of diffusers 0.42 join tiles: in place and line by line, which is most of the operations of a tiled decode.
+# The methods with which VAEs of diffusers 0.42 join tiles, in place and line by line: most of a tiled decode.
 _BLENDS = ("blend_v", "blend_h", "blend_t")
-# What is no part of a module's structure: what `torch.nn.Module` and hooks keep on it, and what is wrapped here.
+# Attributes that are not part of a module's structure: those of `torch.nn.Module`, of hooks, and those wrapped here.
 _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
     "forward",
     "_old_forward",
@@ -35,35 +35,35 @@ _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
     *_BLENDS,
 }
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
-# Objects with at most this many attributes are told by them, as attention processors are; larger ones by themselves.
+# Objects with at most this many attributes, attention processors say, are compared by these; larger ones by identity.
 _MAX_ATTRIBUTES = 8
 
 
 class _NotComparableError(Exception):
-    """There is no telling whether this is like anything else."""
+    """A value that cannot be compared with others, so that the forward cannot be replayed."""
 
 
 class _ByIdentity:
-    """An object as itself, which it stays as long as something is told by it."""
+    """An object compared by identity. The reference keeps it alive, so that its id stays unique."""
 
-    __slots__ = ("what",)
+    __slots__ = ("value",)
 
-    def __init__(self, what: Any) -> None:
-        self.what = what
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and other.what is self.what
+        return isinstance(other, _ByIdentity) and other.value is self.value
 
     def __hash__(self) -> int:
-        return id(self.what)
+        return id(self.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Output:
-    """One tensor that a forward returned: the block or argument it lies in, and how.
+    """One tensor that a forward returned: its layout, and the block or argument whose memory it uses.
 
-    `block` is the number of a block the forward took; else it lies in the memory of the argument at place `argument`,
-    `offset` elements from where that starts, and is that argument itself where it is the `same`.
+    `block` is the number of a block that the forward allocated. Without one the tensor uses the memory of the argument
+    at index `argument`, `offset` elements after the start of that; if `same`, it is that argument.
     """
 
     block: int | None
@@ -81,7 +81,7 @@ class _Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """A forward that can be played back: its events in the ledger, its costs by module, and what it returned."""
+    """A forward that can be replayed: its ledger events, its costs by module, and its outputs."""
 
     events: Sequence[int | TakeEvent | MoveEvent | None]
     costs: Mapping[str, Cost]
@@ -90,7 +90,7 @@ class Recording:
     nesting: Any
 
     def play(self, engine: Engine, given: Sequence[torch.Tensor]) -> Any:
-        """The same again, for arguments with these tensors. Raises as the forward would where memory runs out."""
+        """Replay the forward on arguments with these tensors. Raises torch.OutOfMemoryError as the forward would."""
         ledger = engine.ledger
         base = ledger.module
         blocks: dict[int, Block] = {}
@@ -102,7 +102,7 @@ class Recording:
                 elif event is None:
                     engine.kernels.hold_cublas(ledger)
                 elif len(event) == 3:
-                    ledger.moved(*event)
+                    ledger.count_transfer(*event)
                 else:
                     number, size, place, kind, module, ledger.operation = event
                     ledger.modules[-1] = base + module
@@ -113,11 +113,11 @@ class Recording:
             ledger.count(base + module, cost)
         ledger.operations += self.operations
         storages: dict[int, torch.Tensor] = {}
-        made = [self._made(item, engine, given, blocks, storages) for item in self.outputs]
+        made = [self._rebuild(item, engine, given, blocks, storages) for item in self.outputs]
         return pytree.tree_unflatten(made, self.nesting)
 
     @staticmethod
-    def _made(
+    def _rebuild(
         item: Any,
         engine: Engine,
         given: Sequence[torch.Tensor],
@@ -145,51 +145,52 @@ class Recording:
 
 @dataclass(slots=True)
 class Memo:
-    """What has been recorded, for any number of simulations with the same kernels."""
+    """The recordings shared by all simulations with the same kernels."""
 
     recordings: dict[Any, Recording] = field(default_factory=dict)
     tries: dict[Any, int] = field(default_factory=dict)
     structures: dict[Any, int] = field(default_factory=dict)
 
     def attach(self, modules: Mapping[str, torch.nn.Module], engine: Engine) -> None:
-        """Record and replay these modules, by their qualified names, and how they join tiles; a module without children
-        is just run."""
+        """Record and replay the forwards and tile blending of these modules, given by qualified name.
+
+        Modules without children are skipped."""
         for name, module in modules.items():
             if next(module.children(), None) is None:
                 continue
-            module.__dict__["forward"] = self._around(name, module, engine)
+            module.__dict__["forward"] = self._wrap_forward(name, module, engine)
             for method in _BLENDS:
                 if hasattr(module, method):
-                    module.__dict__[method] = self._blending(name, module, method, engine)
+                    module.__dict__[method] = self._wrap_blend(name, module, method, engine)
 
-    def _around(self, name: str, module: torch.nn.Module, engine: Engine) -> Callable[..., Any]:
-        """The module's forward."""
+    def _wrap_forward(self, name: str, module: torch.nn.Module, engine: Engine) -> Callable[..., Any]:
+        """Wrap the module's forward."""
         found: list[tuple[int | None, list[torch.nn.Module]]] = []
 
         def key(args: Any, kwargs: Any, done: bool) -> Any:
-            if not found:  # now, as the hooks of an offload come after this one
+            if not found:  # at the first call, as offloading adds its hooks after this wrapper
                 found.append((self._structure(module), list(module.modules())))
             structure, parts = found[0]
             return _key(self._structure(module) if done else structure, parts, args, kwargs)
 
-        return self._remembering(name, module.forward, key, engine)
+        return self._wrap(name, module.forward, key, engine)
 
-    def _blending(self, name: str, module: torch.nn.Module, method: str, engine: Engine) -> Callable[..., Any]:
-        """A method that changes an argument, of whose values nothing may be known."""
+    def _wrap_blend(self, name: str, module: torch.nn.Module, method: str, engine: Engine) -> Callable[..., Any]:
+        """Wrap a method that changes an argument; calls with known values are not replayed."""
 
         def key(args: Any, kwargs: Any, done: bool) -> Any:
             if any(value_of(tensor) is not None for tensor in tensors_in((args, kwargs))):
                 return None
             return (type(module), method), _argument_key((args, kwargs), {})
 
-        return self._remembering(name, getattr(module, method), key, engine)
+        return self._wrap(name, getattr(module, method), key, engine)
 
-    def _remembering(
+    def _wrap(
         self, name: str, original: Callable[..., Any], key_of: Callable[[Any, Any, bool], Any], engine: Engine
     ) -> Callable[..., Any]:
-        """The same, played back where that was recorded; `key_of` tells what it depends on, before and once it is done.
+        """Wrap a function: replay it if it is recorded under its key, else run it and record it.
 
-        None says that there is no telling.
+        `key_of(args, kwargs, done)` gives the key, before and after the call; None if there is no key.
         """
 
         @wraps(original)
@@ -228,7 +229,7 @@ class Memo:
             )
 
     def _structure(self, module: torch.nn.Module) -> int | None:
-        """A number for all modules that are made alike; None where something in it may do what cannot be replayed."""
+        """A number shared by all modules of equal structure; None if part of the module cannot be replayed."""
         try:
             made = _signature(module, outermost=True)
         except _NotComparableError:
@@ -237,7 +238,7 @@ class Memo:
 
 
 def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
-    """Classes and attributes of a module and all in it, without its tensors."""
+    """The classes and attributes of a module and its submodules, without tensors."""
     own = vars(module)
     if module._forward_hooks or module._forward_pre_hooks:
         raise _NotComparableError
@@ -256,7 +257,7 @@ def _attribute(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_attribute, value))
     made: Any = type(value).__new__
-    if made is object.__new__ and hasattr(value, "__dict__"):  # all of it is in its attributes
+    if made is object.__new__ and hasattr(value, "__dict__"):  # its attributes are its whole state
         attributes = vars(value)
         if len(attributes) <= _MAX_ATTRIBUTES and all(isinstance(item, _PLAIN) for item in attributes.values()):
             return type(value), tuple(attributes.items())
@@ -264,7 +265,7 @@ def _attribute(value: Any) -> Any:
 
 
 def _record(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What the forward returns; the recorder has what it did."""
+    """Run a forward while the recorder listens, and return its result."""
     ledger = engine.ledger
     before = ledger.operations
     ledger.recorders.append(recorder)
@@ -277,7 +278,7 @@ def _record(recorder: Recorder, engine: Engine, original: Callable[..., Any], ar
 
 
 def _key(structure: int | None, parts: Sequence[torch.nn.Module], args: Any, kwargs: Any) -> Any:
-    """What a forward depends on; None where that cannot be told."""
+    """The key of a forward: its structure, weights and arguments; None if they cannot be compared."""
     if structure is None:
         return None
     try:
@@ -287,7 +288,7 @@ def _key(structure: int | None, parts: Sequence[torch.nn.Module], args: Any, kwa
 
 
 def _weight_layouts(parts: Sequence[torch.nn.Module]) -> Any:
-    """Where all tensors of a module are, and what they are like."""
+    """The device, place and layout of every weight of a module."""
     found = []
     for part in parts:
         for tensors in (part._parameters, part._buffers):
@@ -303,13 +304,13 @@ def _weight_layouts(parts: Sequence[torch.nn.Module]) -> Any:
 
 
 def _argument_key(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
-    """What matters of arguments: shapes, places, values as far as they are known, and which share their memory.
+    """The key of arguments: layouts, devices, known values, and which arguments share memory.
 
-    Where in its memory an argument starts does not matter, as with the tiles of one latent, but how far from where
-    another starts that is there too.
+    The offset of an argument in its memory counts only relative to another argument in the same memory: the tiles of
+    one latent have equal keys.
 
     Raises:
-        _UnlikeError: an object, or a list that the module may change.
+        _NotComparableError: an object, or a list that the module may change.
     """
     if isinstance(given, torch.Tensor):
         value = value_of(given)
@@ -337,7 +338,7 @@ def _digest(value: torch.Tensor) -> bytes:
 
 
 def _outputs(leaves: Sequence[Any], given: Sequence[torch.Tensor], recorder: Recorder) -> list[Any] | None:
-    """What a forward returned, as it can be made again; None where it cannot be, or where more than this is left."""
+    """The outputs of a forward, to be rebuilt; None if that is impossible, or if the forward keeps other memory."""
     blocks = {id(tensor.block): place for place, tensor in enumerate(given) if isinstance(tensor, SimTensor)}
     same = {id(tensor): place for place, tensor in enumerate(given)}
     found: list[Any] = []

@@ -1,5 +1,6 @@
-"""What operations make of shapes, kept: torch's meta kernels, many of them written in Python, are asked once for
-arguments that are alike, which is most of the time of a simulation that cannot be played back."""
+"""Infer the shapes of results with torch's meta kernels, and cache them by the layout of the arguments.
+
+Many meta kernels are written in Python: they take most of the time of a simulation that cannot be replayed."""
 
 from __future__ import annotations
 
@@ -8,26 +9,26 @@ from typing import Any
 
 import torch
 
-# More than the operations of any pipeline that differ; a few hundred bytes each.
+# More than the distinct operations of any pipeline; a few hundred bytes each.
 _MAX_ENTRIES = 1 << 14
 _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-# The result of an operation by what it depends on: shape, strides and dtype of one tensor or of several.
+# The layout of one tensor (shape, strides, dtype), and the cached results by operation and arguments.
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _cache: dict[Any, _Layout | tuple[type, tuple[_Layout, ...]]] = {}
 
 
 class _NotComparableError(Exception):
-    """An argument that cannot be told from others."""
+    """The arguments have a value that cannot be part of a cache key."""
 
 
 def infer_results(
     func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor], infer: Callable[[], Any]
 ) -> Any:
-    """Meta tensors of the operation's result, from `infer` where none of this kind is known yet.
+    """Return meta tensors of the operation's result, from the cache or from `infer`.
 
-    `shapes` has the meta tensor of every tensor of the arguments, by its id. What changes or returns an argument, or
-    lies in its memory, is always inferred.
+    `shapes` holds the meta tensor of every tensor in the arguments, by its id. An operation that changes or returns an
+    argument, or shares its memory, is never cached.
     """
     if func._schema.is_mutable or func.is_view or not shapes:
         return infer()
@@ -64,7 +65,7 @@ def _key(value: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
 
 
 def _layouts(results: Any, shapes: Mapping[int, torch.Tensor]) -> _Layout | tuple[type, tuple[_Layout, ...]] | None:
-    """What was made, None where it is more than tensors of memory of their own."""
+    """The layouts of the results, None unless all are tensors with memory of their own."""
     if isinstance(results, torch.Tensor):
         return _own_layout(results, shapes)
     if type(results) not in (tuple, list):
@@ -75,8 +76,8 @@ def _layouts(results: Any, shapes: Mapping[int, torch.Tensor]) -> _Layout | tupl
         if made is None:
             return None
         found.append(made)
-    apart = len({item.untyped_storage()._cdata for item in results}) == len(found)
-    return (type(results), tuple(found)) if found and apart else None
+    separate = len({item.untyped_storage()._cdata for item in results}) == len(found)
+    return (type(results), tuple(found)) if found and separate else None
 
 
 def _own_layout(result: torch.Tensor, shapes: Mapping[int, torch.Tensor]) -> _Layout | None:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.types import Moment, SimulatedPhaseName, Timeline
 
-# Stretches of a call, of each of which four moments are kept at most. A picture is about as wide in pixels.
+# The maximum number of intervals, each with up to four moments. A plot is about as wide in pixels.
 _MAX_INTERVALS = 600
 
-# A moment while it is recorded: its fields in order, the weights of the components known by then.
+# The fields of a recorded moment, in order; weights of the components known by then.
 _MomentFields = tuple[int, SimulatedPhaseName, str, str, str, tuple[int, ...], int, int, int, int, int]
-# What has peaks that must not be lost: allocated, reserved and host bytes.
+# The values whose peaks are kept: allocated, reserved and host bytes.
 _Heights = tuple[int, int, int]
 
 
 @dataclass(slots=True)
 class _Interval:
-    """Ticks of one phase from `first` on: the moments at which each memory was highest, and the last one."""
+    """Ticks of one phase from `first` on: the moment of each memory's peak, and the last moment."""
 
     first: int
     phase: SimulatedPhaseName
@@ -43,18 +43,18 @@ _NO_MOMENT: _MomentFields = (0, "load", "", "", "", (), 0, 0, 0, 0, 0)
 
 
 class TimelineRecorder:
-    """Notes what a ledger books. Where a call is longer than there is room, stretches become twice as long; a stretch
-    never spans two phases."""
+    """Records the memory in a ledger over time, in at most `most` intervals: these double in length when they run out.
+    An interval never spans two phases."""
 
     def __init__(self, most: int = _MAX_INTERVALS) -> None:
         self._most = most
         self._width = 1
         self._ticks = 0
         self._weights: dict[str, int] = {}
-        self._stretches: list[_Interval] = []
+        self._intervals: list[_Interval] = []
 
     def note(self, ledger: Ledger, block: Block, size: int) -> None:
-        """A block was entered or taken out; `size` is by how much the device's memory changed."""
+        """Record an allocated or freed block; `size` is the change of the device's memory in bytes."""
         if block.place == "nowhere":
             return
         self._ticks += 1
@@ -75,34 +75,34 @@ class TimelineRecorder:
             host,
             ledger.pinned_bytes,
         )
-        # As the ledger has it: a phase's peak is made by what it takes, not by what it finds there and gives back.
+        # As in the ledger, only allocations make a phase's peak, not memory that it finds and frees.
         allocated = allocator.allocated_bytes if size > 0 else 0
-        self._stretch(ledger.phase).add(seen, (allocated, allocator.reserved_bytes, host))
+        self._current_interval(ledger.phase).add(seen, (allocated, allocator.reserved_bytes, host))
 
-    def _stretch(self, phase: SimulatedPhaseName) -> _Interval:
-        """The one that goes on, or a new one."""
-        now = self._stretches[-1] if self._stretches else None
+    def _current_interval(self, phase: SimulatedPhaseName) -> _Interval:
+        """The interval of this tick: the last one, or a new one."""
+        now = self._intervals[-1] if self._intervals else None
         if now is None or now.phase != phase or self._ticks // self._width != now.first // self._width:
             now = _Interval(self._ticks, phase)
-            self._stretches.append(now)
-            if len(self._stretches) > self._most:
+            self._intervals.append(now)
+            if len(self._intervals) > self._most:
                 self._widen()
-        return self._stretches[-1]
+        return self._intervals[-1]
 
     def _widen(self) -> None:
         self._width *= 2
-        kept = self._stretches[:1]
-        for stretch in self._stretches[1:]:
+        kept = self._intervals[:1]
+        for interval in self._intervals[1:]:
             before = kept[-1]
-            if before.phase == stretch.phase and before.first // self._width == stretch.first // self._width:
-                before.join(stretch)
+            if before.phase == interval.phase and before.first // self._width == interval.first // self._width:
+                before.join(interval)
             else:
-                kept.append(stretch)
-        self._stretches = kept
+                kept.append(interval)
+        self._intervals = kept
 
     def timeline(self) -> Timeline:
-        """What was recorded so far."""
-        found = {seen[0]: seen for stretch in self._stretches for seen in (*stretch.highest, stretch.last)}
+        """The timeline recorded so far."""
+        found = {seen[0]: seen for interval in self._intervals for seen in (*interval.highest, interval.last)}
         names = tuple(self._weights)
         return Timeline(
             components=names,

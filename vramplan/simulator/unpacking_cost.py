@@ -1,7 +1,7 @@
-"""What layers with packed weights take while they run, beside what plain ones do: on stand-ins, layer by layer.
+"""Measure the extra cost of layers with packed weights over plain ones, layer by layer, on stand-ins.
 
-So a quantized pipeline has a price without a simulation of its own. The bytes are an upper bound: no layer takes more
-than the largest of them, at whatever moment of the call it runs.
+This prices a quantized pipeline without a simulation of its own. The bytes are an upper bound: at any moment of the
+call, a layer takes at most those of the largest one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vramplan.strategies.base import Decode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnpackingCost:
-    """One forward of a component with packed weights against a plain one: the most bytes more that a layer takes, and
-    what all of them together read, write and launch more."""
+    """The extra cost of one forward with packed weights: the largest extra bytes of a layer, and the extra traffic and
+    launches of all layers together."""
 
     extra_bytes: int
     traffic_bytes: int
@@ -36,18 +36,18 @@ class UnpackingCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnpackingFootprint:
-    """The needs of a pipeline with plain weights, and what unpacking takes beside them, by component."""
+    """The footprint of a pipeline with plain weights, plus the cost of unpacking, by component."""
 
     plain: Footprint
     parts: Mapping[str, UnpackingCost]
 
     @property
     def workspace_bytes(self) -> int:
-        """That of the plain pipeline."""
+        """The workspace of the plain pipeline."""
         return self.plain.workspace_bytes
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
-        """That of the plain pipeline, and the largest layer's unpacking."""
+        """The activation bytes of the plain pipeline, plus the unpacking of the largest layer."""
         found, part = self.plain.activation(use, decode), self.parts.get(use.component)
         if part is None:
             return found
@@ -55,7 +55,7 @@ class UnpackingFootprint:
         return replace(found, size_bytes=found.size_bytes + more, reserved_bytes=found.reserved_bytes + more)
 
     def work(self, use: Use, decode: Sequence[Decode]) -> Work:
-        """That of the plain pipeline, and unpacking each layer once a forward."""
+        """The work of the plain pipeline, plus unpacking each layer once per forward."""
         found, part = self.plain.work(use, decode), self.parts.get(use.component)
         if part is None:
             return found
@@ -64,8 +64,8 @@ class UnpackingFootprint:
 
 
 def unpacking_cost(name: str, module: torch.nn.Module, dtype: torch.dtype, plain: Simulation) -> UnpackingCost:
-    """What one forward of this module takes more than with plain weights of `dtype`, on as many rows as `plain` had
-    in each layer; on one, in layers it did not see."""
+    """The extra cost of one forward of this module over one with plain weights of `dtype`. Each layer has as many rows
+    as in the simulation `plain`, one if it did not run there."""
     flops = {item.name: item.flops for item in plain.modules}
     forwards = max(1, sum(use.forwards for use in plain.uses if use.component == name))
     measured: dict[tuple[str, int, int, bool, int], UnpackingCost] = {}
@@ -93,7 +93,7 @@ def _is_cast(layer: torch.nn.Module) -> bool:
 
 
 def _cast_cost(layer: torch.nn.Module, size: int) -> UnpackingCost:
-    """A layer that is cast to `size` bytes a weight before it runs, and back afterwards."""
+    """The cost of casting a layer to `size` bytes per weight before it runs, and back afterwards."""
     tensors = list(layer.parameters())
     count = sum(tensor.numel() for tensor in tensors)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -105,7 +105,7 @@ def _cast_cost(layer: torch.nn.Module, size: int) -> UnpackingCost:
 
 
 def _packed_cost(layer: PackedLinear, rows: int, dtype: torch.dtype) -> UnpackingCost:
-    """A layer on so many rows, packed against plain."""
+    """The extra cost of a packed layer over a plain one, on this number of rows."""
     columns, bias = layer.in_features, layer.bias is not None
     ledger = Ledger(CachingAllocator())
     engine = Engine(ledger, Kernels())
@@ -127,7 +127,7 @@ def _packed_cost(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Unpackin
 
 
 def _run_layer(layer: torch.nn.Module, given: torch.Tensor, ledger: Ledger) -> tuple[int, Cost]:
-    """The most bytes that a forward allocates, and what it computes."""
+    """Run a layer; return the most bytes that it allocates, and its work."""
     allocator = ledger.allocator
     ledger.costs.clear()
     start = allocator.peak_allocated_bytes = allocator.allocated_bytes
