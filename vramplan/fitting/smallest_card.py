@@ -18,7 +18,7 @@ LeastVram = Callable[[Quality | None], int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One size of card: a function that plans the model on its least device, and one for the least VRAM needed there."""
+    """One size of card: functions that plan the model on its least device, and find the least VRAM needed there."""
 
     size: CardSize
     attempt: Try

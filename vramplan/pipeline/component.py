@@ -199,7 +199,10 @@ def _disk_refusal(module: torch.nn.Module) -> str | None:
 
 
 def _direct_call_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
-    """The reason against block-level groups: the pipeline calls a layer directly. VAE classes define blocks for that."""
+    """The reason against block-level groups when the pipeline calls a layer directly.
+
+    VAEs are exempt: they are always called by methods, and the blocks that their classes declare allow for that.
+    """
     called = None if role == "vae" else called_directly(pipeline, name, module)
     if pipeline is None or called is None:
         return None
@@ -214,7 +217,7 @@ def _direct_read_refusal(pipeline: type | None, name: str, module: torch.nn.Modu
 
 
 def _sequential_refusal(module: torch.nn.Module) -> str | None:
-    """The reason against sequential offload: old-style weight_norm computes the weight before accelerate loads its parts."""
+    """Old-style weight_norm computes the weight before accelerate's hook has loaded its parts."""
     if any("weight_g" in child._parameters and "weight" not in child._parameters for child in module.modules()):
         return f"{type(module).__name__} uses torch.nn.utils.weight_norm, which runs before its weights are loaded"
     return None

@@ -23,7 +23,7 @@ Path = tuple[str, ...]
 
 
 def called_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
-    """The layer of the component, or method that runs layers, that the pipeline calls directly; None if there is none."""
+    """The layer of the component, or method that runs layers, that the pipeline calls directly; None without one."""
     for path, called in _accesses(pipeline).get(name, ()):
         holder, rest = _descend(module, path)
         if called and (_runs_layers(holder, rest) if rest else holder is not module and _has_tensors(holder)):
@@ -32,7 +32,7 @@ def called_directly(pipeline: type | None, name: str, module: torch.nn.Module) -
 
 
 def read_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
-    """The parameter or buffer of the component that the pipeline reads directly; None if there is none."""
+    """The parameter or buffer of the component that the pipeline reads directly; None without one."""
     for path, _ in _accesses(pipeline).get(name, ()):
         holder, rest = _descend(module, path)
         if rest and rest[0] in own_tensors(holder):

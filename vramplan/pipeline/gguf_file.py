@@ -61,7 +61,7 @@ def _block_types(path: Path, modified: int, size: int, library: str, class_name:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The file's tensors without data, those in blocks as `GGUFParameter`, as diffusers' `load_gguf_checkpoint` makes them.
+    """The file's tensors without data, as diffusers' `load_gguf_checkpoint` makes them: `GGUFParameter` for blocks.
 
     The header is not validated by the gguf package, which raises many kinds of errors on a damaged one.
     """

@@ -51,7 +51,7 @@ def vae_scale(vae: Component | None) -> tuple[int, int]:
     spatial = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial") or 2 ** max(0, stages - 1)
     temporal = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
     halvings = config.get("spatio_temporal_scaling")
-    if isinstance(halvings, list | tuple):  # LTX-Video's, in addition to its patches (diffusers 0.42, AutoencoderKLLTXVideo)
+    if isinstance(halvings, list | tuple):  # LTX-Video's, on top of patches (diffusers 0.42, AutoencoderKLLTXVideo)
         halved = 2 ** sum(map(bool, halvings))
         spatial = config.get("spatial_compression_ratio") or int(config.get("patch_size", 1)) * halved
         temporal = temporal or int(config.get("patch_size_t", 1)) * halved

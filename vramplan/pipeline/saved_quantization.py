@@ -1,7 +1,7 @@
-"""Layers that were saved with quantized weights: found by the names of their tensors, put into a weightless module.
+"""Find layers saved with quantized weights by the names of their tensors, and insert stand-ins for them.
 
-Names as the libraries write them: bitsandbytes 0.50 (`quant_state` beside a 4-bit weight, `SCB` beside an 8-bit one)
-and torchao 0.18 (`_weight_qdata` and others, and what they make up in the file's metadata).
+The names are those that the libraries write: bitsandbytes 0.50 (`quant_state` for a 4-bit weight, `SCB` for an 8-bit
+one) and torchao 0.18 (`_weight_qdata` and others, with the tensor class in the file's metadata).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 _FOUR_BIT, _EIGHT_BIT, _TORCHAO = ".weight.quant_state.bitsandbytes__", ".SCB", "._weight_"
-# Scales that are quantized themselves have an offset, which is written into the text of the `quant_state`.
+# Quantized scales have an offset, which is saved in the text of the `quant_state`.
 _NESTED, _OFFSET_BYTES = ".nested_absmax", 4
-# What is in the files beside a weight, and read while it is loaded, not kept.
+# Tensors in the files that are read when a weight is loaded, and then dropped.
 _NOT_KEPT = (".weight.quant_state.", ".weight_format")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedLayer:
-    """A layer whose weight was saved quantized: by what, as `Component.quantized`, and the bytes kept of it."""
+    """A layer with a weight saved quantized: its format, as in `Component.quantized`, and its bytes once loaded."""
 
     quantized: str
     size_bytes: int
 
 
 def packed_layers(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
-    """The quantized layers by name, of those tensors and that metadata of one or several files."""
+    """The quantized layers by name, from the tensors and metadata of one or several files."""
     tensors = list(tensors)
     kinds = {path: kind for tensor in tensors for path, kind in _layer_kind(tensor.name, metadata)}
     sizes = dict.fromkeys(kinds, 0)
@@ -46,7 +46,7 @@ def packed_layers(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) 
 
 
 def layer_name(name: str) -> str | None:
-    """The layer whose weight this tensor is, or a part of; None where it is of no weight."""
+    """The name of the layer whose weight includes this tensor; None if it is not part of a weight."""
     for part in (_TORCHAO, ".weight", _EIGHT_BIT):
         path, found, _ = name.partition(part)
         if found:
@@ -55,17 +55,17 @@ def layer_name(name: str) -> str | None:
 
 
 def keeps_saved_dtype(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> bool:
-    """Whether loading leaves its plain tensors in the dtype they are saved in, whatever it is told: transformers does
-    with bitsandbytes (5.23), diffusers and torchao do not."""
+    """Whether loading keeps plain tensors in their saved dtype, whichever is requested: transformers does with
+    bitsandbytes (5.23), diffusers and torchao do not."""
     own = type(module).__module__.partition(".")[0] == "transformers"
     return own and any(layer.quantized.startswith("bitsandbytes ") for layer in layers.values())
 
 
 def insert_stand_ins(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> None:
-    """Stand-ins for these layers, in place.
+    """Replace these layers of the module with stand-ins, in place.
 
     Raises:
-        VramplanError: one of them is no linear layer of the module.
+        VramplanError: one of them is not a linear layer of the module.
     """
     import torch
 
@@ -98,7 +98,7 @@ def _layer_kind(name: str, metadata: Mapping[str, str]) -> Iterable[tuple[str, s
 
 
 def _torchao_kind(text: str) -> str:
-    """By the metadata of a weight."""
+    """The format of a torchao weight, from its metadata."""
     try:
         made = json.loads(text)
         return torchao_kind(str(made["_type"]), plain=made["_data"].get("act_quant_kwargs") is None)
