@@ -419,7 +419,7 @@ class TestRefusals:
         write_header(tmp_path / "lora" / "style.safetensors", {"lora.weight": ([1 << 30], "BF16", 2)})
         name = "somebody/lora/style.safetensors"
         assert name in refused("somebody/lora has no model_index.json", "somebody/lora")
-        refused(f"{name}: its 1 tensors are of no checkpoint that diffusers knows", name)
+        refused(f"{name}: its 1 tensors belong to no checkpoint that diffusers knows", name)
         refused("other.safetensors is missing", "somebody/lora/other.safetensors")
         assert online.sent_bytes < MIB
 
@@ -438,7 +438,7 @@ class TestRefusals:
     @pytest.mark.parametrize("local", [False, True])
     def test_a_component_whose_name_leads_elsewhere(self, repository, folder, name, local):
         edit(folder / "model_index.json", **{name: ["diffusers", "UNet2DConditionModel"]})
-        refused("is no name of a component", folder if local else NAME)
+        refused("is not a component name", folder if local else NAME)
 
     @pytest.mark.parametrize(
         "shard",
@@ -453,7 +453,7 @@ class TestRefusals:
     def test_a_shard_that_leads_elsewhere_or_to_its_own_index(self, repository, folder, shard, local):
         index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"w": shard}}))
-        refused("which is no safetensors file beside it", folder if local else NAME)
+        refused("which is not a safetensors file in the same folder", folder if local else NAME)
 
     def test_a_missing_shard(self, repository, folder):
         index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"

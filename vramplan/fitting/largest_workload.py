@@ -25,24 +25,24 @@ def last_within_limit(amounts: Sequence[float], need: Callable[[int], float | No
     for `start`, and for none far beyond the answer.
     """
     found: dict[int, float] = {}
-    low, high, place, asked = -1, len(amounts), start, 0
+    low, high, index, calls = -1, len(amounts), start, 0
     while high - low > 1:
-        needed = need(place)
-        asked += 1
+        needed = need(index)
+        calls += 1
         if needed is not None:
-            found[place] = needed
-        low, high = (place, high) if needed is not None and needed <= limit else (low, place)
-        guess = (low + high) // 2 if asked > _GUESSES and high < len(amounts) else _guess(amounts, found, limit, place)
+            found[index] = needed
+        low, high = (index, high) if needed is not None and needed <= limit else (low, index)
+        guess = (low + high) // 2 if calls > _GUESSES and high < len(amounts) else _guess(amounts, found, limit, index)
         if high == len(amounts) and low >= 0:
             guess = min(guess, _last_up_to(amounts, amounts[low] * _STRIDE))
-        place = max(low + 1, min(guess, high - 1))
+        index = max(low + 1, min(guess, high - 1))
     return low
 
 
 def _guess(amounts: Sequence[float], found: Mapping[int, float], limit: float, last: int) -> int:
     """The index where the line through the two needs nearest to the limit meets it; without two, twice or half the
     amount of the `last` index."""
-    near = sorted(found, key=lambda place: abs(found[place] - limit))[:2]
+    near = sorted(found, key=lambda index: abs(found[index] - limit))[:2]
     if len(near) == 2:
         (one, other) = near
         slope = (found[one] - found[other]) / (amounts[one] - amounts[other])
@@ -63,13 +63,13 @@ def last_fitting(count: int, fits: Callable[[int], bool], start: int) -> int:
     `fits` is called for that index, for the next one, and otherwise for indices near `start`, where the search begins.
     """
     low, high, step = -1, count, 1
-    place = max(0, min(start, count - 1))
+    index = max(0, min(start, count - 1))
     while high - low > 1:
-        if fits(place):
-            low = place
-            place = min(place + step, high - 1) if high == count else (low + high) // 2
+        if fits(index):
+            low = index
+            index = min(index + step, high - 1) if high == count else (low + high) // 2
         else:
-            high = place
-            place = max(place - step, 0) if low == -1 else (low + high) // 2
+            high = index
+            index = max(index - step, 0) if low == -1 else (low + high) // 2
         step *= 2
     return low

@@ -43,18 +43,18 @@ def _holds_all(row: Row) -> bool:
     return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
 
 
-def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, asked: PlanRequest) -> list[Smallest]:
+def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, request: PlanRequest) -> list[Smallest]:
     """The smallest card at each allowed quality, confirmed by simulation.
 
     The answer for a stricter quality also holds for a looser one, unless a smaller card runs the model there.
     """
-    limits = QUALITIES if asked.allow is None else (asked.allow,)
+    limits = QUALITIES if request.allow is None else (request.allow,)
     found: list[Smallest] = []
     more: list[tuple[Card, Quality | None]] = []
     for limit in reversed(limits):  # a card that fails with everything allowed fails with less, too
-        ready = [(card, asked.allow) for card, row in priced if _within(row, limit)]
+        ready = [(card, request.allow) for card, row in priced if _within(row, limit)]
         below = [card for card, _ in priced if not ready or card.size.memory_bytes < ready[0][0].size.memory_bytes]
-        open_ones = asked.allow is None and limit != QUALITIES[0]
+        open_ones = request.allow is None and limit != QUALITIES[0]
         if open_ones and (limit == QUALITIES[-1] or more):
             more = _usable_cards(below, limit)
         found.insert(0, _first_confirmed(model, limit, [*more, *ready] if open_ones else ready))

@@ -134,5 +134,5 @@ def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
 
         found = located(path, contradictions(read_profile(path, PipelineProfile)))
     if keys and document.get("name") != path.stem:
-        found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
+        found = (*found, f"{path}: name: it must be the name of the file: write name: {path.stem}")
     return kind, found

@@ -17,7 +17,7 @@ def uses_of(components: Sequence[Component], facts: ClassFacts) -> tuple[Use, ..
     Text encoders run twice, for the prompt and the negative prompt: with several of them, the last one is still on
     the device when the second round begins (StableDiffusion3Pipeline, model offload).
     """
-    order = {name: place for place, name in enumerate(facts.sequence or ())}
+    order = {name: index for index, name in enumerate(facts.sequence or ())}
     ordered = sorted(components, key=lambda component: order.get(component.name, len(order)))
     ordered = [component for component in ordered if component.name not in _NEVER_RUN]
     loop = [c for c in ordered if c.role == "control"] + [c for c in ordered if c.role == "denoiser"]

@@ -75,8 +75,8 @@ def spec_from_repository(
     components = tuple(component for component, _ in parts)
     if variant is not None and not any(component.variant for component in components):
         found = sorted({name for component in components for name in variants(repository, component.name)})
-        there = f"it has {', '.join(found)}" if found else "it has none"
-        raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {there}")
+        available = f"it has {', '.join(found)}" if found else "it has none"
+        raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {available}")
     notes = tuple(note for _, own in parts for note in own)
     return build_spec(cls, components, source=repository.source, notes=notes)
 
@@ -95,7 +95,7 @@ def read_index(repository: Repository) -> Mapping[str, Any]:
     index = repository.read_json(INDEX)
     for name in index:
         if not name.isidentifier():
-            raise VramplanError(f"{repository.where(INDEX)}: {name!r} is no name of a component")
+            raise VramplanError(f"{repository.where(INDEX)}: {name!r} is not a component name")
     return index
 
 
@@ -128,8 +128,8 @@ def stored_weights(repository: Repository, name: str, variant: str | None = None
     scaled = next((tensor.name for tensor in tensors if tensor.name.endswith(_SCALE_SUFFIXES)), None)
     if scaled is not None and "quantization_config" not in read_config(repository, name):
         raise VramplanError(
-            f"{repository.where(name)}: its weights are of 8 bits with scales beside them ({scaled}), which diffusers "
-            "would leave out: take the checkpoint it was made from"
+            f"{repository.where(name)}: its weights have 8 bits and separate scales ({scaled}), which diffusers "
+            "would not load: take the checkpoint it was made from"
         )
     packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
     plain = [tensor for tensor in tensors if layer_name(tensor.name) not in packed]
@@ -319,7 +319,7 @@ def _shards(repository: Repository, name: str, index: str, files: frozenset[str]
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise VramplanError(f"{where} names {shard[:200]!r}, which is no safetensors file beside it")
+            raise VramplanError(f"{where} names {shard[:200]!r}, which is not a safetensors file in the same folder")
         if shard not in files:
             raise VramplanError(f"{where} names {shard}, which is missing")
     return shards

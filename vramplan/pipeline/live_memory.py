@@ -15,7 +15,7 @@ def refuse_hooked(spec: PipelineSpec) -> None:
         if offloads:
             raise VramplanError(
                 f"{component.name} already has {offloads[0].replace('_', ' ')}, set outside vramplan: load the "
-                "pipeline again, or take it off first (pipe.remove_all_hooks() for model and sequential offload); if it "
+                "pipeline again, or remove it first (pipe.remove_all_hooks() for model and sequential offload); if it "
                 "is shared with another pipeline, undo the plan there (vramplan.applied_to(other).undo())"
             )
 

@@ -117,7 +117,7 @@ def _sites(cls: Any) -> Mapping[range, tuple[str, ...]]:
             if names:
                 found[range(first + node.value.lineno, first + (node.value.end_lineno or 0) + 1)] = names
     if not found:
-        raise EncodeError(f"{cls.__name__} does not call {_METHOD} itself, so that its results cannot be told apart")
+        raise EncodeError(f"{cls.__name__} does not call {_METHOD} itself, so that its results cannot be identified")
     return found
 
 
@@ -144,7 +144,7 @@ def _record_encodings(pipe: Any, sites: Mapping[range, tuple[str, ...]], found: 
         names = next((names for lines, names in sites.items() if line in lines), None)
         listed = results if isinstance(results, tuple) else (results,)
         if names is None or len(names) != len(listed):
-            raise EncodeError(f"{type(pipe).__name__}: what {_METHOD} returns cannot be told by name")
+            raise EncodeError(f"{type(pipe).__name__}: the results of {_METHOD} cannot be matched to names")
         given = dict(signature.bind(*args, **kwargs).arguments)
         found.append(Encoding(given=given, names=names, results=listed))
         return results

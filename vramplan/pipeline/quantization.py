@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 # torchao's classes of quantized parameters, and the names of their formats in its settings.
 _TORCHAO = {"Int8Tensor": "int8", "Float8Tensor": "float8"}
 
-_KEPT_BESIDE = "keeps scales beside its weights, which {} does not move along (diffusers 0.42)"
+_SEPARATE_SCALES = "keeps scales outside of its weights, which {} does not move (diffusers 0.42)"
 # The operations that fail for the tensors of a library, or of one of its formats, by the field of `Component` for the
 # reason. For any other library only moving whole components is known to work.
 _LIMITS: Mapping[str, Mapping[str, str]] = {
     "torchao": {"disk_offload_refusal": "torchao's tensors cannot be written to safetensors files: leave disk out"},
     "bitsandbytes": {
-        "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
-        "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
+        "group_offload_refusal": f"bitsandbytes {_SEPARATE_SCALES.format('group offloading')}",
+        "sequential_offload_refusal": f"bitsandbytes {_SEPARATE_SCALES.format('sequential offloading')}",
     },
     "gguf": {
         "sequential_offload_refusal": "the type of its blocks is lost where accelerate (1.15) moves tensors one by one"
@@ -31,10 +31,8 @@ _LIMITS: Mapping[str, Mapping[str, str]] = {
     "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
 }
 _UNKNOWN = {
-    "group_offload_refusal": "weights quantized by {} are only moved whole: what group offloading makes of them is "
-    "not known",
-    "sequential_offload_refusal": "weights quantized by {} are only moved whole: what sequential offloading makes of "
-    "them is not known",
+    "group_offload_refusal": "weights quantized by {} can only be moved whole: group offloading is untested",
+    "sequential_offload_refusal": "weights quantized by {} can only be moved whole: sequential offloading is untested",
 }
 
 

@@ -86,14 +86,14 @@ def _profile(where: str, tensors: list[StoredTensor]) -> PipelineProfile:
     """The profile of the kind that diffusers infers. The rules read shapes of tensors that may be missing."""
     from diffusers.loaders import single_file_utils
 
-    hollow = _meta_tensors(tensors)
+    meta_tensors = _meta_tensors(tensors)
     try:
-        kind = single_file_utils.infer_diffusers_model_type(hollow)
+        kind = single_file_utils.infer_diffusers_model_type(meta_tensors)
         repo_id = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     except Exception as error:  # a damaged or foreign file may have any shapes
         raise VramplanError(f"{where}: not a checkpoint that diffusers knows ({type(error).__name__})") from error
-    if kind == _FALLBACK_KIND and single_file_utils.CHECKPOINT_KEY_NAMES[_FALLBACK_KIND] not in hollow:
-        raise VramplanError(f"{where}: its {len(tensors):,} tensors are of no checkpoint that diffusers knows")
+    if kind == _FALLBACK_KIND and single_file_utils.CHECKPOINT_KEY_NAMES[_FALLBACK_KIND] not in meta_tensors:
+        raise VramplanError(f"{where}: its {len(tensors):,} tensors belong to no checkpoint that diffusers knows")
     try:
         return load_pipeline_profile(repo_id)
     except UsageError:

@@ -140,10 +140,10 @@ class CachingAllocator:
 
     def _new_segment(self, rounded: int, pool: ChunkPool) -> Chunk:
         size = self._segment_size(rounded, small=pool.small)
-        if self._over(size):
+        if self._exceeds_capacity(size):
             self.retries += 1
             self.empty_cache()
-        if self._over(size):
+        if self._exceeds_capacity(size):
             assert self.capacity_bytes is not None
             raise DeviceFullError(rounded, self.allocated_bytes, self.reserved_bytes, self.capacity_bytes)
         self.reserved_bytes += size
@@ -171,7 +171,7 @@ class CachingAllocator:
         chunk.size = rounded
         chunk.pool.add(rest)
 
-    def _over(self, size: int) -> bool:
+    def _exceeds_capacity(self, size: int) -> bool:
         return self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes
 
     def _release_pages(self) -> None:

@@ -128,14 +128,14 @@ def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
     return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
 
 
-def _missing_note(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
+def _missing_note(spec: PipelineSpec, simulation: Simulation, condition: str) -> tuple[str, ...]:
     """A note that names the components without simulated costs, for which rules of thumb are used."""
     names = {
         use.component: None
         for use in spec.uses
         if not use.optional and simulation.use(use.phase, use.component) is None
     }
-    return (f"not all {what}: rules of thumb stand in for {', '.join(names)}",) if names else ()
+    return (f"not all {condition}: rules of thumb stand in for {', '.join(names)}",) if names else ()
 
 
 def apply_simulation(decision: Decision, simulation: Simulation) -> Decision:

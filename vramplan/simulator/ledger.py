@@ -38,10 +38,10 @@ class Block:
         self.owner = owner or ledger.component
         self.known = True  # whether the stored values of its tensors are still valid
         self.chunk: Chunk | None = None
-        ledger.take(self)
+        ledger.allocate(self)
 
     def __del__(self) -> None:
-        self.ledger.give(self)
+        self.ledger.free(self)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class Cost:
 
 # A block was allocated: its number, size, place and kind, the module (relative to the recorded one) and operation.
 # Bytes were moved: source, target, count.
-TakeEvent = tuple[int, int, Place, Kind, str, str]
+AllocateEvent = tuple[int, int, Place, Kind, str, str]
 MoveEvent = tuple[str, str, int]
 
 
@@ -88,7 +88,7 @@ class Recorder:
     """
 
     name: str
-    events: list[int | TakeEvent | MoveEvent | None] = field(default_factory=list)
+    events: list[int | AllocateEvent | MoveEvent | None] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
     operations: int = 0
@@ -96,13 +96,13 @@ class Recorder:
     multiplied: bool = False
     broken: bool = False
 
-    def on_take(self, block: Block, module: str, operation: str) -> None:
+    def on_allocate(self, block: Block, module: str, operation: str) -> None:
         """Record an allocated block."""
         self.alive[id(block)] = self.count
         self.events.append((self.count, block.size, block.place, block.kind, self._inner(module), operation))
         self.count += 1
 
-    def on_give(self, block: Block) -> None:
+    def on_free(self, block: Block) -> None:
         """Record a freed block."""
         number = self.alive.pop(id(block), None)
         self.broken |= number is None
@@ -173,7 +173,7 @@ class Ledger:
         self.phase, self.component, self.operation = "load", "", ""
         self.modules.clear()
 
-    def take(self, block: Block) -> None:
+    def allocate(self, block: Block) -> None:
         """Allocate a block. Raises torch.OutOfMemoryError if the device is full."""
         if block.place == "device" and block.size:  # torch allocates nothing for an empty tensor
             try:
@@ -190,7 +190,7 @@ class Ledger:
             self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
         for recorder in self.recorders:
-            recorder.on_take(block, self.module, self.operation)
+            recorder.on_allocate(block, self.module, self.operation)
         if self.observe is not None:
             self.observe(self, block, block.chunk.size if block.chunk is not None else 0)
 
@@ -201,11 +201,11 @@ class Ledger:
         doing = self.operation or "moving weights"
         return torch.OutOfMemoryError(
             f"simulated device out of memory in {doing} of {where} ({self.phase}): tried to allocate "
-            f"{format_bytes(error.requested_bytes)} beside {format_bytes(error.allocated_bytes)} allocated and "
+            f"{format_bytes(error.requested_bytes)} with {format_bytes(error.allocated_bytes)} allocated and "
             f"{format_bytes(error.reserved_bytes)} reserved of {format_bytes(error.capacity_bytes)}"
         )
 
-    def give(self, block: Block) -> None:
+    def free(self, block: Block) -> None:
         """Free a block."""
         size = 0
         if block.place == "device" and block.chunk is not None:
@@ -217,7 +217,7 @@ class Ledger:
         elif block.place == "pinned":
             self.pinned_bytes -= block.size
         for recorder in self.recorders:
-            recorder.on_give(block)
+            recorder.on_free(block)
         if self.observe is not None:
             self.observe(self, block, -size)
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.ledger import Block, Cost, MoveEvent, Recorder, TakeEvent
+from vramplan.simulator.ledger import AllocateEvent, Block, Cost, MoveEvent, Recorder
 from vramplan.simulator.shapes import label_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
 
@@ -83,7 +83,7 @@ class _Output:
 class Recording:
     """A forward that can be replayed: its ledger events, its costs by module, and its outputs."""
 
-    events: Sequence[int | TakeEvent | MoveEvent | None]
+    events: Sequence[int | AllocateEvent | MoveEvent | None]
     costs: Mapping[str, Cost]
     operations: int
     outputs: Sequence[Any]

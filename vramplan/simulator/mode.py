@@ -128,7 +128,7 @@ def _data_ptr(engine: Engine, func: Any, tensor: torch.Tensor) -> int:
 def _equal(engine: Engine, func: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     values = [t.value if isinstance(t, SimTensor) else t for t in (first, second)]
     if any(value is None for value in values):
-        engine.note("two tensors without values were taken to be equal")
+        engine.note("two unknown tensors were assumed to be equal")
         return True
     return bool(func(*values, *args, **kwargs))
 

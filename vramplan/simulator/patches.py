@@ -125,7 +125,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
         for module in _modules_without_ftfy():
-            stack.enter_context(patch.object(module, "ftfy", _ftfy(engine), create=True))
+            stack.enter_context(patch.object(module, "ftfy", _ftfy_stand_in(engine), create=True))
         stack.enter_context(_hide_warnings())
         stack.enter_context(_default_kernels())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # keeps the caller's random state
@@ -140,7 +140,7 @@ def _modules_without_ftfy() -> list[Any]:
     return [module for module in loaded if "basic_clean" in vars(module) and "ftfy" not in vars(module)]
 
 
-def _ftfy(engine: Engine) -> Any:
+def _ftfy_stand_in(engine: Engine) -> Any:
     """A stand-in for the package, which returns the text unchanged and notes that ftfy is missing."""
 
     def fix_text(text: str) -> str:
