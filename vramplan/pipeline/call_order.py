@@ -21,7 +21,7 @@ def uses_of(components: Sequence[Component], facts: ClassFacts) -> tuple[Use, ..
     ordered = sorted(components, key=lambda component: order.get(component.name, len(order)))
     ordered = [component for component in ordered if component.name not in _NEVER_RUN]
     loop = [c for c in ordered if c.role == "control"] + [c for c in ordered if c.role == "denoiser"]
-    before, after = _around(ordered, loop, order)
+    before, after = _split_at_loop(ordered, loop, order)
     vaes = [component for component in ordered if component.role == "vae"]
     return (
         *_uses("encode", [c for c in before if c.role == "text_encoder"] * 2, facts),
@@ -32,7 +32,7 @@ def uses_of(components: Sequence[Component], facts: ClassFacts) -> tuple[Use, ..
     )
 
 
-def _around(
+def _split_at_loop(
     ordered: Sequence[Component], loop: Sequence[Component], order: dict[str, int]
 ) -> tuple[list[Component], list[Component]]:
     """The components before and after the loop; a checker or vocoder outside of the sequence comes after."""

@@ -17,13 +17,7 @@ from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import build_spec
 from vramplan.pipeline.repository import FolderRepository, Repository
-from vramplan.pipeline.saved_quantization import (
-    SavedLayer,
-    insert_stand_ins,
-    keeps_saved_dtype,
-    layer_name,
-    packed_layers,
-)
+from vramplan.pipeline.saved_quantization import SavedLayer, keeps_saved_dtype, layer_name, pack_layers, saved_layers
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import format_bytes
 
@@ -131,7 +125,7 @@ def stored_weights(repository: Repository, name: str, variant: str | None = None
             f"{repository.where(name)}: its weights have 8 bits and separate scales ({scaled}), which diffusers "
             "would not load: take the checkpoint it was made from"
         )
-    packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
+    packed = saved_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
     plain = [tensor for tensor in tensors if layer_name(tensor.name) not in packed]
     by_dtype: dict[str, int] = {}
     for tensor in plain:
@@ -237,7 +231,7 @@ def weightless_component(
             "files; load the pipeline and call vramplan.auto_configure(pipe)"
         )
     cast_as_loaded(module, stored.dtype if keeps_saved_dtype(module, stored.packed) else dtype)
-    insert_stand_ins(module, stored.packed)
+    pack_layers(module, stored.packed)
     return module
 
 

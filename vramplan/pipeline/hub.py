@@ -21,9 +21,9 @@ from vramplan.units import format_bytes
 
 PREFIX = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Assumed: a repository of 20,000 files has a list of 2 MB.
+# Assumed: the listing of a repository with 20,000 files has 2 MB.
 _MAX_LISTING_BYTES = 8 << 20
-# Assumed: of FLUX.2's 112 GB 1 MB is read.
+# Assumed: 1 MB is read of FLUX.2's 112 GB.
 _MAX_READ_BYTES = 64 << 20
 
 
@@ -55,12 +55,12 @@ class HubRepository(Repository):
             raise VramplanError(f"{self.where(path)} is missing")
         found = self._read.get(path) or _read_kept(self._key(path))
         if found is None or len(found[0]) < min(count, found[1]):
-            found = self._fetched(path, count)
+            found = self._fetch(path, count)
             _write_kept(self._key(path), found)
         self._read[path] = found
         return found[0][:count], found[1]
 
-    def _fetched(self, path: str, count: int) -> tuple[bytes, int]:
+    def _fetch(self, path: str, count: int) -> tuple[bytes, int]:
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
         local = try_to_load_from_cache(self.repo_id, path, revision=self.commit)

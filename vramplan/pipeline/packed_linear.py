@@ -96,10 +96,10 @@ class TorchaoFloat8(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Run `Float8Tensor`'s weight-only `linear`."""
-        made = torch.matmul(input, self._unpacked(self.weight.dtype))
+        made = torch.matmul(input, self._unpack(self.weight.dtype))
         return made if self.bias is None else made + self.bias
 
-    def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Unpack the weight. Both float32 copies stay until the end, as in torchao's `_dequantize_affine_float8`."""
         wide = self.packed.view(self.out_features, self.in_features).t().to(torch.float32)
         scaled = wide * self.scale
@@ -142,7 +142,7 @@ class BitsandbytesInt8(PackedLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Run `MatMul8bitLt.forward` without outliers, which are few."""
         rows = input.reshape(-1, self.in_features)
-        codes = self._quantized(rows.to(torch.float16))
+        codes = self._quantize(rows.to(torch.float16))
         product = input.new_empty((len(rows), self.out_features), dtype=torch.int32)
         made = product.to(torch.float16)
         if self.bias is not None:
@@ -150,7 +150,7 @@ class BitsandbytesInt8(PackedLinear):
         del codes
         return made.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
-    def _quantized(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         stats, codes = rows[:, 0].to(torch.float32), rows.to(torch.int8)
         _ = rows.abs() >= _OUTLIER_THRESHOLD
         return codes, stats
@@ -179,12 +179,12 @@ class GgufLinear(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Run `GGUFLinear.forward_native`."""
-        weight = self._unpacked()
+        weight = self._unpack()
         weight = weight.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         return functional.linear(input, weight, bias)
 
-    def _unpacked(self) -> torch.Tensor:
+    def _unpack(self) -> torch.Tensor:
         unpack, block, size = _ggml(self.quant_type)
         made: torch.Tensor = unpack(self.weight.reshape(-1, size), block, size)
         return made.reshape(self.out_features, self.in_features)

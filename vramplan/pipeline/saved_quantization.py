@@ -33,7 +33,7 @@ class SavedLayer:
     size_bytes: int
 
 
-def packed_layers(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
+def saved_layers(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
     """The quantized layers by name, from the tensors and metadata of one or several files."""
     tensors = list(tensors)
     kinds = {path: kind for tensor in tensors for path, kind in _layer_kind(tensor.name, metadata)}
@@ -61,7 +61,7 @@ def keeps_saved_dtype(module: torch.nn.Module, layers: Mapping[str, SavedLayer])
     return own and any(layer.quantized.startswith("bitsandbytes ") for layer in layers.values())
 
 
-def insert_stand_ins(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> None:
+def pack_layers(module: torch.nn.Module, layers: Mapping[str, SavedLayer]) -> None:
     """Replace these layers of the module with stand-ins, in place.
 
     Raises:

@@ -47,7 +47,7 @@ def scaled_tiles(vae: Any, tile: int) -> dict[str, int]:
         return {}
     found: dict[str, int] = {}
     for axis in _AXES:
-        scaled = _scaled_axis(vae, axis, tile, tiling.side)
+        scaled = _scale_axis(vae, axis, tile, tiling.side)
         if scaled is None:
             raise ValueError(f"{type(vae).__name__} cannot have tiles of {tile} px")
         found |= scaled
@@ -55,16 +55,16 @@ def scaled_tiles(vae: Any, tile: int) -> dict[str, int]:
 
 
 def _fits(vae: Any, tile: int, side: int) -> bool:
-    return all(_scaled_axis(vae, axis, tile, side) is not None for axis in _AXES)
+    return all(_scale_axis(vae, axis, tile, side) is not None for axis in _AXES)
 
 
-def _scaled_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] | None:
+def _scale_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] | None:
     """The attributes along one axis: the shorter side gets exactly `tile`, the longer the nearest smaller size."""
     full = _sample(vae, axis)
     assert full is not None
     wanted = full * tile // side
     for sample in range(wanted, wanted // 2, -1):
-        scaled = _scaled(vae, axis, sample, full)
+        scaled = _scale(vae, axis, sample, full)
         if scaled is not None:
             return scaled
         if full == side:
@@ -72,7 +72,7 @@ def _scaled_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] |
     return None
 
 
-def _scaled(vae: Any, axis: Side, sample: int, full: int) -> dict[str, int] | None:
+def _scale(vae: Any, axis: Side, sample: int, full: int) -> dict[str, int] | None:
     """The attributes along one axis for a tile of `sample` pixels, None if they are not whole numbers."""
     values = _attributes(vae, axis)
     if any(value * sample % full for value in values.values()):

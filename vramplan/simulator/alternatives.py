@@ -32,7 +32,7 @@ class Alternatives:
         self.source = source
         self._modules: dict[tuple[str, Weights], torch.nn.Module] = {}
         self._components: dict[tuple[str, Weights], Component] = {}
-        self._unpacking: dict[tuple[str, Weights], UnpackingCost] = {}
+        self._costs: dict[tuple[str, Weights], UnpackingCost] = {}
 
     def spec(self, weights: Mapping[str, Weights]) -> PipelineSpec:
         """The pipeline with these weights settings, by component name."""
@@ -48,7 +48,7 @@ class Alternatives:
         the cost of unpacking its weights on the shapes of that `simulation`."""
         from vramplan.simulator.unpacking_cost import UnpackingFootprint
 
-        parts = {name: self._unpacked(name, setting, simulation) for name, setting in weights.items()}
+        parts = {name: self._unpacking_cost(name, setting, simulation) for name, setting in weights.items()}
         return UnpackingFootprint(plain=plain, parts=parts)
 
     def _component(self, component: Component, setting: Weights) -> Component:
@@ -60,14 +60,14 @@ class Alternatives:
             self._components[key] = mark_quantized(light, other.quantized)
         return self._components[key]
 
-    def _unpacked(self, name: str, setting: Weights, simulation: Simulation) -> UnpackingCost:
+    def _unpacking_cost(self, name: str, setting: Weights, simulation: Simulation) -> UnpackingCost:
         from vramplan.simulator.unpacking_cost import unpacking_cost
 
         key = (name, setting)
-        if key not in self._unpacking:
+        if key not in self._costs:
             dtype = torch_dtype(self.source.spec.component(name).dtype)
-            self._unpacking[key] = unpacking_cost(name, self._module(*key), dtype, simulation)
-        return self._unpacking[key]
+            self._costs[key] = unpacking_cost(name, self._module(*key), dtype, simulation)
+        return self._costs[key]
 
     def _module(self, name: str, setting: Weights) -> torch.nn.Module:
         key = (name, setting)

@@ -29,7 +29,7 @@ class CostModel:
 
     footprint: Footprint
     lighter: tuple[Alternative, ...] = ()
-    simulated: Callable[[Decision, int], Simulation] | None = None
+    simulate: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
 
     def basis(self, spec: PipelineSpec) -> Basis:
@@ -39,7 +39,7 @@ class CostModel:
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
         """A function that checks a decision by simulating it within this budget; None without a simulation."""
-        run, capacity = self.simulated, budget.vram_bytes
+        run, capacity = self.simulate, budget.vram_bytes
         if run is None or capacity is None:
             return None
 
@@ -108,7 +108,7 @@ def cost_model(
     vaes = [component.name for component in spec.vaes]
     stopped: dict[Any, Simulation] = {}
 
-    def simulated(decision: Decision, capacity: int) -> Simulation:
+    def simulate(decision: Decision, capacity: int) -> Simulation:
         settings = decision.placement, decision.weights, decision.execution
         key = capacity, *(frozenset(part.items()) for part in settings)
         if key in stopped:  # the decode settings make no difference then
@@ -120,7 +120,7 @@ def cost_model(
         return found
 
     notes = (*footprint.plain.notes, *_missing_note(spec, footprint.plain, "ran in the simulated call"))
-    return CostModel(footprint=footprint, lighter=every, simulated=simulated, notes=notes)
+    return CostModel(footprint=footprint, lighter=every, simulate=simulate, notes=notes)
 
 
 def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:

@@ -24,7 +24,7 @@ from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, stora
 
 # Attempts to record a forward: the first may fail because of state that it sets up once.
 _MAX_TRIES = 2
-# The methods with which VAEs of diffusers 0.42 join tiles, in place and line by line: most of a tiled decode.
+# Methods that join tiles in VAEs of diffusers 0.42, in place and line by line: most operations of a tiled decode.
 _BLENDS = ("blend_v", "blend_h", "blend_t")
 # Attributes that are not part of a module's structure: those of `torch.nn.Module`, of hooks, and those wrapped here.
 _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
