@@ -63,7 +63,7 @@ def simulated_gib(row: Row) -> float:
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
     from vramplan.simulator.model import placing
-    from vramplan.simulator.run import call_inputs, simulated_call
+    from vramplan.simulator.run import call_inputs, simulate_call
     from vramplan.strategies.settings import grouped, parse_decode, parse_placement
     from vramplan.units import MIB
     from vramplan.workload import make_workload
@@ -89,7 +89,7 @@ def simulated_gib(row: Row) -> float:
 
     hopper = row.get("gpu", "").startswith("H")
     kernels = Kernels(cublas_bytes=(32 if hopper else 8) * MIB)
-    result = simulated_call(parts_as_loaded(row), place, call, CachingAllocator(), kernels)
+    result = simulate_call(parts_as_loaded(row), place, call, CachingAllocator(), kernels)
     peak = result.peak_reserved_bytes if row["metric"] == "reserved" else result.peak_allocated_bytes
     return peak / GIB
 

@@ -247,12 +247,12 @@ def _simulate(pipe: Any, inputs: Mapping[str, Any], place: Callable[[Any], None]
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
     from vramplan.simulator.parts import parts_from_live
-    from vramplan.simulator.run import simulated_call
+    from vramplan.simulator.run import simulate_call
 
     def call(hollow: Any) -> None:
         hollow(**_on_device(inputs))
 
-    simulated_call(parts_from_live(pipe), place, call, CachingAllocator(), Kernels())
+    simulate_call(parts_from_live(pipe), place, call, CachingAllocator(), Kernels())
 
 
 def _on_device(given: Any) -> Any:

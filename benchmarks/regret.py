@@ -34,7 +34,7 @@ from vramplan.planner.decide import Confirm, Decision, decide, rank
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names
-from vramplan.simulator.cost_model import confirmed
+from vramplan.simulator.cost_model import apply_simulation
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.model import SimulatedModel, simulated_footprint
 from vramplan.simulator.run import SimulationError
@@ -359,7 +359,7 @@ def simulated(case: Case) -> dict[str, Any]:
         nonlocal tries
         tries += 1
         try:
-            return confirmed(decision, run(case.subject, decision.placement, decision.decode, capacity))
+            return apply_simulation(decision, run(case.subject, decision.placement, decision.decode, capacity))
         except SimulationError:
             return decision
 

@@ -75,13 +75,13 @@ def test_one_simulation_serves_every_card(small_folder, monkeypatch: pytest.Monk
     from vramplan.api import plan as planning
 
     made: list[object] = []
-    real = planning.figures
+    real = planning.cost_model
 
     def counted(*args: object) -> object:
         made.append(args)
         return real(*args)
 
-    monkeypatch.setattr(planning, "figures", counted)
+    monkeypatch.setattr(planning, "cost_model", counted)
     found = vramplan.fit(str(small_folder("sd15-small")), ram="16GiB", allow="lossless", **SMALL)
     kinds = {size.name: size.kind for size in card_sizes()}
     # Cards that differ in how they compute bfloat16 share a simulation too, as the pipeline is in float32.

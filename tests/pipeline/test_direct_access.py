@@ -52,10 +52,10 @@ def refusals(pipeline, name, what):
 @pytest.mark.parametrize(
     ("pipeline", "name", "what", "block", "disk"),
     [
-        (Skips, "text_encoder", CLIP, "Skips calls final_layer_norm of text_encoder by itself", None),
+        (Skips, "text_encoder", CLIP, "Skips calls final_layer_norm of text_encoder directly", None),
         (Skips, "text_encoder_2", CLIP, None, None),
-        (Hands, "text_encoder", CLIP, "Hands calls final_layer_norm of text_encoder by itself", None),
-        (Reads, "text_encoder", CLIP, None, "Reads reads final_layer_norm.weight of text_encoder by itself"),
+        (Hands, "text_encoder", CLIP, "Hands calls final_layer_norm of text_encoder directly", None),
+        (Reads, "text_encoder", CLIP, None, "Reads reads final_layer_norm.weight of text_encoder directly"),
         (BARE["Bare"], "text_encoder", CLIP, None, None),  # its source is nowhere
         (None, "text_encoder", CLIP, None, None),
         (diffusers.StableDiffusionXLPipeline, "text_encoder", CLIP, None, None),
@@ -64,7 +64,7 @@ def refusals(pipeline, name, what):
             diffusers.AudioLDM2Pipeline,
             "text_encoder",
             ("transformers", "ClapModel", {"text_config": SMALL, "projection_dim": 16}),
-            "AudioLDM2Pipeline calls get_text_features of text_encoder by itself",
+            "AudioLDM2Pipeline calls get_text_features of text_encoder directly",
             None,
         ),
         (
@@ -72,7 +72,7 @@ def refusals(pipeline, name, what):
             "vae",
             ("diffusers", "AutoencoderKLFlux2", {}),
             "block-level groups of AutoencoderKLFlux2",
-            "Flux2Pipeline reads bn.running_mean of vae by itself",
+            "Flux2Pipeline reads bn.running_mean of vae directly",
         ),
     ],
 )

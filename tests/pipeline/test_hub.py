@@ -48,7 +48,7 @@ def online(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(hub_http, "PAUSE_S", 0.0)
+        monkeypatch.setattr(hub_http, "RETRY_PAUSE_S", 0.0)
         monkeypatch.chdir(tmp_path)
         hub_module._opened.cache_clear()
         yield hub
@@ -390,7 +390,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("part", ["/api/", "unet/config.json", UNET])
     def test_an_answer_that_drips(self, repository, part, monkeypatch):
-        monkeypatch.setattr(hub_http, "ANSWER_S", 0.2)
+        monkeypatch.setattr(hub_http, "ANSWER_TIMEOUT_S", 0.2)
         repository.faults[part] = "slow"
         refused("too slow")
 
@@ -419,7 +419,7 @@ class TestRefusals:
         write_header(tmp_path / "lora" / "style.safetensors", {"lora.weight": ([1 << 30], "BF16", 2)})
         name = "somebody/lora/style.safetensors"
         assert name in refused("somebody/lora has no model_index.json", "somebody/lora")
-        refused(f"{name}: its 1 tensors are of no checkpoint that diffusers knows", name)
+        refused(f"{name}: its 1 tensors belong to no checkpoint that diffusers knows", name)
         refused("other.safetensors is missing", "somebody/lora/other.safetensors")
         assert online.sent_bytes < MIB
 
@@ -438,7 +438,7 @@ class TestRefusals:
     @pytest.mark.parametrize("local", [False, True])
     def test_a_component_whose_name_leads_elsewhere(self, repository, folder, name, local):
         edit(folder / "model_index.json", **{name: ["diffusers", "UNet2DConditionModel"]})
-        refused("is no name of a component", folder if local else NAME)
+        refused("is not a component name", folder if local else NAME)
 
     @pytest.mark.parametrize(
         "shard",
@@ -453,7 +453,7 @@ class TestRefusals:
     def test_a_shard_that_leads_elsewhere_or_to_its_own_index(self, repository, folder, shard, local):
         index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"w": shard}}))
-        refused("which is no safetensors file beside it", folder if local else NAME)
+        refused("which is not a safetensors file in the same folder", folder if local else NAME)
 
     def test_a_missing_shard(self, repository, folder):
         index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
@@ -506,7 +506,7 @@ class TestRefusals:
         refused("are no configuration")
 
     def test_more_shards_than_any_pipeline_has(self, repository, folder, monkeypatch):
-        monkeypatch.setattr(hub_module, "_MOST_READ", 1 << 20)
+        monkeypatch.setattr(hub_module, "_MAX_READ_BYTES", 1 << 20)
         shards = [f"{n}.safetensors" for n in range(20)]
         for shard in shards:
             write_header(folder / "unet" / shard, {"w": ([1 << 20], "F32", 4)})

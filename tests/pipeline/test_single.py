@@ -79,7 +79,7 @@ def test_one_that_lacks_a_tensor_or_has_another_shape_is_refused(tmp_path: Path,
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ({"lora.weight": [1]}, "its 1 tensors are of no checkpoint that diffusers knows"),
+        ({"lora.weight": [1]}, "its 1 tensors belong to no checkpoint that diffusers knows"),
         ({"joint_blocks.0.context_block.adaLN_modulation.1.bias": [9216]}, "not a checkpoint that diffusers knows"),
         ({"edm_mean": [4]}, "is a checkpoint of playgroundai/playground-v2.5-1024px-aesthetic, and no profile has"),
         ({"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": [1]}, "UNet2DConditionModel"),

@@ -214,7 +214,7 @@ def test_weights_without_a_count_are_not_left_out_silently(write: Write) -> None
         ({"kind": "npu"}, "kind: Input should be 'cuda', 'rocm', 'xpu' or 'mps'"),
         ({"link": {"generation": 9, "lanes": 16}}, "link.generation: Input should be"),
         ({"link": {"generation": 4, "lanes": 0}}, "link.lanes: Input should be greater than 0"),
-        ({"name": "other"}, "name: it goes by the name of its file: write name: mine"),
+        ({"name": "other"}, "name: it must be the name of the file: write name: mine"),
     ],
 )
 def test_what_no_device_is_like_is_a_mistake(write: Write, changes: dict[str, Any], said: str) -> None:

@@ -18,7 +18,7 @@ from vramplan.planner.decide import Decision
 from vramplan.planner.demand import price
 from vramplan.simulator import component_trace
 from vramplan.simulator.component_trace import trace_components
-from vramplan.simulator.cost_model import confirmed
+from vramplan.simulator.cost_model import apply_simulation
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.model import SimulatedModel
@@ -129,10 +129,10 @@ def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price(small_p
     placement = {component.name: Resident() for component in spec.components}
     demand = price(spec, work, placement, (), footprint=footprint, accelerator=CARD)
     priced = Decision(placement=placement, decode=(), demand=demand, verdict="fits", reason="", deficit_bytes=0)
-    whole, (_, denoise, _) = confirmed(priced, found).demand, demand.phases
+    whole, (_, denoise, _) = apply_simulation(priced, found).demand, demand.phases
     assert whole.vram_reserved_bytes == found.peak_reserved_bytes
     without = replace(found, phases=tuple(phase for phase in found.phases if phase.name != "denoise"))
-    low = confirmed(priced, replace(without, peak_reserved_bytes=1, peak_allocated_bytes=1)).demand
+    low = apply_simulation(priced, replace(without, peak_reserved_bytes=1, peak_allocated_bytes=1)).demand
     assert low.phases == (whole.phases[0], denoise, whole.phases[2])
     assert (low.vram_reserved_bytes, low.vram_allocated_bytes) == (denoise.reserved_bytes, denoise.allocated_bytes)
 
@@ -145,7 +145,7 @@ def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(
     found = SimulatedModel(describe(pipe).spec).run(work, [], [], accelerator=CARD)
     stopped = replace(found, stopped="out of memory", short_bytes=short, over_bytes=4096)
     priced = Decision(placement={}, decode=(), demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
-    told = confirmed(priced, stopped)
+    told = apply_simulation(priced, stopped)
     assert told.verdict == "rejected"
     assert lack in told.reason
     assert told.deficit_bytes == (short or 4096)

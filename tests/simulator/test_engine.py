@@ -12,7 +12,7 @@ from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Ledger
-from vramplan.simulator.parts import hollow
+from vramplan.simulator.parts import simulated_copy
 from vramplan.simulator.run import simulated_devices
 
 
@@ -101,7 +101,7 @@ def test_scalars_on_the_cpu_mix_with_anything(engine: Engine) -> None:
 
 
 def test_moving_a_module_moves_its_memory(engine: Engine) -> None:
-    linear = hollow(torch.nn.Linear(512, 512), engine)
+    linear = simulated_copy(torch.nn.Linear(512, 512), engine)
     assert engine.ledger.host_bytes == 4 * (512 * 512 + 512)
     linear.to("cuda")
     assert engine.ledger.on_device["weights"] == 4 * 512 * 512 + 2048
@@ -115,14 +115,14 @@ def test_moving_a_module_moves_its_memory(engine: Engine) -> None:
 def test_hollow_copies_leave_the_module_alone_and_keep_ties(engine: Engine) -> None:
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})
     module["b"].weight = module["a"].weight
-    made = hollow(module, engine)
+    made = simulated_copy(module, engine)
     assert made["a"].weight is made["b"].weight
     assert type(module["a"].weight) is torch.nn.Parameter
     assert made["a"].weight is not module["a"].weight
 
 
 def test_pinned_memory_is_rounded_to_a_power_of_two(engine: Engine) -> None:
-    linear = hollow(torch.nn.Linear(600, 500, bias=False), engine)
+    linear = simulated_copy(torch.nn.Linear(600, 500, bias=False), engine)
     pinned = linear.weight.data.pin_memory()
     assert pinned.is_pinned()
     assert engine.ledger.pinned_bytes == 1 << 21

@@ -15,7 +15,7 @@ from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Ledger
 from vramplan.simulator.memo import Memo
-from vramplan.simulator.parts import hollow
+from vramplan.simulator.parts import simulated_copy
 from vramplan.simulator.run import simulated_devices
 from vramplan.units import MIB
 
@@ -84,7 +84,7 @@ class World:
 
     def __init__(self, kind: type[Block], engine: Engine, memo: Memo | None) -> None:
         self.engine = engine
-        self.modules = {name: hollow(kind(), self.engine).to("cuda") for name in ("one", "two")}
+        self.modules = {name: simulated_copy(kind(), self.engine).to("cuda") for name in ("one", "two")}
         if memo is not None:
             names = {f"{name}.{n}" if n else name: m for name, r in self.modules.items() for n, m in r.named_modules()}
             memo.attach(names, self.engine)

@@ -224,7 +224,7 @@ def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
     pipe, work = small_pipeline("sd15-small"), workload_of("sd15-small")
     source = SimulatedModel(spec := describe(pipe).spec)
     found = cost_model(Alternatives(source), work, CARD, (), parse_fixed({}, spec, CARD))
-    assert found.simulated is not None
+    assert found.simulate is not None
     plain = source.run(work, [], [], accelerator=CARD)
     uses = tuple(use for use in plain.uses if use.component != "vae" or use.phase == vae_in)
     uses += (replace(uses[0], phase="encode", component="vae"),) if vae_in == "encode" else ()
@@ -235,8 +235,8 @@ def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
     for capacity in (100, 200):
         for decode in ((), (parse_decode("vae_slicing"),), (parse_decode("vae_tiling:tile=32"),)):
             way = Decision(placement=placement, decode=decode, demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
-            assert found.simulated(way, capacity) is stopped
+            assert found.simulate(way, capacity) is stopped
     assert made == [100] * runs + [200] * runs
     for setting in ("model_cpu_offload", "group_offload"):  # another placement is another call
-        found.simulated(replace(way, placement=dict.fromkeys(placement, parse_placement(setting))), 200)
+        found.simulate(replace(way, placement=dict.fromkeys(placement, parse_placement(setting))), 200)
     assert len(made) == 2 * runs + 2

@@ -26,7 +26,7 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.runtime.load import assemble_pipeline, load_component
 from vramplan.runtime.staged import load_applied, stages_of
-from vramplan.simulator.alternatives import lightened
+from vramplan.simulator.alternatives import converted_copy
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.units import GIB
 
@@ -72,7 +72,7 @@ def test_the_stand_ins_weigh_what_bitsandbytes_makes(kind: str, type_: Any) -> N
     setting = Bitsandbytes(type=type_)
     name = "unet" if kind == "sdxl-small" else "transformer"
     module = modules_of(build(kind))[name].to(torch.bfloat16)
-    real, light = quantized(module, type_), lightened(module, setting)
+    real, light = quantized(module, type_), converted_copy(module, setting)
     assert module_bytes(light) == module_bytes(real) < module_bytes(module)
     assert module_bytes(weightless_copy(real)) == module_bytes(real)
     ours, theirs = describe_component(name, light), describe_component(name, real, live=True)
@@ -132,7 +132,7 @@ def test_a_text_encoder_is_loaded_quantized_and_the_plan_applied_to_it(
     assert replaced
     assert not any(isinstance(layer, kind) for layer in pipe.transformer.modules())
     plain = load_pipeline(folder_plan(folder), folder).text_encoder_2
-    light = lightened(plain, Bitsandbytes(type=type_))
+    light = converted_copy(plain, Bitsandbytes(type=type_))
     assert {path for path, layer in light.named_modules() if hasattr(layer, "quantized")} == replaced
     assert module_bytes(light) == module_bytes(pipe.text_encoder_2)
     if type_ == "nf4":

@@ -23,10 +23,10 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.folder import spec_from_folder
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import spec_from_pipeline
-from vramplan.pipeline.quantized import marked
+from vramplan.pipeline.quantization import mark_quantized
 from vramplan.planner.loading import load_of
 from vramplan.runtime.staged import load_applied
-from vramplan.simulator.alternatives import Alternatives, lightened
+from vramplan.simulator.alternatives import Alternatives, converted_copy
 from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.base import FileName
@@ -92,7 +92,7 @@ def test_the_stand_ins_weigh_what_diffusers_loads(
     plain = build("flux-small").transformer.to(dtype)
     real = loaded(file_of(kind), folder, dtype)
     setting = Gguf(file=FileName(str(file_of(kind))))
-    light = lightened(plain, setting)
+    light = converted_copy(plain, setting)
     assert module_bytes(light) == module_bytes(real) < module_bytes(plain)
     assert module_bytes(weightless_copy(real)) == module_bytes(real)
     ours, theirs = describe_component("transformer", light), describe_component("transformer", real, live=True)
@@ -122,7 +122,7 @@ def test_the_plan_loads_it_as_diffusers_does(dtype: str, file_of: Any, small_fol
 
 def placements() -> list[Any]:
     spec = spec_from_pipeline(build("flux-small"))
-    part = marked(spec.component("transformer"), "gguf Q8_0")
+    part = mark_quantized(spec.component("transformer"), "gguf Q8_0")
     settings = [setting for cls in PLACEMENTS for setting in cls.variants(part) if not cls.whole_pipeline]
     return [setting for setting in settings if setting.refusal(part, spec, ON_CPU) is None]
 
@@ -283,4 +283,6 @@ def test_names_in_the_original_format_are_converted(tmp_path: Path) -> None:
     real = diffusers.LTXVideoTransformer3DModel.from_single_file(
         str(file), config=str(tmp_path), quantization_config=diffusers.GGUFQuantizationConfig()
     )
-    assert module_bytes(lightened(model, Gguf(file=FileName(str(file))))) == module_bytes(real) < module_bytes(model)
+    assert (
+        module_bytes(converted_copy(model, Gguf(file=FileName(str(file))))) == module_bytes(real) < module_bytes(model)
+    )

@@ -15,7 +15,7 @@ from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.modules import modules_of
-from vramplan.simulator.alternatives import lightened
+from vramplan.simulator.alternatives import converted_copy
 from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import run_simulation
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
@@ -38,7 +38,7 @@ def small(kind: str) -> Any:
 def test_the_light_copy_weighs_what_the_real_one_does(kind: str) -> None:
     module = modules_of(small(kind))[SMALL[kind]]
     before = module_bytes(module)
-    copy = lightened(module, LayerwiseCasting())
+    copy = converted_copy(module, LayerwiseCasting())
     assert module_bytes(module) == before
     assert all(tensor.is_meta for tensor in copy.parameters())
     light = describe_component(SMALL[kind], copy)

@@ -13,8 +13,8 @@ from diffusers.hooks import apply_group_offloading
 from tests.support.specs import GIB, WORK, budget, card, component, pipeline, text_to_image
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.component import describe_component
-from vramplan.pipeline.held import refuse_hooked
 from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.live_memory import refuse_hooked
 from vramplan.pipeline.types import Component, PipelineSpec, Tiling
 from vramplan.planner.candidates import CandidateRow, rows
 from vramplan.planner.decide import decide

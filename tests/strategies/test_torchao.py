@@ -19,8 +19,8 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
-from vramplan.pipeline.packed import PackedLinear
-from vramplan.simulator.alternatives import lightened
+from vramplan.pipeline.packed_linear import PackedLinear
+from vramplan.simulator.alternatives import converted_copy
 from vramplan.strategies import PLACEMENTS
 from vramplan.strategies.settings import format_setting
 from vramplan.strategies.torchao import Torchao
@@ -64,7 +64,7 @@ def test_the_stand_ins_weigh_what_torchao_makes(kind: str, dtype: torch.dtype, t
             continue
         module.to(dtype)
         real = quantized(module, setting)
-        light = lightened(module, setting)
+        light = converted_copy(module, setting)
         assert module_bytes(light) == module_bytes(real) < module_bytes(module)
         assert module_bytes(weightless_copy(real)) == module_bytes(real)
         ours, theirs = describe_component(name, light), describe_component(name, real, live=True)
@@ -79,7 +79,7 @@ def test_the_stand_ins_weigh_what_torchao_makes(kind: str, dtype: torch.dtype, t
 def test_a_stand_in_takes_no_other_inputs_and_gives_no_other_outputs(type_: Any, bias: bool) -> None:
     plain = torch.nn.Linear(48, 24, bias=bias, dtype=torch.bfloat16)
     real = quantized(torch.nn.Sequential(plain), Torchao(type=type_))
-    light = lightened(torch.nn.Sequential(plain), Torchao(type=type_))
+    light = converted_copy(torch.nn.Sequential(plain), Torchao(type=type_))
     assert isinstance(light[0], PackedLinear)
     assert isinstance(light[0], torch.nn.Linear)
     assert light[0].weight.dtype == real[0].weight.dtype

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vramplan.hardware.types import Accelerator, Budget, Rates
+from vramplan.pipeline.call_order import uses_of
 from vramplan.pipeline.classes import ClassFacts
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec, Tiling
-from vramplan.pipeline.uses import uses_of
 from vramplan.workload import Workload
 
 GIB = 1 << 30

@@ -16,7 +16,7 @@ from vramplan.errors import MismatchError, NothingFitsError, UsageError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.pipeline.describe import Model, describe
-from vramplan.pipeline.held import held_bytes
+from vramplan.pipeline.live_memory import held_bytes
 from vramplan.pipeline.sources import Folder
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.match import check_match

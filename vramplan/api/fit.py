@@ -15,8 +15,8 @@ from vramplan.api.request import PlanOptions, PlanRequest, make_request
 from vramplan.common.progress import steps_shown
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.fitting.cards import CardSize, card_sizes
-from vramplan.fitting.largest import amount, edge_near, last_within
-from vramplan.fitting.smallest import Card, by_size, smallest_cards
+from vramplan.fitting.largest_workload import last_fitting, last_within_limit, pixel_count
+from vramplan.fitting.smallest_card import Card, rows_by_size, smallest_cards
 from vramplan.fitting.types import Fits, Largest, Question, Row, Shortfall, Smallest, Try
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.record import projected
@@ -150,15 +150,15 @@ def _largest(
     next are planned for in full and simulated, and those beside them where they are not the last and the first.
     """
     ladder = legal_workloads(dimension, subject.spec, subject.described.defaults, work)
-    amounts = [amount(item) for item in ladder]
-    usual = max(0, bisect_right(amounts, amount(work)) - 1)
-    priced = last_within(amounts, lambda place: need(ladder[place]), 0, usual)
+    amounts = [pixel_count(item) for item in ladder]
+    usual = max(0, bisect_right(amounts, pixel_count(work)) - 1)
+    priced = last_within_limit(amounts, lambda place: need(ladder[place]), 0, usual)
 
     @cache
     def tried(place: int) -> Row:
         return attempt(ladder[place])
 
-    top = edge_near(len(ladder), lambda place: tried(place).fits, priced)
+    top = last_fitting(len(ladder), lambda place: tried(place).fits, priced)
     return tried(max(top, 0)), None if top + 1 == len(ladder) else tried(top + 1)
 
 
@@ -203,7 +203,7 @@ def _cards(
     for subject, attempt, work in subjects:
         cards = [_card(subject, attempt, work, size, told) for size in sizes]
         cards[-1].attempt(confirm=False, strict=True)  # what makes no sense on the largest is a mistake in the question
-        priced = by_size(cards)
+        priced = rows_by_size(cards)
         rows += [row for _, row in priced]
         smallest += smallest_cards(priced, rows[-1].model, request.allow)
     return _answer("cards", request, rows, smallest=tuple(smallest))

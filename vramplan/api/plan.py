@@ -12,7 +12,7 @@ from vramplan.common.versions import versions
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.pipeline.describe import Model, describe
-from vramplan.pipeline.held import held_bytes, refuse_hooked
+from vramplan.pipeline.live_memory import held_bytes, refuse_hooked
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.record import plan_record
 from vramplan.planfile.types import MachineRecord, Plan

@@ -1,1 +1,1 @@
-"""The search behind `fit`: smallest cards, largest workloads."""
+"""Search for the smallest cards and the largest workloads, for `fit`."""

@@ -1,4 +1,4 @@
-"""The device profiles by the size of their memory, one for each size and kind of card."""
+"""Group the device profiles by memory size and kind of card."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vramplan.units import GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardSize:
-    """Devices that are planned for alike: the name of the least of them, its memory, and the names of the others.
+    """Devices that get the same plan: the name and memory in bytes of the least, and the names of the others (`alike`).
 
-    `kind` is the same for sizes that differ in nothing else."""
+    `kind` is equal for devices that differ only in size and rates."""
 
     name: str
     kind: tuple[object, ...]
@@ -21,8 +21,9 @@ class CardSize:
 
 
 def card_sizes() -> tuple[CardSize, ...]:
-    """Every device profile, those together that have as many whole GiB of memory, the host's or their own, and the same
-    kernels; the smallest first. The least of each has the least memory, and of these the lowest rate."""
+    """Group all device profiles by GiB of memory (rounded; the host's or their own) and kernels, smallest first.
+
+    The least device of a group has the least memory and, among equals, the lowest rate."""
     sizes: dict[tuple[object, ...], list[DeviceProfile]] = {}
     for profile in device_profiles():
         sizes.setdefault((*_kind(profile), round(profile.memory_bytes / GIB)), []).append(profile)
@@ -41,7 +42,7 @@ def card_sizes() -> tuple[CardSize, ...]:
 
 
 def _kind(profile: DeviceProfile) -> tuple[object, ...]:
-    """What a plan depends on beside rates and the exact size."""
+    """The properties of a card that a plan depends on, except rates and the exact size."""
     from vramplan.simulator.model import kernels_of
 
     accelerator = device_accelerator(profile)

@@ -1,4 +1,4 @@
-"""The answer of `fit`: rows, smallest cards, largest workloads."""
+"""The result types of `fit`: rows, smallest cards, largest workloads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Shortfall = Callable[[Workload], float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One model on one card: how it would run, or `reason`, why not.
+    """One model on one card: how it would run, or the `reason` why it does not.
 
-    `device` is a profile's name or the driver's, None without one; `alike` are the other profiles of that memory,
-    none of which has less. `confirmed` says whether the plan was simulated within the budget, or only priced.
+    `device` is a profile's name or the driver's, None without one; `alike` are the other profiles of that size, none
+    with less memory. `confirmed` says whether the plan was simulated within the budget, or only priced.
     """
 
     model: str
@@ -42,9 +42,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Smallest:
-    """The smallest card that a model runs on where so much may be done to the picture (the row says how much is), and
-    the least VRAM that it can be brought down to there by preferring memory to speed, by price. None where no card is
-    large enough."""
+    """The smallest card that runs a model if `allow` is the worst quality allowed (the row has the actual quality).
+
+    `least_vram_bytes` is the least VRAM the model can be limited to there, preferring memory to speed, by price. Row
+    and bytes are None if no card is large enough."""
 
     model: str
     allow: Quality
@@ -54,8 +55,8 @@ class Smallest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Largest:
-    """Of what the largest was looked for, and the next legal workload with what it lacks; None where the most that is
-    looked for fits."""
+    """The dimension that was maximised, and the next legal workload with its shortfall; None if the largest one tried
+    fits."""
 
     dimension: Dimension
     next: Row | None
@@ -63,7 +64,7 @@ class Largest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fits(Shown):
-    """The answer: a row for each card, model or largest workload, and whether anything fits at all."""
+    """The result of `fit`: a row for each card, model or largest workload, and whether anything fits at all."""
 
     schema_version: int = FIT_SCHEMA_VERSION
     question: Question

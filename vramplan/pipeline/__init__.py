@@ -1,1 +1,1 @@
-"""What a pipeline is made of, from a live object, a folder or a bundled profile."""
+"""Describe the components of a pipeline, from a live object, a folder, the hub or a bundled profile."""

@@ -11,18 +11,18 @@ from vramplan.errors import VramplanError
 if TYPE_CHECKING:
     import torch
 
-# Libraries whose classes a model_index.json may name. Anything else would be somebody's own code.
+# Libraries whose classes a model_index.json may name; any other class would be unknown code.
 LIBRARIES = ("diffusers", "transformers")
 
 
 def component_class(library: str, class_name: str) -> Any:
-    """The class a `model_index.json` entry names.
+    """The class named by a `model_index.json` entry.
 
     `library` is `diffusers`, `transformers`, or the name of one of diffusers' own pipeline modules
     (`stable_diffusion`, for its safety checker).
 
     Raises:
-        VramplanError: a class of another library; it would have to be imported from somewhere unknown.
+        VramplanError: not a class of these libraries as installed; importing any other would run unknown code.
     """
     for module_name in (library, f"diffusers.pipelines.{library}"):
         if module_name.split(".")[0] not in LIBRARIES:
@@ -53,8 +53,8 @@ def weightless_copy(module: torch.nn.Module) -> torch.nn.Module:
 
     import torch
 
-    from vramplan.pipeline.packed import stand_in
-    from vramplan.pipeline.quantized import kind_of
+    from vramplan.pipeline.packed_linear import stand_in
+    from vramplan.pipeline.quantization import kind_of
 
     memo: dict[int, Any] = {id(layer): made for layer in module.modules() if (made := stand_in(layer)) is not None}
     for tensor in (*module.parameters(), *module.buffers()):
@@ -68,8 +68,8 @@ def weightless_copy(module: torch.nn.Module) -> torch.nn.Module:
 def build_weightless(library: str, class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     """The component with every parameter and buffer on the meta device, in evaluation mode.
 
-    `config` is what `config.json` holds, or any part of it: what it leaves out takes the class defaults.
-    Weights that the class ties are one tensor, as they are after `from_pretrained`.
+    `config` is the content of `config.json` or a part of it; missing keys take the class defaults.
+    Weights that the class ties are one tensor, as after `from_pretrained`.
     """
     import torch
 
@@ -80,6 +80,6 @@ def build_weightless(library: str, class_name: str, config: Mapping[str, Any]) -
             module.tie_weights()
         else:
             module = cls.from_config(dict(config))
-    module.to("meta")  # skip_init, which ChatGLM uses, leaves weights that nobody has touched yet on the CPU
+    module.to("meta")  # skip_init, which ChatGLM uses, leaves uninitialised weights on the CPU
     module.eval()
     return module  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.build import build_weightless, component_class, has_weights
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
-from vramplan.pipeline.live import assemble
+from vramplan.pipeline.live import build_spec
 from vramplan.pipeline.sources import Profile
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
@@ -24,9 +24,9 @@ KeyPath = tuple[str, ...]
 
 
 def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> PipelineSpec:
-    """The description of the pipeline the profile stands for, loaded with `dtype` or the profile's own.
+    """The spec of the profile's pipeline, loaded with `dtype` or the profile's own.
 
-    A component that has a dtype of its own in the profile keeps it.
+    A component with a dtype of its own in the profile keeps it.
 
     Raises:
         VramplanError: a class unknown here, or a component that has weights and no `parameters` in the profile.
@@ -41,11 +41,11 @@ def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> 
         module = build_weightless(part.library, part.class_name, part.config)
         cast_as_loaded(module, part.dtype or dtype or profile.dtype)
         components.append(describe_component(name, module, library=part.library, pipeline=cls))
-    return assemble(cls, tuple(components), source=Profile(profile.name), family=profile.name)
+    return build_spec(cls, tuple(components), source=Profile(profile.name), family=profile.name)
 
 
 def profile_class(profile: PipelineProfile) -> type:
-    """The diffusers class a profile names. Raises VramplanError where this diffusers does not have it."""
+    """The diffusers class that a profile names. Raises VramplanError if this diffusers does not have it."""
     import diffusers
 
     found = getattr(diffusers, profile.pipeline, None)
@@ -55,8 +55,8 @@ def profile_class(profile: PipelineProfile) -> type:
 
 
 def contradictions(profile: PipelineProfile) -> Iterator[tuple[KeyPath, str]]:
-    """What the installed libraries say against a profile, each with its place in the file: a class they do not have, a
-    key of a configuration that its class does not take, another number of parameters than the class has."""
+    """Yield the errors that the installed libraries find in a profile, each with its key path in the file: an unknown
+    class, a configuration key that its class does not take, a wrong number of parameters."""
     try:
         profile_class(profile)
     except VramplanError as error:
@@ -67,12 +67,12 @@ def contradictions(profile: PipelineProfile) -> Iterator[tuple[KeyPath, str]]:
 
 
 def unknown_keys(part: ComponentProfile) -> list[str]:
-    """The keys of a component's configuration that its class does nothing with. Raises VramplanError without a class.
+    """The configuration keys that a component's class does not use. Raises VramplanError for an unknown class.
 
-    Of transformers' classes those are known too that their code reads; what has no weights there takes anything.
+    For transformers' classes, keys that their code reads are known too; those without weights take any key.
     """
     cls = component_class(part.library, part.class_name)
-    config, names = _config_of(cls), _names(cls)
+    config, names = _config_of(cls), _config_names(cls)
     if config is None:
         return [] if part.library == "transformers" else [key for key in part.config if key not in names]
     code = inspect.getsource(sys.modules[cls.__module__])
@@ -87,7 +87,7 @@ def _contradictions(part: ComponentProfile) -> Iterator[tuple[KeyPath, str]]:
         return
     unknown = unknown_keys(part)
     for key in unknown:
-        near = difflib.get_close_matches(key, _names(cls), n=1)
+        near = difflib.get_close_matches(key, _config_names(cls), n=1)
         yield ("config", key), f"{part.class_name} takes no {key}" + "".join(f", but {name}" for name in near)
     if unknown or not has_weights(cls):
         return
@@ -96,7 +96,7 @@ def _contradictions(part: ComponentProfile) -> Iterator[tuple[KeyPath, str]]:
         return
     try:
         module = build_weightless(part.library, part.class_name, part.config)
-    except Exception as error:  # what a wrong configuration makes a class raise is anybody's guess
+    except Exception as error:  # a class may raise anything on a wrong configuration
         reason = " ".join(str(error).split())[:200]
         yield ("config",), f"no {part.class_name} can be built from it ({reason})"
         return
@@ -109,8 +109,8 @@ def _no_count(part: ComponentProfile) -> str:
     return f"{part.class_name} has weights: give its number of parameters"
 
 
-def _names(cls: Any) -> Collection[str]:
-    """What a class is configured with: arguments of diffusers' classes, keys of transformers' configurations."""
+def _config_names(cls: Any) -> Collection[str]:
+    """The configuration keys of a class: arguments of diffusers' classes, keys of transformers' configurations."""
     config = _config_of(cls)
     return inspect.signature(cls).parameters.keys() if config is None else list(config.to_dict())
 
@@ -121,8 +121,8 @@ def _config_of(cls: Any) -> Any:
 
 
 def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
-    """Which kind of profile a file is to be, going by its keys, and a line for each mistake in it: in its form, and,
-    where that is right, in what it says of the classes that are installed here."""
+    """The kind of profile in a file, judged by its keys, and a line for each mistake: in its form or, if that is valid,
+    in its agreement with the installed classes."""
     try:
         document = read_document(path)
     except VramplanError as error:
@@ -135,5 +135,5 @@ def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
 
         found = located(path, contradictions(read_profile(path, PipelineProfile)))
     if keys and document.get("name") != path.stem:
-        found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
+        found = (*found, f"{path}: name: it must be the name of the file: write name: {path.stem}")
     return kind, found

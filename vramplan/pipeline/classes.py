@@ -1,4 +1,4 @@
-"""What a pipeline class says of itself, without an instance: order, components, limits."""
+"""Read a pipeline class without an instance: the order of its components, their names, and limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OPTIONAL_USES = {"HunyuanImagePipeline": frozenset({"text_encoder_2"})}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassFacts:
-    """A pipeline class, read. `problem` says why pipelines of the class cannot be planned, None if they can."""
+    """The facts about a pipeline class. `problem` says why its pipelines cannot be planned, None if they can."""
 
     name: str
     sequence: tuple[str, ...] | None
@@ -52,7 +52,7 @@ class ClassFacts:
 
 
 def class_facts(cls: type) -> ClassFacts:
-    """What can be told from the class alone. Never raises for a class that diffusers exports."""
+    """Read the facts from the class alone. Never raises for a class that diffusers exports."""
     sequence = parse_sequence(getattr(cls, "model_cpu_offload_seq", None))
     expected = _expected_components(cls)
     call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
@@ -74,7 +74,7 @@ def class_facts(cls: type) -> ClassFacts:
 
 
 def parse_sequence(text: str | None) -> tuple[str, ...] | None:
-    """`"text_encoder->transformer->vae"` as names in order; None stays None, `""` is no names."""
+    """Split `"text_encoder->transformer->vae"` into names; None stays None, `""` gives no names."""
     return None if text is None else tuple(part.strip() for part in text.split("->") if part.strip())
 
 

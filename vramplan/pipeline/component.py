@@ -1,4 +1,4 @@
-"""Describe one module: its weights, its pieces, and what diffusers 0.42 can and cannot do with it."""
+"""Describe one module: its weights, its pieces, and which operations of diffusers 0.42 it allows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vramplan.pipeline.direct_access import called_directly, own_tensors, read_directly
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
-from vramplan.pipeline.quantized import element_count, marked, quantization_of
+from vramplan.pipeline.quantization import element_count, mark_quantized, quantization_of
 from vramplan.pipeline.tiles import tiling_of
 from vramplan.pipeline.types import Component, Role
 
@@ -23,16 +23,16 @@ _VISION_MARKS = ("Vision", "Siglip", "Dinov2", "ImageEncoder", "DPT")
 
 
 def role_of(name: str, library: str, class_name: str) -> Role:
-    """What part a component plays, from its name in the pipeline and its class."""
+    """The role of a component, from its name in the pipeline and its class."""
     if name.endswith("text_encoder") or "text_encoder" in name or name in ("bert", "language_model"):
         return "text_encoder"
-    if "image_encoder" in name or (library == "transformers" and _any_in(_VISION_MARKS, class_name)):
+    if "image_encoder" in name or (library == "transformers" and _contains_any(_VISION_MARKS, class_name)):
         return "other" if name == "safety_checker" else "image_encoder"
-    if name in ("controlnet", "adapter") or _any_in(_CONTROL_MARKS, class_name):
+    if name in ("controlnet", "adapter") or _contains_any(_CONTROL_MARKS, class_name):
         return "control"
-    if name in ("vae", "movq", "vqvae", "vqgan", "audio_vae") or _any_in(_VAE_MARKS, class_name):
+    if name in ("vae", "movq", "vqvae", "vqgan", "audio_vae") or _contains_any(_VAE_MARKS, class_name):
         return "vae"
-    if library == "diffusers" and name != "motion_adapter" and _any_in(_DENOISER_MARKS, class_name):
+    if library == "diffusers" and name != "motion_adapter" and _contains_any(_DENOISER_MARKS, class_name):
         return "denoiser"
     return "other"
 
@@ -46,7 +46,7 @@ def describe_component(
     live: bool = False,
     converted_at_load: bool = False,
 ) -> Component:
-    """The component as a value. `module` may be live or weightless; only shapes and dtypes are read.
+    """Describe a module as a `Component`. It may be live or weightless; only shapes and dtypes are read.
 
     `pipeline` is the class whose calls use it.
     """
@@ -69,9 +69,9 @@ def describe_component(
         slicing=hasattr(module, "use_slicing"),
         tiling=tiling_of(module),
         group_offload_refusal=_group_refusal(module),
-        block_offload_refusal=_block_refusal(role, module) or _beside_refusal(pipeline, name, role, module),
+        block_offload_refusal=_block_refusal(role, module) or _direct_call_refusal(pipeline, name, role, module),
         leaf_offload_refusal=_leaf_refusal(module),
-        disk_offload_refusal=_disk_refusal(module) or _file_refusal(pipeline, name, module),
+        disk_offload_refusal=_disk_refusal(module) or _direct_read_refusal(pipeline, name, module),
         sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
         attention_slicing_refusal=attention_slicing_refusal(role, module),
@@ -81,7 +81,7 @@ def describe_component(
         hooks=hooks_of(module) if live else (),
         converted_at_load=converted_at_load,
     )
-    return marked(component, quantization_of(module))
+    return mark_quantized(component, quantization_of(module))
 
 
 def device_of(module: torch.nn.Module) -> str | None:
@@ -91,7 +91,7 @@ def device_of(module: torch.nn.Module) -> str | None:
 
 
 def hooks_of(module: torch.nn.Module) -> tuple[str, ...]:
-    """The offloading and casting hooks a live module already carries, by diffusers' names."""
+    """The offloading and casting hooks that a live module already has, by diffusers' names."""
     found = {_accelerate_hook(child) for child in module.modules() if hasattr(child, "_hf_hook")}
     for child in module.modules():
         registry = getattr(child, "_diffusers_hook", None)
@@ -101,7 +101,7 @@ def hooks_of(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _compute_element_bytes(role: Role, dtype: str, module: torch.nn.Module) -> int:
-    """Bytes of one activation: SDXL-family pipelines decode a float16 VAE in float32 (`force_upcast`)."""
+    """The bytes of one activation element: SDXL-family pipelines decode a float16 VAE in float32 (`force_upcast`)."""
     config = getattr(module, "config", {})
     if role == "vae" and dtype == "float16" and _config_get(config, "force_upcast"):
         return 4
@@ -115,7 +115,7 @@ def _group_refusal(module: torch.nn.Module) -> str | None:
 
 
 def _block_refusal(role: Role, module: torch.nn.Module) -> str | None:
-    """Blocks whose hooks would not run, or not before their weights are used."""
+    """The reason against block-level groups: hooks of blocks would not run, or only after their weights are used."""
     name = type(module).__name__
     # A VAE's encode and decode never reach hooks on its top level, unless its class names its blocks.
     if role == "vae" and not getattr(module, "_group_offload_block_modules", None):
@@ -129,10 +129,10 @@ def _block_refusal(role: Role, module: torch.nn.Module) -> str | None:
 
 
 def _token_refusal(module: torch.nn.Module) -> str | None:
-    """A token embedding that stands beside the blocks, inside of a submodule, and is used from outside of that.
+    """The reason against block-level groups when a token embedding is used outside of the submodule that holds it.
 
     Models of pictures and texts look tokens up before they call their language model (transformers 5); an output
-    layer that shares the embedding's weight runs after the language model has put it away.
+    layer that shares the embedding's weight runs after the language model has offloaded it.
     """
     path = block_modules_of(module)
     outside = module
@@ -156,7 +156,7 @@ def _token_refusal(module: torch.nn.Module) -> str | None:
 def _embedding_weight(module: torch.nn.Module, kind: str) -> torch.Tensor | None:
     try:
         return getattr(getattr(module, f"get_{kind}_embeddings")(), "weight", None)
-    except (AttributeError, NotImplementedError):  # a model of no texts, or one that does not say
+    except (AttributeError, NotImplementedError):  # not a text model, or one that does not implement it
         return None
 
 
@@ -167,9 +167,9 @@ def _is_module_list(module: torch.nn.Module) -> bool:
 
 
 def _leaf_refusal(module: torch.nn.Module) -> str | None:
-    """Who calls multi_head_attention_forward reads its projections' weights without calling them: no hook loads them.
+    """A module that calls multi_head_attention_forward reads its projection weights directly, so no hook loads them.
 
-    torch.nn.MultiheadAttention does, and HunyuanDiT's attention pool (diffusers 0.42).
+    Examples: torch.nn.MultiheadAttention, and HunyuanDiT's attention pool (diffusers 0.42).
     """
     for child in module.modules():
         code = getattr(type(child).forward, "__code__", None)
@@ -182,10 +182,10 @@ def _leaf_refusal(module: torch.nn.Module) -> str | None:
 
 
 def _disk_refusal(module: torch.nn.Module) -> str | None:
-    """Weights of the module's own that a method beside its forward reads, from the file's empty place.
+    """The reason against disk: a method other than forward reads the module's own tensors while they are in the file.
 
     PriorTransformer moves the statistics of its latents to the device itself, which hides from torch that they are
-    elsewhere: what memory happens to hold would go into the picture (diffusers 0.42, `ModuleGroup._offload_to_disk`).
+    not loaded: uninitialised memory would go into the picture (diffusers 0.42, `ModuleGroup._offload_to_disk`).
     """
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     called = {"__init__", "forward", *(code.co_names if code else ())}
@@ -198,23 +198,26 @@ def _disk_refusal(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _beside_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
-    """A VAE is always called by its methods: what its class says of its blocks is made for that."""
+def _direct_call_refusal(pipeline: type | None, name: str, role: Role, module: torch.nn.Module) -> str | None:
+    """The reason against block-level groups when the pipeline calls a layer directly.
+
+    VAEs are exempt: they are always called by methods, and the blocks that their classes declare allow for that.
+    """
     called = None if role == "vae" else called_directly(pipeline, name, module)
     if pipeline is None or called is None:
         return None
-    return f"{pipeline.__name__} calls {called} of {name} by itself, which loads no groups; use leaf-level"
+    return f"{pipeline.__name__} calls {called} of {name} directly, which loads no groups; use leaf-level"
 
 
-def _file_refusal(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
+def _direct_read_refusal(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
     read = read_directly(pipeline, name, module)
     if pipeline is None or read is None:
         return None
-    return f"{pipeline.__name__} reads {read} of {name} by itself, while it is in its file: leave disk out"
+    return f"{pipeline.__name__} reads {read} of {name} directly, while it is in its file: leave disk out"
 
 
 def _sequential_refusal(module: torch.nn.Module) -> str | None:
-    """Old-style weight_norm makes the weight before accelerate's hook has loaded what it is made of."""
+    """Old-style weight_norm computes the weight before accelerate's hook has loaded its parts."""
     if any("weight_g" in child._parameters and "weight" not in child._parameters for child in module.modules()):
         return f"{type(module).__name__} uses torch.nn.utils.weight_norm, which runs before its weights are loaded"
     return None
@@ -237,7 +240,7 @@ def _accelerate_hook(module: torch.nn.Module) -> str:
 
 
 def plain_config(module: torch.nn.Module) -> Mapping[str, Any]:
-    """What a module is configured with, without what its library keeps for itself."""
+    """The configuration of a module, without its library's private keys."""
     config = getattr(module, "config", None)
     if config is None:
         return {}
@@ -249,5 +252,5 @@ def _config_get(config: Any, key: str) -> Any:
     return config.get(key) if hasattr(config, "get") else getattr(config, key, None)
 
 
-def _any_in(marks: tuple[str, ...], text: str) -> bool:
+def _contains_any(marks: tuple[str, ...], text: str) -> bool:
     return any(mark in text for mark in marks)

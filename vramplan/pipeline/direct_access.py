@@ -1,7 +1,7 @@
-"""Parts of a component that a pipeline's own code uses beside calling the component.
+"""Find layers and tensors of a component that a pipeline's own code uses without calling the component.
 
-Hooks on the component run in its own forward. Where the pipeline calls a layer of it by itself, as Stable Diffusion
-does with the text encoder's last norm for `clip_skip`, or reads a tensor of it, nothing has brought the weights.
+Hooks on the component run in its own forward. If the pipeline calls one of its layers directly, as Stable Diffusion
+does with the text encoder's last norm for `clip_skip`, or reads one of its tensors, no hook has loaded the weights.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# transformers' accessors, which find a layer by a name they are told (5.14, `EmbeddingAccessMixin`)
+# transformers' accessors, which find a layer by a configured name (5.14, `EmbeddingAccessMixin`)
 _ACCESSORS = frozenset({"get_input_embeddings", "get_output_embeddings"})
 Path = tuple[str, ...]
 
 
 def called_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
-    """The layer, or the method that runs layers, of the component that the pipeline calls by itself; None for none."""
-    for path, called in _reached(pipeline).get(name, ()):
-        holder, rest = _walk(module, path)
-        if called and (_runs_layers(holder, rest) if rest else holder is not module and _weighs(holder)):
+    """The layer of the component, or method that runs layers, that the pipeline calls directly; None without one."""
+    for path, called in _accesses(pipeline).get(name, ()):
+        holder, rest = _descend(module, path)
+        if called and (_runs_layers(holder, rest) if rest else holder is not module and _has_tensors(holder)):
             return ".".join(path)
     return None
 
 
 def read_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> str | None:
-    """The parameter or buffer of the component that the pipeline reads by itself; None for none."""
-    for path, _ in _reached(pipeline).get(name, ()):
-        holder, rest = _walk(module, path)
+    """The parameter or buffer of the component that the pipeline reads directly; None without one."""
+    for path, _ in _accesses(pipeline).get(name, ()):
+        holder, rest = _descend(module, path)
         if rest and rest[0] in own_tensors(holder):
             return ".".join(path[: len(path) - len(rest) + 1])
     return None
 
 
 def own_tensors(module: torch.nn.Module) -> set[str]:
-    """The names of the parameters and buffers that are a module's own."""
+    """The names of a module's own parameters and buffers, without those of its submodules."""
     return {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
 
 
-def _walk(module: torch.nn.Module, path: Path) -> tuple[torch.nn.Module, Path]:
-    """How far the path leads through submodules, and what is left of it."""
+def _descend(module: torch.nn.Module, path: Path) -> tuple[torch.nn.Module, Path]:
+    """Follow the path through submodules; return the last one and the rest of the path."""
     for number, step in enumerate(path):
         child = module._modules.get(step)
         if child is None:
@@ -56,7 +56,7 @@ def _walk(module: torch.nn.Module, path: Path) -> tuple[torch.nn.Module, Path]:
 
 
 def _runs_layers(module: torch.nn.Module, rest: Path) -> bool:
-    """Whether that is a method of the module that uses weights of it."""
+    """Whether `rest` is a method of the module that uses its weights."""
     if len(rest) > 1 or rest[0] == "forward":
         return False
     if rest[0] in _ACCESSORS:
@@ -65,52 +65,52 @@ def _runs_layers(module: torch.nn.Module, rest: Path) -> bool:
     code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
     if code is None:
         return False
-    layers = {name for name, child in module._modules.items() if child is not None and _weighs(child)}
+    layers = {name for name, child in module._modules.items() if child is not None and _has_tensors(child)}
     return not (layers | own_tensors(module)).isdisjoint(code.co_names)
 
 
-def _weighs(module: torch.nn.Module) -> bool:
+def _has_tensors(module: torch.nn.Module) -> bool:
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
 @lru_cache
-def _reached(cls: type | None) -> dict[str, list[tuple[Path, bool]]]:
-    """By what follows `self.` or stands by itself: where its attributes lead, and whether that is called or
-    handed on, in order."""
+def _accesses(cls: type | None) -> dict[str, list[tuple[Path, bool]]]:
+    """The attribute paths used in the class's code, by the first name (without `self`), sorted, each with whether it is
+    called or passed on."""
     found: dict[str, list[tuple[Path, bool]]] = {}
     for base in () if cls is None else cls.__mro__:
-        # how adapters and textual inversions are loaded is no part of a call
+        # loading of adapters and textual inversions is not part of a call
         if not base.__module__.startswith(("diffusers.loaders.", "diffusers.pipelines.pipeline_utils")):
-            for name, path, called in _chains(base):
+            for name, path, called in _attribute_chains(base):
                 found.setdefault(name, []).append((path, called))
     return {name: sorted(set(paths)) for name, paths in found.items()}
 
 
-def _chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
+def _attribute_chains(cls: type) -> Iterator[tuple[str, Path, bool]]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):  # built in, or written where there is no file
+    except (OSError, TypeError, SyntaxError):  # built in, or defined without a file
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):  # what is done while the pipeline is made is done before any hook
+        if isinstance(node, ast.ClassDef):  # the constructor runs before any hook is set
             node.body = [item for item in node.body if getattr(item, "name", "") != "__init__"]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    called = {id(node.func) for node in calls} | {id(handed) for node in calls for handed in _handed(node)}
+    called = {id(node.func) for node in calls} | {id(handed) for node in calls for handed in _passed_arguments(node)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in inner and len(names := _names(node)) > 1:
             yield names[0], names[1:], id(node) in called
 
 
-def _handed(call: ast.Call) -> Iterator[ast.expr]:
-    """What somebody else may call: Motif-Video hands the vision tower of its text encoder to a function of its own."""
+def _passed_arguments(call: ast.Call) -> Iterator[ast.expr]:
+    """The arguments that the called function may call: Motif-Video passes its text encoder's vision tower to one."""
     if not (isinstance(call.func, ast.Name) and hasattr(builtins, call.func.id)):
         yield from call.args
         yield from (keyword.value for keyword in call.keywords)
 
 
 def _names(node: ast.expr) -> Path:
-    """The names of `a.b.c`, without a `self` before them; none where it starts with something else."""
+    """The names in `a.b.c`, without a leading `self`; empty if it starts with another expression."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)

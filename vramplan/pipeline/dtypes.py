@@ -10,7 +10,7 @@ from vramplan.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-# Names a safetensors header uses, in the words of torch.
+# torch's dtype names by those in safetensors headers.
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -38,7 +38,7 @@ LOAD_DTYPES = {
 
 
 def load_dtype(name: str) -> str:
-    """The torch name of a dtype a pipeline may be loaded in: `bf16` is `bfloat16`.
+    """The torch name of a dtype for loading a pipeline: `bf16` is `bfloat16`.
 
     Raises:
         UsageError: not one of float32, float16, bfloat16 or their short forms.
@@ -50,7 +50,7 @@ def load_dtype(name: str) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of that name."""
+    """The torch dtype with this name."""
     import torch
 
     found = getattr(torch, name)
@@ -59,9 +59,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def cast_as_loaded(module: torch.nn.Module, dtype: str) -> None:
-    """Cast a weightless module in place to what loading its checkpoint with this dtype gives.
+    """Cast a weightless module in place to the dtypes it would have after loading its checkpoint with `dtype`.
 
-    Floating parameters and persistent buffers take the dtype, except those its class keeps in float32:
+    Floating parameters and persistent buffers take the dtype, except those that its class keeps in float32:
     diffusers' `_keep_in_fp32_modules` by whole name parts (0.42, `load_model_dict_into_meta`),
     transformers' dtype plan by search (5.23, `_get_dtype_plan`; T5's `wo` in float16). Buffers that are
     not saved keep the dtype the class gave them.

@@ -1,4 +1,4 @@
-"""Why a component's attention cannot be changed, or its blocks not be compiled, read off its modules."""
+"""Check whether a component's attention can be changed and its blocks compiled, from its modules."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from vramplan.pipeline.types import Role
 if TYPE_CHECKING:
     import torch
 
-# Processors that slicing replaces by others of the same meaning, and those others (diffusers 0.42,
-# `Attention.set_attention_slice`): anything else, an IP-Adapter's say, would be lost.
+# Processors that slicing replaces with equivalent ones, and these (diffusers 0.42, `Attention.set_attention_slice`);
+# slicing would lose any other processor, such as an IP-Adapter's.
 _SLICEABLE = frozenset(
     {
         *("AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"),
@@ -20,7 +20,7 @@ _SLICEABLE = frozenset(
 
 
 def attention_slicing_refusal(role: Role, module: torch.nn.Module) -> str | None:
-    """Only denoisers that are UNets and ControlNets of them have it."""
+    """Why attention slicing cannot be used; None for UNets and their ControlNets with replaceable processors."""
     name = type(module).__name__
     if role not in ("denoiser", "control") or not hasattr(module, "set_attention_slice"):
         return f"{name} has no attention slicing"
@@ -34,7 +34,7 @@ def attention_slicing_refusal(role: Role, module: torch.nn.Module) -> str | None
 
 
 def attention_backend_refusal(role: Role, module: torch.nn.Module) -> str | None:
-    """Only denoisers of diffusers whose attention processors ask which backend they are to take."""
+    """Why no attention backend can be set; None for diffusers' denoisers whose processors read the backend."""
     name = type(module).__name__
     if role not in ("denoiser", "control") or not hasattr(module, "set_attention_backend"):
         return f"{name} has no attention backend that can be set: it is no denoiser of diffusers"
@@ -44,7 +44,7 @@ def attention_backend_refusal(role: Role, module: torch.nn.Module) -> str | None
 
 
 def compile_refusal(role: Role, module: torch.nn.Module) -> str | None:
-    """Only denoisers of diffusers whose class names the blocks that repeat, and that hold one."""
+    """Why blocks cannot be compiled; None for denoisers whose class names its repeated blocks and that contain one."""
     name, repeated = type(module).__name__, getattr(module, "_repeated_blocks", None)
     if role not in ("denoiser", "control") or not repeated:
         return f"{name} does not say which of its blocks repeat (_repeated_blocks)"

@@ -1,6 +1,6 @@
-"""Describe a saved pipeline, from its configurations and safetensors headers: in a local folder, or on the hub.
+"""Describe a saved pipeline, in a local folder or on the hub, from its configurations and safetensors headers.
 
-No weight is read: a header says the name, dtype and shape of every tensor in the first kilobytes of a file.
+No weights are read: a header lists the name, dtype and shape of every tensor in the first kilobytes of a file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from vramplan.pipeline.build import build_weightless, component_class, has_weigh
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.geometry import tensors_of
-from vramplan.pipeline.live import assemble
+from vramplan.pipeline.live import build_spec
 from vramplan.pipeline.repository import FolderRepository, Repository
-from vramplan.pipeline.saved import SavedLayer, keeps_saved_dtype, layer_of, packed_layers, put_packed
+from vramplan.pipeline.saved_quantization import SavedLayer, keeps_saved_dtype, layer_name, pack_layers, saved_layers
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import format_bytes
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model_index.json"
-# What diffusers and transformers call their weights.
+# The stems of weight files of diffusers and transformers.
 _STEMS = ("diffusion_pytorch_model", "model")
-# What weights of 8 bits are multiplied with again, as others than diffusers (0.42) write them beside them.
-_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv", "scaled_fp8")
-# What weights are loaded in whose own dtype nothing is computed in.
-_COMPUTED = "bfloat16"
+# Suffixes of the scales of 8-bit weights, which other tools than diffusers (0.42) save next to the weights.
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".weight_scale_inv", "scaled_fp8")
+# The dtype in which weights are loaded if their stored dtype is not computed in.
+_COMPUTE_DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """What the weight files of one component hold: elements and bytes, and the dtype most bytes have.
+    """The content of one component's weight files: elements, bytes, and the dtype of most bytes.
 
-    Of what is `packed`, layers with quantized weights, only the bytes count.
+    `packed` holds the layers with quantized weights; these count in the bytes only.
     """
 
     elements: int
@@ -47,22 +47,21 @@ class StoredWeights:
 
 
 def spec_from_folder(folder: Path, **options: Any) -> PipelineSpec:
-    """The description of the pipeline in a local folder; `options` are those of `spec_from_repository`."""
+    """The spec of the pipeline in a local folder; `options` are those of `spec_from_repository`."""
     return spec_from_repository(FolderRepository(folder), **options)
 
 
 def spec_from_repository(
     repository: Repository, *, dtype: str | None = None, variant: str | None = None, allow_pickle: bool = False
 ) -> PipelineSpec:
-    """The description of a saved pipeline, as loading it with `dtype` would make it.
+    """The spec of a saved pipeline, as it would be loaded with `dtype`.
 
-    Without `dtype` each component keeps the dtype it is stored in, so that loading changes nothing, unless that is one
-    of 8 bits, in which nothing is computed. A component that has no files of the `variant` is loaded without one, as
-    diffusers does.
+    Without `dtype` each component keeps its stored dtype, unless that has 8 bits, in which nothing is computed. A
+    component without files of the `variant` is loaded without a variant, as diffusers does.
 
     Raises:
-        VramplanError: not a saved pipeline, a part of it missing or damaged, a class unknown here, or
-            weights that are pickles while `allow_pickle` is off. UsageError: no component has that variant.
+        VramplanError: not a saved pipeline, a part missing or damaged, an unknown class, or pickled weights without
+            `allow_pickle`. UsageError: no component has that variant.
     """
     index = read_index(repository)
     cls = pipeline_class(repository, index)
@@ -70,17 +69,17 @@ def spec_from_repository(
     components = tuple(component for component, _ in parts)
     if variant is not None and not any(component.variant for component in components):
         found = sorted({name for component in components for name in variants(repository, component.name)})
-        there = f"it has {', '.join(found)}" if found else "it has none"
-        raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {there}")
+        available = f"it has {', '.join(found)}" if found else "it has none"
+        raise UsageError(f"{repository.where('')}: no component has weights of variant {variant!r}: {available}")
     notes = tuple(note for _, own in parts for note in own)
-    return assemble(cls, components, source=repository.source, notes=notes)
+    return build_spec(cls, components, source=repository.source, notes=notes)
 
 
 def read_index(repository: Repository) -> Mapping[str, Any]:
     """The repository's `model_index.json`.
 
     Raises:
-        VramplanError: there is none, it is damaged, or names a component that no folder can have.
+        VramplanError: it is missing or damaged, or a component name in it is not an identifier.
     """
     files = repository.names("")
     if INDEX not in files:
@@ -90,12 +89,12 @@ def read_index(repository: Repository) -> Mapping[str, Any]:
     index = repository.read_json(INDEX)
     for name in index:
         if not name.isidentifier():
-            raise VramplanError(f"{repository.where(INDEX)}: {name!r} is no name of a component")
+            raise VramplanError(f"{repository.where(INDEX)}: {name!r} is not a component name")
     return index
 
 
 def pipeline_class(repository: Repository, index: Mapping[str, Any]) -> type:
-    """The diffusers class the index names. Raises VramplanError for a class that is not diffusers' own."""
+    """The diffusers class that the index names. Raises VramplanError if it is not one of diffusers' pipelines."""
     import diffusers
 
     name = index.get("_class_name")
@@ -109,24 +108,25 @@ def pipeline_class(repository: Repository, index: Mapping[str, Any]) -> type:
 
 
 def stored_weights(repository: Repository, name: str, variant: str | None = None) -> StoredWeights | None:
-    """What a component's safetensors files hold, read from their headers; None where there are none.
+    """Read the headers of a component's safetensors files; None if it has none.
 
     Raises:
-        VramplanError: a file that the index names is missing, or a header that cannot be read.
+        VramplanError: a file that the index names is missing, a header cannot be read, or 8-bit weights with scales
+            that diffusers would not load.
     """
     files = _weight_files(repository, name, variant)
     if not files:
         return None
     headers = [repository.header(path) for path in files]
     tensors = [tensor for found, _ in headers for tensor in found]
-    scaled = next((tensor.name for tensor in tensors if tensor.name.endswith(_SCALES)), None)
+    scaled = next((tensor.name for tensor in tensors if tensor.name.endswith(_SCALE_SUFFIXES)), None)
     if scaled is not None and "quantization_config" not in read_config(repository, name):
         raise VramplanError(
-            f"{repository.where(name)}: its weights are of 8 bits with scales beside them ({scaled}), which diffusers "
-            "would leave out: take the checkpoint it was made from"
+            f"{repository.where(name)}: its weights have 8 bits and separate scales ({scaled}), which diffusers "
+            "would not load: take the checkpoint it was made from"
         )
-    packed = packed_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
-    plain = [tensor for tensor in tensors if layer_of(tensor.name) not in packed]
+    packed = saved_layers(tensors, {key: text for _, metadata in headers for key, text in metadata.items()})
+    plain = [tensor for tensor in tensors if layer_name(tensor.name) not in packed]
     by_dtype: dict[str, int] = {}
     for tensor in plain:
         by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.size_bytes
@@ -140,7 +140,7 @@ def stored_weights(repository: Repository, name: str, variant: str | None = None
 
 
 def variants(repository: Repository, name: str) -> list[str]:
-    """The variants that a component's safetensors files come in, sorted."""
+    """The variants of a component's safetensors files, sorted."""
     found = set()
     for file in repository.names(name):
         stem, _, rest = file.removesuffix(".safetensors").partition(".")
@@ -184,14 +184,14 @@ def _component(
     variant: str | None,
     allow_pickle: bool,
 ) -> tuple[Component, Sequence[str]]:
-    read_config(repository, name)  # what a missing folder lacks first
+    read_config(repository, name)  # first, so that the error for a missing folder names its config
     stored = stored_weights(repository, name, variant)
     if stored is None and not allow_pickle:
-        raise _without_weights(repository, name)
+        raise _no_weights_error(repository, name)
     stored_dtype = stored.dtype if stored else "float32"
-    own_dtype = _COMPUTED if stored_dtype.startswith("float8") else stored_dtype
+    own_dtype = _COMPUTE_DTYPE if stored_dtype.startswith("float8") else stored_dtype
     module = weightless_component(repository, name, library, class_name, dtype or own_dtype, variant=variant)
-    # pickles may be read whole; what loading makes of quantized weights is taken to be the process's own memory
+    # pickles may be read whole; quantized weights are assumed to be the process's own memory once loaded
     converted = stored is None or (dtype or own_dtype) != stored_dtype or bool(stored.packed)
     component = describe_component(name, module, library=library, pipeline=pipeline, converted_at_load=converted)
     notes = [_disagreement(name, module, stored)]
@@ -211,35 +211,35 @@ def read_config(repository: Repository, name: str) -> dict[str, Any]:
 def weightless_component(
     repository: Repository, name: str, library: str, class_name: str, dtype: str, *, variant: str | None = None
 ) -> torch.nn.Module:
-    """The component in its folder as loading it in this dtype would make it, without data; quantized where it was
-    saved so.
+    """The saved component without data, as it would be loaded in this dtype; quantized if it was saved quantized.
 
     Raises:
-        VramplanError: a part of it is missing or damaged, or quantized in a way that the files do not tell.
+        VramplanError: a part of it is missing or damaged, or its quantization is unknown.
     """
     config = read_config(repository, name)
     quantization = config.pop("quantization_config", None)
-    module = _built(repository, name, library, class_name, config)
+    module = _build(repository, name, library, class_name, config)
     if quantization is None:
         cast_as_loaded(module, dtype)
         return module
     stored = stored_weights(repository, name, variant)
     if stored is None or not stored.packed:
-        told = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        by = f" by {told}" if told not in (None, "bitsandbytes", "torchao") else ""
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        by = f" by {method}" if method not in (None, "bitsandbytes", "torchao") else ""
         raise VramplanError(
             f"{repository.where(name)}: its weights are quantized{by}, not by bitsandbytes or torchao into safetensors "
             "files; load the pipeline and call vramplan.auto_configure(pipe)"
         )
     cast_as_loaded(module, stored.dtype if keeps_saved_dtype(module, stored.packed) else dtype)
-    put_packed(module, stored.packed)
+    pack_layers(module, stored.packed)
     return module
 
 
-def _built(
+def _build(
     repository: Repository, name: str, library: str, class_name: str, config: Mapping[str, Any]
 ) -> torch.nn.Module:
-    """The component without weights. What a wrong configuration makes a class raise is anybody's guess."""
+    """Build the component without weights. A class may raise anything on a wrong configuration: all becomes
+    VramplanError."""
     try:
         return build_weightless(library, class_name, config)
     except VramplanError:
@@ -251,7 +251,7 @@ def _built(
         ) from error
 
 
-def _without_weights(repository: Repository, name: str) -> VramplanError:
+def _no_weights_error(repository: Repository, name: str) -> VramplanError:
     where, found = repository.where(name), variants(repository, name)
     if found:
         return VramplanError(f"{where} has weights of variant {', '.join(found)} only: pass --variant {found[0]}")
@@ -259,7 +259,7 @@ def _without_weights(repository: Repository, name: str) -> VramplanError:
 
 
 def _disagreement(name: str, module: torch.nn.Module, stored: StoredWeights | None) -> str | None:
-    """A note, where the files hold another number of elements than the class has saved tensors."""
+    """A note if the files hold another number of elements than the class saves, or are pickles; else None."""
     if stored is None:
         return f"{name}: sizes are those of the class; its weights are pickles, which were not read"
     packed = _packed_tensors(module)
@@ -274,15 +274,15 @@ def _disagreement(name: str, module: torch.nn.Module, stored: StoredWeights | No
 
 
 def _packed_tensors(module: torch.nn.Module) -> frozenset[int]:
-    """The parts of quantized weights, by identity."""
-    from vramplan.pipeline.packed import PackedLinear, weight_parts
+    """The ids of the tensors that quantized weights consist of."""
+    from vramplan.pipeline.packed_linear import PackedLinear, weight_parts
 
     layers = (layer for layer in module.modules() if isinstance(layer, PackedLinear))
     return frozenset(id(part) for layer in layers for part in weight_parts(layer))
 
 
 def _unsaved_tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
-    """Buffers that a class computes for itself and does not save."""
+    """The buffers that a class computes and does not save."""
     for child in module.modules():
         for name in child._non_persistent_buffers_set:
             buffer = child._buffers.get(name)
@@ -291,21 +291,21 @@ def _unsaved_tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
 
 
 def _weight_files(repository: Repository, name: str, variant: str | None) -> list[str]:
-    """The safetensors files `from_pretrained` would read: one file, or the shards its index names.
+    """The safetensors files that `from_pretrained` would read: one file, or the shards named by an index.
 
-    A variant stands before the last part of a name (diffusers 0.42 `_add_variant`).
+    A variant comes before the last part of a name (diffusers 0.42 `_add_variant`).
     """
-    there, infix = repository.names(name), f".{variant}" if variant else ""
+    files, infix = repository.names(name), f".{variant}" if variant else ""
     for stem in _STEMS:
         index = f"{stem}.safetensors.index{infix}.json"
-        if index in there:
-            return [f"{name}/{shard}" for shard in _shards(repository, name, index, there)]
-        if f"{stem}{infix}.safetensors" in there:
+        if index in files:
+            return [f"{name}/{shard}" for shard in _shards(repository, name, index, files)]
+        if f"{stem}{infix}.safetensors" in files:
             return [f"{name}/{stem}{infix}.safetensors"]
     return []
 
 
-def _shards(repository: Repository, name: str, index: str, there: frozenset[str]) -> list[str]:
+def _shards(repository: Repository, name: str, index: str, files: frozenset[str]) -> list[str]:
     where = repository.where(f"{name}/{index}")
     weight_map = repository.read_json(f"{name}/{index}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -313,7 +313,7 @@ def _shards(repository: Repository, name: str, index: str, there: frozenset[str]
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise VramplanError(f"{where} names {shard[:200]!r}, which is no safetensors file beside it")
-        if shard not in there:
+            raise VramplanError(f"{where} names {shard[:200]!r}, which is not a safetensors file in the same folder")
+        if shard not in files:
             raise VramplanError(f"{where} names {shard}, which is missing")
     return shards

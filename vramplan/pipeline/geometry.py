@@ -1,6 +1,6 @@
-"""Measure a module's weights: in all, by dtype, and by the pieces offloading moves.
+"""Measure a module's weights: in total, by dtype, and by the pieces that offloading moves.
 
-Everything here reads shapes and dtypes only, so it serves a live module and one on the meta device alike.
+Only shapes and dtypes are read, of live modules and of modules on the meta device.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from vramplan.pipeline.quantized import extra_bytes, inner_tensors
+from vramplan.pipeline.quantization import extra_bytes, inner_tensors
 from vramplan.pipeline.types import Geometry
 
 if TYPE_CHECKING:
     import torch
 
-# A piece to stream is at most about this share of its module, where it can be cut further: SDXL's UNet has half of
-# its weights in one of six blocks.
+# Pieces above this share of their module are split further if possible: SDXL's UNet has half of its weights in one of
+# six blocks.
 _LARGEST_UNIT = 1 / 16
 
 
@@ -28,7 +28,7 @@ def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """The bytes a tensor holds; where it is quantized those of its inner tensors, and of the scales beside it."""
+    """The bytes of a tensor; for a quantized one, those of its inner tensors and its scales."""
     inner = inner_tensors(tensor)
     if inner:
         return sum(map(tensor_bytes, inner))
@@ -62,7 +62,7 @@ def block_modules_of(module: torch.nn.Module) -> tuple[str, ...]:
     found only with `block_modules=["encoder"]`.
     """
     if getattr(module, "_group_offload_block_modules", None):
-        return ()  # diffusers reads its own classes' declaration by itself
+        return ()  # diffusers reads this declaration of its own classes
     path: list[str] = []
     current = module
     while not any(_is_list(child) and len(list(child.parameters())) > 0 for child in current.children()):
@@ -75,7 +75,7 @@ def block_modules_of(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def measure(module: torch.nn.Module) -> Geometry:
-    """How the module can be cut into blocks and leaves, and what pinned copies of it would occupy."""
+    """Measure the module's blocks, leaves and units, and the page-locked copies of them, in bytes."""
     names = block_modules_of(module)
     looked_into = frozenset(getattr(module, "_group_offload_block_modules", None) or names)
     lists = [tuple(map(module_bytes, blocks)) for blocks in _block_lists(module, looked_into)]
@@ -84,7 +84,7 @@ def measure(module: torch.nn.Module) -> Geometry:
         block_lists=tuple(lists),
         block_modules=names if lists else (),
         rest_bytes=max(0, total - sum(map(sum, lists))),
-        largest_leaf_bytes=_with_parents(module),
+        largest_leaf_bytes=_leaf_with_parents_bytes(module),
         leaf_count=sum(_own_bytes(child) > 0 for child in module.modules()),
         pinned_bytes=_pinned_bytes(module),
         units=tuple(map(module_bytes, units := units_of(module))),
@@ -93,27 +93,27 @@ def measure(module: torch.nn.Module) -> Geometry:
 
 
 def units_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The pieces partial residency streams, in the order they are defined: blocks, or what large ones consist of."""
+    """The pieces that partial residency streams, in order of definition: blocks, or the parts of large ones."""
     return list(_units(module, module_bytes(module) * _LARGEST_UNIT))
 
 
 def _units(module: torch.nn.Module, limit: float) -> Iterable[torch.nn.Module]:
     for child in module.children():
         if _is_list(child):
-            for item in _items(child):
+            for item in _list_items(child):
                 finer = list(_units(item, limit)) if module_bytes(item) > limit else []
                 yield from finer or [item]
         elif module_bytes(child) > limit:
             yield from _units(child, limit)
 
 
-def _items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
-    """What a list holds; what lists in it hold, as nothing calls those."""
+def _list_items(blocks: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    """The modules in a list, including those in nested lists, as nested lists are never called."""
     import torch
 
     for item in blocks.children():
         if isinstance(item, torch.nn.ModuleList):
-            yield from _items(item)
+            yield from _list_items(item)
         else:
             yield item
 
@@ -138,14 +138,14 @@ def _is_list(module: torch.nn.Module) -> bool:
 
 
 def _own_bytes(module: torch.nn.Module) -> int:
-    """What the module holds itself, its submodules left out: one group of leaf-level offloading."""
+    """The bytes of a module's own tensors, without submodules: one group of leaf-level offloading."""
     return sum(map(tensor_bytes, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
 
 
-def _with_parents(module: torch.nn.Module) -> int:
-    """The most there is while one leaf runs: the leaf, and what every module around it holds itself.
+def _leaf_with_parents_bytes(module: torch.nn.Module) -> int:
+    """The most bytes on the device while one leaf runs: the leaf's, and the own tensors of every module around it.
 
-    Those stay for the whole forward of theirs: CogVideoX-2b's patch embedding holds a table of positions
+    The latter stay for the whole forward of their module: CogVideoX-2b's patch embedding holds a table of positions
     four times the size of its largest layer.
     """
-    return _own_bytes(module) + max(map(_with_parents, module.children()), default=0)
+    return _own_bytes(module) + max(map(_leaf_with_parents_bytes, module.children()), default=0)

@@ -1,4 +1,4 @@
-"""Ask the hub for the start of a file, within limits of bytes and time; every failure is one sentence."""
+"""Request the start of a file from the hub, within limits of bytes and time. Errors are one sentence."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from vramplan.errors import VramplanError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Seconds: without a byte, as huggingface_hub waits for one (2.4, DEFAULT_DOWNLOAD_TIMEOUT); for one answer, before
-# asking again, and at most for a rate limit to pass. The last three are assumed.
-SILENCE_S = 10.0
-ANSWER_S = 30.0
-PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 10.0
+# Limits in seconds: without a byte (huggingface_hub 2.4, DEFAULT_DOWNLOAD_TIMEOUT), for one answer, before a retry, and
+# for a rate limit to pass. The last three are assumed.
+IDLE_S = 10.0
+ANSWER_TIMEOUT_S = 30.0
+RETRY_PAUSE_S = 1.0
+_MAX_PAUSE_S = 10.0
 _ATTEMPTS = 2
-_LATER = (408, 429, 500, 502, 503, 504)
+_RETRY_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
 class HubError(VramplanError):
-    """The hub does not give the file: it has none, wants to know who asks, or is not reached."""
+    """The hub does not return the file: it is missing, needs a login, or the hub cannot be reached."""
 
 
 class UnreachableError(HubError):
-    """Nobody answers, or not as they should: another time it may work."""
+    """The hub does not answer, or not correctly; a later attempt may succeed."""
 
 
 class RefusedError(HubError):
-    """The hub wants a token, or one that may see the repository."""
+    """The hub requires a token, or one with access to the repository."""
 
 
-class _AgainError(Exception):
-    """One attempt that failed in a way another may not. `pause_s` is how long to wait before it."""
+class _RetryError(Exception):
+    """An attempt failed, and a retry may succeed after `pause_s` seconds."""
 
-    def __init__(self, reason: str, pause_s: float = PAUSE_S) -> None:
+    def __init__(self, reason: str, pause_s: float = RETRY_PAUSE_S) -> None:
         super().__init__(reason)
         self.pause_s = pause_s
 
 
 def is_offline() -> bool:
-    """Whether the hub may not be asked: `HF_HUB_OFFLINE`."""
+    """Whether `HF_HUB_OFFLINE` forbids requests to the hub."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def get_start(url: str, count: int, *, repo_id: str) -> tuple[bytes, int]:
-    """The first bytes of what lies at this address, at most so many, and the size of all of it.
+    """The first `count` bytes at this address, or fewer, and the size of the whole file.
 
-    The user's token goes along, to the hub only. What answers without regard to the range is left after so many bytes.
+    The user's token is sent, to the hub only. If the server ignores the range, reading stops after `count` bytes.
 
     Raises:
-        RefusedError: it takes a token, or another one. UnreachableError: no answer, a broken or a slow one.
+        RefusedError: a token, or another one, is required. UnreachableError: no answer, a broken or a slow one.
         HubError: there is no such repository, revision or file.
     """
     if is_offline():
@@ -62,9 +62,9 @@ def get_start(url: str, count: int, *, repo_id: str) -> tuple[bytes, int]:
     for attempt in range(_ATTEMPTS):
         try:
             return _attempt(url, count, repo_id)
-        except _AgainError as error:
+        except _RetryError as error:
             reason = str(error)
-            if attempt + 1 == _ATTEMPTS or error.pause_s > _LONGEST_PAUSE_S:
+            if attempt + 1 == _ATTEMPTS or error.pause_s > _MAX_PAUSE_S:
                 break
             time.sleep(error.pause_s)
     raise UnreachableError(f"{repo_id}: {reason}")
@@ -76,10 +76,10 @@ def _attempt(url: str, count: int, repo_id: str) -> tuple[bytes, int]:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     headers = build_hf_headers() | {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
-    until = time.monotonic() + ANSWER_S
+    until = time.monotonic() + ANSWER_TIMEOUT_S
     try:
-        with get_session().stream("GET", url, headers=headers, timeout=SILENCE_S, follow_redirects=True) as response:
-            if response.status_code == 416:  # no byte of an empty file is in any range
+        with get_session().stream("GET", url, headers=headers, timeout=IDLE_S, follow_redirects=True) as response:
+            if response.status_code == 416:  # an empty file has no byte in any range
                 return b"", 0
             _check(response.status_code, response.headers, repo_id)
             data = bytearray()
@@ -88,17 +88,17 @@ def _attempt(url: str, count: int, repo_id: str) -> tuple[bytes, int]:
                 if len(data) >= count:
                     break
                 if time.monotonic() > until:
-                    raise _AgainError(f"the hub's answer is too slow: {len(data):,} bytes in {ANSWER_S:.0f} s")
+                    raise _RetryError(f"the hub's answer is too slow: {len(data):,} bytes in {ANSWER_TIMEOUT_S:.0f} s")
             size = _size(response.headers, len(data))
     except HTTPError as error:
-        raise _AgainError(f"the hub cannot be reached ({_reason(error)})") from error
+        raise _RetryError(f"the hub cannot be reached ({_reason(error)})") from error
     if len(data) < min(count, size):
-        raise _AgainError(f"the hub's answer breaks off after {len(data):,} bytes")
+        raise _RetryError(f"the hub's answer breaks off after {len(data):,} bytes")
     return bytes(data[:count]), size
 
 
 def _check(status: int, headers: Mapping[str, str], repo_id: str) -> None:
-    """Raises what an answer that is not the file means, by the codes of huggingface_hub's `hf_raise_for_status`."""
+    """Raise an error unless the answer is the file, by the codes of huggingface_hub's `hf_raise_for_status`."""
     if status in (200, 206):
         return
     code, message = headers.get("x-error-code", ""), headers.get("x-error-message", "")
@@ -117,11 +117,11 @@ def _check(status: int, headers: Mapping[str, str], repo_id: str) -> None:
             f"{repo_id}: no such folder, and no such repository on the hub, or a private one: "
             "check the name, or log in (hf auth login, or HF_TOKEN)"
         )
-    if status in _LATER:
-        told = headers.get("retry-after", "").strip()
-        pause = float(told) if told.isdigit() else PAUSE_S
-        after = f"; try again in {pause:.0f} s" if told.isdigit() else ""
-        raise _AgainError(f"the hub answers {status}{' (too many requests)' * (status == 429)}{after}", pause)
+    if status in _RETRY_STATUSES:
+        delay = headers.get("retry-after", "").strip()
+        pause = float(delay) if delay.isdigit() else RETRY_PAUSE_S
+        after = f"; try again in {pause:.0f} s" if delay.isdigit() else ""
+        raise _RetryError(f"the hub answers {status}{' (too many requests)' * (status == 429)}{after}", pause)
     raise HubError(f"{repo_id}: the hub answers {status}")
 
 
@@ -132,7 +132,7 @@ def _page(repo_id: str) -> str:
 
 
 def _size(headers: Mapping[str, str], received: int) -> int:
-    """The size of the whole file, from the range of an answer or from its length."""
+    """The size of the whole file, from the answer's range or length."""
     total = headers.get("content-range", "").rpartition("/")[2]
     length = total if total.isdigit() else headers.get("content-length", "")
     return int(length) if length.isdigit() else received

@@ -1,4 +1,4 @@
-"""The shapes of latents and prompts, read off a component's configuration."""
+"""Compute the shapes of latents and prompts from a component's configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENCODER_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoiserShape:
-    """What a denoiser works on in one forward: tokens (or latent pixels), their width, and the batch."""
+    """The input of a denoiser in one forward: tokens (or latent pixels), their width, and the batch."""
 
     tokens: int
     width: int
@@ -45,13 +45,13 @@ def denoiser_shape(component: Component, spec: PipelineSpec, workload: Workload)
 
 
 def vae_scale(vae: Component | None) -> tuple[int, int]:
-    """Pixels per latent along a side, and frames per latent frame; (8, 1) where nothing says otherwise."""
+    """The pixels per latent along a side, and frames per latent frame; (8, 1) without a configuration."""
     config: Mapping[str, Any] = vae.config if vae else {}
     stages = len(config.get("block_out_channels") or config.get("encoder_block_out_channels") or (1,) * 4)
     spatial = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial") or 2 ** max(0, stages - 1)
     temporal = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
     halvings = config.get("spatio_temporal_scaling")
-    if isinstance(halvings, list | tuple):  # LTX-Video's, beside its patches (diffusers 0.42, AutoencoderKLLTXVideo)
+    if isinstance(halvings, list | tuple):  # LTX-Video's, on top of patches (diffusers 0.42, AutoencoderKLLTXVideo)
         halved = 2 ** sum(map(bool, halvings))
         spatial = config.get("spatial_compression_ratio") or int(config.get("patch_size", 1)) * halved
         temporal = temporal or int(config.get("patch_size_t", 1)) * halved
@@ -64,8 +64,8 @@ def vae_scale(vae: Component | None) -> tuple[int, int]:
 
 
 def patch_of(config: Mapping[str, Any], vae: Component | None) -> tuple[int, int]:
-    """Latent pixels and latent frames per token of a denoiser: the patch, or the two by two pixels that pipelines pack
-    before the model sees it; (1, 1) for a UNet."""
+    """The latent pixels and latent frames per token of a denoiser: its patch, or the two by two pixels that pipelines
+    pack before the model; (1, 1) for a UNet."""
     if "block_out_channels" in config:
         return 1, 1
     size = config.get("patch_size", 1)

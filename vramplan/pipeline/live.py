@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vramplan.pipeline.call_order import uses_of
 from vramplan.pipeline.classes import class_facts
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.prompt import encode_refusal
 from vramplan.pipeline.sources import Live, Source
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.pipeline.uses import uses_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def spec_from_pipeline(pipe: Any) -> PipelineSpec:
-    """The description of a live `DiffusionPipeline`, hooks and devices included. Nothing is changed."""
+    """The spec of a live `DiffusionPipeline`, with its hooks and devices. The pipeline is not changed."""
     cls = type(pipe)
     components = tuple(
         describe_component(name, module, pipeline=cls, live=True) for name, module in modules_of(pipe).items()
     )
-    return assemble(cls, components, source=Live(pipe), pipe=pipe)
+    return build_spec(cls, components, source=Live(pipe), pipe=pipe)
 
 
-def assemble(
+def build_spec(
     cls: type,
     components: tuple[Component, ...],
     *,
@@ -34,7 +31,7 @@ def assemble(
     family: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> PipelineSpec:
-    """The spec of these components in a pipeline of this class, instance attributes first."""
+    """The spec of these components in a pipeline of this class; attributes of `pipe` take precedence."""
     facts = class_facts(cls)
     names = {component.name for component in components}
     sequence = facts.sequence
@@ -57,7 +54,7 @@ def assemble(
 
 
 def _several_devices(device_map: Any) -> dict[str, str] | None:
-    """The map, where it is one over several devices: what diffusers calls device-mapped."""
+    """The device map if it spans several devices (diffusers' device-mapped), else None."""
     if not isinstance(device_map, dict) or len(device_map) <= 1:
         return None
     return {str(name): str(device) for name, device in device_map.items()}

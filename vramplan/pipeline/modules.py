@@ -1,4 +1,4 @@
-"""The modules of a live pipeline, and the pipelines it is made of."""
+"""List the modules of a live pipeline, and the pipelines that it combines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def pipes_of(pipe: Any) -> list[Any]:
-    """The pipeline, and those a combined one is put together of, which hook the same modules in their own calls."""
+    """The pipeline, and those that a combined one consists of, which hook the same modules in their own calls."""
     from diffusers import DiffusionPipeline
 
     return [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]

@@ -1,4 +1,4 @@
-"""The files of a saved pipeline, wherever they lie. Of weights only the headers are read."""
+"""Read the files of a saved pipeline in any location. Only the headers of weight files are read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from vramplan.pipeline.dtypes import SAFETENSORS_DTYPES
 from vramplan.pipeline.sources import Folder, Source
 from vramplan.units import format_bytes
 
-# Of 1,000 popular models 97 % have shorter headers (huggingface_hub 2.4, `parse_safetensors_file_metadata`).
-_FIRST = 100_000
-# What huggingface_hub reads at most (2.4, SAFETENSORS_MAX_HEADER_LENGTH), a quarter of what safetensors allows.
-_LONGEST_HEADER = 25_000_000
-# Assumed: the longest index of shards seen has 0.2 MB, other configurations less.
-_LONGEST_JSON = 8 << 20
+# The bytes read first: 97 % of 1,000 popular models have shorter headers (huggingface_hub 2.4,
+# `parse_safetensors_file_metadata`).
+_HEADER_START_BYTES = 100_000
+# huggingface_hub's limit (2.4, SAFETENSORS_MAX_HEADER_LENGTH), a quarter of what safetensors allows.
+_MAX_HEADER_BYTES = 25_000_000
+# Assumed: the longest shard index seen has 0.2 MB, other configurations less.
+_MAX_JSON_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor as the header of its file tells of it: torch's name of the dtype, shape, bytes."""
+    """A tensor as described by the header of its file: torch's name of the dtype, shape, bytes."""
 
     name: str
     dtype: str
@@ -33,14 +34,14 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return prod(self.shape)
 
 
 class Repository(ABC):
-    """A saved pipeline. Paths are relative to it and have slashes.
+    """A saved pipeline. Paths are relative to it, with slashes.
 
-    `source` is what a plan calls it, `folder` where all of its files lie on this machine, None if they do not.
+    `source` is its name in a plan; `folder` holds all of its files on this machine, None if they are not here.
     """
 
     source: Source
@@ -48,11 +49,11 @@ class Repository(ABC):
 
     @abstractmethod
     def names(self, folder: str) -> frozenset[str]:
-        """The names of the files in one of its folders, `""` being its root; none where there is no such folder."""
+        """The names of the files in one of its folders (`""` is the root); empty if there is no such folder."""
 
     @abstractmethod
     def start(self, path: str, count: int) -> tuple[bytes, int]:
-        """The first bytes of a file, at most so many, and the size of all of it.
+        """The first `count` bytes of a file, or fewer, and the size of the whole file.
 
         Raises:
             VramplanError: no such file, or one that cannot be read.
@@ -60,14 +61,14 @@ class Repository(ABC):
 
     @abstractmethod
     def where(self, path: str) -> str:
-        """The file as a message names it; the repository itself for an empty path."""
+        """The name of the file for messages; that of the repository for an empty path."""
 
     def read_json(self, path: str) -> dict[str, Any]:
-        """The object in a JSON file. Raises VramplanError where it is missing, damaged or something else."""
-        data, size = self.start(path, _LONGEST_JSON)
-        if size > _LONGEST_JSON:
+        """The object in a JSON file. Raises VramplanError if the file is missing, damaged, too long or no object."""
+        data, size = self.start(path, _MAX_JSON_BYTES)
+        if size > _MAX_JSON_BYTES:
             raise VramplanError(
-                f"{self.where(path)}: {format_bytes(size)} are no configuration, {format_bytes(_LONGEST_JSON)} are read"
+                f"{self.where(path)}: {format_bytes(size)} are no configuration (limit {format_bytes(_MAX_JSON_BYTES)})"
             )
         try:
             content = json.loads(data.decode("utf-8"))
@@ -81,11 +82,11 @@ class Repository(ABC):
         """The tensors of a safetensors file, and its metadata, from its header.
 
         Raises:
-            VramplanError: a file that is cut off, or whose header is damaged or beyond measure.
+            VramplanError: the file is truncated, or its header is damaged or too long.
         """
-        data, size = self.start(path, _FIRST)
+        data, size = self.start(path, _HEADER_START_BYTES)
         length = int.from_bytes(data[:8], "little")
-        if len(data) < 8 or length > min(_LONGEST_HEADER, size - 8):
+        if len(data) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise self._unreadable(path, f"a header of {length:,} bytes in a file of {size:,}")
         if 8 + length > len(data):
             data, _ = self.start(path, 8 + length)
@@ -94,8 +95,8 @@ class Repository(ABC):
             metadata = {str(key): str(text) for key, text in (header.pop("__metadata__", None) or {}).items()}
             found = [_tensor(name, entry, size - 8 - length) for name, entry in header.items()]
         except _CutOffError:
-            told = f"{self.where(path)}: the file ends before its tensors do; download or save it again"
-            raise VramplanError(told) from None
+            message = f"{self.where(path)}: the file ends before its tensors do; download or save it again"
+            raise VramplanError(message) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._unreadable(path, f"its header is damaged: {' '.join(str(error).split())[:200]}") from error
         return found, metadata
@@ -105,7 +106,7 @@ class Repository(ABC):
 
 
 class _CutOffError(Exception):
-    """A tensor lies behind the end of its file."""
+    """A tensor lies beyond the end of its file."""
 
 
 def _tensor(name: str, entry: Any, data_bytes: int) -> StoredTensor:
@@ -120,14 +121,14 @@ def _tensor(name: str, entry: Any, data_bytes: int) -> StoredTensor:
 
 
 class FolderRepository(Repository):
-    """A saved pipeline in a local folder; `source` is the folder where nothing else is given."""
+    """A saved pipeline in a local folder; `source` is by default the folder."""
 
     def __init__(self, folder: Path, source: Source | None = None) -> None:
         self.folder: Path = folder
         self.source = source or Folder(folder)
 
     def names(self, folder: str) -> frozenset[str]:
-        """The names of the files in one of its folders. Raises VramplanError where there is no such repository."""
+        """The names of the files in one of its folders. Raises VramplanError if the repository does not exist."""
         if not self.folder.is_dir():
             raise VramplanError(f"{self.folder}: no such folder")
         place = self.folder / folder
@@ -141,12 +142,12 @@ class FolderRepository(Repository):
         return read_start(self.folder / path, count)
 
     def where(self, path: str) -> str:
-        """Its path on this machine."""
+        """The file's path on this machine."""
         return str(self.folder / path)
 
 
 def read_start(path: Path, count: int) -> tuple[bytes, int]:
-    """The first bytes of a local file, at most so many, and its size. Raises VramplanError where it cannot be read."""
+    """The first `count` bytes of a local file, or fewer, and its size. Raises VramplanError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(count), path.stat().st_size

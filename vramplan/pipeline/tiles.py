@@ -1,4 +1,4 @@
-"""Read and scale the tiles of a VAE, keeping to the sizes whose overlaps come out whole.
+"""Read and scale the tiles of a VAE, in sizes whose overlaps are whole numbers of latents.
 
 diffusers names these attributes differently by class: one `min_size`, or `min_height` and `min_width`,
 each in pixels (`tile_sample_`) and some in latents (`tile_latent_`), with an overlap factor or a stride.
@@ -21,7 +21,7 @@ _NO_TILED_DECODE = frozenset({"AutoencoderKLCosmos", "ConsistencyDecoderVAE", "A
 
 
 def tiling_of(vae: Any) -> Tiling | None:
-    """The VAE's tile, None where its class has no tiling (`hasattr(vae, "use_tiling")`) or none that works."""
+    """The VAE's tile, None if its class has no tiling (`hasattr(vae, "use_tiling")`) or none that works."""
     if not hasattr(vae, "use_tiling") or type(vae).__name__ in _NO_TILED_DECODE:
         return None
     # AutoencoderKLAllegro cuts by a fixed (frames, height, width) kernel and raises without tiling (0.42).
@@ -37,16 +37,17 @@ def tiling_of(vae: Any) -> Tiling | None:
 
 
 def scaled_tiles(vae: Any, tile: int) -> dict[str, int]:
-    """The VAE's tile attributes for a shorter side of `tile` pixels; none for 0 or where nothing changes.
+    """The VAE's tile attributes for a shorter side of `tile` pixels; empty for 0 or if nothing changes.
 
-    The longer side shrinks with it, to the nearest size below whose overlap is whole.
+    The longer side shrinks in proportion, to the nearest smaller size whose overlap is whole. Raises ValueError if the
+    VAE cannot have such tiles.
     """
     tiling = tiling_of(vae)
     if not tile or tiling is None or tile == tiling.side:
         return {}
     found: dict[str, int] = {}
     for axis in _AXES:
-        scaled = _scaled_axis(vae, axis, tile, tiling.side)
+        scaled = _scale_axis(vae, axis, tile, tiling.side)
         if scaled is None:
             raise ValueError(f"{type(vae).__name__} cannot have tiles of {tile} px")
         found |= scaled
@@ -54,16 +55,16 @@ def scaled_tiles(vae: Any, tile: int) -> dict[str, int]:
 
 
 def _fits(vae: Any, tile: int, side: int) -> bool:
-    return all(_scaled_axis(vae, axis, tile, side) is not None for axis in _AXES)
+    return all(_scale_axis(vae, axis, tile, side) is not None for axis in _AXES)
 
 
-def _scaled_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] | None:
-    """The attributes along one axis; the shorter side takes exactly `tile`, the longer the nearest below."""
+def _scale_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] | None:
+    """The attributes along one axis: the shorter side gets exactly `tile`, the longer the nearest smaller size."""
     full = _sample(vae, axis)
     assert full is not None
     wanted = full * tile // side
     for sample in range(wanted, wanted // 2, -1):
-        scaled = _scaled(vae, axis, sample, full)
+        scaled = _scale(vae, axis, sample, full)
         if scaled is not None:
             return scaled
         if full == side:
@@ -71,8 +72,8 @@ def _scaled_axis(vae: Any, axis: Side, tile: int, side: int) -> dict[str, int] |
     return None
 
 
-def _scaled(vae: Any, axis: Side, sample: int, full: int) -> dict[str, int] | None:
-    """The attributes along one axis for a tile of `sample` pixels, None where they do not come out whole."""
+def _scale(vae: Any, axis: Side, sample: int, full: int) -> dict[str, int] | None:
+    """The attributes along one axis for a tile of `sample` pixels, None if they are not whole numbers."""
     values = _attributes(vae, axis)
     if any(value * sample % full for value in values.values()):
         return None
@@ -88,7 +89,7 @@ def _scaled(vae: Any, axis: Side, sample: int, full: int) -> dict[str, int] | No
 
 
 def _attributes(vae: Any, axis: Side) -> Mapping[str, int]:
-    """The spatial tile attributes along an axis; a class with one size for both has it on each."""
+    """The spatial tile attributes along an axis; a single size for both axes counts for each."""
     return {
         name: value
         for name, value in vars(vae).items()
@@ -102,11 +103,11 @@ def _sample(vae: Any, axis: Side) -> int | None:
 
 
 def _ratio(vae: Any, values: Mapping[str, int], axis: Side) -> int:
-    """Pixels per latent."""
+    """The pixels per latent along an axis."""
     latent = values.get(f"tile_latent_min_{axis}", values.get("tile_latent_min_size"))
     sample = _sample(vae, axis)
     if latent and sample:
         return max(1, sample // latent)
     config = getattr(vae, "config", {})
-    told = vars(vae).get("spatial_compression_ratio") or config.get("spatial_compression_ratio")
-    return int(told or config.get("scale_factor_spatial") or 8)
+    ratio = vars(vae).get("spatial_compression_ratio") or config.get("spatial_compression_ratio")
+    return int(ratio or config.get("scale_factor_spatial") or 8)

@@ -1,4 +1,4 @@
-"""What a pipeline is made of, as values. The same types come out of every source."""
+"""Value types that describe a pipeline and its components, the same for every source."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ PhaseName = Literal["encode", "denoise", "decode"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """How a component's weights are cut into pieces that offloading can move one at a time, in bytes.
+    """The pieces of a component's weights that offloading can move one at a time, in bytes.
 
-    `block_lists` has one tuple for each `ModuleList` or `Sequential` that block-level group offloading
-    finds, holding the bytes of each block in order; `rest_bytes` is what stands outside of them.
-    `block_modules` names the submodules diffusers must be told to look into to find those lists.
-    `largest_leaf_bytes` is the most there is while one leaf runs: the leaf with what its parents hold
-    themselves; `leaf_count` counts the modules that hold tensors themselves.
-    `pinned_bytes` is what page-locked copies of all tensors occupy: torch's host allocator rounds each
-    one up to a power of two (pytorch CachingHostAllocator, torch 2.13). `units` are the pieces
-    partial residency moves one at a time: blocks, or what blocks consist of where those are large; `pinned_units`
-    their pinned copies.
+    `block_lists` has one tuple for each `ModuleList` or `Sequential` that block-level group offloading finds, with the
+    bytes of each block in order; `rest_bytes` counts the tensors outside of them. `block_modules` names the submodules
+    that diffusers must search to find those lists. `largest_leaf_bytes` is the most on the device while one leaf runs:
+    the leaf and the own tensors of its parents; `leaf_count` counts the modules with tensors of their own.
+    `pinned_bytes` is the size of page-locked copies of all tensors: torch's host allocator rounds each one up to a
+    power of two (pytorch CachingHostAllocator, torch 2.13). `units` are the pieces that partial residency moves one at
+    a time: blocks, or the parts of large blocks; `pinned_units` are their page-locked copies.
     """
 
     block_lists: tuple[tuple[int, ...], ...]
@@ -44,10 +42,10 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """The tile a VAE works on when tiling is on, in pixels, as its class sets it.
+    """The tile of a VAE with tiling on, in pixels, as set by its class.
 
-    `sides` are the shorter sides a tile may have: those whose overlaps come out whole, so that the tiles
-    join to a picture of the right size. Where tiling is `required` the VAE decodes in tiles or not at all.
+    `sides` are the possible lengths of the shorter side: those with whole overlaps, so that the tiles join to a picture
+    of the right size. If tiling is `required`, the VAE cannot decode without.
     """
 
     height: int
@@ -58,13 +56,13 @@ class Tiling:
 
     @property
     def side(self) -> int:
-        """The shorter side: the number a plan calls `tile`."""
+        """The shorter side, named `tile` in a plan."""
         return min(self.height, self.width)
 
     def acts(self, height: int, width: int, tile: int) -> bool:
-        """Whether a picture of this size is cut up when the shorter side of the tile is `tile`.
+        """Whether a picture of this size is split if the shorter side of the tile is `tile`.
 
-        Tiling acts only on a picture that is higher or wider than its tile.
+        Tiling splits only pictures higher or wider than the tile.
         """
         scale = tile / self.side
         return height > self.height * scale or width > self.width * scale
@@ -72,14 +70,14 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
-    """One module of a pipeline: what it weighs, how it can be cut, and what may be done with it.
+    """One module of a pipeline: its size, its pieces, and the operations it allows.
 
-    `weight_bytes` counts parameters and buffers as they are once loaded, each tied tensor once.
-    `device` and `hooks` are those of a live module; None and empty for one that is not loaded. `quantized` says
-    by what its weights are, library first (`torchao int8`), empty where they are plain. One that is
-    `converted_at_load` gets weights of its own in RAM, others stay in pages of their files until they are moved;
-    `cast_from_bytes` is what it weighs before something is done to its weights, 0 where nothing is. `variant` is
-    that of the files it is loaded from, None for those without one.
+    `weight_bytes` counts loaded parameters and buffers, each tied tensor once. `device` and `hooks` are those of a live
+    module; None and empty for one that is not loaded. `quantized` names library and format of its weights
+    (`torchao int8`), empty for plain ones. Weights `converted_at_load` are the process's own in RAM; others stay in
+    pages of their files until they are moved. `cast_from_bytes` is the size before a conversion of the weights, 0
+    without one. `variant` is that of the files it is loaded from, or None. Each `..._refusal` is the reason against an
+    operation, None if it is allowed.
     """
 
     name: str
@@ -113,7 +111,7 @@ class Component:
 
     @property
     def quantization_refusal(self) -> str | None:
-        """Why no library can quantize this component, as a sentence; None where one can."""
+        """Why no library can quantize this component, as a sentence; None if one can."""
         if self.quantized:
             return f"the weights of {self.class_name} are quantized already ({self.quantized})"
         if "layerwise_casting" in self.hooks:
@@ -123,10 +121,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """One moment of a pipeline call: this component runs, in this phase.
+    """One run of a component in a phase of a pipeline call.
 
-    `in_loop` uses come once for every denoising step. `optional` ones may be left out by the call, as
-    an image encoder is when no picture is given.
+    `in_loop` uses happen once for every denoising step. A call may skip `optional` ones: an image encoder, for
+    instance, if no picture is given.
     """
 
     phase: PhaseName
@@ -137,13 +135,12 @@ class Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineSpec:
-    """A pipeline, described: enough to plan for it without its weights.
+    """The description of a pipeline, sufficient to plan for it without its weights.
 
-    `sequence` is `model_cpu_offload_seq` split at its arrows, None where the class has none, less the
-    names that are not components of this pipeline. `excluded` is `_exclude_from_cpu_offload`.
-    `sound` says that it makes sound, which has no height and width: those of its workload stand for its length.
-    `frees_hooks` says whether its call ends by sending every component back (`maybe_free_model_hooks`);
-    `encode_refusal` why its prompt cannot be encoded apart from the rest, None where it can.
+    `sequence` is `model_cpu_offload_seq` split at its arrows, without names that are not components of this pipeline,
+    or None. `excluded` is `_exclude_from_cpu_offload`. `sound` pipelines make sound, which has no height and width:
+    those of the workload stand for its length. `frees_hooks` says whether a call offloads every component at its end
+    (`maybe_free_model_hooks`); `encode_refusal` why its prompt cannot be encoded separately, None if it can.
     """
 
     class_name: str
@@ -161,7 +158,7 @@ class PipelineSpec:
     notes: tuple[str, ...] = ()
 
     def component(self, name: str) -> Component:
-        """The component of that name. Raises KeyError when the pipeline has none."""
+        """The component with this name. Raises KeyError if there is none."""
         for component in self.components:
             if component.name == name:
                 return component
@@ -174,5 +171,5 @@ class PipelineSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """All components together."""
+        """The weight bytes of all components together."""
         return sum(component.weight_bytes for component in self.components)

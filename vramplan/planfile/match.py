@@ -9,7 +9,7 @@ from typing import Any
 from vramplan.errors import MismatchError, UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import role_of
-from vramplan.pipeline.quantized import marked
+from vramplan.pipeline.quantization import mark_quantized
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planfile.types import Plan, fingerprint
 from vramplan.planner.fixed import by_component, refusal_of
@@ -131,7 +131,7 @@ def _check(
 def _under(spec: PipelineSpec, weights: Mapping[str, Weights]) -> PipelineSpec:
     """The pipeline once these settings are on it, as far as placements ask."""
     kinds = {name: setting.quantized for name, setting in weights.items()}
-    return replace(spec, components=tuple(marked(part, kinds.get(part.name, "")) for part in spec.components))
+    return replace(spec, components=tuple(mark_quantized(part, kinds.get(part.name, "")) for part in spec.components))
 
 
 def _checked(

@@ -11,8 +11,8 @@ from vramplan.common.progress import moved_bytes
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.geometry import module_bytes
-from vramplan.pipeline.held import refuse_hooked
 from vramplan.pipeline.live import spec_from_pipeline
+from vramplan.pipeline.live_memory import refuse_hooked
 from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.match import calls_of, check_match, parse_settings

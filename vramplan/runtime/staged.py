@@ -10,7 +10,7 @@ from typing import Any
 
 from vramplan.common.progress import Say
 from vramplan.pipeline.folder import spec_from_folder
-from vramplan.pipeline.prompt import Encoded, checked, encode
+from vramplan.pipeline.prompt import Encoded, check_encodings, encode
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
@@ -38,7 +38,7 @@ class Loaded:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """While entered, the pipeline must take the embeddings as it would have made them, or its call fails."""
-        with checked(self.applied.pipe, self.encoded) if self.encoded else nullcontext():
+        with check_encodings(self.applied.pipe, self.encoded) if self.encoded else nullcontext():
             yield
 
     def __call__(self) -> Any:

@@ -1,1 +1,1 @@
-"""The simulated accelerator: a pipeline's whole call, with its real hooks, on a device that is not there."""
+"""Run a pipeline's call, with its real hooks, on a simulated accelerator and report the memory it would use."""

@@ -1,11 +1,11 @@
-"""A model of PyTorch's CUDA caching allocator: what is reserved for what is allocated.
+"""A model of PyTorch's CUDA caching allocator: the bytes it reserves for the bytes allocated.
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp (torch 2.13) with its default settings: requests are
 rounded to 512 bytes; up to 1 MiB they come from the small pool, cut from segments of 2 MiB; larger ones from
 the large pool, cut from segments of 20 MiB, or of their own size rounded to 2 MiB from 10 MiB on. A block is
-split when what is left is worth keeping, merged with free neighbours when it is returned, and belongs to the
-stream it was allocated on. When the device is full, cached segments that are wholly free are given back and
-the request is made again, and only then is the device out of memory.
+split when the remainder is worth keeping, merged with free neighbours when it is freed, and belongs to the
+stream it was allocated on. When the device is full, cached segments that are entirely free are released and the
+request is retried; if that fails too, the device is out of memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGE_ROUND = 2 * MIB
 
 
 class DeviceFullError(Exception):
-    """The request does not fit beside what is allocated, even with every cached segment given back."""
+    """The request does not fit next to the allocated memory, even with every cached segment released."""
 
     def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, capacity_bytes: int) -> None:
         super().__init__(requested_bytes, allocated_bytes, reserved_bytes, capacity_bytes)
@@ -36,7 +36,7 @@ class DeviceFullError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """A piece of a segment. `before` and `after` are its neighbours there."""
+    """A piece of a segment. `before` and `after` are its neighbours in the segment."""
 
     address: int
     size: int
@@ -48,24 +48,24 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class ChunkPool:
-    """The free chunks of one kind and stream, ordered by size and address as the best fit is looked for."""
+    """The free chunks of one kind and stream, sorted by size, then address, for the best-fit search."""
 
     small: bool
     free: list[tuple[int, int]] = field(default_factory=list)
     chunks: dict[int, Chunk] = field(default_factory=dict)
 
     def add(self, chunk: Chunk) -> None:
-        """Offer a chunk for reuse."""
+        """Add a free chunk, to be reused."""
         insort(self.free, (chunk.size, chunk.address))
         self.chunks[chunk.address] = chunk
 
     def remove(self, chunk: Chunk) -> None:
-        """Take a chunk out: it is being used, merged or given back."""
+        """Remove a chunk that is about to be used, merged or released."""
         del self.free[bisect_left(self.free, (chunk.size, chunk.address))]
         del self.chunks[chunk.address]
 
     def best_fit(self, size: int) -> Chunk | None:
-        """The smallest free chunk that holds `size` bytes, None if there is none."""
+        """The smallest free chunk that holds `size` bytes, else None."""
         place = bisect_left(self.free, (size, 0))
         return self.chunks[self.free[place][1]] if place < len(self.free) else None
 
@@ -73,9 +73,8 @@ class ChunkPool:
 class CachingAllocator:
     """Allocated and reserved bytes of one device, now and at their peaks.
 
-    `capacity_bytes` limits what may be reserved; None is unlimited. With `expandable` segments grow in
-    place, so that nothing but the rounding to 2 MiB is lost to fragments
-    (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+    `capacity_bytes` limits the reserved bytes; None is unlimited. With `expandable`, segments grow in place, so that
+    fragmentation costs only the rounding to 2 MiB (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
     """
 
     def __init__(self, *, capacity_bytes: int | None = None, expandable: bool = False) -> None:
@@ -90,7 +89,7 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, size: int, stream: int = 0) -> Chunk:
-        """A chunk for `size` bytes on a stream.
+        """Allocate a chunk of `size` bytes on a stream.
 
         Raises:
             DeviceFullError: it does not fit under the capacity.
@@ -131,25 +130,25 @@ class CachingAllocator:
         pool.add(chunk)
 
     def empty_cache(self) -> None:
-        """Give every segment that is wholly free back to the device (`torch.cuda.empty_cache`)."""
+        """Release every segment that is entirely free (`torch.cuda.empty_cache`)."""
         for pool in self._pools.values():
             for chunk in [item for item in pool.chunks.values() if item.before is None and item.after is None]:
                 pool.remove(chunk)
                 self.reserved_bytes -= chunk.size
         if self.expandable:
-            self._give_back_pages()
+            self._release_pages()
 
     def _new_segment(self, rounded: int, pool: ChunkPool) -> Chunk:
         size = self._segment_size(rounded, small=pool.small)
-        if self._over(size):
+        if self._exceeds_capacity(size):
             self.retries += 1
             self.empty_cache()
-        if self._over(size):
+        if self._exceeds_capacity(size):
             assert self.capacity_bytes is not None
             raise DeviceFullError(rounded, self.allocated_bytes, self.reserved_bytes, self.capacity_bytes)
         self.reserved_bytes += size
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        # A gap between segments, so that neighbours in address are never neighbours in a segment.
+        # A gap between segments: chunks of different segments are never adjacent in address.
         self._next_address += size + ROUND
         return Chunk(address=self._next_address - size - ROUND, size=size, pool=pool)
 
@@ -161,7 +160,7 @@ class CachingAllocator:
         return -(-rounded // LARGE_ROUND) * LARGE_ROUND
 
     def _split(self, chunk: Chunk, rounded: int) -> None:
-        """Cut off what is left: always from 512 bytes in the small pool, above 1 MiB in the large one."""
+        """Split off the remainder: from 512 bytes in the small pool, above 1 MiB in the large one."""
         left = chunk.size - rounded
         if left < ROUND if chunk.pool.small else left <= (0 if self.expandable else SMALL_REQUEST):
             return
@@ -172,11 +171,11 @@ class CachingAllocator:
         chunk.size = rounded
         chunk.pool.add(rest)
 
-    def _over(self, size: int) -> bool:
+    def _exceeds_capacity(self, size: int) -> bool:
         return self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes
 
-    def _give_back_pages(self) -> None:
-        """Expandable segments unmap whole free pages of 2 MiB wherever they lie."""
+    def _release_pages(self) -> None:
+        """Release whole free pages of 2 MiB at the end of expandable segments."""
         for pool in self._pools.values():
             for chunk in list(pool.chunks.values()):
                 pages = chunk.size // LARGE_ROUND * LARGE_ROUND

@@ -1,4 +1,4 @@
-"""Keep simulations on disk. A stale or damaged entry is made again, never believed, never a reason to fail."""
+"""Cache simulations on disk. A stale or damaged entry is computed again, never used and never an error."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vramplan.simulator.types import Simulation
 
 
 def cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
-    """The simulation under this key from the cache, else made and kept.
+    """Return the simulation cached under this key, or make it and cache it.
 
-    `key` is anything JSON can hold; the versions of the libraries that decide the outcome are added to it.
-    `VRAMPLAN_CACHE` names another folder, or switches the cache off with `0`.
+    `key` is any JSON value; the versions of the libraries that decide the outcome are added to it.
+    `VRAMPLAN_CACHE` names another folder; `0` turns the cache off.
     """
     folder = cache_folder()
     if folder is None:
@@ -65,4 +65,4 @@ def _write(path: Path, simulation: Simulation) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asdict(simulation)))
     except (OSError, VramplanError):
-        pass  # a full disk or a read-only folder costs the next run a few seconds, nothing more
+        pass  # with a full disk or a read-only folder the next run takes a few seconds longer

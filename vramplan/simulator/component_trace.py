@@ -1,7 +1,7 @@
-"""Trace components one by one, for a pipeline whose whole call cannot be driven.
+"""Trace components one by one, for a pipeline whose whole call cannot be simulated.
 
-The inputs are made up from the configurations and the workload: shapes as the classes of diffusers and
-transformers have them. What cannot be traced so is left out.
+The inputs are built from the configurations and the workload, in the shapes that the classes of diffusers and
+transformers take. A component that accepts none of them is left out.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.parts import Parts
-from vramplan.simulator.run import ComponentsOnly, SimulationError, after_matrix_products, decode_all, simulated_call
+from vramplan.simulator.run import ComponentsOnly, SimulationError, allocate_cublas_workspace, decode_all, simulate_call
 from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation
 from vramplan.workload import Workload
 
-# Text tokens of an encoder's forward, and of what a denoiser is shown: what FLUX.1, SD3 and Wan take by default.
+# Text tokens of an encoder's forward, and of a denoiser's text input: the default of FLUX.1, SD3 and Wan.
 _TOKENS = 512
-# Where the configurations of denoisers keep the width of the text they are shown.
+# The configuration keys of denoisers that hold the width of their text input.
 _TEXT_WIDTHS = (
     "joint_attention_dim", "cross_attention_dim", "encoder_hid_dim", "caption_channels", "text_embed_dim", "text_dim",
     "caption_feat_dim", "cap_feat_dim",
@@ -36,15 +36,15 @@ Inputs = Mapping[str, Any]
 
 
 def trace_components(parts: Parts, spec: PipelineSpec, workload: Workload, kernels: Kernels) -> Simulation:
-    """One simulation made of one forward of each component that can be traced by itself.
+    """One simulation, composed of one forward of each component that can be traced alone.
 
-    `uses` holds those components alone; peaks of the whole call are not known and 0.
+    `uses` holds only those components; the peaks of the whole call are unknown and 0.
     """
     needs: list[SimulatedUse] = []
     decoded: list[DecodedLatents] = []
     operations, seconds = 0, 0.0
     for name in dict.fromkeys(use.component for use in spec.uses):
-        found = _first_that_runs(parts, spec.component(name), spec, workload, kernels)
+        found = _trace_component(parts, spec.component(name), spec, workload, kernels)
         if found is None:
             continue
         operations, seconds = operations + found.operations, seconds + found.wall_seconds
@@ -77,24 +77,24 @@ def trace_components(parts: Parts, spec: PipelineSpec, workload: Workload, kerne
     )
 
 
-def _first_that_runs(
+def _trace_component(
     parts: Parts, component: Component, spec: PipelineSpec, workload: Workload, kernels: Kernels
 ) -> Simulation | None:
-    """The simulation of the first inputs the component takes, None where it takes none of them."""
+    """The simulation with the first inputs that the component accepts, None if it accepts none."""
     only = Parts(cls=ComponentsOnly, modules={component.name: parts.modules[component.name]})
-    for call in _calls(component, spec, workload):
+    for call in _candidate_calls(component, spec, workload):
         try:
-            return simulated_call(only, lambda pipe: pipe.to("cuda:0"), call, CachingAllocator(), kernels)
+            return simulate_call(only, lambda pipe: pipe.to("cuda:0"), call, CachingAllocator(), kernels)
         except SimulationError:
             continue
     return None
 
 
-def _calls(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Callable[[Any], None]]:
+def _candidate_calls(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Callable[[Any], None]]:
     if component.role in ("denoiser", "control"):
         inputs = _denoiser_inputs(component, spec, workload)
     elif component.role == "vae":
-        inputs = _latents(component, spec, workload)
+        inputs = _vae_inputs(component, spec, workload)
     else:
         inputs = _encoder_inputs(component)
     for made in inputs:
@@ -103,26 +103,26 @@ def _calls(component: Component, spec: PipelineSpec, workload: Workload) -> Iter
 
 def _forward(component: Component, inputs: Inputs) -> Callable[[Any], None]:
     def call(pipe: Any) -> None:
-        after_matrix_products()
+        allocate_cublas_workspace()
         module = pipe.components[component.name]
         if component.role == "vae":
             if component.config.get("force_upcast") and component.dtype == "float16":
                 module.to(torch.float32)  # as StableDiffusionXLPipeline does before it decodes
-            latents = _filled(inputs["z"], component).to(next(module.parameters()).dtype)
+            latents = _fill(inputs["z"], component).to(next(module.parameters()).dtype)
             decode_all(module, latents, inputs.get("frames"))
             return
         takes = inspect.signature(type(module).forward).parameters
-        module(**{name: _filled(value, component) for name, value in inputs.items() if name in takes})
+        module(**{name: _fill(value, component) for name, value in inputs.items() if name in takes})
 
     return call
 
 
-def _filled(value: Any, component: Component) -> Any:
-    """Shapes as tensors of the component's dtype on the device; the rest as it is."""
+def _fill(value: Any, component: Component) -> Any:
+    """Replace shapes with tensors of the component's dtype on the device; keep other values."""
     if isinstance(value, tuple):
         return torch.zeros(value, dtype=torch_dtype(component.dtype), device="cuda:0")
     if isinstance(value, dict):
-        return {key: _filled(item, component) for key, item in value.items()}
+        return {key: _fill(item, component) for key, item in value.items()}
     return value.to("cuda:0") if isinstance(value, torch.Tensor) else value
 
 
@@ -134,7 +134,7 @@ def _encoder_inputs(component: Component) -> Iterator[Inputs]:
     yield {"pixel_values": (1, 3, int(side), int(side))}
 
 
-def _latents(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Inputs]:
+def _vae_inputs(component: Component, spec: PipelineSpec, workload: Workload) -> Iterator[Inputs]:
     spatial, temporal = vae_scale(component)
     config = component.config
     channels = config.get("latent_channels") or config.get("z_dim") or 4
@@ -178,7 +178,7 @@ def _denoiser_inputs(component: Component, spec: PipelineSpec, workload: Workloa
 
 
 def _layouts(spec: PipelineSpec, workload: Workload, batch: int, channels: int) -> Iterator[tuple[int, ...]]:
-    """Latents as denoisers take them: pictures, frames before or after channels, or tokens already packed."""
+    """The shapes of latents that denoisers take: pictures, frames before or after channels, or packed tokens."""
     vae = next(iter(spec.vaes), None)
     spatial, temporal = vae_scale(vae)
     size = workload.latent_sides(spatial)

@@ -1,4 +1,4 @@
-"""Where the planner's numbers come from: simulating the call, tracing its components one by one, or rules of thumb."""
+"""Build the planner's cost model: from a simulated call, from traced components, or from rules of thumb."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Where the planner's numbers come from: a simulation that can be run again, or rules of thumb."""
+    """The planner's costs: from a simulation that can be run again, or from rules of thumb."""
 
     footprint: Footprint
     alternatives: tuple[Alternative, ...] = ()
-    simulated: Callable[[Decision, int], Simulation] | None = None
+    simulate: Callable[[Decision, int], Simulation] | None = None
     notes: tuple[str, ...] = ()
 
     def basis(self, spec: PipelineSpec) -> Basis:
-        """What prices will rest on. Decodes have a basis each: they are simulated when they are first asked for."""
+        """The weakest basis of the prices. Decodes have their own: each is simulated when it is first priced."""
         uses = [use for use in spec.uses if use.phase != "decode"]
         return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
-        """What has the last word on a decision within this budget; nothing without a simulation."""
-        run, capacity = self.simulated, budget.vram_bytes
+        """A function that checks a decision by simulating it within this budget; None without a simulation."""
+        run, capacity = self.simulate, budget.vram_bytes
         if run is None or capacity is None:
             return None
 
@@ -48,15 +48,15 @@ class CostModel:
             from vramplan.simulator.run import SimulationError
 
             try:
-                return confirmed(decision, run(decision, capacity))
-            except SimulationError as error:  # with everything resident it ran: these settings are what stops it
+                return apply_simulation(decision, run(decision, capacity))
+            except SimulationError as error:  # everything resident ran, so these settings are the cause
                 return replace(decision, verdict="rejected", reason=f"does not run: {error}")
 
         return confirm
 
 
 def cost_model(
-    forms: Alternatives,
+    alternatives: Alternatives,
     work: Workload,
     accelerator: Accelerator | None,
     weights: Sequence[Mapping[str, Weights]],
@@ -70,21 +70,21 @@ def cost_model(
     from vramplan.simulator.model import simulated_footprint, traced_footprint
     from vramplan.simulator.run import SimulationError
 
-    model, spec, execution = forms.model, forms.model.spec, fixed.execution
+    model, spec, execution = alternatives.model, alternatives.model.spec, fixed.execution
 
     def under_weights(plain: Simulation, stored: Footprint) -> tuple[Alternative, ...]:
         return tuple(
             Alternative(
                 weights=setting,
                 execution=execution,
-                spec=forms.spec(setting),
-                footprint=forms.footprint(setting, stored, plain),
+                spec=alternatives.spec(setting),
+                footprint=alternatives.footprint(setting, stored, plain),
             )
             for setting in weights
         )
 
     if accelerator is None or spec.device_map is not None:
-        return _assumed(forms, work, weights, fixed)
+        return _assumed(alternatives, work, weights, fixed)
     try:
         footprint = simulated_footprint(model, work, accelerator, grouped({}, {}, execution))
     except SimulationError as error:
@@ -94,7 +94,7 @@ def cost_model(
             ) from error
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(model, work, accelerator)
-        notes = (note, *_unseen(spec, traced.plain, "could be traced"))
+        notes = (note, *_missing_note(spec, traced.plain, "could be traced"))
         return CostModel(footprint=traced, alternatives=under_weights(traced.plain, traced), notes=notes)
     tried = (
         (item, simulated_footprint(model, work, accelerator, grouped({}, {}, item)))
@@ -108,15 +108,17 @@ def cost_model(
     return CostModel(
         footprint=footprint,
         alternatives=under_weights(footprint.plain, footprint) + smaller,
-        simulated=_confirming(model, work, accelerator),
-        notes=(*footprint.plain.notes, *_unseen(spec, footprint.plain, "ran in the simulated call")),
+        simulate=_confirming(model, work, accelerator),
+        notes=(*footprint.plain.notes, *_missing_note(spec, footprint.plain, "ran in the simulated call")),
     )
 
 
-def _assumed(forms: Alternatives, work: Workload, weights: Sequence[Mapping[str, Weights]], fixed: Fixed) -> CostModel:
+def _assumed(
+    alternatives: Alternatives, work: Workload, weights: Sequence[Mapping[str, Weights]], fixed: Fixed
+) -> CostModel:
     """Rules of thumb in place of a simulation."""
-    footprint = AssumedFootprint(spec=forms.model.spec, workload=work)
-    others = [(setting, forms.spec(setting)) for setting in weights]
+    footprint = AssumedFootprint(spec=alternatives.model.spec, workload=work)
+    others = [(setting, alternatives.spec(setting)) for setting in weights]
     return CostModel(
         footprint=footprint,
         alternatives=tuple(
@@ -143,32 +145,32 @@ def _confirming(
             return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
         found = model.run(work, grouped(*settings), decodes, accelerator=accelerator, capacity_bytes=capacity)
-        if _before_vaes(found, vaes):
+        if _stopped_before_vaes(found, vaes):
             stopped[key] = found
         return found
 
     return simulated
 
 
-def _before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
-    """Whether it was stopped before it came to any VAE."""
+def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
+    """Whether the simulation ran out of memory before any VAE ran."""
     return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
 
 
-def _unseen(spec: PipelineSpec, simulation: Simulation, what: str) -> tuple[str, ...]:
-    """A note for what the planner has no figures of, and counts with rules of thumb."""
+def _missing_note(spec: PipelineSpec, simulation: Simulation, condition: str) -> tuple[str, ...]:
+    """A note that names the components without simulated costs, for which rules of thumb are used."""
     names = {
         use.component: None
         for use in spec.uses
         if not use.optional and simulation.use(use.phase, use.component) is None
     }
-    return (f"not all {what}: rules of thumb stand in for {', '.join(names)}",) if names else ()
+    return (f"not all {condition}: rules of thumb stand in for {', '.join(names)}",) if names else ()
 
 
-def confirmed(decision: Decision, simulation: Simulation) -> Decision:
-    """The decision with what its own simulation found: its peaks, or where and by how much it does not fit.
+def apply_simulation(decision: Decision, simulation: Simulation) -> Decision:
+    """The decision with the peaks of its own simulation, or rejected, with where and by how much it does not fit.
 
-    A phase that the simulated call did not come to stays as it was priced.
+    A phase that the simulated call did not reach keeps its price.
     """
     if simulation.stopped is not None:
         short = simulation.short_bytes

@@ -9,34 +9,34 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from vramplan.simulator.inferred import inferred
+from vramplan.simulator.data_dependent import HANDLERS
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Block, Kind, Ledger
+from vramplan.simulator.shape_inference import infer_results
 from vramplan.simulator.shapes import (
     CPU,
     aten,
-    follow,
     forget_values,
     label_of,
     meta_like,
-    normalized,
+    normalize_device,
     place_of,
-    pointwise,
+    pointwise_result,
     shape_of,
     traffic,
+    update_shape,
     value_of,
 )
-from vramplan.simulator.special import SPECIAL
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, mapped, storage_key, tensors_in
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, map_tensors, storage_key, tensors_in
 
-# Copies that may go from one device to another, and indexing, which takes indices from the CPU.
+# Operations that accept tensors on two devices: copies, and indexing with indices on the CPU.
 _CROSS_DEVICE = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
-# A copy of a weight is a weight wherever it goes.
+# Operations whose result keeps the kind of memory of their argument: a copy of a weight is a weight.
 _KEEPS_KIND = {aten._to_copy, aten.clone, aten.detach, aten.alias}
 
 
 class Engine:
-    """One simulation's rules and books. `notes` tells what had to be assumed about hollow values."""
+    """Runs the operations of one simulation. `notes` counts the assumptions made about unknown values."""
 
     def __init__(self, ledger: Ledger, kernels: Kernels) -> None:
         self.ledger = ledger
@@ -53,14 +53,14 @@ class Engine:
         value: torch.Tensor | None = None,
         owner: str = "",
     ) -> SimTensor:
-        """A tensor of its own memory, with the shape of a meta tensor."""
+        """A tensor with memory of its own, in the shape of the meta tensor `shape`."""
         size = shape.untyped_storage().nbytes()
         if value is not None and value.numel() > VALUE_LIMIT:
             value = None
-        return make(self, shape, label, Block(self.ledger, size, place_of(label), kind, owner), value)
+        return make_tensor(self, shape, label, Block(self.ledger, size, place_of(label), kind, owner), value)
 
     def from_real(self, tensor: torch.Tensor, label: torch.device, kind: Kind = "activation") -> SimTensor:
-        """A real CPU tensor on a simulated device, with its value while it is small."""
+        """A copy of a real CPU tensor on a simulated device, with its value if it is small."""
         value = tensor.detach().clone() if tensor.numel() <= VALUE_LIMIT and tensor.device.type == "cpu" else None
         return self.new(meta_like(tensor), label, kind, value)
 
@@ -73,9 +73,9 @@ class Engine:
         copy: bool = False,
         memory_format: torch.memory_format | None = None,
     ) -> torch.Tensor:
-        """`tensor.to(...)`: itself where nothing changes, else new memory where it would be."""
+        """`tensor.to(...)`: the tensor itself if nothing changes, else a new one on the target device."""
         here = label_of(tensor)
-        target, kind_of = normalized(label or here), dtype or tensor.dtype
+        target, kind_of = normalize_device(label or here), dtype or tensor.dtype
         format_same = memory_format in (None, torch.preserve_format) or (
             tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=memory_format)
         )
@@ -101,33 +101,33 @@ class Engine:
         return made
 
     def copy(self, tensor: SimTensor) -> SimTensor:
-        """A copy in memory of its own, on the same device."""
+        """A copy with memory of its own, on the same device."""
         made = self.convert(tensor, tensor.label, copy=True)
         assert isinstance(made, SimTensor)
         return made
 
-    def pinned(self, tensor: SimTensor) -> SimTensor:
-        """A page-locked copy: torch's host allocator rounds it up to a power of two."""
+    def pin(self, tensor: SimTensor) -> SimTensor:
+        """A page-locked copy. torch's host allocator rounds its size up to a power of two."""
         from vramplan.pipeline.geometry import power_of_two
 
         shape = torch.empty_like(tensor.meta)
         size = power_of_two(shape.untyped_storage().nbytes())
         block = Block(self.ledger, size, "pinned", tensor.block.kind, tensor.block.owner)
-        return make(self, shape, CPU, block, tensor.value)
+        return make_tensor(self, shape, CPU, block, tensor.value)
 
     # ---- running operations
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The result of one ATen operation."""
+        """Run one ATen operation and return its result."""
         ledger = self.ledger
         packet = func.overloadpacket
         ledger.operations += 1
         ledger.operation = str(packet)
         tensors = list(tensors_in((args, kwargs)))
         label = self._label(packet, tensors)
-        special = SPECIAL.get(packet)
-        if special is not None:
-            result = special(self, func, args, kwargs, tensors, label)
+        handler = HANDLERS.get(packet)
+        if handler is not None:
+            result = handler(self, func, args, kwargs, tensors, label)
             if result is not NotImplemented:
                 return result
         values = [value_of(tensor) for tensor in tensors]
@@ -144,7 +144,7 @@ class Engine:
         by_value = {id(value): tensor for tensor in tensors if (value := value_of(tensor)) is not None}
         try:
             with torch._C.DisableTorchFunctionSubclass():
-                results = func(*mapped(args, value_of), **mapped(kwargs, value_of))
+                results = func(*map_tensors(args, value_of), **map_tensors(kwargs, value_of))
         except (NotImplementedError, RuntimeError) as error:
             if "not implemented" not in str(error):
                 raise
@@ -158,20 +158,20 @@ class Engine:
                 source = value_of(tensor)
                 assert source is not None
                 if source.untyped_storage()._cdata == key and isinstance(tensor, SimTensor):
-                    return make(self, meta_like(result), label, tensor.block, result)
+                    return make_tensor(self, meta_like(result), label, tensor.block, result)
             return self.new(meta_like(result), label, self._kind(func, tensors), result)
 
-        return mapped(results, wrapped)
+        return map_tensors(results, wrapped)
 
     def run_on_shapes(
         self, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: torch.device
     ) -> Any:
-        """The result as it is where values are not known: its shape, from torch's meta kernels."""
+        """Run an operation without values: torch's meta kernels give the shape of the result."""
         shapes = {id(tensor): shape_of(tensor) for tensor in tensors}
         with torch._C.DisableTorchFunctionSubclass():
-            results = pointwise(func.overloadpacket, [shapes[id(tensor)] for tensor in tensors])
+            results = pointwise_result(func.overloadpacket, [shapes[id(tensor)] for tensor in tensors])
             if results is None:
-                results = inferred(func, args, kwargs, shapes, partial(_on_shapes, func, args, kwargs, shapes))
+                results = infer_results(func, args, kwargs, shapes, partial(_run_meta, func, args, kwargs, shapes))
         if func._schema.is_mutable:
             forget_values(func, args, kwargs)
         by_key = {storage_key(t.meta): t for t in tensors if isinstance(t, SimTensor)}
@@ -181,19 +181,19 @@ class Engine:
             for tensor in tensors:
                 if shapes[id(tensor)] is result:
                     if isinstance(tensor, SimTensor) and tensor.shape != result.shape:
-                        follow(tensor, result)
+                        update_shape(tensor, result)
                     return tensor
             source = by_key.get(storage_key(result))
             if source is not None:
-                return make(self, result, label, source.block)
+                return make_tensor(self, result, label, source.block)
             return self.new(result, label, kind)
 
-        made = mapped(results, wrapped)
+        made = map_tensors(results, wrapped)
         self._count(func, args, kwargs, made, label)
         return made
 
     def _count(self, func: Any, args: Any, kwargs: Any, made: Any, label: torch.device) -> None:
-        """What the device's kernel would compute, or read and write, and the memory it would use beside its result."""
+        """Count the kernel's floating-point operations, or else its traffic, and its workspace."""
         if label.type != "cuda" or func.is_view:
             return
         formula = flop_registry.get(func.overloadpacket)
@@ -201,11 +201,11 @@ class Engine:
             self.ledger.count_kernel(flops=formula(*args, **kwargs, out_val=made))
         else:
             self.ledger.count_kernel(traffic_bytes=traffic(args, made))
-        self.kernels.after(self.ledger, func.overloadpacket, args, made)
+        self.kernels.count_workspace(self.ledger, func.overloadpacket, args, made)
 
     def _label(self, packet: Any, tensors: Sequence[torch.Tensor]) -> torch.device:
-        """The device the result is on. Raises RuntimeError, as torch does, where the arguments are on two."""
-        # torch's own composite operations make plain meta tensors beside ours: those are wherever ours are
+        """The device of the result. Raises RuntimeError, as torch does, if the arguments are on two devices."""
+        # torch's composite operations mix plain meta tensors with simulated ones: these decide the device
         labels = {label_of(t) for t in tensors if t.dim() > 0 and (isinstance(t, SimTensor) or not t.is_meta)}
         if not labels:
             return next((label_of(t) for t in tensors if label_of(t) != CPU), CPU)
@@ -226,26 +226,26 @@ class Engine:
 
     def _count_move(self, source: torch.device, target: torch.device, made: SimTensor) -> None:
         if source.type != target.type and "meta" not in (source.type, target.type):
-            self.ledger.moved(source.type, target.type, made.block.size)
+            self.ledger.count_transfer(source.type, target.type, made.block.size)
 
     # ---- values
 
     def scalar(self, tensor: SimTensor, kind: type) -> Any:
-        """The Python number in a tensor; 0 with a note where it is hollow."""
+        """The Python number in a tensor; 0, with a note, if its value is unknown."""
         value = tensor.value
         if value is not None:
             return kind(value.item())
         where = self.ledger.module or self.ledger.component
-        self.note(f"a value was needed where there is none ({where or 'the pipeline'}): 0 was assumed")
+        self.note(f"{where or 'the pipeline'} needs a value that is not known: 0 was assumed")
         return kind(0)
 
     def note(self, text: str) -> None:
-        """Record an assumption, which names its place: what made it is not played back for another one."""
+        """Record an assumption. The running forwards cannot be replayed, as the text names the module."""
         for recorder in self.ledger.recorders:
             recorder.broken = True
         self.notes[text] = self.notes.get(text, 0) + 1
 
 
-def _on_shapes(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
-    """What torch's meta kernel makes of the shapes in place of the tensors."""
-    return func(*mapped(args, lambda t: shapes[id(t)]), **mapped(kwargs, lambda t: shapes[id(t)]))
+def _run_meta(func: Any, args: Any, kwargs: Any, shapes: Mapping[int, torch.Tensor]) -> Any:
+    """Run torch's meta kernel on the meta tensors that stand for the arguments."""
+    return func(*map_tensors(args, lambda t: shapes[id(t)]), **map_tensors(kwargs, lambda t: shapes[id(t)]))

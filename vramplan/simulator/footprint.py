@@ -1,4 +1,4 @@
-"""The planner's figures from a simulation: what each use needs beside weights, and how much it computes."""
+"""Memory needs and computing costs of each use, from a simulation."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedFootprint:
-    """Figures of a pipeline that was run once with everything resident and decoded plainly.
+    """The footprint of a pipeline simulated once, with everything resident and default decode settings.
 
-    `decode` simulates one way of decoding when it is first asked for, None where it cannot. A use that the call left
-    out keeps the assumption, and its basis. `basis` is `derived` where components were traced one by one.
+    `decode` simulates the decode with other settings, once each; it returns None if that fails. A use that the call
+    left out keeps the assumed footprint and its basis. `basis` is `derived` if components were traced one by one.
     """
 
     spec: PipelineSpec
     workload: Workload
     plain: Simulation
     decode: Callable[[tuple[Decode, ...]], Simulation | None]
-    # Of components that are not decoding: they fragment little, and differently under each placement, so that the
-    # candidate chosen is simulated itself in the end.
+    # Reserved over allocated bytes outside of decoding: fragmentation is small there and depends on the placement, so
+    # that the chosen candidate is simulated itself in the end.
     slack: float = 1.02
     basis: Basis = "simulated"
     workspace_bytes: int = 0
 
     @property
     def assumed(self) -> AssumedFootprint:
-        """What is used for what the simulated call left out."""
+        """The rules of thumb, for uses that the simulated call left out."""
         return AssumedFootprint(spec=self.spec, workload=self.workload)
 
     @property
     def denoising_bytes(self) -> int:
-        """The most that denoising needs beside weights."""
+        """The largest need of denoising in addition to weights, in bytes."""
         return max((use.need_bytes for use in self.plain.uses if use.phase == "denoise"), default=0)
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
-        """The most bytes beside weights while the use runs, and while the pipeline works around it."""
-        simulation = self._for(use, decode)
+        """The most bytes needed in addition to weights, by the use or the pipeline's own code in its phase."""
+        simulation = self._simulation_for(use, decode)
         found = simulation.use(use.phase, use.component) if simulation else None
         if simulation is None or found is None:
             return self.assumed.activation(use, decode)
         between = self.plain.use(use.phase, "")
         size = max(found.need_bytes, between.need_bytes if between else 0)
-        reserved = int(size * self.slack) if simulation is self.plain else max(size, _beside_weights(simulation))
+        reserved = int(size * self.slack) if simulation is self.plain else max(size, _above_weights(simulation))
         return Estimate(size_bytes=size, reserved_bytes=reserved, basis=self.basis)
 
     def work(self, use: Use, decode: Sequence[Decode]) -> Work:
-        """What one such use computes: that of its phase, shared by the times it comes there."""
-        simulation = self._for(use, decode)
+        """The work of one such use: the work of its phase, divided by the number of such uses in it."""
+        simulation = self._simulation_for(use, decode)
         found = simulation.use(use.phase, use.component) if simulation else None
         assumed = self.assumed.work(use, decode)
         if found is None:
             return assumed
         times = sum((other.phase, other.component) == (use.phase, use.component) for other in self.spec.uses)
         share = 1 / (self.plain.steps if use.in_loop else times)
-        tiled = self.spec.component(use.component).role == "vae"  # entered once, its tiles inside
+        tiled = self.spec.component(use.component).role == "vae"  # one call, which loops over the tiles
         return Work(
             flops=found.flops * share,
             traffic_bytes=found.traffic_bytes * share,
@@ -69,12 +69,12 @@ class SimulatedFootprint:
             forwards=assumed.forwards if tiled else found.forwards * share,
         )
 
-    def _for(self, use: Use, decode: Sequence[Decode]) -> Simulation | None:
-        """The simulation of the decode alone for what decodes, the whole call for everything else."""
+    def _simulation_for(self, use: Use, decode: Sequence[Decode]) -> Simulation | None:
+        """The simulation of the decode alone if the use decodes latents, else that of the whole call."""
         decodes = {item.component for item in self.plain.decoded}
         return self.decode(tuple(decode)) if use.phase == "decode" and use.component in decodes else self.plain
 
 
-def _beside_weights(simulation: Simulation) -> int:
-    """What is reserved beside the weights of a component that was simulated by itself."""
+def _above_weights(simulation: Simulation) -> int:
+    """The bytes reserved in addition to weights in the simulation of one component."""
     return simulation.peak_reserved_bytes - max(phase.weights_bytes for phase in simulation.phases)

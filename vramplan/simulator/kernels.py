@@ -1,4 +1,4 @@
-"""What the real device's kernels hold in memory beside their results."""
+"""The workspace memory of the real device's kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(slots=True)
 class Kernels:
-    """The kernels of one architecture. Bytes, each with where it comes from.
+    """The kernels of one architecture.
 
     `cublas_bytes` stays allocated from the first matrix product on: 8 MiB, 32 MiB on Hopper
-    (CUBLAS_WORKSPACE_CONFIG, PyTorch CUDA semantics, torch 2.13). `convolution_copies` is how often a
-    half-precision convolution holds its input and output again, to change their layout: 1 reproduces FLUX.1's
+    (CUBLAS_WORKSPACE_CONFIG, PyTorch CUDA semantics, torch 2.13). `convolution_copies` is the number of copies of
+    input and output that a half-precision convolution makes to change their layout: 1 reproduces FLUX.1's
     published peaks at batch 1; assumed until it is fitted. Attention in one of `math_dtypes` is computed step by step;
-    where it is not `fused_attention`, its kernel holds the scores.
+    without `fused_attention` its kernel holds the score matrix.
     """
 
     cublas_bytes: int = 8 * MIB
@@ -33,24 +33,24 @@ class Kernels:
     fused_attention: bool = True
     _workspaces: dict[int, Block] | None = field(default=None, init=False)
 
-    def after(self, ledger: Ledger, packet: Any, args: Sequence[Any], made: Any) -> None:
-        """Account for the workspace of an operation whose result is there already."""
+    def count_workspace(self, ledger: Ledger, packet: Any, args: Sequence[Any], made: Any) -> None:
+        """Account for the workspace of an operation that has produced its result `made`."""
         if packet in _MATRIX_PRODUCTS:
             self.hold_cublas(ledger)
         elif packet is aten.convolution:
             ledger.transient(self._convolution_bytes(args[0], made), "workspace")
 
     def release(self) -> None:
-        """Give back what stays allocated from operation to operation."""
+        """Free the workspaces that stay allocated between operations."""
         self._workspaces = None
 
     def hold_cublas(self, ledger: Ledger) -> None:
-        """Take the workspace of matrix products where this stream has none yet: nobody's, as it stays."""
+        """Allocate the workspace of matrix products once per stream. It belongs to no forward, as it stays."""
         for recorder in ledger.recorders:
-            recorder.product()
+            recorder.on_product()
         self._workspaces = self._workspaces or {}
         if ledger.stream not in self._workspaces and self.cublas_bytes:
-            with ledger.unrecorded():
+            with ledger.pause_recording():
                 self._workspaces[ledger.stream] = Block(ledger, self.cublas_bytes, "device", "workspace")
 
     def _convolution_bytes(self, given: torch.Tensor, made: torch.Tensor) -> int:
@@ -69,17 +69,16 @@ def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def scores_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
-    """The scores of every query against every key, in the queries' dtype."""
+    """The bytes of the score matrix, every query against every key, in the queries' dtype."""
     return query.numel() // query.shape[-1] * key.shape[-2] * query.element_size()
 
 
 def attention_scratch_bytes(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> int:
-    """What scaled dot product attention holds while it runs, beside its output, in bytes.
+    """The memory of scaled dot product attention in addition to its output, in bytes.
 
-    Flash and memory-efficient kernels keep one float32 log-sum-exp for each query row. A mask rules flash
-    out; the memory-efficient kernel wants its last dimension in steps of 16 elements and copies it where it
-    is not (torch 2.13, transformers/cuda/attention.cu). A head size that is no multiple of 8 is padded in
-    copies of query, key and value.
+    Flash and memory-efficient kernels keep one float32 log-sum-exp for each query row. A mask rules flash out; the
+    memory-efficient kernel needs its last dimension in multiples of 16 elements and copies it otherwise (torch 2.13,
+    transformers/cuda/attention.cu). If the head size is no multiple of 8, query, key and value are copied and padded.
     """
     rows = query.numel() // query.shape[-1]
     scratch = 4 * rows

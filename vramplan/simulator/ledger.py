@@ -1,7 +1,7 @@
-"""Who holds which memory, and when it was most: the simulated device's books.
+"""Account for the memory of a simulation: who holds how much, and where the peaks are.
 
-Every tensor of the simulation holds a `Block`; views share one. Python's reference counts say when a block is
-free, as PyTorch's do on a real device.
+Every tensor of the simulation holds a `Block`; views share one. A block is freed when Python drops the last reference
+to it, as PyTorch frees memory on a real device.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ KINDS: tuple[Kind, ...] = ("weights", "activation", "workspace")
 
 
 class Block:
-    """Memory that one or more tensors share. Freed when the last of them goes.
+    """Memory that one or more tensors share, freed with the last of them.
 
-    `owner` is the component that it belongs to, the one that runs where none is told.
+    `owner` is the component that it belongs to, by default the one that runs.
     """
 
     __slots__ = ("__weakref__", "chunk", "kind", "known", "ledger", "owner", "place", "size")
@@ -36,17 +36,17 @@ class Block:
         self.place = place
         self.kind = kind
         self.owner = owner or ledger.component
-        self.known = True  # whether the values of tensors in it can still be believed
+        self.known = True  # whether the stored values of its tensors are still valid
         self.chunk: Chunk | None = None
-        ledger.take(self)
+        ledger.allocate(self)
 
     def __del__(self) -> None:
-        self.ledger.give(self)
+        self.ledger.free(self)
 
 
 @dataclass(slots=True, kw_only=True)
 class PhasePeak:
-    """The highest moment of a phase: bytes on the device by kind, what ran, and which operation asked for more."""
+    """The peak of a phase: bytes on the device by kind, and the component, module and operation that reached it."""
 
     allocated_bytes: int = 0
     by_kind: Mapping[Kind, int] = field(default_factory=dict)
@@ -57,8 +57,8 @@ class PhasePeak:
 
 @dataclass(slots=True)
 class Cost:
-    """What a component computed in a phase: floating-point operations, bytes that kernels without any read and
-    wrote, kernels launched, and forwards made."""
+    """The work of a component in a phase: floating-point operations, bytes read and written by the kernels that have
+    none, kernel launches, and forwards."""
 
     flops: float = 0.0
     traffic_bytes: int = 0
@@ -66,29 +66,29 @@ class Cost:
     forwards: int = 0
 
     def add(self, other: Cost) -> None:
-        """Count another one's kernels too."""
+        """Add the kernels of another cost; forwards are not added."""
         self.flops += other.flops
         self.traffic_bytes += other.traffic_bytes
         self.launches += other.launches
 
 
-# A block that was taken: its number, size, place and kind, and the module (below the recorded one) and operation
-# that asked for it. Bytes that were moved: from where, to where, how many.
-Taken = tuple[int, int, Place, Kind, str, str]
-Moved = tuple[str, str, int]
+# A block was allocated: its number, size, place and kind, the module (relative to the recorded one) and operation.
+# Bytes were moved: source, target, count.
+AllocateEvent = tuple[int, int, Place, Kind, str, str]
+MoveEvent = tuple[str, str, int]
 
 
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """What the forward of one module does to the books, event by event, so that it can be done again.
+    """The ledger events of one module's forward, in order, so that they can be replayed.
 
-    A number is the block that is freed; None is the first matrix product, whose workspace stays. `alive` are the
-    numbers of blocks that were taken and not freed, by their id. It is `broken` where a block that was there before
-    goes, or what is booked belongs to another module.
+    A number is a block that is freed; None is the first matrix product, whose workspace stays. `alive` holds the
+    numbers of blocks allocated and not yet freed, by their id. The recorder is `broken` if the forward freed a block
+    that existed before, or an event belongs to a module outside of it.
     """
 
     name: str
-    events: list[int | Taken | Moved | None] = field(default_factory=list)
+    events: list[int | AllocateEvent | MoveEvent | None] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
     operations: int = 0
@@ -96,24 +96,24 @@ class Recorder:
     multiplied: bool = False
     broken: bool = False
 
-    def took(self, block: Block, module: str, operation: str) -> None:
-        """A block was entered in the books."""
+    def on_allocate(self, block: Block, module: str, operation: str) -> None:
+        """Record an allocated block."""
         self.alive[id(block)] = self.count
         self.events.append((self.count, block.size, block.place, block.kind, self._inner(module), operation))
         self.count += 1
 
-    def gave(self, block: Block) -> None:
-        """A block was taken out of the books."""
+    def on_free(self, block: Block) -> None:
+        """Record a freed block."""
         number = self.alive.pop(id(block), None)
         self.broken |= number is None
         self.events.append(number)
 
-    def counted(self, module: str, cost: Cost) -> None:
-        """Kernels were added to a module."""
+    def on_count(self, module: str, cost: Cost) -> None:
+        """Record kernels counted for a module."""
         self.costs.setdefault(self._inner(module), Cost()).add(cost)
 
-    def product(self) -> None:
-        """A matrix product was made."""
+    def on_product(self) -> None:
+        """Record a matrix product; only the first is an event."""
         if not self.multiplied:
             self.multiplied = True
             self.events.append(None)
@@ -124,9 +124,9 @@ class Recorder:
 
 
 class Ledger:
-    """The memory bookkeeping of one simulation. Whoever runs it keeps phase, component and modules up to date.
+    """The memory accounting of one simulation. The caller keeps phase, component and modules up to date.
 
-    `observe` is called with each block that is entered or taken out, and the change of the device's memory in bytes.
+    `observe` is called with each block allocated or freed, and the change of the device's memory in bytes.
     """
 
     def __init__(
@@ -150,13 +150,13 @@ class Ledger:
         self.costs: dict[tuple[str, str], Cost] = {}
         self.module_costs: dict[str, Cost] = {}
         self.peaks: dict[SimulatedPhaseName, PhasePeak] = {}
-        self.needs: dict[tuple[str, str], int] = {}  # most beside weights, by phase and component
+        self.needs: dict[tuple[str, str], int] = {}  # peak in addition to weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
         self.recorders: list[Recorder] = []
 
     @contextmanager
-    def unrecorded(self) -> Iterator[None]:
-        """What is booked inside belongs to no module's forward."""
+    def pause_recording(self) -> Iterator[None]:
+        """Context manager: events inside belong to no module's forward."""
         recorders, self.recorders = self.recorders, []
         try:
             yield
@@ -165,17 +165,17 @@ class Ledger:
 
     @property
     def module(self) -> str:
-        """The name of the module that runs now; empty outside of all."""
+        """The name of the module that runs now; empty outside of all modules."""
         return self.modules[-1] if self.modules else ""
 
     def start_loading(self) -> None:
-        """What is booked next is weights being moved to the device, by no component that runs."""
+        """Begin the load phase: weights move to the device, and no component runs."""
         self.phase, self.component, self.operation = "load", "", ""
         self.modules.clear()
 
-    def take(self, block: Block) -> None:
-        """Enter a block; on the device this may raise DeviceFullError."""
-        if block.place == "device" and block.size:  # torch asks its allocator for nothing where nothing is needed
+    def allocate(self, block: Block) -> None:
+        """Allocate a block. Raises torch.OutOfMemoryError if the device is full."""
+        if block.place == "device" and block.size:  # torch allocates nothing for an empty tensor
             try:
                 block.chunk = self.allocator.allocate(block.size, self.stream)
             except DeviceFullError as error:
@@ -190,7 +190,7 @@ class Ledger:
             self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + self.pinned_bytes)
         for recorder in self.recorders:
-            recorder.took(block, self.module, self.operation)
+            recorder.on_allocate(block, self.module, self.operation)
         if self.observe is not None:
             self.observe(self, block, block.chunk.size if block.chunk is not None else 0)
 
@@ -201,12 +201,12 @@ class Ledger:
         doing = self.operation or "moving weights"
         return torch.OutOfMemoryError(
             f"simulated device out of memory in {doing} of {where} ({self.phase}): tried to allocate "
-            f"{format_bytes(error.requested_bytes)} beside {format_bytes(error.allocated_bytes)} allocated and "
+            f"{format_bytes(error.requested_bytes)} with {format_bytes(error.allocated_bytes)} allocated and "
             f"{format_bytes(error.reserved_bytes)} reserved of {format_bytes(error.capacity_bytes)}"
         )
 
-    def give(self, block: Block) -> None:
-        """Take a block out of the books."""
+    def free(self, block: Block) -> None:
+        """Free a block."""
         size = 0
         if block.place == "device" and block.chunk is not None:
             size = block.chunk.size  # free neighbours are merged into it afterwards
@@ -217,36 +217,36 @@ class Ledger:
         elif block.place == "pinned":
             self.pinned_bytes -= block.size
         for recorder in self.recorders:
-            recorder.gave(block)
+            recorder.on_free(block)
         if self.observe is not None:
             self.observe(self, block, -size)
 
     def transient(self, size: int, kind: Kind) -> None:
-        """Allocate and free at once: what a kernel uses while it runs."""
+        """Allocate and free at once, as a kernel does with memory it needs while it runs."""
         if size:
             Block(self, size, "device", kind)
 
-    def moved(self, source: str, target: str, size: int) -> None:
-        """Count bytes that crossed the link."""
+    def count_transfer(self, source: str, target: str, size: int) -> None:
+        """Count bytes moved between host and device."""
         key = (source, target)
         self.moved_bytes[key] = self.moved_bytes.get(key, 0) + size
         for recorder in self.recorders:
             recorder.events.append((source, target, size))
 
     def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0) -> None:
-        """Add a kernel to the component and the module that run."""
+        """Count a kernel for the component and the module that run."""
         self.count(self.module, Cost(flops=flops, traffic_bytes=traffic_bytes, launches=1))
 
     def count(self, module: str, cost: Cost) -> None:
-        """Add kernels to the component that runs, and to this module."""
+        """Count kernels for the component that runs, and for this module."""
         self.cost.add(cost)
         self.module_costs.setdefault(module, Cost()).add(cost)
         for recorder in self.recorders:
-            recorder.counted(module, cost)
+            recorder.on_count(module, cost)
 
     @property
     def cost(self) -> Cost:
-        """The entry of the component that runs now."""
+        """The cost of the component that runs now, in this phase."""
         key = (self.phase, self.component)
         found = self.costs.get(key)
         if found is None:

@@ -1,9 +1,9 @@
-"""A module that runs again on tensors of the same shapes takes the same memory in the same order: it is replayed.
+"""Record module forwards and replay them: equal modules on equal shapes use the same memory in the same order.
 
 Blocks, tiles and denoising steps repeat each other. The first forward of a kind is run and recorded, event by event;
-the next is played back through the same ledger and allocator, without its operations. What cannot be told to be alike
-is run: a module with hooks inside, with arguments that it may change, or that leaves something behind or lets go of
-something that was there before.
+later ones are replayed through the same ledger and allocator, without their operations. A forward that cannot be
+compared is run: of a module with hooks inside, with arguments that it may change, or one that keeps memory or frees
+memory allocated before it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.ledger import Block, Cost, Moved, Recorder, Taken
+from vramplan.simulator.ledger import AllocateEvent, Block, Cost, MoveEvent, Recorder
 from vramplan.simulator.shapes import label_of, value_of
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make, storage_key, tensors_in
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
 
-# A forward that could not be recorded this often is not tried again: state may be there the first time only.
-_MOST_TRIES = 2
-# How VAEs of diffusers 0.42 join tiles: in place and line by line, which is most of the operations of a tiled decode.
+# Attempts to record a forward: the first may fail because of state that it sets up once.
+_MAX_TRIES = 2
+# Methods that join tiles in VAEs of diffusers 0.42, in place and line by line: most operations of a tiled decode.
 _BLENDS = ("blend_v", "blend_h", "blend_t")
-# What is no part of a module's structure: what `torch.nn.Module` and hooks keep on it, and what is wrapped here.
+# Attributes that are not part of a module's structure: those of `torch.nn.Module`, of hooks, and those wrapped here.
 _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
     "forward",
     "_old_forward",
@@ -35,35 +35,35 @@ _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
     *_BLENDS,
 }
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
-# Objects with at most this many attributes are told by them, as attention processors are; larger ones by themselves.
-_FEW = 8
+# Objects with at most this many attributes, attention processors say, are compared by these; larger ones by identity.
+_MAX_ATTRIBUTES = 8
 
 
-class _UnlikeError(Exception):
-    """There is no telling whether this is like anything else."""
+class _NotComparableError(Exception):
+    """A value that cannot be compared with others, so that the forward cannot be replayed."""
 
 
-class _Same:
-    """An object as itself, which it stays as long as something is told by it."""
+class _ByIdentity:
+    """An object compared by identity. The reference keeps it alive, so that its id stays unique."""
 
-    __slots__ = ("what",)
+    __slots__ = ("value",)
 
-    def __init__(self, what: Any) -> None:
-        self.what = what
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.what is self.what
+        return isinstance(other, _ByIdentity) and other.value is self.value
 
     def __hash__(self) -> int:
-        return id(self.what)
+        return id(self.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Output:
-    """One tensor that a forward returned: the block or argument it lies in, and how.
+    """One tensor that a forward returned: its layout, and the block or argument whose memory it uses.
 
-    `block` is the number of a block the forward took; else it lies in the memory of the argument at place `argument`,
-    `offset` elements from where that starts, and is that argument itself where it is the `same`.
+    `block` is the number of a block that the forward allocated. Without one the tensor uses the memory of the argument
+    at index `argument`, `offset` elements after the start of that; if `same`, it is that argument.
     """
 
     block: int | None
@@ -81,16 +81,16 @@ class _Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """A forward that can be played back: its events in the ledger, its costs by module, and what it returned."""
+    """A forward that can be replayed: its ledger events, its costs by module, and its outputs."""
 
-    events: Sequence[int | Taken | Moved | None]
+    events: Sequence[int | AllocateEvent | MoveEvent | None]
     costs: Mapping[str, Cost]
     operations: int
     outputs: Sequence[Any]
     nesting: Any
 
     def play(self, engine: Engine, given: Sequence[torch.Tensor]) -> Any:
-        """The same again, for arguments with these tensors. Raises as the forward would where memory runs out."""
+        """Replay the forward on arguments with these tensors. Raises torch.OutOfMemoryError as the forward would."""
         ledger = engine.ledger
         base = ledger.module
         blocks: dict[int, Block] = {}
@@ -102,7 +102,7 @@ class Recording:
                 elif event is None:
                     engine.kernels.hold_cublas(ledger)
                 elif len(event) == 3:
-                    ledger.moved(*event)
+                    ledger.count_transfer(*event)
                 else:
                     number, size, place, kind, module, ledger.operation = event
                     ledger.modules[-1] = base + module
@@ -113,11 +113,11 @@ class Recording:
             ledger.count(base + module, cost)
         ledger.operations += self.operations
         storages: dict[int, torch.Tensor] = {}
-        made = [self._made(item, engine, given, blocks, storages) for item in self.outputs]
+        made = [self._rebuild(item, engine, given, blocks, storages) for item in self.outputs]
         return pytree.tree_unflatten(made, self.nesting)
 
     @staticmethod
-    def _made(
+    def _rebuild(
         item: Any,
         engine: Engine,
         given: Sequence[torch.Tensor],
@@ -140,56 +140,57 @@ class Recording:
             storage = storages[item.storage]
         shape = torch.empty(0, dtype=item.dtype, device="meta")
         shape.set_(storage.untyped_storage(), offset, item.shape, item.stride)
-        return make(engine, shape, item.label, block, None if item.value is None else item.value.clone())
+        return make_tensor(engine, shape, item.label, block, None if item.value is None else item.value.clone())
 
 
 @dataclass(slots=True)
 class Memo:
-    """What has been recorded, for any number of simulations with the same kernels."""
+    """The recordings shared by all simulations with the same kernels."""
 
     recordings: dict[Any, Recording] = field(default_factory=dict)
     tries: dict[Any, int] = field(default_factory=dict)
     structures: dict[Any, int] = field(default_factory=dict)
 
     def attach(self, modules: Mapping[str, torch.nn.Module], engine: Engine) -> None:
-        """Record and replay these modules, by their qualified names, and how they join tiles; a module without children
-        is just run."""
+        """Record and replay the forwards and tile blending of these modules, given by qualified name.
+
+        Modules without children are skipped."""
         for name, module in modules.items():
             if next(module.children(), None) is None:
                 continue
-            module.__dict__["forward"] = self._around(name, module, engine)
+            module.__dict__["forward"] = self._wrap_forward(name, module, engine)
             for method in _BLENDS:
                 if hasattr(module, method):
-                    module.__dict__[method] = self._blending(name, module, method, engine)
+                    module.__dict__[method] = self._wrap_blend(name, module, method, engine)
 
-    def _around(self, name: str, module: torch.nn.Module, engine: Engine) -> Callable[..., Any]:
-        """The module's forward."""
+    def _wrap_forward(self, name: str, module: torch.nn.Module, engine: Engine) -> Callable[..., Any]:
+        """Wrap the module's forward."""
         found: list[tuple[int | None, list[torch.nn.Module]]] = []
 
         def key(args: Any, kwargs: Any, done: bool) -> Any:
-            if not found:  # now, as the hooks of an offload come after this one
+            if not found:  # at the first call, as offloading adds its hooks after this wrapper
                 found.append((self._structure(module), list(module.modules())))
             structure, parts = found[0]
             return _key(self._structure(module) if done else structure, parts, args, kwargs)
 
-        return self._remembering(name, module.forward, key, engine)
+        return self._wrap(name, module.forward, key, engine)
 
-    def _blending(self, name: str, module: torch.nn.Module, method: str, engine: Engine) -> Callable[..., Any]:
-        """A method that changes an argument, of whose values nothing may be known."""
+    def _wrap_blend(self, name: str, module: torch.nn.Module, method: str, engine: Engine) -> Callable[..., Any]:
+        """Wrap a method that changes an argument; calls with known values are not replayed."""
 
         def key(args: Any, kwargs: Any, done: bool) -> Any:
             if any(value_of(tensor) is not None for tensor in tensors_in((args, kwargs))):
                 return None
-            return (type(module), method), _arguments((args, kwargs), {})
+            return (type(module), method), _argument_key((args, kwargs), {})
 
-        return self._remembering(name, getattr(module, method), key, engine)
+        return self._wrap(name, getattr(module, method), key, engine)
 
-    def _remembering(
+    def _wrap(
         self, name: str, original: Callable[..., Any], key_of: Callable[[Any, Any, bool], Any], engine: Engine
     ) -> Callable[..., Any]:
-        """The same, played back where that was recorded; `key_of` tells what it depends on, before and once it is done.
+        """Wrap a function: replay it if it is recorded under its key, else run it and record it.
 
-        None says that there is no telling.
+        `key_of(args, kwargs, done)` gives the key, before and after the call; None if there is no key.
         """
 
         @wraps(original)
@@ -204,10 +205,10 @@ class Memo:
             if key is None:
                 return original(*args, **kwargs)
             tried = self.tries[key] = self.tries.get(key, 0) + 1
-            if tried > _MOST_TRIES:
+            if tried > _MAX_TRIES:
                 return original(*args, **kwargs)
             recorder = Recorder(name=name)
-            made = _recorded(recorder, engine, original, args, kwargs)
+            made = _record(recorder, engine, original, args, kwargs)
             with torch._C.DisableTorchFunction():
                 if not recorder.broken and key == key_of(args, kwargs, True):
                     self._keep(key, recorder, made, list(tensors_in((args, kwargs))))
@@ -228,21 +229,21 @@ class Memo:
             )
 
     def _structure(self, module: torch.nn.Module) -> int | None:
-        """A number for all modules that are made alike; None where something in it may do what cannot be replayed."""
+        """A number shared by all modules of equal structure; None if part of the module cannot be replayed."""
         try:
             made = _signature(module, outermost=True)
-        except _UnlikeError:
+        except _NotComparableError:
             return None
         return self.structures.setdefault(made, len(self.structures))
 
 
 def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
-    """Classes and attributes of a module and all in it, without its tensors."""
+    """The classes and attributes of a module and its submodules, without tensors."""
     own = vars(module)
     if module._forward_hooks or module._forward_pre_hooks:
-        raise _UnlikeError
+        raise _NotComparableError
     if not outermost and ("_hf_hook" in own or "_diffusers_hook" in own):
-        raise _UnlikeError
+        raise _NotComparableError
     plain = tuple((name, _attribute(value)) for name, value in own.items() if name not in _NOT_STRUCTURE)
     children = tuple((name, _signature(child)) for name, child in module.named_children())
     return type(module), plain, children
@@ -252,19 +253,19 @@ def _attribute(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, torch.Tensor):
-        raise _UnlikeError
+        raise _NotComparableError
     if isinstance(value, tuple | list):
         return tuple(map(_attribute, value))
     made: Any = type(value).__new__
-    if made is object.__new__ and hasattr(value, "__dict__"):  # all of it is in its attributes
+    if made is object.__new__ and hasattr(value, "__dict__"):  # its attributes are its whole state
         attributes = vars(value)
-        if len(attributes) <= _FEW and all(isinstance(item, _PLAIN) for item in attributes.values()):
+        if len(attributes) <= _MAX_ATTRIBUTES and all(isinstance(item, _PLAIN) for item in attributes.values()):
             return type(value), tuple(attributes.items())
-    return _Same(value)
+    return _ByIdentity(value)
 
 
-def _recorded(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What the forward returns; the recorder has what it did."""
+def _record(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a forward while the recorder listens, and return its result."""
     ledger = engine.ledger
     before = ledger.operations
     ledger.recorders.append(recorder)
@@ -277,17 +278,17 @@ def _recorded(recorder: Recorder, engine: Engine, original: Callable[..., Any], 
 
 
 def _key(structure: int | None, parts: Sequence[torch.nn.Module], args: Any, kwargs: Any) -> Any:
-    """What a forward depends on; None where that cannot be told."""
+    """The key of a forward: its structure, weights and arguments; None if they cannot be compared."""
     if structure is None:
         return None
     try:
-        return structure, _weights(parts), _arguments((args, kwargs), {})
-    except _UnlikeError:
+        return structure, _weight_layouts(parts), _argument_key((args, kwargs), {})
+    except _NotComparableError:
         return None
 
 
-def _weights(parts: Sequence[torch.nn.Module]) -> Any:
-    """Where all tensors of a module are, and what they are like."""
+def _weight_layouts(parts: Sequence[torch.nn.Module]) -> Any:
+    """The device, place and layout of every weight of a module."""
     found = []
     for part in parts:
         for tensors in (part._parameters, part._buffers):
@@ -295,26 +296,26 @@ def _weights(parts: Sequence[torch.nn.Module]) -> Any:
                 if tensor is None:
                     continue
                 if not isinstance(tensor, SimTensor):
-                    raise _UnlikeError
+                    raise _NotComparableError
                 meta = tensor.meta
-                known = None if tensor.stored is None else _Same(tensor.stored)
+                known = None if tensor.stored is None else _ByIdentity(tensor.stored)
                 found.append((tensor.label, tensor.block.place, meta.dtype, meta.shape, meta.stride(), known))
     return tuple(found)
 
 
-def _arguments(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
-    """What matters of arguments: shapes, places, values as far as they are known, and which share their memory.
+def _argument_key(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
+    """The key of arguments: layouts, devices, known values, and which arguments share memory.
 
-    Where in its memory an argument starts does not matter, as with the tiles of one latent, but how far from where
-    another starts that is there too.
+    The offset of an argument in its memory counts only relative to another argument in the same memory: the tiles of
+    one latent have equal keys.
 
     Raises:
-        _UnlikeError: an object, or a list that the module may change.
+        _NotComparableError: an object, or a list that the module may change.
     """
     if isinstance(given, torch.Tensor):
         value = value_of(given)
         if value is not None and value.numel() > VALUE_LIMIT:
-            raise _UnlikeError
+            raise _NotComparableError
         known = None if value is None else _digest(value)
         meta = given.meta if isinstance(given, SimTensor) else given
         offset, shared = int(meta.storage_offset()), None
@@ -325,10 +326,10 @@ def _arguments(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
     if isinstance(given, _PLAIN):
         return type(given), given
     if type(given) is tuple:
-        return tuple(_arguments(item, seen) for item in given)
+        return tuple(_argument_key(item, seen) for item in given)
     if type(given) is dict:
-        return tuple((name, _arguments(item, seen)) for name, item in given.items())
-    raise _UnlikeError
+        return tuple((name, _argument_key(item, seen)) for name, item in given.items())
+    raise _NotComparableError
 
 
 def _digest(value: torch.Tensor) -> bytes:
@@ -337,7 +338,7 @@ def _digest(value: torch.Tensor) -> bytes:
 
 
 def _outputs(leaves: Sequence[Any], given: Sequence[torch.Tensor], recorder: Recorder) -> list[Any] | None:
-    """What a forward returned, as it can be made again; None where it cannot be, or where more than this is left."""
+    """The outputs of a forward, to be rebuilt; None if that is impossible, or if the forward keeps other memory."""
     blocks = {id(tensor.block): place for place, tensor in enumerate(given) if isinstance(tensor, SimTensor)}
     same = {id(tensor): place for place, tensor in enumerate(given)}
     found: list[Any] = []

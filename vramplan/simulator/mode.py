@@ -1,4 +1,4 @@
-"""Catch what Python code says about devices and values before torch looks for a device that is not there."""
+"""Intercept torch functions that name a device or read a value, and run them on the simulated devices."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes, scores_bytes
-from vramplan.simulator.shapes import CPU, META, label_of, normalized, value_of
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, mapped, tensors_in
+from vramplan.simulator.shapes import CPU, META, label_of, normalize_device, value_of
+from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, map_tensors, tensors_in
 
 
 class SimulatedDevices(TorchFunctionMode):
-    """While entered, tensors go to and come from the simulated devices of one engine."""
+    """Context manager: tensors move to and from the simulated devices of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class SimulatedDevices(TorchFunctionMode):
         if handler is not None:
             return handler(self.engine, func, *args, **kwargs)
         if kwargs.get("device") is not None:
-            return _placed(self.engine, func, args, kwargs)
+            return _create_on_device(self.engine, func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _placed(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A function that makes a tensor on a device: `torch.zeros(..., device="cuda")`."""
-    target = normalized(kwargs["device"])
+def _create_on_device(engine: Engine, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a function that makes a tensor on a device: `torch.zeros(..., device="cuda")`."""
+    target = normalize_device(kwargs["device"])
     rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     if any(isinstance(tensor, SimTensor) for tensor in tensors_in((args, rest))):
         made = func(*args, **rest)
@@ -65,7 +65,7 @@ def _to(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: A
 
 
 def _cuda(engine: Engine, func: Any, tensor: torch.Tensor, device: Any = 0, *args: Any, **kwargs: Any) -> Any:
-    return engine.convert(tensor, normalized(device if device is not None else 0))
+    return engine.convert(tensor, normalize_device(device if device is not None else 0))
 
 
 def _cpu(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def _cpu(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: 
 
 
 def _pin(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return engine.pinned(tensor) if isinstance(tensor, SimTensor) else tensor
+    return engine.pin(tensor) if isinstance(tensor, SimTensor) else tensor
 
 
 def _is_pinned(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -81,7 +81,7 @@ def _is_pinned(engine: Engine, func: Any, tensor: torch.Tensor, *args: Any, **kw
 
 
 def _set_data(engine: Engine, func: Any, tensor: torch.Tensor, new: torch.Tensor) -> None:
-    """`parameter.data = other`: the parameter takes over shape, place and memory."""
+    """`parameter.data = other`: the parameter takes over the shape, device and memory of `other`."""
     if not isinstance(tensor, SimTensor):
         return func(tensor, new)  # type: ignore[no-any-return]
     if not isinstance(new, SimTensor):
@@ -106,15 +106,15 @@ def _list(engine: Engine, func: Any, tensor: torch.Tensor) -> Any:
 
 
 def _set_item(engine: Engine, func: Any, tensor: torch.Tensor, index: Any, new: Any) -> None:
-    """`tensor[index] = new` on true values while all are known: torch would make the number a meta tensor."""
+    """`tensor[index] = new`, on values while all are known: torch would make the number a meta tensor."""
     if isinstance(tensor, SimTensor) and all(value_of(item) is not None for item in tensors_in([tensor, index, new])):
         assert tensor.value is not None
-        func(tensor.value, mapped(index, value_of), mapped(new, value_of))
+        func(tensor.value, map_tensors(index, value_of), map_tensors(new, value_of))
         return
     func(tensor, index, new)
 
 
-def _number(kind: type) -> Callable[..., Any]:
+def _read_number(kind: type) -> Callable[..., Any]:
     def read(engine: Engine, func: Any, tensor: torch.Tensor) -> Any:
         return engine.scalar(tensor, kind) if isinstance(tensor, SimTensor) else func(tensor)
 
@@ -125,10 +125,10 @@ def _data_ptr(engine: Engine, func: Any, tensor: torch.Tensor) -> int:
     return id(tensor.block) if isinstance(tensor, SimTensor) else int(func(tensor))
 
 
-def _same(engine: Engine, func: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+def _equal(engine: Engine, func: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     values = [t.value if isinstance(t, SimTensor) else t for t in (first, second)]
     if any(value is None for value in values):
-        engine.note("two tensors without values were taken to be equal")
+        engine.note("two unknown tensors were assumed to be equal")
         return True
     return bool(func(*values, *args, **kwargs))
 
@@ -138,17 +138,17 @@ def _tensor(engine: Engine, func: Any, data: Any, *args: Any, **kwargs: Any) -> 
     if isinstance(data, SimTensor):
         made: torch.Tensor = engine.convert(data, data.label, kwargs.get("dtype"), copy=True)
     else:
-        # tensors in a list must be of one element each
-        made = func(mapped(data, lambda tensor: tensor.item()) if _nested(data) else data, *args, **kwargs)
-    return made if device is None else engine.convert(made, normalized(device))
+        # torch accepts a list of tensors only if each has one element
+        made = func(map_tensors(data, lambda tensor: tensor.item()) if _nested(data) else data, *args, **kwargs)
+    return made if device is None else engine.convert(made, normalize_device(device))
 
 
 def _new_tensor(engine: Engine, func: Any, like: torch.Tensor, data: Any, *args: Any, **kwargs: Any) -> Any:
-    """`like.new_tensor(data)`: on the device and of the dtype of `like`."""
+    """`like.new_tensor(data)`: a tensor with the device and dtype of `like`."""
     if not isinstance(like, SimTensor):
         return func(like, data, *args, **kwargs)
-    given = {"dtype": kwargs.get("dtype") or like.dtype, "device": kwargs.get("device") or like.label}
-    return _tensor(engine, torch.tensor, data, **given)
+    options = {"dtype": kwargs.get("dtype") or like.dtype, "device": kwargs.get("device") or like.label}
+    return _tensor(engine, torch.tensor, data, **options)
 
 
 def _nested(data: Any) -> bool:
@@ -165,13 +165,13 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The kernel the device would choose: a fused one has no matrix of all against all, whatever the CPU would do."""
+    """Attention with the kernel that the device would choose, not the CPU's: a fused kernel has no score matrix."""
     label, kernels = label_of(query), engine.kernels
     if label.type != "cuda":
         return func(query, key, value, attn_mask, *args, **kwargs)
     if str(query.dtype).removeprefix("torch.") in kernels.math_dtypes:
-        return _attention_by_steps(query, key, value, attn_mask, *args, **kwargs)
-    if query.dim() > 3:  # laid out as (batch, length, heads, size) and shown transposed
+        return _math_attention(query, key, value, attn_mask, *args, **kwargs)
+    if query.dim() > 3:  # stored as (batch, length, heads, size), returned transposed
         shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
         result = torch.empty(shape, dtype=query.dtype, device="meta").transpose(-3, -2)
     else:
@@ -185,7 +185,7 @@ def _attention(
     return made
 
 
-def _attention_by_steps(
+def _math_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -195,15 +195,15 @@ def _attention_by_steps(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Torch's own way where there is no fused kernel: in float32, the scores and their softmax side by side."""
+    """torch's attention without a fused kernel: in float32, with scores and softmax in memory together."""
     steps = torch.ops.aten._scaled_dot_product_attention_math
-    told = {"scale": scale, "enable_gqa": enable_gqa}
-    made: torch.Tensor = steps(query, key, value, attn_mask, dropout_p, is_causal, None, **told)[0]
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    made: torch.Tensor = steps(query, key, value, attn_mask, dropout_p, is_causal, None, **options)[0]
     return made
 
 
 def _multi_head(engine: Engine, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """`nn.MultiheadAttention`: what torch does inside of a function does not come by here, so its name is changed."""
+    """`nn.MultiheadAttention`: calls inside of a torch function bypass the mode, so attention is patched by name."""
     fused = partial(_attention, engine, functional.scaled_dot_product_attention)
     with patch.object(functional, "scaled_dot_product_attention", fused):
         return func(*args, **kwargs)
@@ -221,14 +221,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__array__: _numpy,
     torch.Tensor.tolist: _list,
     torch.Tensor.__setitem__: _set_item,
-    torch.Tensor.__bool__: _number(bool),
-    torch.Tensor.__int__: _number(int),
-    torch.Tensor.__float__: _number(float),
-    torch.Tensor.__index__: _number(int),
+    torch.Tensor.__bool__: _read_number(bool),
+    torch.Tensor.__int__: _read_number(int),
+    torch.Tensor.__float__: _read_number(float),
+    torch.Tensor.__index__: _read_number(int),
     torch.Tensor.data_ptr: _data_ptr,
-    torch.equal: _same,
-    torch.Tensor.equal: _same,
-    torch.allclose: _same,
+    torch.equal: _equal,
+    torch.Tensor.equal: _equal,
+    torch.allclose: _equal,
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
     torch.Tensor.new_tensor: _new_tensor,

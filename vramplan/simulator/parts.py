@@ -1,4 +1,4 @@
-"""Build a pipeline without weights: real classes, hollow tensors, real schedulers, stand-ins for tokenizers."""
+"""Build a pipeline for simulation: real classes and schedulers, simulated tensors, stand-ins for tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.build import build_weightless, component_class, weightless_copy
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.modules import modules_of
-from vramplan.pipeline.quantized import quantization_of
+from vramplan.pipeline.quantization import quantization_of
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.shapes import CPU
 from vramplan.simulator.tensor import SimTensor
@@ -23,25 +23,25 @@ from vramplan.simulator.tensor import SimTensor
 if TYPE_CHECKING:
     from vramplan.pipeline.repository import Repository
 
-# Renders any conversation as its texts, one after another: the length is what matters.
+# Renders any conversation as its texts, one after another: only the length matters.
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 _TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What a pipeline is made of, before it is put together: modules (live or weightless) and the rest."""
+    """The parts of a pipeline before assembly: modules (live or weightless), and others such as tokenizers."""
 
     cls: type
     modules: Mapping[str, torch.nn.Module]
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def assemble(self, engine: Engine) -> Any:
-        """The pipeline with hollow copies of its modules. Parts themselves stay as they are."""
+        """Build the pipeline from simulated copies of its modules. The parts are not changed."""
         made: dict[str, Any] = {}
         for name, module in self.modules.items():
-            engine.ledger.component = name  # whose weights these are
-            made[name] = hollow(module, engine)
+            engine.ledger.component = name  # the owner of the weights made next
+            made[name] = simulated_copy(module, engine)
         engine.ledger.component = ""
         made |= {name: copy.deepcopy(part) for name, part in self.others.items()}
         takes = inspect.signature(self.cls.__init__).parameters  # type: ignore[misc]
@@ -56,7 +56,7 @@ class Parts:
 
 
 def parts_from_live(pipe: Any) -> Parts:
-    """The parts of a live pipeline. Its modules are only read."""
+    """The parts of a live pipeline. Its modules are not changed."""
     modules = modules_of(pipe)
     others = {name: part for name, part in pipe.components.items() if name not in modules}
     modules |= {name: weightless_copy(part) for name, part in modules.items() if quantization_of(part)}
@@ -69,9 +69,9 @@ def parts_from_live(pipe: Any) -> Parts:
 
 
 def parts_from_profile(name: str, dtypes: Mapping[str, str] | None = None) -> Parts:
-    """The parts a bundled profile stands for, in these dtypes by component, else in its own.
+    """The parts of the pipeline in a bundled profile, in the given dtypes by component, else in the profile's.
 
-    Its tokenizers are stand-ins of the right length.
+    Tokenizers are stand-ins with the right maximum length.
     """
     from vramplan.pipeline.bundled import profile_class
     from vramplan.profiles.catalogue import load_pipeline_profile
@@ -95,10 +95,10 @@ def parts_from_profile(name: str, dtypes: Mapping[str, str] | None = None) -> Pa
 
 
 def parts_from_repository(repository: Repository, dtypes: Mapping[str, str]) -> Parts:
-    """The parts of a saved pipeline, in these dtypes by component.
+    """The parts of a saved pipeline, in the given dtypes by component.
 
-    Tokenizers and schedulers are as saved in a folder; on the hub tokenizers are stand-ins, and what else has no
-    weights is made from its configuration.
+    From a folder, tokenizers and schedulers are loaded; from the hub, tokenizers are stand-ins, and other parts without
+    weights are built from their configurations.
 
     Raises:
         VramplanError: not a saved pipeline, or a part of it is damaged.
@@ -135,52 +135,52 @@ def _saved_part(folder: Path, library: str, class_name: str) -> Any:
 
 
 def _configured_part(repository: Repository, name: str, library: str, class_name: str) -> dict[str, Any]:
-    """The part without weights of this name, from its configuration; none where it takes more than that."""
-    cls, there = component_class(library, class_name), repository.names(name)
+    """The part of this name, which has no weights, built from its configuration; empty if that does not suffice."""
+    cls, files = component_class(library, class_name), repository.names(name)
     if "okenizer" in class_name:
-        told = repository.read_json(f"{name}/{_TOKENIZER}") if _TOKENIZER in there else {}
-        longest = told.get("model_max_length")
+        config = repository.read_json(f"{name}/{_TOKENIZER}") if _TOKENIZER in files else {}
+        longest = config.get("model_max_length")
         return {name: stand_in_tokenizer(longest if isinstance(longest, int) else 77, class_name)}
     for file, make in (("scheduler_config.json", "from_config"), ("preprocessor_config.json", "from_dict")):
-        if file in there and hasattr(cls, make):
+        if file in files and hasattr(cls, make):
             return {name: getattr(cls, make)(repository.read_json(f"{name}/{file}"))}
     return {}
 
 
-def hollow(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
-    """A copy of the module, live or weightless, with a hollow tensor for each parameter and buffer.
+def simulated_copy(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
+    """A copy of the module, live or weightless, with a simulated tensor for each parameter and buffer.
 
     Tied tensors stay tied. Small real buffers keep their values. The module itself is not changed.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers(), *_computed(module)):
+    for tensor in (*module.parameters(), *module.buffers(), *_computed_tensors(module)):
         if id(tensor) not in memo:
-            memo[id(tensor)] = _hollow_tensor(tensor, engine)
+            memo[id(tensor)] = _simulated_tensor(tensor, engine)
     made = copy.deepcopy(module, memo)
     made.eval()
     return made
 
 
-def _computed(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Plain attributes that depend on parameters, as `weight_norm` leaves them: torch refuses to copy those."""
+def _computed_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Tensor attributes computed from parameters, as `weight_norm` leaves them: torch refuses to copy those."""
     for part in module.modules():
         for value in vars(part).values():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 yield value
 
 
-def _hollow_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:
+def _simulated_tensor(tensor: torch.Tensor, engine: Engine) -> SimTensor:
     made = engine.from_real(tensor.detach(), CPU, "weights")
     if isinstance(tensor, torch.nn.Parameter):
-        made.stored = None  # a trained weight's value is not known, and a random one's is worth nothing
+        made.stored = None  # the values of trained weights are unknown, those of random ones meaningless
         made._is_param = True
     return made
 
 
 def stand_in_tokenizer(model_max_length: int = 77, class_name: str = "") -> Any:
-    """A real fast tokenizer of one word per token, where the pipeline's own files are not at hand.
+    """A real fast tokenizer with one token per word, for pipelines whose tokenizer files are missing.
 
-    In place of a `ChatGLMTokenizer` it gives positions too, as that one does.
+    In place of a `ChatGLMTokenizer` it returns positions too, as that one does.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -212,7 +212,7 @@ def stand_in_tokenizer(model_max_length: int = 77, class_name: str = "") -> Any:
 
 
 def stand_in_feature_extractor() -> Any:
-    """What a safety checker's pictures go through first: CLIP's, which needs no files."""
+    """The image processor of a safety checker: CLIP's, which needs no files."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor()

@@ -1,4 +1,4 @@
-"""Stand-ins for what diffusers and accelerate ask a device's runtime, in place only while a simulation runs."""
+"""Stand-ins for the device functions that diffusers and accelerate call, patched only while a simulation runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import torch
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops
 from vramplan.simulator.ledger import Block, Ledger
-from vramplan.simulator.shapes import normalized
+from vramplan.simulator.shapes import normalize_device
 from vramplan.simulator.tensor import SimTensor
 
 
 class SimStream:
-    """A stream without a device. Memory taken while it is current belongs to its pool.
+    """A stream without a device. Memory allocated while it is current belongs to its pool.
 
-    Blocks that `record_stream` names stay alive until the stream has been entered twice more: the host runs
-    ahead by about one group before the device has passed the last use.
+    Blocks given to `record_stream` stay alive until the stream has been entered twice more: the host runs about one
+    group ahead of the device.
     """
 
     def __init__(self, ledger: Ledger, number: int) -> None:
@@ -38,17 +38,17 @@ class SimStream:
         self.recorded: deque[list[Block]] = deque([[]], maxlen=2)
 
     def record(self, block: Block) -> None:
-        """Keep the block a while longer."""
+        """Keep the block alive until the stream has been entered twice more."""
         self.recorded[-1].append(block)
 
     def synchronize(self) -> None:
-        """Everything recorded has been passed."""
+        """Release all recorded blocks."""
         self.recorded.clear()
         self.recorded.append([])
 
 
 class SimBackend:
-    """What diffusers' group offloading asks of `torch.cuda`: streams, and nothing that measures time."""
+    """The part of `torch.cuda` that diffusers' group offloading calls: streams, without time."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -65,15 +65,15 @@ class SimBackend:
         return self._default
 
     def is_available(self) -> bool:
-        """There are streams."""
+        """Report that streams exist."""
         return True
 
     def synchronize(self, *args: Any) -> None:
-        """Nothing is ever in flight."""
+        """Do nothing: no work is ever in flight."""
 
     @contextmanager
     def stream(self, stream: SimStream) -> Iterator[None]:
-        """Memory taken inside belongs to the stream."""
+        """Context manager: memory allocated inside belongs to the stream."""
         before = self._engine.ledger.stream
         self._engine.ledger.stream = stream.number
         self._default.recorded.append([])
@@ -92,16 +92,16 @@ class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
 
 
 class SimGenerator(torch.Generator, metaclass=_AnyGenerator):
-    """A generator for a simulated device is one of the CPU. Every other generator passes for one of these."""
+    """A CPU generator in place of one for a simulated device. Every torch.Generator counts as an instance."""
 
     def __new__(cls, device: Any = None) -> SimGenerator:
-        """On the CPU, whatever the device."""
+        """Create a CPU generator, whatever the device."""
         return super().__new__(cls)
 
 
 @contextmanager
 def patched_runtime(engine: Engine) -> Iterator[None]:
-    """Put the stand-ins in place, and take them out again whatever happens."""
+    """Context manager: patch in the stand-ins, and remove them on every exit."""
     import accelerate.hooks
     import accelerate.utils.modeling
     from diffusers.pipelines import pipeline_utils
@@ -114,34 +114,34 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module, name, stand_in in (
-            *_group_offloading(backend),
+            *_stream_stand_ins(backend),
             (pipeline_utils, "empty_device_cache", empty_cache),
             (accelerate.hooks, "clear_device_cache", empty_cache),
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),
             (torch.cuda, "empty_cache", empty_cache),
             (torch, "Generator", SimGenerator),
-            *_files(engine),
+            *_file_stand_ins(engine),
         ):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, stand_in))
-        for module in _without_ftfy():
-            stack.enter_context(patch.object(module, "ftfy", _ftfy(engine), create=True))
-        stack.enter_context(_quiet())
-        stack.enter_context(_not_deterministic())
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay as they are
+        for module in _modules_without_ftfy():
+            stack.enter_context(patch.object(module, "ftfy", _ftfy_stand_in(engine), create=True))
+        stack.enter_context(_hide_warnings())
+        stack.enter_context(_default_kernels())
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # keeps the caller's random state
         stack.enter_context(patch.object(flex, "flex_attention", _flex_attention(engine, flex.flex_attention)))
         yield
 
 
-def _without_ftfy() -> list[Any]:
-    """Modules of pipelines that clean prompts with ftfy, which is not installed: some of them do not ask whether it is
+def _modules_without_ftfy() -> list[Any]:
+    """Loaded pipeline modules that clean prompts with ftfy while it is not installed: some do not check for it
     (diffusers 0.42, `prompt_clean` of Wan's image-to-video)."""
     loaded = [module for name, module in sys.modules.items() if name.startswith("diffusers.pipelines.")]
     return [module for module in loaded if "basic_clean" in vars(module) and "ftfy" not in vars(module)]
 
 
-def _ftfy(engine: Engine) -> Any:
-    """What stands in for the package: the prompt of a simulation needs no mending, the plan says what is missing."""
+def _ftfy_stand_in(engine: Engine) -> Any:
+    """A stand-in for the package, which returns the text unchanged and notes that ftfy is missing."""
 
     def fix_text(text: str) -> str:
         engine.note("the call needs the package ftfy, which is not installed: pip install ftfy")
@@ -150,8 +150,8 @@ def _ftfy(engine: Engine) -> Any:
     return SimpleNamespace(fix_text=fix_text)
 
 
-def _group_offloading(backend: SimBackend) -> list[tuple[Any, str, Any]]:
-    """What group offloading asks for streams: `torch` itself in older versions; before diffusers 0.33 there is none."""
+def _stream_stand_ins(backend: SimBackend) -> list[tuple[Any, str, Any]]:
+    """The stand-ins for group offloading's streams: older versions use `torch` itself, those before 0.33 have none."""
     try:
         from diffusers.hooks import group_offloading
     except ImportError:
@@ -161,8 +161,8 @@ def _group_offloading(backend: SimBackend) -> list[tuple[Any, str, Any]]:
     return [(group_offloading, "torch", _TorchWithStreams(backend))]
 
 
-def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
-    """Files of hollow weights, which keep shapes and no bytes, in directories that stay empty."""
+def _file_stand_ins(engine: Engine) -> list[tuple[Any, str, Any]]:
+    """Stand-ins for safetensors files, which keep shapes and no bytes, in folders that stay empty."""
     import safetensors.torch
 
     from vramplan.strategies import disk
@@ -170,7 +170,7 @@ def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
     kept: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def folder(module: torch.nn.Module, *told: Any) -> Iterator[Path]:
+    def folder(module: torch.nn.Module, *_: Any) -> Iterator[Path]:
         made = tempfile.mkdtemp(prefix="vramplan-")
         weakref.finalize(module, shutil.rmtree, made, True)
         yield Path(made)
@@ -179,7 +179,7 @@ def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
         kept[path] = {key: (tensor.meta, tensor.value) for key, tensor in tensors.items()}
 
     def load(path: str, device: Any = "cpu") -> dict[str, Any]:
-        place = normalized(device)
+        place = normalize_device(device)
         return {key: engine.new(shape, place, "weights", value) for key, (shape, value) in kept[path].items()}
 
     return [
@@ -190,7 +190,7 @@ def _files(engine: Engine) -> list[tuple[Any, str, Any]]:
 
 
 class _TorchWithStreams:
-    """`torch`, with streams for a device that is not there."""
+    """`torch`, with the streams of a simulated device."""
 
     def __init__(self, cuda: SimBackend) -> None:
         self.cuda = cuda
@@ -201,7 +201,7 @@ class _TorchWithStreams:
 
 
 def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Flex attention without `torch.compile`, as diffusers calls it, holds the scores, in float32 and twice."""
+    """A stand-in for flex attention, which diffusers does not compile: it then holds the scores twice, in float32."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(query, SimTensor) or kwargs.get("return_lse") or kwargs.get("return_aux"):
@@ -216,8 +216,8 @@ def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What libraries warn of is for the real call, which the user makes and sees."""
+def _hide_warnings() -> Iterator[None]:
+    """Context manager: hide the libraries' warnings, which the user sees in the real call."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -232,8 +232,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _not_deterministic() -> Iterator[None]:
-    """The device's ordinary kernels: the deterministic ones of `interpolate` and `pad` are written in Python."""
+def _default_kernels() -> Iterator[None]:
+    """Context manager: use default kernels. The deterministic ones of `interpolate` and `pad` are written in Python."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")
     try:

@@ -1,4 +1,4 @@
-"""Run a whole pipeline call on the simulated device and read its memory."""
+"""Run a whole pipeline call on the simulated device and report its memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.dtypes import torch_dtype
 from vramplan.pipeline.prompt import Encoded, call_encoded, encode
 from vramplan.simulator.allocator import CachingAllocator
+from vramplan.simulator.call_tracker import named_modules, track_call
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.follow import followed, named_modules
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.ledger import Cost, Ledger
 from vramplan.simulator.memo import Memo
@@ -29,28 +29,28 @@ from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
-Step = Callable[[Any], None]
+Action = Callable[[Any], None]
 
-# Denoising steps that are simulated: the second one stands for all that follow.
+# The number of denoising steps simulated: the second one stands for all later ones.
 STEPS = 2
 _PROMPT = "a photograph of an astronaut riding a horse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class First:
-    """Components that encode the prompt before any other is on the device, and what places them."""
+    """Components that encode the prompt before others are on the device, and the function that places them."""
 
     names: Sequence[str]
-    place: Step
+    place: Action
 
 
 class SimulationError(VramplanError):
-    """The pipeline could not be driven. The message names the operation that stopped it."""
+    """The pipeline could not be simulated. The message names the operation that failed."""
 
 
 @contextmanager
 def simulated_devices(engine: Engine) -> Iterator[None]:
-    """Everything in place for simulated tensors; nothing of it is left when the block ends."""
+    """Context manager: torch, diffusers and accelerate work with simulated tensors inside."""
     with patched_runtime(engine), SimulatedDevices(engine), torch.no_grad():
         yield
 
@@ -67,14 +67,14 @@ def run_simulation(
     memo: Memo | None = None,
     timeline: bool = False,
 ) -> Simulation:
-    """Build the pipeline hollow, let `place` put its strategy on it, and make one call of the workload.
+    """Build the pipeline from simulated tensors, apply the settings with `place`, and run one call of the workload.
 
-    With `first` those components encode the prompt before all that, and are dropped. Running out of a given capacity
-    is an answer, not an error. `expandable` is the allocator's setting of that name; `memo` is what other simulations
-    of these parts with these kernels have recorded. `timeline` asks for the memory over the call.
+    With `first`, those components encode the prompt before that, and are dropped. Exceeding `capacity_bytes` is a
+    result, not an error. `expandable` is the allocator's setting of that name; `memo` holds the recordings of other
+    simulations of these parts with these kernels. `timeline` adds the memory over the call.
 
     Raises:
-        SimulationError: the pipeline needs something that a hollow one cannot give.
+        SimulationError: the call needs something that a pipeline without weights cannot give.
     """
 
     def call(pipe: Any) -> None:
@@ -84,12 +84,12 @@ def run_simulation(
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
     recorder = TimelineRecorder() if timeline else None
     ledger = Ledger(allocator, recorder.note if recorder else None)
-    found = simulated_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
+    found = simulate_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
     return replace(found, timeline=recorder.timeline()) if recorder else found
 
 
-def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[Step, Step]]:
-    """Encoding the prompt with nothing but the encoders on the device, and the rest of the call without them."""
+def _encode_first(first: First, workload: Workload, place: Action) -> list[tuple[Action, Action]]:
+    """The two stages: encode the prompt with only the encoders on the device, then run the call without them."""
     encoded: list[Encoded] = []
 
     def begin(pipe: Any) -> None:
@@ -105,10 +105,10 @@ def _encode_first(first: First, workload: Workload, place: Step) -> list[tuple[S
 
 
 def run_encode(parts: Parts, arguments: Callable[[Any], Mapping[str, Any]], names: Sequence[str]) -> Encoded:
-    """What encoding the prompt is given and gives in a call of a hollow pipeline with these arguments.
+    """Simulate encoding the prompt in a call with these arguments; return its inputs and results.
 
     Raises:
-        SimulationError: the pipeline needs something that a hollow one cannot give.
+        SimulationError: the pipeline needs something that one without weights cannot give.
         EncodeError: its prompt cannot be encoded apart from the rest of the call.
     """
     ledger = Ledger(CachingAllocator())
@@ -123,7 +123,7 @@ def run_encode(parts: Parts, arguments: Callable[[Any], Mapping[str, Any]], name
         except VramplanError:
             raise
         except Exception as error:
-            raise SimulationError(_where(error, ledger)) from error
+            raise SimulationError(_stop_message(error, ledger)) from error
         finally:
             engine.kernels.release()
 
@@ -136,28 +136,28 @@ def run_decode(
     kernels: Kernels | None = None,
     memo: Memo | None = None,
 ) -> Simulation:
-    """Only what the pipeline's VAEs do at the end of a call: decode latents of these shapes.
+    """Simulate only the end of a call: the VAEs decode latents of these shapes.
 
     Raises:
-        SimulationError: a VAE needs something that hollow latents cannot give.
+        SimulationError: a VAE needs something that latents without values cannot give.
     """
 
     def call(pipe: Any) -> None:
-        after_matrix_products()
+        allocate_cublas_workspace()
         for item in latents:
             vae, dtype = pipe.components[item.component], torch_dtype(item.dtype)
             if dtype != vae.dtype:
-                vae.to(dtype)  # as the pipeline had done when it was given latents of that dtype
+                vae.to(dtype)  # the pipeline does so before it decodes latents of another dtype
             pipe.vae = vae
             given = torch.empty_strided(item.shape, item.stride, dtype=dtype, device="cuda:0")
             pipe.decode_latents(given, item.frames)
 
     only = Parts(cls=ComponentsOnly, modules={item.component: parts.modules[item.component] for item in latents})
-    return simulated_call(only, place, call, CachingAllocator(), kernels or Kernels(), memo)
+    return simulate_call(only, place, call, CachingAllocator(), kernels or Kernels(), memo)
 
 
 def decode_all(vae: Any, latents: torch.Tensor, frames: int | None, chunk: int | None = None) -> None:
-    """Decode latents; those of so many frames all at once, or a chunk at a time."""
+    """Decode latents; with `frames`, that many at once, or `chunk` frames at a time."""
     if frames is None:
         vae.decode(latents, return_dict=False)
         return
@@ -165,25 +165,25 @@ def decode_all(vae: Any, latents: torch.Tensor, frames: int | None, chunk: int |
     torch.cat(decoded)
 
 
-def after_matrix_products() -> None:
-    """What ran before in a whole call has left the workspace of matrix products allocated."""
+def allocate_cublas_workspace() -> None:
+    """Make a matrix product, so that its workspace stays allocated as after the earlier part of a whole call."""
     one = torch.ones((1, 1), device="cuda:0")
     one @ one
 
 
 class ComponentsOnly:
-    """What is left of a pipeline when components of it are simulated by themselves."""
+    """A minimal pipeline, for simulating some components alone."""
 
     def __init__(self, **components: Any) -> None:
         self.components = components
         self.vae: Any = None
 
     def decode_latents(self, latents: torch.Tensor, num_frames: int | None, decode_chunk_size: Any = None) -> None:
-        """As pipelines of videos do, with `vae`, the one at hand."""
+        """Decode with `vae`, the current one, as video pipelines do."""
         decode_all(self.vae, latents, num_frames, decode_chunk_size)
 
     def set_progress_bar_config(self, **_: Any) -> None:
-        """Nothing to show."""
+        """Do nothing: there is no progress bar."""
 
     def to(self, device: str) -> None:
         """Move every component."""
@@ -191,7 +191,7 @@ class ComponentsOnly:
             module.to(device)
 
 
-def simulated_call(
+def simulate_call(
     parts: Parts,
     place: Callable[[Any], None],
     call: Callable[[Any], None],
@@ -199,18 +199,18 @@ def simulated_call(
     kernels: Kernels,
     memo: Memo | None = None,
 ) -> Simulation:
-    """One call of a hollow pipeline, whatever it is: placed, followed, and read.
+    """Simulate `call` on a pipeline of these parts, after `place` has applied its settings.
 
     Raises:
-        SimulationError: the call needs something that a hollow pipeline cannot give.
+        SimulationError: the call needs something that a pipeline without weights cannot give.
     """
-    return simulated_stages(parts, [(place, call)], Ledger(allocator), kernels, memo or Memo())
+    return simulate_stages(parts, [(place, call)], Ledger(allocator), kernels, memo or Memo())
 
 
-def simulated_stages(
-    parts: Parts, stages: Sequence[tuple[Step, Step]], ledger: Ledger, kernels: Kernels, memo: Memo
+def simulate_stages(
+    parts: Parts, stages: Sequence[tuple[Action, Action]], ledger: Ledger, kernels: Kernels, memo: Memo
 ) -> Simulation:
-    """The same for a call in stages, each placed before it is made."""
+    """Simulate a call in stages, each a pair of functions: place, then call. Raises SimulationError."""
     start = time.perf_counter()
     engine = Engine(ledger, kernels)
     stopped: str | None = None
@@ -223,20 +223,20 @@ def simulated_stages(
             for stage, (place, call) in enumerate(stages):
                 ledger.start_loading()
                 place(pipe)
-                with followed(pipe, ledger) as decoded:
-                    ledger.phase = "denoise" if stage else ledger.phase  # the prompt is encoded by then
+                with track_call(pipe, ledger) as decoded:
+                    ledger.phase = "denoise" if stage else ledger.phase  # the first stage has encoded the prompt
                     call(pipe)
         except torch.OutOfMemoryError as error:
             stopped = str(error)
         except Exception as error:
-            raise SimulationError(_where(error, ledger)) from error
+            raise SimulationError(_stop_message(error, ledger)) from error
         finally:
             engine.kernels.release()
         return _result(ledger, engine, stopped, decoded, time.perf_counter() - start)
 
 
 def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
-    """Arguments for a call of the workload: texts, pictures and sizes, as far as the pipeline takes them."""
+    """The arguments for a call of the workload (text, pictures, sizes), limited to those the pipeline takes."""
     takes = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
     batch = workload.num_images_per_prompt
     wanted: dict[str, Any] = {
@@ -252,15 +252,15 @@ def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
         "output_type": "pt",
     }
     wanted |= dict.fromkeys(FRAME_ARGUMENTS, workload.num_frames if workload.num_frames > 1 else None)
-    wanted |= {name: STEPS for name in takes if name.endswith("num_inference_steps")}  # those of a prior too
+    wanted |= {name: STEPS for name in takes if name.endswith("num_inference_steps")}  # a prior's steps too
     if "strength" in takes and 0 < (strength := takes["strength"].default or 0) < 1:
-        wanted["num_inference_steps"] = math.ceil(STEPS / strength)  # of which only this share is made
-    wanted |= _pictures(takes, workload)
+        wanted["num_inference_steps"] = math.ceil(STEPS / strength)  # the pipeline runs only this share of them
+    wanted |= _picture_inputs(takes, workload)
     return {name: value for name, value in wanted.items() if value is not None and name in takes}
 
 
-def _pictures(takes: Mapping[str, inspect.Parameter], workload: Workload) -> dict[str, Any]:
-    """Grey pictures for the arguments that condition a call on one."""
+def _picture_inputs(takes: Mapping[str, inspect.Parameter], workload: Workload) -> dict[str, Any]:
+    """Grey pictures for the image and video arguments that the pipeline takes."""
     from PIL import Image
 
     picture = Image.new("RGB", (workload.width, workload.height), (127, 127, 127))
@@ -327,7 +327,7 @@ def _phases(ledger: Ledger) -> Sequence[SimulatedPhase]:
     ]
 
 
-def _where(error: Exception, ledger: Ledger) -> str:
+def _stop_message(error: Exception, ledger: Ledger) -> str:
     module = ledger.modules[-1] if ledger.modules else "the pipeline's own code"
     return (
         f"the call stopped in {module} after {ledger.operation}: {type(error).__name__}: {' '.join(str(error).split())}"

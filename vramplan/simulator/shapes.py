@@ -1,4 +1,4 @@
-"""What a simulated tensor is without its memory: its device, its shape, its value where it has one."""
+"""Read the device, shape and value of tensors, simulated or real."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 CPU = torch.device("cpu")
 META = torch.device("meta")
 
-# Operations whose result is like their largest argument, where all agree in dtype: torch's own meta functions
+# Operations whose result has the layout of their largest argument if the dtypes agree: torch's own meta functions
 # for these are written in Python and would take most of a simulation's time.
 _POINTWISE = frozenset(
     getattr(aten, name)
@@ -26,38 +26,38 @@ _POINTWISE = frozenset(
 
 
 def traffic(args: Any, made: Any) -> int:
-    """Bytes of every tensor read and written."""
+    """The bytes read and written: all tensors in arguments and results."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, made)))
 
 
-def pointwise(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The result's shape, told at once where it is plain; None where torch has to work it out."""
+def pointwise_result(packet: Any, shapes: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The result of a pointwise operation as a meta tensor; None if torch has to infer it."""
     if packet not in _POINTWISE or not shapes:
         return None
     largest = max(shapes, key=lambda shape: (shape.dim(), shape.numel()))
     if not largest.is_floating_point() or not largest.is_contiguous():
         return None
     for shape in shapes:
-        # Numbers of no dimension never widen a floating tensor's dtype.
+        # Zero-dimensional numbers never widen a floating tensor's dtype.
         if shape is largest or (shape.dim() == 0 and shape.dtype != torch.complex64):
             continue
-        if shape.dtype != largest.dtype or not _fits_in(shape.shape, largest.shape):
+        if shape.dtype != largest.dtype or not _broadcasts_to(shape.shape, largest.shape):
             return None
     return torch.empty_like(largest)
 
 
-def _fits_in(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Whether a shape broadcasts to the other one and leaves it as it is."""
+def _broadcasts_to(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Whether `small` broadcasts to `large` without changing it."""
     return all(size in (1, full) for size, full in zip(reversed(small), reversed(large), strict=False))
 
 
 def label_of(tensor: torch.Tensor) -> torch.device:
-    """The device a tensor is, or would be, on."""
+    """The device of a tensor, simulated or real."""
     return tensor.label if isinstance(tensor, SimTensor) else tensor.device
 
 
-def normalized(device: torch.device | str | int) -> torch.device:
-    """With its index: `cuda` is `cuda:0`; the CPU has none."""
+def normalize_device(device: torch.device | str | int) -> torch.device:
+    """The device with its index: `cuda` becomes `cuda:0`; the CPU has none."""
     found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if found.type in ("cpu", "meta"):
         return torch.device(found.type)
@@ -65,19 +65,19 @@ def normalized(device: torch.device | str | int) -> torch.device:
 
 
 def place_of(label: torch.device) -> Place:
-    """Where the ledger books memory of that device."""
+    """The ledger's place for memory of that device."""
     return {"cpu": "host", "meta": "nowhere"}.get(label.type, "device")  # type: ignore[return-value]
 
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The true value of a tensor where there is one: a real tensor is its own."""
+    """The value of a tensor, None if unknown; a real tensor is its own value."""
     if isinstance(tensor, SimTensor):
         return tensor.value
     return None if tensor.device.type == "meta" else tensor
 
 
 def shape_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The meta tensor of its shape."""
+    """The meta tensor with the shape of a tensor."""
     return tensor.meta if isinstance(tensor, SimTensor) else meta_like(tensor)
 
 
@@ -88,7 +88,7 @@ def meta_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def forget_values(func: Any, args: Any, kwargs: Any) -> None:
-    """Written from a hollow tensor, a small one no longer knows its value, nor do the views of it."""
+    """Mark the values of the tensors that an operation writes to, and of their views, as unknown."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[place] if place < len(args) else kwargs.get(argument.name)
@@ -97,7 +97,7 @@ def forget_values(func: Any, args: Any, kwargs: Any) -> None:
                     tensor.block.known = False
 
 
-def follow(tensor: SimTensor, shape: torch.Tensor) -> None:
-    """After an operation that changed a shape in place (`unsqueeze_`), the tensor shows the new one."""
+def update_shape(tensor: SimTensor, shape: torch.Tensor) -> None:
+    """Give the tensor the new shape after an operation that changed it in place (`unsqueeze_`)."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         tensor.as_strided_(shape.shape, shape.stride(), shape.storage_offset())

@@ -1,10 +1,9 @@
-"""Tensors without data on a device that is not there.
+"""Tensors without data on a simulated device.
 
-A `SimTensor` stands for a meta tensor, `meta`, and says it is somewhere else: PyTorch computes shapes, dtypes
-and strides as it does for any meta tensor, and this class adds what a real one would have beside them: the
-device it would be on, the memory it would hold (a `Block` of the ledger, shared by views), and, while it is
-small, its true value, computed on the CPU with the same operation. Large tensors are hollow. No device type is
-registered and nothing of torch is patched: outside of a simulation these are ordinary objects.
+A `SimTensor` wraps a meta tensor, `meta`, and reports another device: PyTorch computes shapes, dtypes and strides as
+for any meta tensor. This class adds the device it would be on, the memory it would hold (a `Block` of the ledger,
+shared by views), and, if it is small, its true value, computed on the CPU with the same operation. Large tensors have
+no value. No device type is registered and torch is not patched: outside of a simulation these are ordinary objects.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ VALUE_LIMIT = 1 << 18
 
 
 class Runner(Protocol):
-    """Runs the operations of a simulation's tensors: the part of `Engine` that they and `special` know."""
+    """Runs the operations of simulated tensors: the part of `Engine` that they and `data_dependent` use."""
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The result of one ATen operation."""
+        """Run one ATen operation and return its result."""
 
     def run_on_shapes(
         self, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: torch.device
     ) -> Any:
-        """The same, from shapes alone."""
+        """Run one ATen operation on shapes alone."""
 
     def new(
         self,
@@ -39,7 +38,7 @@ class Runner(Protocol):
         value: torch.Tensor | None = None,
         owner: str = "",
     ) -> SimTensor:
-        """A tensor of its own memory, with the shape of a meta tensor."""
+        """A tensor with memory of its own, in the shape of the meta tensor `shape`."""
 
     def convert(
         self,
@@ -63,7 +62,7 @@ class Runner(Protocol):
 
 
 class SimTensor(torch.Tensor):
-    """A tensor of a simulation. Made by `make`; the constructor serves code that copies a parameter's type."""
+    """A tensor of a simulation, made by `make_tensor`. Its constructor is for code that copies a parameter's type."""
 
     label: torch.device
     block: Block
@@ -76,8 +75,8 @@ class SimTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data: SimTensor, requires_grad: bool = False, **_: Any) -> SimTensor:
-        """`type(parameter)(value, requires_grad=...)`, as accelerate rebuilds parameters: the same memory."""
-        alias = make(data.engine, data.meta, data.label, data.block, data.stored)
+        """An alias of `data` in the same memory: accelerate rebuilds parameters as `type(parameter)(value, ...)`."""
+        alias = make_tensor(data.engine, data.meta, data.label, data.block, data.stored)
         alias._is_param = True
         return alias
 
@@ -87,36 +86,36 @@ class SimTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         engine = next(tensor.engine for tensor in tensors_in((args, kwargs)) if isinstance(tensor, SimTensor))
-        with torch._C.DisableTorchFunction():  # nothing in there speaks of devices that are not
+        with torch._C.DisableTorchFunction():  # the engine names no simulated devices to torch
             return engine.run(func, args, kwargs)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where the tensor would be."""
+        """The simulated device of the tensor."""
         return self.label
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
-        """Whether it would be on a CUDA device."""
+        """Whether the simulated device is a CUDA device."""
         return self.label.type == "cuda"
 
     @property
     def is_cpu(self) -> bool:  # type: ignore[override]
-        """Whether it would be in host memory."""
+        """Whether the tensor is in simulated host memory."""
         return self.label.type == "cpu"
 
     @property
     def is_meta(self) -> bool:  # type: ignore[override]
-        """Whether it would have no memory at all."""
+        """Whether the tensor is on the meta device, without memory."""
         return self.label.type == "meta"
 
     @property
     def value(self) -> torch.Tensor | None:
-        """The true value while it is small and still known, else None."""
+        """The true value, None if the tensor is large or was overwritten by an unknown one."""
         return self.stored if self.block.known else None
 
     def record_stream(self, stream: Any) -> None:
-        """Keep the memory until the stream has passed. Here and not in the mode: torch checks the type first."""
+        """Keep the memory alive for the stream. Defined here, not in the mode, as torch checks the type first."""
         stream.record(self.block)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -130,10 +129,10 @@ class SimTensor(torch.Tensor):
         return copy
 
 
-def make(
+def make_tensor(
     engine: Runner, shape: torch.Tensor, label: torch.device, block: Block, value: torch.Tensor | None = None
 ) -> SimTensor:
-    """A tensor with the shape of a meta tensor, sharing that one's storage and the given block."""
+    """A tensor that shares the storage of the meta tensor `shape` and the given block."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         made = torch.Tensor._make_subclass(SimTensor, shape)
     made.engine = engine
@@ -145,7 +144,7 @@ def make(
 
 
 def storage_key(shape: torch.Tensor) -> int:
-    """What tells views of one meta storage from others, valid while the plain meta tensor lives."""
+    """A key shared by all views of one meta storage, valid while the meta tensor lives."""
     return int(shape.untyped_storage()._cdata)
 
 
@@ -161,16 +160,16 @@ def tensors_in(arguments: Any) -> Iterable[torch.Tensor]:
             yield from tensors_in(item)
 
 
-def mapped(arguments: Any, change: Any) -> Any:
+def map_tensors(arguments: Any, change: Any) -> Any:
     """The same nesting with every tensor replaced by `change(tensor)`."""
     if isinstance(arguments, torch.Tensor):
         return change(arguments)
     if isinstance(arguments, tuple | list):
         return (
-            type(arguments)(mapped(item, change) for item in arguments)
+            type(arguments)(map_tensors(item, change) for item in arguments)
             if not hasattr(arguments, "_fields")
-            else type(arguments)(*(mapped(item, change) for item in arguments))
+            else type(arguments)(*(map_tensors(item, change) for item in arguments))
         )
     if isinstance(arguments, dict):
-        return {key: mapped(item, change) for key, item in arguments.items()}
+        return {key: map_tensors(item, change) for key, item in arguments.items()}
     return arguments

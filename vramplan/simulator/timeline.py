@@ -7,54 +7,54 @@ from dataclasses import dataclass, field
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.types import Moment, SimulatedPhaseName, Timeline
 
-# Stretches of a call, of each of which four moments are kept at most. A picture is about as wide in pixels.
-_MOST_STRETCHES = 600
+# The maximum number of intervals, each with up to four moments. A plot is about as wide in pixels.
+_MAX_INTERVALS = 600
 
-# A moment while it is recorded: its fields in order, the weights of the components known by then.
-_Seen = tuple[int, SimulatedPhaseName, str, str, str, tuple[int, ...], int, int, int, int, int]
-# What has peaks that must not be lost: allocated, reserved and host bytes.
+# The fields of a recorded moment, in order; weights of the components known by then.
+_MomentFields = tuple[int, SimulatedPhaseName, str, str, str, tuple[int, ...], int, int, int, int, int]
+# The values whose peaks are kept: allocated, reserved and host bytes.
 _Heights = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """Ticks of one phase from `first` on: the moments at which each memory was highest, and the last one."""
+class _Interval:
+    """Ticks of one phase from `first` on: the moment of each memory's peak, and the last moment."""
 
     first: int
     phase: SimulatedPhaseName
     heights: list[int] = field(default_factory=lambda: [-1, -1, -1])
-    highest: list[_Seen] = field(default_factory=lambda: [_NEVER] * 3)
-    last: _Seen = field(default_factory=lambda: _NEVER)
+    highest: list[_MomentFields] = field(default_factory=lambda: [_NO_MOMENT] * 3)
+    last: _MomentFields = field(default_factory=lambda: _NO_MOMENT)
 
-    def add(self, seen: _Seen, heights: _Heights | list[int]) -> None:
+    def add(self, seen: _MomentFields, heights: _Heights | list[int]) -> None:
         for place, height in enumerate(heights):
             if height > self.heights[place]:
                 self.heights[place], self.highest[place] = height, seen
         self.last = seen
 
-    def join(self, later: _Stretch) -> None:
+    def join(self, later: _Interval) -> None:
         for place, height in enumerate(later.heights):
             if height > self.heights[place]:
                 self.heights[place], self.highest[place] = height, later.highest[place]
         self.last = later.last
 
 
-_NEVER: _Seen = (0, "load", "", "", "", (), 0, 0, 0, 0, 0)
+_NO_MOMENT: _MomentFields = (0, "load", "", "", "", (), 0, 0, 0, 0, 0)
 
 
 class TimelineRecorder:
-    """Notes what a ledger books. Where a call is longer than there is room, stretches become twice as long; a stretch
-    never spans two phases."""
+    """Records the memory in a ledger over time, in at most `most` intervals: these double in length when they run out.
+    An interval never spans two phases."""
 
-    def __init__(self, most: int = _MOST_STRETCHES) -> None:
+    def __init__(self, most: int = _MAX_INTERVALS) -> None:
         self._most = most
         self._width = 1
         self._ticks = 0
         self._weights: dict[str, int] = {}
-        self._stretches: list[_Stretch] = []
+        self._intervals: list[_Interval] = []
 
     def note(self, ledger: Ledger, block: Block, size: int) -> None:
-        """A block was entered or taken out; `size` is by how much the device's memory changed."""
+        """Record an allocated or freed block; `size` is the change of the device's memory in bytes."""
         if block.place == "nowhere":
             return
         self._ticks += 1
@@ -62,7 +62,7 @@ class TimelineRecorder:
             self._weights[block.owner] = self._weights.get(block.owner, 0) + size
         allocator, on_device = ledger.allocator, ledger.on_device
         host = ledger.host_bytes + ledger.pinned_bytes
-        seen: _Seen = (
+        seen: _MomentFields = (
             self._ticks,
             ledger.phase,
             ledger.component,
@@ -75,34 +75,34 @@ class TimelineRecorder:
             host,
             ledger.pinned_bytes,
         )
-        # As the ledger has it: a phase's peak is made by what it takes, not by what it finds there and gives back.
+        # As in the ledger, only allocations make a phase's peak, not memory that it finds and frees.
         allocated = allocator.allocated_bytes if size > 0 else 0
-        self._stretch(ledger.phase).add(seen, (allocated, allocator.reserved_bytes, host))
+        self._current_interval(ledger.phase).add(seen, (allocated, allocator.reserved_bytes, host))
 
-    def _stretch(self, phase: SimulatedPhaseName) -> _Stretch:
-        """The one that goes on, or a new one."""
-        now = self._stretches[-1] if self._stretches else None
+    def _current_interval(self, phase: SimulatedPhaseName) -> _Interval:
+        """The interval of this tick: the last one, or a new one."""
+        now = self._intervals[-1] if self._intervals else None
         if now is None or now.phase != phase or self._ticks // self._width != now.first // self._width:
-            now = _Stretch(self._ticks, phase)
-            self._stretches.append(now)
-            if len(self._stretches) > self._most:
+            now = _Interval(self._ticks, phase)
+            self._intervals.append(now)
+            if len(self._intervals) > self._most:
                 self._widen()
-        return self._stretches[-1]
+        return self._intervals[-1]
 
     def _widen(self) -> None:
         self._width *= 2
-        kept = self._stretches[:1]
-        for stretch in self._stretches[1:]:
+        kept = self._intervals[:1]
+        for interval in self._intervals[1:]:
             before = kept[-1]
-            if before.phase == stretch.phase and before.first // self._width == stretch.first // self._width:
-                before.join(stretch)
+            if before.phase == interval.phase and before.first // self._width == interval.first // self._width:
+                before.join(interval)
             else:
-                kept.append(stretch)
-        self._stretches = kept
+                kept.append(interval)
+        self._intervals = kept
 
     def timeline(self) -> Timeline:
-        """What was recorded so far."""
-        found = {seen[0]: seen for stretch in self._stretches for seen in (*stretch.highest, stretch.last)}
+        """The timeline recorded so far."""
+        found = {seen[0]: seen for interval in self._intervals for seen in (*interval.highest, interval.last)}
         names = tuple(self._weights)
         return Timeline(
             components=names,
@@ -111,7 +111,7 @@ class TimelineRecorder:
         )
 
 
-def _moment(seen: _Seen, components: int) -> Moment:
+def _moment(seen: _MomentFields, components: int) -> Moment:
     tick, phase, component, module, operation, weights, activation, workspace, reserved, host, pinned = seen
     return Moment(
         tick=tick,

@@ -1,4 +1,4 @@
-"""What a simulation found, as values: no tensor and no torch in them, so that they can be kept in files."""
+"""The results of a simulation as plain values, without tensors, so that they can be stored in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SimulatedPhaseName = Literal["load", "encode", "denoise", "decode"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedPhase:
-    """The highest moment of a phase, in bytes, and the module and operation that made it."""
+    """The peak of a phase, in bytes, and the component, module and operation that reached it."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -29,11 +29,11 @@ class SimulatedPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedUse:
-    """A component in a phase: the most bytes it needed beside weights, and what it computed.
+    """A component in a phase: the most bytes it needed in addition to weights, and its work.
 
-    `flops` are floating-point operations of products, convolutions and attention; `traffic_bytes` what all other
-    kernels read and wrote; `launches` the kernels; `forwards` how often it was entered. `component` is empty
-    for what the pipeline computes between its components.
+    `flops` are floating-point operations of products, convolutions and attention; `traffic_bytes` are read and written
+    by all other kernels; `launches` counts kernels, `forwards` calls of the component. `component` is empty for the
+    pipeline's own code between its components.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -49,7 +49,7 @@ class SimulatedUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedModule:
-    """What one module computed in the call, its submodules left out; `name` is empty for the pipeline's own code."""
+    """The work of one module in the call, without its submodules; `name` is empty for the pipeline's own code."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -61,8 +61,7 @@ class SimulatedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedLatents:
-    """What a VAE was given to decode: shape, strides in elements and torch dtype name, and the frames it was told
-    these are, if it was."""
+    """The latents given to a VAE: shape, strides in elements, torch dtype name, and the number of frames if given."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -75,10 +74,10 @@ class DecodedLatents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """The memory after one block was taken or given back: the `tick`th of the call.
+    """The memory after one block was allocated or freed: the `tick`th of the call.
 
-    Bytes on the device: weights by component, as `Timeline.components` names them, what is computed, and workspace;
-    `reserved_bytes` is what the allocator holds for all of it. `host_bytes` in RAM, of which `pinned_bytes` are
+    `weights_bytes` (by component, in the order of `Timeline.components`), `activation_bytes` and `workspace_bytes` are
+    on the device; `reserved_bytes` is held by the allocator for them. `host_bytes` are in RAM, `pinned_bytes` of them
     page-locked.
     """
 
@@ -98,13 +97,13 @@ class Moment:
 
     @property
     def allocated_bytes(self) -> int:
-        """All that is allocated on the device."""
+        """All bytes allocated on the device."""
         return sum(self.weights_bytes) + self.activation_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """The memory over a call of `ticks` blocks taken and given back: some moments of it, every peak among them."""
+    """The memory over a call in which blocks were allocated or freed `ticks` times: a sample that holds every peak."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -115,14 +114,13 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation(Shown):
-    """What a call of a pipeline takes on the simulated device.
+    """The memory and work of a pipeline call on the simulated device.
 
-    `steps` denoising steps were made. `fits` is None without a capacity; `stopped` says where it ran out of
-    memory, `short_bytes` by how much at least: 0 where as much was free, in pieces too small; `over_bytes` is by how
-    much that request went over the capacity beside all that was reserved. `to_device_bytes` and `to_host_bytes` crossed
-    the link. `notes` tells what had to be assumed. `modules` are in the order they first ran.
-    `stopped_in` is the phase that it was stopped in.
-    `timeline` is there where it was asked for.
+    `steps` denoising steps were run. `fits` is None without a capacity. If the call ran out of memory, `stopped` says
+    where, `stopped_in` in which phase, and `short_bytes` how much was missing at least: 0 if as much was free, but
+    fragmented; `over_bytes` is how far the request, added to all that was reserved, exceeded the capacity.
+    `to_device_bytes` and `to_host_bytes` were transferred. `notes` lists assumptions. `modules` are in the order they
+    first ran. `timeline` is None unless requested.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -150,5 +148,5 @@ class Simulation(Shown):
     stopped_in: SimulatedPhaseName | None = None
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
-        """The use of a component in a phase, None where it did not run there."""
+        """The use of a component in a phase, None if it did not run in it."""
         return next((item for item in self.uses if (item.phase, item.component) == (phase, component)), None)

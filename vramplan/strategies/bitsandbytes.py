@@ -55,7 +55,7 @@ class Bitsandbytes:
 
     def lighten(self, module: torch.nn.Module) -> None:
         """Stand-ins for the layers that the module's library replaces."""
-        from vramplan.pipeline.packed import BitsandbytesInt8, BitsandbytesNf4, pack
+        from vramplan.pipeline.packed_linear import BitsandbytesInt8, BitsandbytesNf4, pack
 
         pack(module, BitsandbytesInt8 if self.type == "int8" else BitsandbytesNf4, _replaced(module))
 

@@ -54,7 +54,7 @@ class Gguf:
         missing = missing_package("gguf")
         if missing is not None:
             return missing
-        from vramplan.pipeline.ggufs import block_types
+        from vramplan.pipeline.gguf_file import block_types
 
         try:
             block_types(self.source, component.library, component.class_name, component.config)
@@ -65,8 +65,8 @@ class Gguf:
     def lighten(self, module: torch.nn.Module) -> None:
         """A stand-in for every linear layer whose weight the file has in blocks."""
         from vramplan.pipeline.component import plain_config
-        from vramplan.pipeline.ggufs import block_types
-        from vramplan.pipeline.packed import GgufLinear, pack
+        from vramplan.pipeline.gguf_file import block_types
+        from vramplan.pipeline.packed_linear import GgufLinear, pack
 
         types = block_types(self.source, "diffusers", type(module).__name__, plain_config(module))
         for kind in set(types.values()):

@@ -57,7 +57,7 @@ class Torchao:
         """Stand-ins for the layers `quantize_` takes: linear ones, but the last of torch's own attention."""
         from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-        from vramplan.pipeline.packed import TorchaoFloat8, TorchaoInt8, pack
+        from vramplan.pipeline.packed_linear import TorchaoFloat8, TorchaoInt8, pack
 
         cls = TorchaoInt8 if self.type == "int8" else TorchaoFloat8
         pack(module, cls, lambda _, linear: not isinstance(linear, NonDynamicallyQuantizableLinear))

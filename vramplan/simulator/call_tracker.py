@@ -1,4 +1,4 @@
-"""Keep the ledger told which phase, component and module is running."""
+"""Track the phase, component and module that run, and keep them in the ledger."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from vramplan.pipeline.types import PhaseName, Role
 from vramplan.simulator.ledger import Ledger
 from vramplan.simulator.types import DecodedLatents
 
-# VAEs are entered by these, not by their forward.
-_METHODS = ("encode", "decode")
+# Pipelines call these methods of a VAE, not its forward.
+_VAE_METHODS = ("encode", "decode")
 
 
 @contextmanager
-def followed(pipe: Any, ledger: Ledger) -> Iterator[list[DecodedLatents]]:
-    """While entered, operations are booked on the component and module that runs.
+def track_call(pipe: Any, ledger: Ledger) -> Iterator[list[DecodedLatents]]:
+    """Context manager: operations count towards the component and module that run. Yields the decoded latents so far.
 
-    What a pipeline computes between its components is booked on the phase of the last one: latents and
-    schedulers on denoising once that has begun, postprocessing on the decode. The list that is given fills
-    with what VAEs are asked to decode.
+    The pipeline's own code between its components counts towards the phase of the last component: latents and
+    schedulers towards denoising once that has begun, postprocessing towards the decode.
     """
-    follower = _Follower(pipe, ledger)
-    ledger.phase = follower.phase("")
-    before = nn_module.register_module_forward_pre_hook(follower.enter)
-    after = nn_module.register_module_forward_hook(follower.leave, always_call=True)
+    tracker = _CallTracker(pipe, ledger)
+    ledger.phase = tracker.phase("")
+    before = nn_module.register_module_forward_pre_hook(tracker.enter)
+    after = nn_module.register_module_forward_hook(tracker.leave, always_call=True)
     try:
         with ExitStack() as stack:
             for name, module in modules_of(pipe).items():
-                stack.enter_context(follower.methods(name, module))
-            yield follower.decoded
+                stack.enter_context(tracker.wrap_methods(name, module))
+            yield tracker.decoded
     finally:
         before.remove()
         after.remove()
 
 
 def named_modules(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Every module of the pipeline once, by its first name, the component's in front."""
+    """Every module of the pipeline once, by its first qualified name, which starts with the component's."""
     found: dict[int, tuple[str, torch.nn.Module]] = {}
     for part, root in modules_of(pipe).items():
         for name, module in root.named_modules():
@@ -50,7 +49,7 @@ def named_modules(pipe: Any) -> dict[str, torch.nn.Module]:
     return dict(found.values())
 
 
-class _Follower:
+class _CallTracker:
     def __init__(self, pipe: Any, ledger: Ledger) -> None:
         self.ledger = ledger
         self.roles: dict[str, Role] = {}
@@ -93,18 +92,18 @@ class _Follower:
         return "decode" if self.began_denoising or not self._denoises else "encode"
 
     @contextmanager
-    def methods(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Wrap a VAE's encode and decode on the instance; off again when the block ends."""
-        wrapped = [method for method in _METHODS if self.roles[name] == "vae" and hasattr(module, method)]
+    def wrap_methods(self, name: str, module: torch.nn.Module) -> Iterator[None]:
+        """Context manager: wrap a VAE's encode and decode on the instance."""
+        wrapped = [method for method in _VAE_METHODS if self.roles[name] == "vae" and hasattr(module, method)]
         for method in wrapped:
-            module.__dict__[method] = self._around(name, method, getattr(module, method))
+            module.__dict__[method] = self._wrap(name, method, getattr(module, method))
         try:
             yield
         finally:
             for method in wrapped:
                 module.__dict__.pop(method, None)
 
-    def _around(self, name: str, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap(self, name: str, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.push(name)
             if method == "decode" and args:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vramplan.simulator import inferred as module
-from vramplan.simulator.inferred import inferred
+from vramplan.simulator import shape_inference as module
+from vramplan.simulator.shape_inference import infer_results
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_known", {})
+    monkeypatch.setattr(module, "_cache", {})
 
 
 class Asked:
@@ -35,7 +35,7 @@ class Asked:
             self.count += 1
             return func(*args, **kwargs)
 
-        return inferred(func, args, kwargs, shapes, infer)
+        return infer_results(func, args, kwargs, shapes, infer)
 
 
 def tensors_of(args: Any) -> Iterator[torch.Tensor]:
@@ -110,8 +110,8 @@ def test_what_lies_in_an_argument_is_always_asked() -> None:
 
 
 def test_there_is_an_end_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST", 3)
+    monkeypatch.setattr(module, "_MAX_ENTRIES", 3)
     ask = Asked()
     for size in range(1, 10):
         assert ask(aten.mm.default, meta(size, 4), meta(4, 5)).shape == (size, 5)
-        assert len(module._known) <= 3
+        assert len(module._cache) <= 3

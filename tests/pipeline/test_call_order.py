@@ -8,9 +8,9 @@ import diffusers
 import pytest
 
 from tests.support.specs import component
+from vramplan.pipeline.call_order import uses_of
 from vramplan.pipeline.classes import ClassFacts, class_facts
 from vramplan.pipeline.types import Use
-from vramplan.pipeline.uses import uses_of
 
 ROLES = {
     "text_encoder": "text_encoder",

@@ -1,4 +1,4 @@
-"""Recognise quantized weights: by whom, how many bytes they hold, and what cannot be done with them."""
+"""Recognise quantized weights: their library, their bytes, and the operations they do not allow."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vramplan.pipeline.types import Component
 if TYPE_CHECKING:
     import torch
 
-# The classes of quantized parameters, and how torchao's are called among its settings.
+# torchao's classes of quantized parameters, and the names of their formats in its settings.
 _TORCHAO = {"Int8Tensor": "int8", "Float8Tensor": "float8"}
 
-_KEPT_BESIDE = "keeps scales beside its weights, which {} does not move along (diffusers 0.42)"
-# What fails for the tensors of a library, or of one kind of it, by the field of `Component` that says so. Of a library
-# that is not named nothing but moving whole components is known to work.
+_SEPARATE_SCALES = "keeps scales outside of its weights, which {} does not move (diffusers 0.42)"
+# The operations that fail for the tensors of a library, or of one of its formats, by the field of `Component` for the
+# reason. For any other library only moving whole components is known to work.
 _LIMITS: Mapping[str, Mapping[str, str]] = {
     "torchao": {"disk_offload_refusal": "torchao's tensors cannot be written to safetensors files: leave disk out"},
     "bitsandbytes": {
-        "group_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('group offloading')}",
-        "sequential_offload_refusal": f"bitsandbytes {_KEPT_BESIDE.format('sequential offloading')}",
+        "group_offload_refusal": f"bitsandbytes {_SEPARATE_SCALES.format('group offloading')}",
+        "sequential_offload_refusal": f"bitsandbytes {_SEPARATE_SCALES.format('sequential offloading')}",
     },
     "gguf": {
         "sequential_offload_refusal": "the type of its blocks is lost where accelerate (1.15) moves tensors one by one"
@@ -31,15 +31,13 @@ _LIMITS: Mapping[str, Mapping[str, str]] = {
     "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
 }
 _UNKNOWN = {
-    "group_offload_refusal": "weights quantized by {} are only moved whole: what group offloading makes of them is "
-    "not known",
-    "sequential_offload_refusal": "weights quantized by {} are only moved whole: what sequential offloading makes of "
-    "them is not known",
+    "group_offload_refusal": "weights quantized by {} can only be moved whole: group offloading is untested",
+    "sequential_offload_refusal": "weights quantized by {} can only be moved whole: sequential offloading is untested",
 }
 
 
-def marked(component: Component, quantized: str) -> Component:
-    """The component as one whose weights are `quantized`: with what can no longer be done with it."""
+def mark_quantized(component: Component, quantized: str) -> Component:
+    """The component with quantized weights: the format, and the reasons against operations it does not allow."""
     if not quantized:
         return component
     library = quantized.partition(" ")[0]
@@ -50,14 +48,14 @@ def marked(component: Component, quantized: str) -> Component:
 
 
 def quantization_of(module: torch.nn.Module) -> str:
-    """By what most of the quantized weights are, as `torchao int8`; empty where none is."""
+    """The most frequent format of the quantized weights, such as `torchao int8`; empty if none is quantized."""
     found = Counter(kind for child in module.modules() for kind in _kinds(child))
     return found.most_common(1)[0][0] if found else ""
 
 
 def _kinds(module: torch.nn.Module) -> Iterable[str]:
     kind = getattr(module, "quantized", None)
-    if isinstance(kind, str):  # a stand-in says so itself
+    if isinstance(kind, str):  # a stand-in
         yield kind
         return
     for tensor in module.parameters(recurse=False):
@@ -67,7 +65,7 @@ def _kinds(module: torch.nn.Module) -> Iterable[str]:
 
 
 def kind_of(tensor: torch.Tensor) -> str:
-    """By what one parameter is quantized, empty for a plain one."""
+    """The format of one quantized parameter, empty for a plain one."""
     cls = type(tensor)
     if hasattr(cls, "tensor_data_names"):
         return torchao_kind(cls.__name__, plain=getattr(tensor, "act_quant_kwargs", None) is None)
@@ -81,33 +79,31 @@ def kind_of(tensor: torch.Tensor) -> str:
 
 
 def torchao_kind(class_name: str, *, plain: bool) -> str:
-    """By what a tensor of this class of torchao's is quantized; `plain` where activations are not."""
+    """The format of a tensor of this torchao class; `plain` if activations are not quantized."""
     return f"torchao {_TORCHAO[class_name] if plain and class_name in _TORCHAO else class_name}"
 
 
 def gguf_type(tensor: Any) -> str:
-    """ggml's name of the type of a `GGUFParameter`, as `Q4_K`."""
+    """ggml's name of the type of a `GGUFParameter`, such as `Q4_K`."""
     return str(tensor.quant_type.name)
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What a wrapper of several tensors consists of; empty for any other."""
+    """The tensors inside of a wrapper tensor; empty for a plain tensor."""
     names = getattr(type(tensor), "tensor_data_names", ())
-    flatten = getattr(
-        tensor, "__tensor_flatten__", None
-    )  # what torch asks every wrapper for, optional tensors included
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol for wrappers, optional tensors included
     return [getattr(tensor, name) for name in (flatten()[0] if flatten is not None else names)]
 
 
 def element_count(tensor: torch.Tensor) -> int:
-    """The weights that a parameter stands for: bitsandbytes and GGUF pack several into one element."""
+    """The number of weights in a parameter: bitsandbytes and GGUF pack several into one element."""
     state = getattr(tensor, "quant_state", None) if type(tensor).__name__ == "Params4bit" else None
     shape = state.shape if state is not None else getattr(tensor, "quant_shape", tensor.shape)
     return prod(shape)
 
 
 def extra_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the scales that bitsandbytes keeps in attributes of a parameter, 0 for any other."""
+    """The bytes of the scales that bitsandbytes keeps in attributes of a parameter, 0 for other libraries."""
     if type(tensor).__name__ == "Int8Params":
         return 4 * int(tensor.shape[0])  # SCB, which the first forward moves to the module
     state = getattr(tensor, "quant_state", None) if type(tensor).__name__ == "Params4bit" else None

@@ -179,7 +179,9 @@ def test_weights_with_scales_that_diffusers_leaves_out_are_refused(
         return in_8_bits(tensors) | {scale: torch.ones(1)}
 
     folder = rewritten(small_folder, tmp_path / "pipeline", scaled)
-    with pytest.raises(VramplanError, match=f"transformer: its weights are of 8 bits with scales .*{scale}") as caught:
+    with pytest.raises(
+        VramplanError, match=f"transformer: its weights have 8 bits and separate scales .*{scale}"
+    ) as caught:
         spec_from_folder(folder)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Operations that need more than a shape: those whose result depends on values, and copies between devices."""
+"""Handlers for operations that need more than shapes: data-dependent results, and copies between devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from vramplan.simulator.shapes import META, aten, meta_like, value_of
 from vramplan.simulator.tensor import Runner, SimTensor, tensors_in
 
-Special = Callable[[Runner, Any, Any, Any, Sequence[torch.Tensor], torch.device], Any]
+Handler = Callable[[Runner, Any, Any, Any, Sequence[torch.Tensor], torch.device], Any]
 
 
 def _item(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
@@ -24,13 +24,13 @@ def _nonzero(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequenc
     tensor = args[0]
     if isinstance(tensor, SimTensor) and tensor.value is not None:
         return NotImplemented
-    engine.note("a mask without values was taken to select everything")
+    engine.note("an unknown mask was assumed to select everything")
     shape = torch.empty((tensor.numel(), tensor.dim()), dtype=torch.int64, device="meta")
     return engine.new(shape, label)
 
 
 def _index(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
-    """Boolean masks become as many indices as they select, so that the shape is known."""
+    """Replace boolean masks with as many indices as they select, so that the shape is known."""
     if not any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1])):
         return NotImplemented
     if all(value_of(tensor) is not None for tensor in tensors):
@@ -42,7 +42,7 @@ def _index(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[
             continue
         value = value_of(mask)
         if value is None:
-            engine.note("a mask without values was taken to select everything")
+            engine.note("an unknown mask was assumed to select everything")
         count = mask.numel() if value is None else int(value.sum())
         picked = torch.empty((count,), dtype=torch.int64, device="meta")
         indices += [engine.new(picked, label) for _ in range(mask.dim())]
@@ -52,10 +52,10 @@ def _index(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[
 
 
 def _bincount(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
-    """How often each number is there: a router's tokens, say, all of which then go to the first expert."""
+    """Count each number. Unknown ones count as 0: a router then sends all tokens to the first expert."""
     if all(value_of(tensor) is not None for tensor in tensors):
         return NotImplemented
-    engine.note("numbers without values were taken to be all 0 when they were counted")
+    engine.note("unknown numbers were assumed to be all 0 when they were counted")
     counts = torch.zeros(max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 0)), dtype=torch.int64)
     counts[0] = args[0].numel()
     return engine.new(meta_like(counts), label, "activation", counts)
@@ -68,17 +68,17 @@ def _masked_select(
     if all(value_of(tensor) is not None for tensor in tensors):
         return NotImplemented
     if mask is None:
-        engine.note("a mask without values was taken to select everything")
+        engine.note("an unknown mask was assumed to select everything")
     shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
     count = math.prod(shape) if mask is None else int(mask.expand(shape).sum())
     return engine.new(torch.empty((count,), dtype=args[0].dtype, device="meta"), label)
 
 
 def _unique(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], label: Any) -> Any:
-    """Values, where each of them came from, and counts."""
+    """The unique values, the inverse indices, and the counts."""
     if value_of(args[0]) is not None:
         return NotImplemented
-    engine.note("numbers without values were taken to be all different")
+    engine.note("unknown numbers were assumed to be all different")
     count = args[0].numel()
     values = torch.empty((count,), dtype=args[0].dtype, device="meta")
     inverse, counts = (torch.empty(s, dtype=torch.int64, device="meta") for s in (args[0].shape, (count,)))
@@ -96,7 +96,7 @@ def _to_copy(engine: Runner, func: Any, args: Any, kwargs: Any, tensors: Sequenc
     )
 
 
-SPECIAL: dict[Any, Special] = {
+HANDLERS: dict[Any, Handler] = {
     aten._local_scalar_dense: _item,
     aten.nonzero: _nonzero,
     aten.index: _index,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vramplan.api.fit import _need
 from vramplan.api.plan import Least
 from vramplan.errors import UsageError
-from vramplan.fitting.largest import amount, edge_near, last_within
+from vramplan.fitting.largest_workload import last_fitting, last_within_limit, pixel_count
 from vramplan.hardware.types import Hardware, Host
 from vramplan.workload import Workload
 
@@ -38,21 +38,21 @@ def test_it_is_the_last_that_fits_wherever_it_is_begun(start: int, last: int, ki
     needs = [shapes[kind](pixels) for pixels in SIDES]
     limit = -1.0 if last < 0 else needs[last] if last < len(needs) else 1e12
     asked, need = counting(lambda place: needs[place])
-    found = last_within(SIDES, need, limit, start)
+    found = last_within_limit(SIDES, need, limit, start)
     assert found == max((place for place, needed in enumerate(needs) if needed <= limit), default=-1)
     assert len(set(asked)) == len(asked) <= 20
 
 
 def test_a_line_is_met_in_few_questions_and_nothing_large_is_asked_for() -> None:
     asked, need = counting(lambda place: 6.5 + SIDES[place] / 1000)
-    assert last_within(SIDES, need, 20.0, 56) == 108
+    assert last_within_limit(SIDES, need, 20.0, 56) == 108
     assert len(asked) <= 5
     assert max(SIDES[place] for place in asked) <= 2 * SIDES[108]
 
 
 def test_what_cannot_be_at_all_is_too_much() -> None:
     asked, need = counting(lambda place: None if place > 100 else 5.0)
-    assert last_within(SIDES, need, 6.0, 56) == 100
+    assert last_within_limit(SIDES, need, 6.0, 56) == 100
     assert len(asked) <= 14
 
 
@@ -66,7 +66,7 @@ def test_the_edge_is_found_from_a_guess(last: int, start: int) -> None:
         asked.add(place)
         return place <= last
 
-    assert edge_near(64, fits, start) == last
+    assert last_fitting(64, fits, start) == last
     assert asked >= {place for place in (last, last + 1) if 0 <= place < 64}
     if last == start:
         assert len(asked) <= 2
@@ -74,7 +74,7 @@ def test_the_edge_is_found_from_a_guess(last: int, start: int) -> None:
 
 def test_memory_grows_with_pixels_frames_and_pictures() -> None:
     work = Workload(height=8, width=4, num_frames=5, num_images_per_prompt=2)
-    assert amount(work) == 8 * 4 * 5 * 2
+    assert pixel_count(work) == 8 * 4 * 5 * 2
 
 
 def test_the_way_to_decode_is_kept_but_for_what_is_too_small_for_it() -> None:

@@ -1,4 +1,4 @@
-"""In which order a pipeline's components run."""
+"""Derive the order in which a pipeline's components run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 from vramplan.pipeline.classes import ClassFacts
 from vramplan.pipeline.types import Component, PhaseName, Use
 
-# A component that is there but never runs: AnimateDiff copies its motion adapter into the UNet.
+# Components that never run: AnimateDiff copies its motion adapter into the UNet.
 _NEVER_RUN = frozenset({"motion_adapter"})
 
 
 def uses_of(components: Sequence[Component], facts: ClassFacts) -> tuple[Use, ...]:
-    """The uses of one call, in order: encoders, the VAE where a picture is given, the loop, the decode.
+    """The uses of one call, in order: encoders, the VAE if it encodes a picture, the denoising loop, the decode.
 
-    Text encoders come twice, as they do for a prompt and a negative prompt: with several of them the
-    second round finds the last one still on the device (StableDiffusion3Pipeline, model offload).
+    Text encoders run twice, for the prompt and the negative prompt: with several of them, the last one is still on
+    the device when the second round begins (StableDiffusion3Pipeline, model offload).
     """
-    order = {name: place for place, name in enumerate(facts.sequence or ())}
+    order = {name: index for index, name in enumerate(facts.sequence or ())}
     ordered = sorted(components, key=lambda component: order.get(component.name, len(order)))
     ordered = [component for component in ordered if component.name not in _NEVER_RUN]
     loop = [c for c in ordered if c.role == "control"] + [c for c in ordered if c.role == "denoiser"]
-    before, after = _around(ordered, loop, order)
+    before, after = _split_at_loop(ordered, loop, order)
     vaes = [component for component in ordered if component.role == "vae"]
     return (
         *_uses("encode", [c for c in before if c.role == "text_encoder"] * 2, facts),
@@ -32,10 +32,10 @@ def uses_of(components: Sequence[Component], facts: ClassFacts) -> tuple[Use, ..
     )
 
 
-def _around(
+def _split_at_loop(
     ordered: Sequence[Component], loop: Sequence[Component], order: dict[str, int]
 ) -> tuple[list[Component], list[Component]]:
-    """What runs before the loop and what after it; a checker or a vocoder outside the sequence comes after."""
+    """The components before and after the loop; a checker or vocoder outside of the sequence comes after."""
     last = max((order.get(component.name, -1) for component in loop), default=-1)
     rest = [component for component in ordered if component not in loop]
     before = [c for c in rest if c.role in ("text_encoder", "image_encoder")]

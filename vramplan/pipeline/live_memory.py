@@ -1,4 +1,4 @@
-"""The memory a live pipeline takes already, and the hooks that forbid planning for it."""
+"""Measure the memory that a live pipeline already takes, and refuse one that is already offloaded."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from vramplan.pipeline.types import Component, PipelineSpec
 
 
 def refuse_hooked(spec: PipelineSpec) -> None:
-    """A pipeline somebody already offloaded is left alone: hooks on hooks go wrong silently."""
+    """Raise VramplanError if the pipeline already has offloading hooks: hooks on hooks go wrong silently."""
     for component in spec.components:
         offloads = [hook for hook in component.hooks if hook != "layerwise_casting"]
         if offloads:
             raise VramplanError(
                 f"{component.name} already has {offloads[0].replace('_', ' ')}, set outside vramplan: load the "
-                "pipeline anew, or take it off first (pipe.remove_all_hooks() for model and sequential offload); if it "
+                "pipeline again, or remove it first (pipe.remove_all_hooks() for model and sequential offload); if it "
                 "is shared with another pipeline, undo the plan there (vramplan.applied_to(other).undo())"
             )
 
 
 def held_bytes(spec: PipelineSpec) -> dict[str, int]:
-    """What a live pipeline's own weights take now of VRAM and RAM, as `make_budget` names it: they are what is to be
-    placed, so that they do not count as used."""
+    """The VRAM and RAM that a live pipeline's weights take now, in bytes, as keyword arguments of `make_budget`: they
+    are still to be placed, so that they do not count as used."""
     return {
         "held_vram_bytes": _held(spec.components, on_host=False),
         "held_ram_bytes": _held(spec.components, on_host=True),

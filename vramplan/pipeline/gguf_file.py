@@ -1,4 +1,4 @@
-"""What diffusers makes of a GGUF file, from the file's header: which weights stay in blocks, and of which type."""
+"""Read from a GGUF file's header which weights stay in blocks when diffusers loads it, and their types."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def block_types(path: Path, library: str, class_name: str, config: Mapping[str, 
     of its type (`Q4_K`). All other tensors are plain, and take the dtype the component is loaded in.
 
     Raises:
-        VramplanError: no such file, a damaged one, or one whose tensors are not those of the class.
+        VramplanError: the file is missing or damaged, or its tensors are not those of the class.
     """
     check_file(path)
     about = path.stat()
@@ -32,7 +32,7 @@ def block_types(path: Path, library: str, class_name: str, config: Mapping[str, 
 
 
 def check_file(path: Path) -> None:
-    """Raises VramplanError where this is no file that diffusers takes for GGUF: it goes by the name's end."""
+    """Raise VramplanError unless this is a GGUF file whose name ends in `.gguf`, which diffusers requires."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
@@ -48,7 +48,7 @@ def check_file(path: Path) -> None:
 def _block_types(path: Path, modified: int, size: int, library: str, class_name: str, config: str) -> Mapping[str, str]:
     cls = component_class(library, class_name)
     module = build_weightless(library, class_name, json.loads(config))
-    tensors = converted(path, cls, module, _tensors(path), json.loads(config))
+    tensors = convert_names(path, cls, module, _tensors(path), json.loads(config))
     check_names(path, module, tensors)
     kept = frozenset(getattr(module, "_keep_in_fp32_modules", None) or ())
     found = {}
@@ -61,9 +61,9 @@ def _block_types(path: Path, modified: int, size: int, library: str, class_name:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The file's tensors without data, those in blocks as diffusers' own kind: what its `load_gguf_checkpoint` makes.
+    """The file's tensors without data, as diffusers' `load_gguf_checkpoint` makes them: `GGUFParameter` for blocks.
 
-    The header's numbers are the file's own: the package fails in many ways where they are wrong.
+    The header is not validated by the gguf package, which raises many kinds of errors on a damaged one.
     """
     import torch
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter
@@ -86,13 +86,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def converted(
+def convert_names(
     path: object, cls: type, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors under the names the class has for them, by the conversion of `from_single_file` (diffusers 0.42).
+    """Rename the tensors to the names in the class, as `from_single_file` does (diffusers 0.42).
 
     Raises:
-        VramplanError: they are of something else; the message names `path`.
+        VramplanError: the tensors are not those of the class; the message names `path`.
     """
     from diffusers.loaders import single_file_model
 
@@ -105,7 +105,7 @@ def converted(
     convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[mapped]["checkpoint_mapping_fn"]
     try:
         made: Mapping[str, torch.Tensor] = convert(checkpoint=tensors, config=config)
-    except Exception as error:  # each class has a function of its own, and none expects other names
+    except Exception as error:  # each class has its own function, and none expects foreign names
         raise VramplanError(
             f"{path} does not hold a {cls.__name__}: diffusers cannot convert its {count} tensors "
             f"({type(error).__name__}: {error})"
@@ -114,7 +114,7 @@ def converted(
 
 
 def check_names(path: object, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises VramplanError where the file lacks a tensor of the class, or has one of another shape."""
+    """Raise VramplanError if the file lacks a tensor of the class, or has one in another shape."""
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in tensors]
     if missing:

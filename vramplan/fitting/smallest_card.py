@@ -1,4 +1,4 @@
-"""The cards that a model runs on, by size, and the smallest of them at each quality."""
+"""Find the smallest card that a model runs on, at each quality."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ LeastVram = Callable[[Quality | None], int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One size of card: what tries the model on the least of its cards, and the least VRAM it needs there."""
+    """One size of card: functions that plan the model on its least device, and find the least VRAM needed there."""
 
     size: CardSize
     attempt: Try
     least: LeastVram
 
 
-def by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
-    """Every size with its row, by price. Of each kind of card they end with the first that holds all of a model."""
+def rows_by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
+    """Each size with its row, by price. Each kind of card ends with the first size that holds the whole model."""
     found: list[tuple[Card, Row]] = []
     roomy: set[object] = set()
     for card in cards:
@@ -37,33 +37,33 @@ def by_size(cards: Sequence[Card]) -> list[tuple[Card, Row]]:
 
 
 def _holds_all(row: Row) -> bool:
-    """Whether nothing is offloaded and the picture is decoded as one."""
+    """Whether nothing is offloaded and the picture is decoded in one piece."""
     chosen = row.settings
     return chosen is not None and set(chosen.placement.values()) == {"resident"} and not chosen.decode
 
 
 def smallest_cards(priced: Sequence[tuple[Card, Row]], model: str, allow: Quality | None) -> list[Smallest]:
-    """The smallest card at each quality that was not ruled out, simulated there.
+    """The smallest card at each allowed quality, confirmed by simulation.
 
-    What runs with less done to the picture is the answer for more too, as long as no smaller card is.
+    The answer for a stricter quality also holds for a looser one, unless a smaller card runs the model there.
     """
     limits = QUALITIES if allow is None else (allow,)
     found: list[Smallest] = []
     more: list[tuple[Card, Quality | None]] = []
-    for limit in reversed(limits):  # what does not run with everything allowed runs with nothing less
+    for limit in reversed(limits):  # a card that fails with everything allowed fails with less, too
         ready = [(card, allow) for card, row in priced if _within(row, limit)]
         below = [card for card, _ in priced if not ready or card.size.memory_bytes < ready[0][0].size.memory_bytes]
         open_ones = allow is None and limit != QUALITIES[0]
         if open_ones and (limit == QUALITIES[-1] or more):
-            more = _with_more(below, limit)
-        found.insert(0, _first(model, limit, [*more, *ready] if open_ones else ready))
+            more = _usable_cards(below, limit)
+        found.insert(0, _first_confirmed(model, limit, [*more, *ready] if open_ones else ready))
     return found
 
 
-def _with_more(cards: Sequence[Card], limit: Quality) -> list[tuple[Card, Quality | None]]:
-    """Of cards that run nothing as it is those that do where so much is allowed, the smallest first.
+def _usable_cards(cards: Sequence[Card], limit: Quality) -> list[tuple[Card, Quality | None]]:
+    """The cards, smallest first, that run the model if this quality is allowed.
 
-    Of each kind the largest is tried first, and none that is smaller than one that is too small.
+    Each kind is tried from its largest card down, until a card is too small.
     """
     found: list[tuple[Card, Quality | None]] = []
     small: set[object] = set()
@@ -81,8 +81,8 @@ def _within(row: Row, limit: Quality) -> bool:
     return row.fits and row.quality is not None and QUALITIES.index(row.quality) <= QUALITIES.index(limit)
 
 
-def _first(model: str, limit: Quality, cards: Sequence[tuple[Card, Quality | None]]) -> Smallest:
-    """The first that runs it when that is simulated, and the least it can be brought down to there, by price."""
+def _first_confirmed(model: str, limit: Quality, cards: Sequence[tuple[Card, Quality | None]]) -> Smallest:
+    """The first card that runs the model when simulated, and the least VRAM it can be limited to there, by price."""
     from vramplan.fitting.types import Smallest
 
     for card, allow in cards:

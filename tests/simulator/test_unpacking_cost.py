@@ -16,7 +16,7 @@ from vramplan.hardware import Accelerator
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
-from vramplan.pipeline.packed import (
+from vramplan.pipeline.packed_linear import (
     BitsandbytesInt8,
     BitsandbytesNf4,
     GgufLinear,
@@ -26,7 +26,7 @@ from vramplan.pipeline.packed import (
 )
 from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.model import SimulatedModel, simulated_footprint
-from vramplan.simulator.unpacking import _packed_cost, unpacking
+from vramplan.simulator.unpacking_cost import _packed_cost, unpacking_cost
 from vramplan.strategies.base import FileName
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.strategies.gguf import Gguf
@@ -109,7 +109,7 @@ def test_the_unpacked_weight_is_charged() -> None:
 def test_layers_that_are_not_packed_take_nothing_more() -> None:
     pipe = build("flux-small")
     plain = SimulatedModel(spec_from_pipeline(pipe)).run(WORK, [], [], accelerator=CARD)
-    found = unpacking("transformer", copy.deepcopy(pipe.transformer), torch.float32, plain)
+    found = unpacking_cost("transformer", copy.deepcopy(pipe.transformer), torch.float32, plain)
     assert (found.extra_bytes, found.traffic_bytes, found.launches) == (0, 0, 0)
 
 
