@@ -11,7 +11,7 @@ from typing import Any
 
 from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
-from vramplan.common.progress import steps_shown
+from vramplan.common.progress import step_progress
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.fitting.cards import CardSize, card_sizes
 from vramplan.fitting.largest import amount, edge_near, last_within
@@ -72,7 +72,7 @@ def fit(
     works = [subject.workload(workload) for subject in subjects]
     asked = PlanRequest(allow=allow, prefer=prefer, vram=vram, ram=ram, margin=margin, settings=subjects[0].fixed)
     tries = [_try(subject, _called(model), asked) for subject, model in zip(subjects, names, strict=True)]
-    with steps_shown("fit") as told:
+    with step_progress("fit") as told:
         if largest is None and device is None and vram is None:
             return _cards(list(zip(subjects, tries, works, strict=True)), asked, told)
         hardware, accelerator = choose_machine(device, vram=vram)

@@ -17,7 +17,7 @@ from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.live import assemble
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
-from vramplan.profiles.files import ProfileKind, located, mistakes, read_document, read_profile
+from vramplan.profiles.files import ProfileKind, mistake_lines, mistakes, read_document, read_profile
 
 KeyPath = tuple[str, ...]
 
@@ -132,7 +132,7 @@ def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
     if kind == "pipelines" and not found:
         from vramplan.pipeline.bundled import contradictions
 
-        found = located(path, contradictions(read_profile(path, PipelineProfile)))
+        found = mistake_lines(path, contradictions(read_profile(path, PipelineProfile)))
     if keys and document.get("name") != path.stem:
         found = (*found, f"{path}: name: it goes by the name of its file: write name: {path.stem}")
     return kind, found
