@@ -9,22 +9,22 @@ from typing import Any
 from vramplan.hardware.types import ProcessUsage, Reading
 
 
-def initialized_torch(room: str) -> Any | None:
+def initialized_torch(device_type: str) -> Any | None:
     """torch's module for a device type (`cuda`, `xpu`) if this process has initialized it, else None."""
-    module = getattr(sys.modules.get("torch"), room, None)
+    module = getattr(sys.modules.get("torch"), device_type, None)
     try:
         return module if module is not None and module.is_initialized() else None
     except Exception:  # half-imported, or built without such devices
         return None
 
 
-def process_usage(room: str, index: int, total_bytes: int) -> tuple[ProcessUsage | None, tuple[Reading, ...]]:
+def process_usage(device_type: str, index: int, total_bytes: int) -> tuple[ProcessUsage | None, tuple[Reading, ...]]:
     """The process' use of the device, and the free memory by its driver; None and nothing if it is not in use.
 
     Asking the driver about a device not yet in use would make a context of hundreds of MiB, so it is only asked if the
     device has, or had, tensors.
     """
-    torch = initialized_torch(room)
+    torch = initialized_torch(device_type)
     if torch is None or index >= _count(torch):
         return None, ()
     allocated, reserved, fraction = 0, 0, 1.0
@@ -71,9 +71,9 @@ def metal_usage() -> ProcessUsage | None:
     )
 
 
-def process_uuids(room: str) -> list[str] | None:
+def process_uuids(device_type: str) -> list[str] | None:
     """The UUIDs of the devices in this process' own numbering, without prefix; None if it has not started any."""
-    torch = initialized_torch(room)
+    torch = initialized_torch(device_type)
     if torch is None:
         return None
     try:

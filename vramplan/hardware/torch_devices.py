@@ -35,14 +35,14 @@ def torch_is_built_for(backend: Backend) -> bool:
     return backend in (torch_backends() or ())
 
 
-def ask_torch(room: DeviceType) -> list[dict[str, Any]] | str:
+def ask_torch(device_type: DeviceType) -> list[dict[str, Any]] | str:
     """Ask torch for its devices of a type; a text with the reason if it does not answer.
 
     Keys: name, uuid, total_bytes, free_bytes (None if unknown to torch), integrated, architecture, driver, native.
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import torch_answer; torch_answer()", room],
+            [sys.executable, "-c", f"from {__name__} import print_devices; print_devices()", device_type],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_SECONDS,
@@ -70,13 +70,13 @@ def _is_answer(answer: Any) -> bool:
     )
 
 
-def read_devices(torch: Any, room: DeviceType) -> list[dict[str, Any]]:
+def read_devices(torch: Any, device_type: DeviceType) -> list[dict[str, Any]]:
     """Read the devices of a type from the given torch module, with the keys of `ask_torch`."""
-    module = getattr(torch, room)
-    return [_device(torch, module, room, index) for index in range(module.device_count())]
+    module = getattr(torch, device_type)
+    return [_device(torch, module, device_type, index) for index in range(module.device_count())]
 
 
-def _device(torch: Any, module: Any, room: DeviceType, index: int) -> dict[str, Any]:
+def _device(torch: Any, module: Any, device_type: DeviceType, index: int) -> dict[str, Any]:
     facts = module.get_device_properties(index)
     integrated = any(bool(getattr(facts, name, 0)) for name in ("is_integrated_gpu", "is_integrated", "integrated"))
     return {
@@ -87,7 +87,7 @@ def _device(torch: Any, module: Any, room: DeviceType, index: int) -> dict[str, 
         "integrated": integrated,
         "architecture": _text(facts, "gcnArchName") or _text(facts, "architecture"),
         "driver": _text(facts, "driver_version"),
-        "native": _native(torch, facts, f"{room}:{index}"),
+        "native": _native(torch, facts, f"{device_type}:{index}"),
     }
 
 
@@ -122,5 +122,5 @@ def print_devices() -> None:
     """Print the devices of the type in the first argument as JSON: the work of the separate process."""
     import torch
 
-    room: DeviceType = "xpu" if sys.argv[1:] == ["xpu"] else "cuda"
-    print(json.dumps(read_devices(torch, room)))
+    device_type: DeviceType = "xpu" if sys.argv[1:] == ["xpu"] else "cuda"
+    print(json.dumps(read_devices(torch, device_type)))
