@@ -27,7 +27,7 @@ from typing import Any
 import click
 import torch
 
-from vramplan.calibration.measured import current_rss_bytes, peak_rss_bytes
+from vramplan.calibration.peaks import current_rss_bytes, peak_rss_bytes
 from vramplan.common.files import write_text
 from vramplan.pipeline.describe import describe
 from vramplan.simulator.model import SimulatedModel, placing

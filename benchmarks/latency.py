@@ -33,7 +33,7 @@ CASES = {
 SCRIPT = """
 import json, sys
 from vramplan.api.simulate import simulate_model
-from vramplan.calibration.measured import peak_rss_bytes
+from vramplan.calibration.peaks import peak_rss_bytes
 found = simulate_model(sys.argv[1], vram="200GiB", settings=json.loads(sys.argv[2]) or {"placement": "resident"})
 print(json.dumps([found.wall_seconds, found.operations, peak_rss_bytes()]))
 """

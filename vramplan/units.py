@@ -1,4 +1,4 @@
-"""Parse and format byte counts. The only module that knows 1024."""
+"""Parse and format byte counts, and format seconds. The only module that knows 1024."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-# A bare K, M, G or T is decimal (SI), as KB, MB, GB and TB are; only the i makes it binary.
+# A bare K, M, G or T is decimal (SI), like KB, MB, GB and TB; only the i makes it binary.
 _FACTORS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _FACTORS |= {_letter: 1000**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1 << (10 * _power)}
@@ -19,7 +19,7 @@ _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGN
 
 
 def format_bytes(count: int) -> str:
-    """The count in GiB, MiB or KiB, as people read it: `1.50 GiB`, `640 MiB`, `12 KiB`, `-0.25 GiB`."""
+    """The count for a person, in GiB, MiB, KiB or B: `1.50 GiB`, `640 MiB`, `12 KiB`, `-0.25 GiB`."""
     size = abs(count)
     if size >= GIB // 10:
         return f"{count / GIB:.2f} GiB"
@@ -32,7 +32,7 @@ def parse_bytes(text: str, *, name: str = "") -> int:
     """The bytes that `12GiB`, `12GB`, `12000M` or `512` stand for; a number without a unit is bytes.
 
     Raises:
-        UsageError: not a size; `name` says of what.
+        UsageError: `text` is not a size; the message begins with `name`.
     """
     match = _SIZE.fullmatch(text.strip())
     factor = _FACTORS.get(match["unit"].lower()) if match else None
@@ -42,12 +42,12 @@ def parse_bytes(text: str, *, name: str = "") -> int:
 
 
 def parse_amount(text: str, *, free_bytes: int | None, total_bytes: int | None, name: str = "size") -> int:
-    """The bytes that an amount of a memory stands for.
+    """The bytes of a memory that an amount stands for.
 
-    `12GiB` is itself, `-1GiB` is what is free less one GiB, `85%` is that share of the total.
+    `12GiB` is an absolute size, `-1GiB` is the free memory minus one GiB, `85%` is a share of the total.
 
     Raises:
-        UsageError: not an amount, or nothing is left of it, or the memory it refers to is not known.
+        UsageError: `text` is not an amount, comes to 0 or less, or refers to a memory of unknown size.
     """
     stripped = text.strip()
     if stripped.startswith("-"):
@@ -78,7 +78,7 @@ def _known(count: int | None, text: str, name: str) -> int:
 
 
 def format_seconds(count: float) -> str:
-    """Seconds as people read them: `6.6 ms`, `0.84 s`, `69 s`, `2.5 min`."""
+    """Seconds for a person: `6.6 ms`, `0.84 s`, `69 s`, `2.5 min`."""
     if count < 0.01:
         return f"{count * 1000:.2g} ms"
     return f"{count / 60:.1f} min" if count >= 120 else f"{count:.2g} s" if count < 10 else f"{count:.0f} s"

@@ -1,4 +1,4 @@
-"""What is to be generated: the size of the picture or video, and how."""
+"""The workload: size of the picture, video or sound to generate, denoising steps and guidance."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from vramplan.errors import UsageError
 
-# Names the pipelines' own __call__ uses, beside those of Workload itself.
+# Short names, and the argument of the pipelines' __call__ each stands for.
 _ALIASES = {"steps": "num_inference_steps", "frames": "num_frames", "batch": "num_images_per_prompt"}
 _LARGEST = 1 << 20
-# The longest sound that Stable Audio Open makes, 47.55 s, is 1,024 latents: as many as a picture of this side has.
+# The longest sound of Stable Audio Open, 47.55 s, has 1,024 latents, like a picture with sides of this length.
 _SOUND_SIDE = 256
-# What pipelines of videos call the number of frames (diffusers 0.42: TextToVideoZero, WanAnimate).
+# Arguments of video pipelines for the number of frames (diffusers 0.42: TextToVideoZero, WanAnimate).
 FRAME_ARGUMENTS = ("num_frames", "video_length", "segment_frame_length")
 
 
@@ -22,8 +22,8 @@ FRAME_ARGUMENTS = ("num_frames", "video_length", "segment_frame_length")
 class Workload:
     """One call of the pipeline: pixels, frames, pictures per prompt, denoising steps, guidance.
 
-    `num_frames` is 1 for pictures, `height` and `width` are 1 for sound. `guidance_scale` above 1 makes the denoiser
-    run on twice the batch in pipelines that guide without a classifier; None where the pipeline has its own default.
+    `num_frames` is 1 for pictures, `height` and `width` are 1 for sound. With classifier-free guidance a
+    `guidance_scale` above 1 doubles the denoiser's batch; None leaves the pipeline's own default.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -37,16 +37,16 @@ class Workload:
 
     @property
     def sound(self) -> bool:
-        """Whether it makes no picture."""
+        """Whether the call generates sound, no picture."""
         return self.height == self.width == 1
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Height and width in pixels to estimate with: for sound those of a picture of as many latents."""
+        """Height and width in pixels to estimate with; for sound, those of a picture with as many latents."""
         return (_SOUND_SIDE, _SOUND_SIDE) if self.sound else (self.height, self.width)
 
     def latent_sides(self, scale: int) -> tuple[int, int]:
-        """The same in latents, of a VAE with so many pixels per latent."""
+        """Height and width in latents, of a VAE with `scale` pixels per latent side."""
         height, width = self.sides
         return -(-height // scale), -(-width // scale)
 
@@ -55,12 +55,12 @@ WORKLOAD_NAMES = frozenset(field.name for field in fields(Workload))
 
 
 def make_workload(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Workload:
-    """The workload: what was given, else the defaults of the pipeline.
+    """Return the workload: the given values, else the defaults of the pipeline.
 
-    `given` may use the short names steps, frames and batch, and `num_videos_per_prompt`; None means not given.
+    `given` may use the short names steps, frames and batch, and `num_videos_per_prompt`; a None counts as not given.
 
     Raises:
-        UsageError: a name that is no part of a workload, or a number that makes no sense.
+        UsageError: a name is not part of a workload, or a count is not a whole number from 1 to 2^20.
     """
     chosen = dict(defaults)
     for name, value in given.items():
@@ -80,21 +80,21 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def call_defaults(cls: type, config: Mapping[str, Any], scale: int, *, sound: bool = False) -> dict[str, Any]:
-    """What a pipeline generates when nothing is said: its call's defaults, else the denoiser's own size.
+    """A pipeline's default workload: the defaults of its `__call__`, else the denoiser's own size.
 
     `config` is the denoiser's configuration, `scale` the VAE's pixels per latent.
     """
     parameters = inspect.signature(inspect.unwrap(cls.__call__)).parameters
-    told = {
+    stated = {
         name: parameters[name].default
         for name in WORKLOAD_NAMES
         if name in parameters and _is_number(parameters[name].default)
     }
     frames = next((parameters[name].default for name in FRAME_ARGUMENTS if name in parameters), None)
-    told |= {"num_frames": frames} if _is_number(frames) else {}
+    stated |= {"num_frames": frames} if _is_number(frames) else {}
     video = not parameters.keys().isdisjoint(FRAME_ARGUMENTS)
     sizes = {"height": 1, "width": 1} if sound else _sizes_from_config(config, scale, video=video)
-    return sizes | told
+    return sizes | stated
 
 
 def _is_number(value: Any) -> bool:
@@ -113,7 +113,7 @@ def _sizes_from_config(config: Mapping[str, Any], scale: int, *, video: bool) ->
 
 
 def workload_text(work: Workload) -> str:
-    """What is generated: `1360 x 768 x 81 frames, 2 per prompt, 50 steps`."""
+    """The workload for a person: `1360 x 768 x 81 frames, 2 per prompt, 50 steps`."""
     size = "sound" if work.sound else f"{work.width} x {work.height}"
     frames = f" x {work.num_frames} frames" if work.num_frames > 1 else ""
     batch = f", {work.num_images_per_prompt} per prompt" if work.num_images_per_prompt > 1 else ""

@@ -9,7 +9,7 @@ import pytest
 from tests.support.records import CARD, call, probe, took
 from vramplan.api.machine import known_budget
 from vramplan.calibration.learned import learned, with_measured_rates
-from vramplan.calibration.published import bundled_error
+from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.store import append
 from vramplan.common.versions import versions
 from vramplan.hardware import Hardware, Host

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.support.records import call, probe
 from vramplan.calibration import store
-from vramplan.calibration.measured import Peak
+from vramplan.calibration.peaks import Peak
 from vramplan.calibration.records import SCHEMA, from_line, to_line
 from vramplan.calibration.store import append, read_store, store_folder
 from vramplan.units import GIB

@@ -27,7 +27,7 @@ def stderr(kind: str = "terminal", seconds: float = 0.0) -> Iterator[io.StringIO
     """Standard error of some kind, diffusers' bars as they are unless somebody switched them `off`."""
     written = io.StringIO() if kind == "pipe" else Terminal()
     with pytest.MonkeyPatch.context() as patched, redirect_stderr(written):
-        patched.setattr(progress, "_SECONDS", seconds)
+        patched.setattr(progress, "_DELAY", seconds)
         patched.setattr(diffusers.utils.logging, "_tqdm_active", kind != "off")
         yield written
 
@@ -76,9 +76,9 @@ def test_what_is_over_at_once_shows_no_bar(small_pipeline) -> None:
 
 def test_a_notebook_is_shown_one_though_it_is_no_terminal(monkeypatch) -> None:
     with stderr("pipe"):
-        assert not progress.progress_shown()
+        assert not progress.can_show_progress()
         terminal, notebook = SimpleNamespace(), SimpleNamespace(kernel=SimpleNamespace())
         for shell, shown in ((None, False), (terminal, False), (notebook, True)):
             there = SimpleNamespace(get_ipython=lambda shell=shell: shell)
             monkeypatch.setitem(sys.modules, "IPython", there)
-            assert progress.progress_shown() is shown
+            assert progress.can_show_progress() is shown

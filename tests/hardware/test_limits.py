@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.hardware.cgroup import memory_limits
-from vramplan.hardware.sysroot import number
+from vramplan.hardware.sysroot import read_number
 from vramplan.units import MIB
 
 _READ = """
@@ -123,7 +123,7 @@ def test_file_cache_is_not_in_use(group: Group, tmp_path: Path) -> None:
         )
         group.adopt(reader.pid)
         reader.communicate(b"go\n", timeout=60)
-        used = number(group.directory / group.file.replace("max", "current").replace("limit", "usage"))
+        used = read_number(group.directory / group.file.replace("max", "current").replace("limit", "usage"))
         assert used > size, "the pages were not charged to the group, so nothing was tested"
         assert child.host()[1] == pytest.approx(before, abs=32 * MIB)
     finally:

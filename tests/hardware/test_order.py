@@ -27,7 +27,7 @@ int cuDeviceGetUuid_v2(char *uuid, int device) { memset(uuid, 0x10 + device, 16)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(nvidia_order, "own_identities", lambda _: None)
+    monkeypatch.setattr(nvidia_order, "process_uuids", lambda _: None)
 
 
 def libcuda(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
@@ -116,7 +116,7 @@ def test_what_cuda_does_not_answer_is_read_from_the_variable(monkeypatch: pytest
 
 def test_an_instance_may_be_called_by_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch tells of an instance in some releases is its card's identity."""
-    monkeypatch.setattr(nvidia_order, "own_identities", lambda _: [A.removeprefix("GPU-")])
+    monkeypatch.setattr(nvidia_order, "process_uuids", lambda _: [A.removeprefix("GPU-")])
     order = cuda_order(PARTS)
     assert order.candidates == [(0, 1)]
     assert order.notes == ["nvidia: cuda:0 is one of the MIG instances of its card: unidentified"]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.support.machines import make_budget
 from vramplan.api.machine import known_budget
-from vramplan.calibration.published import bundled_error
+from vramplan.calibration.published_errors import bundled_error
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware import Accelerator, Budget, Hardware, Host
 from vramplan.hardware.types import ProcessUsage

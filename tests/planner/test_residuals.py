@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vramplan.calibration.published import bundled_error
+from vramplan.calibration.published_errors import bundled_error
 from vramplan.planner.residuals import COVERAGE, ProjectionError, Residual, error_of, needed, raised, upper_bound
 from vramplan.profiles.files import bundled_directory
 from vramplan.units import GIB, MIB

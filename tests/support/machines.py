@@ -44,7 +44,7 @@ import psutil
 import pytest
 import yaml
 
-from vramplan.calibration.published import bundled_error
+from vramplan.calibration.published_errors import bundled_error
 from vramplan.hardware import amd, apple, detect, intel, nvidia, nvidia_order, sampling, sysroot
 from vramplan.hardware.types import Budget, Hardware
 from vramplan.planner import budget

@@ -17,9 +17,9 @@ from vramplan.errors import UsageError, VramplanError
 
 pytest.importorskip("dash", reason="vramplan[ui] is not installed")
 
-from vramplan.ui.choices import Choices, Wish, find_choices, make_wish
-from vramplan.ui.serve import Worker, can_open, guard
-from vramplan.ui.work import answer, further
+from vramplan.ui.choices import Choices, Selection, check_selection, find_choices
+from vramplan.ui.serve import Worker, can_open_browser, guard
+from vramplan.ui.work import answer, details
 
 NUMBERS = dict.fromkeys(("width", "height", "frames", "batch", "steps", "vram", "ram"))
 
@@ -39,8 +39,8 @@ def choices(tmp_path: Path) -> Choices:
     return find_choices(tmp_path / "served")
 
 
-def wish(choices: Choices, **chosen: Any) -> Wish:
-    return make_wish(choices, **({"device": "rtx-3060", "allow": None} | NUMBERS | chosen))
+def wish(choices: Choices, **chosen: Any) -> Selection:
+    return check_selection(choices, **({"device": "rtx-3060", "allow": None} | NUMBERS | chosen))
 
 
 class TestChoices:
@@ -139,7 +139,7 @@ class TestGuard:
 class TestWorker:
     def test_of_what_waits_only_the_last_is_worked_on(self) -> None:
         worker = Worker()
-        made = Wish(model="m", device=None, allow=None)
+        made = Selection(model="m", device=None, allow=None)
         with worker._lock:
             from threading import Thread
 
@@ -159,11 +159,11 @@ class TestWorker:
         assert worker.ask("page", _model_of, made) == "m"
 
 
-def _model_of(made: Wish) -> str:
+def _model_of(made: Selection) -> str:
     return made.model
 
 
-def _end(made: Wish) -> None:
+def _end(made: Selection) -> None:
     import os
 
     os._exit(9)
@@ -175,7 +175,7 @@ class TestAnswer:
         return str(small_folder("sd15-small"))
 
     def test_a_plan_has_its_rows_picture_reasons_and_code(self, model: str) -> None:
-        made = Wish(model=model, device="rtx-3060", allow=None)
+        made = Selection(model=model, device="rtx-3060", allow=None)
         found = answer(made)
         assert found.error == ""
         assert dict(found.rows)["for"] == f"64 x 64, {found.workload.num_inference_steps} steps"
@@ -183,23 +183,23 @@ class TestAnswer:
         assert "StableDiffusionPipeline" in found.code
         assert not found.video
         assert sum(size for _, size, _ in found.bar) > 11 << 30
-        more = further(made)
+        more = details(made)
         assert "unet" in more.picture
         assert more.words.startswith("peak ")
 
     def test_where_nothing_fits_the_deficit_is_told_and_what_would_help(self, model: str) -> None:
-        made = Wish(model=model, device="rtx-3060", allow=None, amounts=(("vram", "0.01GiB"),))
+        made = Selection(model=model, device="rtx-3060", allow=None, amounts=(("vram", "0.01GiB"),))
         found = answer(made)
         assert found.short
         assert "short by" in found.error
-        helps = further(made).helps
+        helps = details(made).suggestions
         assert helps[-2] == "all of the card's memory"
         assert helps[-1].startswith("a larger card: ")
 
     def test_what_cannot_be_is_one_line(self, model: str, tmp_path: Path) -> None:
-        frames = answer(Wish(model=model, device="rtx-3060", allow=None, counts=(("frames", 9),)))
+        frames = answer(Selection(model=model, device="rtx-3060", allow=None, counts=(("frames", 9),)))
         assert frames.error == "StableDiffusionPipeline makes pictures: leave the number of frames out"
-        broken = answer(Wish(model=str(pipeline_at(tmp_path / "broken")), device="rtx-3060", allow=None))
+        broken = answer(Selection(model=str(pipeline_at(tmp_path / "broken")), device="rtx-3060", allow=None))
         assert broken.error
         assert "\n" not in broken.error
 
@@ -224,4 +224,4 @@ class TestCommand:
         assert (done.exit_code, done.stderr) == (1, "vramplan: vramplan ui needs dash: pip install 'vramplan[ui]'\n")
 
     def test_no_browser_opens_where_nobody_would_see_it(self) -> None:
-        assert not can_open()
+        assert not can_open_browser()

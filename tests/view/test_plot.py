@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from pydantic import TypeAdapter
 
 import vramplan
-from vramplan.calibration.measured import Measured, Peak
+from vramplan.calibration.peaks import Measured, Peak
 from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append
 from vramplan.cli.main import main

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from rich.text import Text
 
 from vramplan.api.run import RunResult
-from vramplan.calibration.measured import Measured, Peak
+from vramplan.calibration.peaks import Measured, Peak
 from vramplan.fitting.types import Fits, Row, Smallest
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
 from vramplan.planfile.file import load_plan
@@ -24,12 +24,12 @@ from vramplan.planfile.record import projected
 from vramplan.planfile.types import Plan
 from vramplan.simulator.types import Simulation
 from vramplan.units import GIB, MIB, format_bytes
-from vramplan.view.applied import apply_view
 from vramplan.view.fits import fits_view
 from vramplan.view.machine import hardware_view
 from vramplan.view.plan import explain_view, plan_view
+from vramplan.view.run import apply_view
 from vramplan.view.simulation import simulation_view
-from vramplan.view.terminal import _AsciiText, _console, as_html, as_text, show
+from vramplan.view.terminal import _AsciiBuffer, _console, as_html, as_text, show
 
 FOLDER = Path(__file__).parent / "snapshots"
 PLAN = load_plan(FOLDER / "plan.yaml")
@@ -101,7 +101,7 @@ VIEWS = {
     "fit": fits_view(FITS),
     "detect": hardware_view(Hardware(accelerators=(CARD,), host=HOST, notes=("a note",)), BUDGET),
 }
-LOOKS = {"colour": (StringIO, "truecolor"), "plain": (StringIO, None), "ascii": (_AsciiText, None)}
+LOOKS = {"colour": (StringIO, "truecolor"), "plain": (StringIO, None), "ascii": (_AsciiBuffer, None)}
 
 
 def shown(name: str, columns: int, look: str) -> str:

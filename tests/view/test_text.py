@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 import vramplan
-from vramplan.calibration.measured import Measured, Peak
+from vramplan.calibration.peaks import Measured, Peak
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
 from vramplan.planfile.types import Settings, settings_text
 from vramplan.planner.candidates import Refused
 from vramplan.units import GIB, MIB, format_bytes
-from vramplan.view.applied import measured_text
 from vramplan.view.machine import hardware_dict
 from vramplan.view.machine import text_of as hardware_text
 from vramplan.view.plan import explain_text
 from vramplan.view.plan import text_of as plan_text
+from vramplan.view.run import measured_text
 from vramplan.view.shared import to_json, to_yaml
 
 CARD = Accelerator(kind="cuda", index=1, name="made-up card", total_bytes=8 * GIB, free_bytes=None)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vramplan.api.machine import choose_machine
-from vramplan.calibration.measured import Measured
+from vramplan.calibration.peaks import Measured
 from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate
 from vramplan.calibration.records import ProbeRecord
 from vramplan.calibration.store import append, store_folder

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from vramplan.calibration.measured import Measured
+from vramplan.calibration.peaks import Measured
 from vramplan.errors import VramplanError
 from vramplan.planfile.types import Plan
 from vramplan.runtime.recording import calibrating

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
 from vramplan.api.request import PlanOptions, PlanRequest, make_request
-from vramplan.common.progress import steps_shown
+from vramplan.common.progress import step_progress
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.fitting.cards import CardSize, card_sizes
 from vramplan.fitting.largest_workload import last_fitting, last_within_limit, pixel_count
@@ -47,7 +47,7 @@ def fit(
     works = [subject.workload() for subject in subjects]
     tries = [_try(subject, _called(model)) for subject, model in zip(subjects, names, strict=True)]
     device = request.device
-    with steps_shown("fit") as told:
+    with step_progress("fit") as told:
         if largest is None and device is None and request.vram is None:
             return _cards(list(zip(subjects, tries, works, strict=True)), request, told)
         hardware, accelerator = choose_machine(device, vram=request.vram)

@@ -93,7 +93,7 @@ def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: st
     Raises:
         UsageError: the device is not in this machine, so that nothing can be measured.
     """
-    from vramplan.hardware.measuring import measure_machine
+    from vramplan.hardware.measurements import measure_machine
 
     names = ("cpu",) if accelerator is None else _names(accelerator)
     if device is not None and device.casefold() not in names:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.progress import progress_shown
+from vramplan.common.progress import can_show_progress
 from vramplan.errors import UsageError
 from vramplan.pipeline.describe import Model
 from vramplan.pipeline.sources import Folder, Hub
@@ -16,7 +16,7 @@ from vramplan.runtime.call import call_arguments
 from vramplan.runtime.output import write_result
 
 if TYPE_CHECKING:
-    from vramplan.calibration.measured import Measured
+    from vramplan.calibration.peaks import Measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def run_plan(
         MismatchError: the plan is for another pipeline or device.
     """
     from vramplan.api.recover import recovering_call
-    from vramplan.calibration.measured import current_rss_bytes
+    from vramplan.calibration.peaks import current_rss_bytes
     from vramplan.runtime.applied import applied_to
     from vramplan.runtime.recording import calibrating
     from vramplan.runtime.staged import load_applied
@@ -63,7 +63,7 @@ def run_plan(
     folder = model_folder(plan, model)
     say(f"loading {folder}")
     before = current_rss_bytes()
-    shown = bars and progress_shown()
+    shown = bars and can_show_progress()
     if not shown:
         _without_bars()
 

@@ -1,1 +1,1 @@
-"""What was measured on this machine: stored after a call or by `vramplan calibrate`, used by the next plan."""
+"""Measurements of this machine: stored after a call or by `vramplan calibrate`, used by the next plan."""

@@ -1,36 +1,35 @@
-"""What the store says about a device: how far projections were off, what its driver takes, how fast it is."""
+"""Stored knowledge of a device: the error of projections, the size of its driver context, and its rates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from vramplan.calibration.published import bundled_error
+from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.common.versions import versions
 from vramplan.hardware.types import Accelerator, Rates
 from vramplan.planner.residuals import Basis, ProjectionError, Residual, error_of, raised
 
-# What decides how much memory the same settings take. The others change no hook and no kernel.
+# The libraries that decide the memory of given settings; the others change no hook and no kernel.
 _DECISIVE = ("torch", "diffusers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """`error` is of published measurements where this machine has too few of its own; `context_bytes` None if not
-    measured here."""
+    """The projection error of a device, from published measurements if this machine has too few of its own, and the
+    bytes of its driver context, None if not measured here."""
 
     error: ProjectionError
     context_bytes: int | None = None
 
 
 def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None = None) -> Learned:
-    """What holds for plans of this basis on this device.
+    """The projection error and driver context for plans of this basis on this device.
 
-    From so many different plans of the same pipeline class on (`needed`), measured here, they decide alone. Fewer of
-    them, and those of other classes, can only raise what published measurements say: how far the projection of one
-    architecture is off tells little of another's.
+    Enough plans of the same pipeline class measured here (`needed`) decide alone. Fewer, and those of other classes,
+    can only raise the error of published measurements: the error of one architecture says little about another's.
     """
     error = bundled_error(basis)
     if accelerator is None:
@@ -53,11 +52,11 @@ def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None 
 
 
 def with_measured_rates(accelerator: Accelerator) -> Accelerator:
-    """The accelerator with the rates that `vramplan calibrate` measured of it, as it was where there are none.
+    """The accelerator with the rates that `vramplan calibrate` measured; unchanged if there are none.
 
-    The link is the measured one. Peaks of memory and products stay a profile's, whose shares are fitted to them, but
-    products are never taken to be faster than they were measured. Without a profile the measured rates stand for the
-    peaks, and `reached` is the default's: that a pipeline reaches less than one large product is assumed.
+    The link is the measured one. Peaks of memory and products stay the profile's, to which its shares are fitted, but
+    products are never assumed faster than measured. Without a profile the measured rates replace the peaks, and
+    `reached` is the default: that a pipeline reaches less than one large product is assumed.
     """
     from vramplan.planner.clock import DEFAULT_RATES
 
@@ -83,7 +82,7 @@ def with_measured_rates(accelerator: Accelerator) -> Accelerator:
 
 
 def _counts(item: CallRecord, accelerator: Accelerator, basis: Basis) -> bool:
-    """Whether the call says something about this device, basis and software."""
+    """Whether the call was measured on this device, with this basis and software."""
     here = versions()
     return (
         item.device == accelerator.name
@@ -95,7 +94,7 @@ def _counts(item: CallRecord, accelerator: Accelerator, basis: Basis) -> bool:
 
 
 def _one_for_each_plan(calls: list[CallRecord]) -> Iterator[Residual]:
-    """The worst of each plan: the same call ten times is one thing that is known, not ten."""
+    """The worst residual of each plan: ten repeats of one call are one observation, not ten."""
     found: dict[tuple[str, str, str], Residual] = {}
     for item in calls:
         residual = Residual(
@@ -114,13 +113,13 @@ def _ratio(item: Residual) -> float:
 
 
 def _probe(accelerator: Accelerator, records: tuple[object, ...]) -> ProbeRecord | None:
-    """The latest of this device."""
+    """The latest probe of this device; None without one."""
     found = [item for item in records if isinstance(item, ProbeRecord) and item.device == accelerator.name]
     return found[-1] if found else None
 
 
 def _context(accelerator: Accelerator, records: tuple[object, ...]) -> int | None:
-    """What the driver took when it was measured last, with this driver and torch."""
+    """The bytes of the driver context when last measured with this driver and torch; None if never."""
     found = [
         item.context_bytes
         for item in records

@@ -1,4 +1,4 @@
-"""What one line of the store holds, and the checks a line has to pass: anybody may have edited it."""
+"""Records of the store, one per line, and the strict checks of a line, as the file may have been edited."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from vramplan.calibration.measured import Peak
+from vramplan.calibration.peaks import Peak
 
 SCHEMA = 2  # 1 had no phases
 _LARGEST, _LONGEST = 1 << 62, 4000
@@ -19,9 +19,9 @@ _LARGEST, _LONGEST = 1 << 62, 4000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Peaks in bytes and times in seconds; None for what a device or a pipeline does not tell.
+    """Peaks in bytes and times in seconds; None for values that a device or pipeline does not report.
 
-    `phases` are the peaks of `encode`, `denoise` and `decode`, where they were told apart.
+    `phases` are the peaks of `encode`, `denoise` and `decode`, if they were separated.
     """
 
     vram_allocated_bytes: int | None
@@ -34,9 +34,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecord:
-    """A call under an applied plan: projected against measured.
+    """A call under an applied plan: projected and measured usage.
 
-    `device` is its name as the driver has it, `card` a hash of its serial number; `shape` is what was generated.
+    `device` is its name by the driver, `card` a hash of its serial number; `shape` is the workload.
     """
 
     time: str
@@ -54,7 +54,7 @@ class CallRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRecord:
-    """What `vramplan calibrate` measured of a device: bytes, bytes per second and operations per second."""
+    """Results of `vramplan calibrate` for a device, in bytes, bytes per second and operations per second."""
 
     time: str
     device: str
@@ -75,13 +75,13 @@ _KINDS: dict[str, type[Record]] = {"call": CallRecord, "probe": ProbeRecord}
 
 
 def to_line(record: Record) -> str:
-    """The record as one line of JSON."""
+    """Format the record as one line of JSON."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
     return json.dumps({"schema": SCHEMA, "kind": kind} | asdict(record), allow_nan=False)
 
 
 def from_line(line: str) -> Record | None:
-    """The record in a line; None for one that a later version wrote.
+    """Parse the record in a line; None if a later version wrote it.
 
     Raises:
         ValueError: not a record.
@@ -91,11 +91,11 @@ def from_line(line: str) -> Record | None:
         raise ValueError("not a record")
     if content["schema"] > SCHEMA:
         return None
-    told = {key: value for key, value in content.items() if key not in ("schema", "kind")}
+    values = {key: value for key, value in content.items() if key not in ("schema", "kind")}
     cls = _KINDS.get(str(content.get("kind")))
     if cls is None:
         raise ValueError("of no known kind")
-    return typing.cast("Record", _built(cls, told))
+    return typing.cast("Record", _built(cls, values))
 
 
 def _no_number(text: str) -> None:
@@ -103,7 +103,7 @@ def _no_number(text: str) -> None:
 
 
 def _built(cls: Any, content: Any) -> Any:
-    """The dataclass of a mapping. Not pydantic, whose import takes longer than `vramplan detect` may."""
+    """Build a dataclass from a mapping. Without pydantic, whose import takes longer than `vramplan detect` may."""
     if not isinstance(content, dict) or content.keys() - {item.name for item in fields(cls)}:
         raise ValueError(f"not a {cls.__name__}")
     hints = _hints(cls)
@@ -135,7 +135,7 @@ def _checked(value: Any, hint: Any) -> Any:
 
 
 def _is_size(value: Any, wanted: type) -> bool:
-    """A number that a size or a time can be."""
+    """Whether the value is a finite number of the wanted type, from 0 and below `_LARGEST`."""
     if isinstance(value, bool) or not isinstance(value, int if wanted is int else int | float):
         return False
     return 0 <= value < _LARGEST and math.isfinite(value)

@@ -1,9 +1,9 @@
-"""Keep what was measured, one line of JSON for each record. Damage costs a line and a note, never a call.
+"""Store measurements, one line of JSON for each record. Damage costs a line and a note, never a call.
 
-Appended lines and no database: one write to a file opened for appending is one piece beside those of other processes
-(POSIX, `write`), needs no lock, works in a home directory on a network, where SQLite's shared-memory journal does not
-(https://sqlite.org/wal.html, "all processes must be on the same host"), and a torn or edited line takes no other with
-it. Where a file system breaks that promise, the line that comes out mixed is skipped.
+Appended lines and no database: one write to a file opened for appending is atomic among processes (POSIX, `write`),
+needs no lock, works in a home directory on a network, where SQLite's shared-memory journal does not
+(https://sqlite.org/wal.html, "all processes must be on the same host"), and a torn or edited line damages no other.
+Where a file system breaks that promise, the mixed line is skipped.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from vramplan.calibration.records import Record, from_line, to_line
 
-# What is read of each file, from its end: some thousand calls.
+# The bytes read of each file, from its end: some thousand calls.
 _MOST_BYTES = 4 << 20
-# A file that holds nothing readable is left for its owner, and the next name is taken.
+# A file without a readable line is left to its owner, and the next name is used.
 _NAMES = ("calibration.jsonl", *(f"calibration-{number}.jsonl" for number in range(2, 10)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """The records of this machine, oldest first, and notes on what could not be read."""
+    """The records of this machine, oldest first, and notes on files and lines that could not be read."""
 
     records: tuple[Record, ...] = ()
     notes: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What is in one file; `problem` where it could not be opened."""
+    """The content of one file; `problem` says why it could not be opened."""
 
     path: Path
     records: tuple[Record, ...] = ()
@@ -41,7 +41,7 @@ class _File:
 
     @property
     def damaged(self) -> bool:
-        """Nothing in it can be read, though there is something."""
+        """Whether the file has content, but no readable line."""
         return self.problem is not None or (self.skipped > 0 and not self.records and not self.later)
 
     @property
@@ -55,19 +55,19 @@ class _File:
 
 
 def store_folder() -> Path | None:
-    """Where measurements are kept: `VRAMPLAN_CALIBRATION`, else the user's state directory; None for `0`, nowhere."""
-    told = os.environ.get("VRAMPLAN_CALIBRATION")
-    if told == "0":
+    """The folder of the store: `VRAMPLAN_CALIBRATION`, else the user's state directory; None for `0`, no store."""
+    requested = os.environ.get("VRAMPLAN_CALIBRATION")
+    if requested == "0":
         return None
-    if told:
-        return Path(told)
+    if requested:
+        return Path(requested)
     from platformdirs import user_state_path
 
     return user_state_path("vramplan")
 
 
 def read_store() -> Stored:
-    """What was measured on this machine. Reading changes nothing."""
+    """Read the measurements of this machine. Changes no file."""
     folder = store_folder()
     files = list(_files(folder)) if folder is not None else []
     return Stored(
@@ -77,14 +77,14 @@ def read_store() -> Stored:
 
 
 def append(record: Record) -> str | None:
-    """Keep a record; the reason where that could not be, which is no reason to stop."""
+    """Append a record to the store. Returns the problem as text, never raises it: a call must not fail over it."""
     folder = store_folder()
     if folder is None:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = _writable(folder)
-        # The leading end of line keeps the record whole where the one before it was cut off.
+        # The leading end of line keeps the record whole if the one before it was cut off.
         problem = _write(path, b"\n" + to_line(record).encode() + b"\n")
     except (OSError, ValueError) as error:
         path, problem = folder, str(getattr(error, "strerror", None) or error)
@@ -92,7 +92,7 @@ def append(record: Record) -> str | None:
 
 
 def _write(path: Path, data: bytes) -> str | None:
-    """One write, so that no other process's line comes in between. What a full disk cut off is not written again."""
+    """Write the data in one call, so that lines of processes do not mix; one cut off by a full disk is not retried."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
     try:
         return None if os.write(handle, data) == len(data) else "the disk is full"
@@ -119,7 +119,7 @@ def _files(folder: Path) -> Iterator[_File]:
 
 
 def _tail(path: Path) -> bytes:
-    """The last of the file, from the beginning of a line; without a last line that is still being written."""
+    """The last `_MOST_BYTES` of the file, in whole lines: without a last line that is still being written."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _MOST_BYTES))

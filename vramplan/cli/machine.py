@@ -12,7 +12,7 @@ from vramplan.cli.shared import pass_told, show_result, write_file
 from vramplan.errors import NothingFitsError
 
 if TYPE_CHECKING:
-    from vramplan.calibration.measured import Measured
+    from vramplan.calibration.peaks import Measured
     from vramplan.planfile.types import Plan
 
 _SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against measured."
@@ -67,8 +67,8 @@ def calibrate(obj: Mapping[str, bool], /, device: str | None, form: str, *, pipe
     """Measure this machine's accelerator, and keep what is found for the plans to come."""
     from vramplan.api.calibrate import calibrate as measure
     from vramplan.planfile.types import settings_text
-    from vramplan.view.applied import measured_text
     from vramplan.view.machine import probe_dict, probe_text
+    from vramplan.view.run import measured_text
 
     def say(text: str) -> None:
         if not obj["quiet"]:

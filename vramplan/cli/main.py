@@ -18,7 +18,7 @@ from vramplan.cli.plans import check, code, explain, fit, plan
 from vramplan.cli.profiles import profiles
 from vramplan.cli.running import apply, simulate
 from vramplan.cli.ui import ui
-from vramplan.common.progress import TALKING
+from vramplan.common.progress import CHATTY_LOGGERS
 from vramplan.errors import VramplanError
 
 _VERBOSE = "Show the libraries' own messages."
@@ -43,7 +43,7 @@ def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
 
 
 def _libraries_say(level: int) -> None:
-    for name in TALKING:
+    for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(level)
 
 

@@ -17,11 +17,11 @@ def profiles() -> None:
 @profiles.command("list")
 def list_profiles() -> None:
     """Name every profile; yours are marked."""
-    from vramplan.profiles.catalogue import device_names, own_profiles, pipeline_names
+    from vramplan.profiles.catalogue import device_names, pipeline_names, user_profiles
     from vramplan.view.shared import profiles_text
 
     names = {"pipelines": pipeline_names(), "devices": device_names()}
-    own = {"pipelines": own_profiles("pipelines"), "devices": own_profiles("devices")}
+    own = {"pipelines": user_profiles("pipelines"), "devices": user_profiles("devices")}
     click.echo(profiles_text(names, own))
 
 

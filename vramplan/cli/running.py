@@ -43,7 +43,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
     from vramplan.api.run import run_plan
     from vramplan.planfile.file import load_plan
     from vramplan.runtime.output import check_output
-    from vramplan.view.applied import apply_view
+    from vramplan.view.run import apply_view
     from vramplan.view.terminal import show
 
     if output and not given["prompt"]:

@@ -18,11 +18,11 @@ def ui(folder: Path | None, port: int | None, *, opens: bool) -> None:
     """
     import webbrowser
 
-    from vramplan.ui.serve import can_open, serve
+    from vramplan.ui.serve import can_open_browser, serve
 
     def say(address: str) -> None:
         click.echo(address)
-        if opens and can_open():
+        if opens and can_open_browser():
             webbrowser.open(address)
 
     serve(folder, port, say)

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of pipelines: YAML, files, versions, progress bars, values that print themselves."""
+"""Helpers independent of pipelines: strict YAML, files, versions, progress bars, values that print themselves."""

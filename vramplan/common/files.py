@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Atomic file writes, and the folder of the simulation cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vramplan.errors import VramplanError
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write the whole file in UTF-8 or nothing, as `write_bytes` does."""
+    """Write the text in UTF-8, atomically, as `write_bytes` does."""
     try:
         content = text.encode()
     except UnicodeError as error:
@@ -19,10 +19,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write the whole file or nothing: to a temporary name in the same folder, then renamed.
+    """Write the file atomically: to a temporary name in the same folder, then renamed.
 
     Raises:
-        VramplanError: the folder is missing, not writable, or full; an older file is left as it was.
+        VramplanError: the folder is missing, not writable, or full; an existing file is left unchanged.
     """
     target = Path(path)
     temporary = None
@@ -47,12 +47,12 @@ def _umask() -> int:
 
 
 def cache_folder() -> Path | None:
-    """Where simulations are kept; None where the cache is switched off."""
-    told = os.environ.get("VRAMPLAN_CACHE")
-    if told == "0":
+    """The folder of the simulation cache: `VRAMPLAN_CACHE`, else in the user's cache; None if that is `0`, off."""
+    requested = os.environ.get("VRAMPLAN_CACHE")
+    if requested == "0":
         return None
-    if told:
-        return Path(told)
+    if requested:
+        return Path(requested)
     from platformdirs import user_cache_path
 
     return user_cache_path("vramplan") / "simulations"

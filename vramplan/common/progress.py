@@ -1,4 +1,4 @@
-"""A bar for what takes long, where somebody is there to see it."""
+"""Progress bars, shown in a notebook or on a terminal."""
 
 from __future__ import annotations
 
@@ -6,75 +6,75 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Less than this is over before a bar can be read. Assumed.
-_SECONDS = 2.0
+# Seconds before a bar appears: shorter work ends before it can be read. Assumed.
+_DELAY = 2.0
 
-# Loggers of libraries that talk while they are imported, and are told by no variable not to.
-TALKING = ("torchao", "bitsandbytes", "torch.utils._pytree")
+# Loggers that print while their library is imported, and that no environment variable silences.
+CHATTY_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 Say = Callable[[str], None]
 
 
-def progress_shown() -> bool:
-    """Whether somebody is there to see a progress bar: in a notebook, or where standard error is a terminal."""
+def can_show_progress() -> bool:
+    """Whether a progress bar would be seen: in a notebook, or with standard error on a terminal."""
     ipython = sys.modules.get("IPython")
     return hasattr(ipython and ipython.get_ipython(), "kernel") or sys.stderr.isatty()
 
 
 def hide_bars() -> None:
-    """Nothing is shown from now on, of diffusers' own bars neither."""
+    """Hide all progress bars, diffusers' included."""
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
 
 @contextmanager
-def moved_bytes(what: str, total_bytes: int) -> Iterator[Callable[[int], object]]:
-    """Yields what is to be told of bytes that are done: it moves a bar, once all takes some seconds.
+def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a bar by a number of bytes; the bar appears after some seconds.
 
-    There is none where nobody sees it, or where the bars of diffusers are off (`disable_progress_bar`).
+    No bar is shown where it would not be seen, or while diffusers' bars are off (`disable_progress_bar`).
     """
-    if not total_bytes or not _shown():
+    if not total_bytes or not _bars_enabled():
         yield lambda done_bytes: None
         return
     from tqdm.auto import tqdm
 
     binary = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    with tqdm(desc=what, total=total_bytes, delay=_SECONDS, mininterval=0, miniters=1, leave=False, **binary) as bar:
+    with tqdm(desc=what, total=total_bytes, delay=_DELAY, mininterval=0, miniters=1, leave=False, **binary) as bar:
         yield bar.update
 
 
 @contextmanager
-def steps_shown(what: str) -> Iterator[Callable[[str], object]]:
-    """Yields what is to be told of each thing that begins: it is named in one line, once all takes some seconds."""
-    if not _shown():
+def step_progress(what: str) -> Iterator[Callable[[str], object]]:
+    """Yield a function to call with the name of each step as it begins; the line appears after some seconds."""
+    if not _bars_enabled():
         yield lambda text: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(desc=what, delay=_SECONDS, leave=False, bar_format="{desc}: {postfix} ({n}, {elapsed})") as bar:
+    with tqdm(desc=what, delay=_DELAY, leave=False, bar_format="{desc}: {postfix} ({n}, {elapsed})") as bar:
 
-        def told(text: str) -> None:
+        def begin(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)
             bar.update()
 
-        yield told
+        yield begin
 
 
-def beside_bars(say: Say) -> Say:
-    """The same words on a line of their own while a bar is shown."""
-    if not _shown():
+def say_above_bars(say: Say) -> Say:
+    """Return `say`, printing on a line of its own while a bar is shown."""
+    if not _bars_enabled():
         return say
     from tqdm.auto import tqdm
 
-    def told(text: str) -> None:
+    def say_above(text: str) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
             say(text)
 
-    return told
+    return say_above
 
 
-def _shown() -> bool:
+def _bars_enabled() -> bool:
     from diffusers.utils.logging import is_progress_bar_enabled
 
-    return progress_shown() and is_progress_bar_enabled()
+    return can_show_progress() and is_progress_bar_enabled()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-# Each value type with the module that draws it. Found by name: a value knows nothing of the screens above it.
+# The view module of each value type, imported by name at run time: values do not depend on the views above them.
 VIEWS = {
     "Fits": "vramplan.view.fits",
     "Hardware": "vramplan.view.machine",
@@ -14,7 +14,7 @@ VIEWS = {
 
 
 class Shown:
-    """A value that its view prints: the module of its row in `VIEWS`, which has `text_of` and `html_of`."""
+    """A value that prints itself through its view module in `VIEWS`, which has `text_of` and `html_of`."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""The versions of the libraries that a pipeline's memory depends on."""
+"""Versions of the libraries that a pipeline's memory use depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SOFTWARE = ("torch", "diffusers", "transformers", "accelerate")
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions that are installed of what a projection depends on."""
+    """The installed version of each library in `SOFTWARE`; a missing library has no entry."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

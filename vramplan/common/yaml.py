@@ -1,4 +1,4 @@
-"""Plain YAML, read strictly: no tags, no aliases, no key twice, nothing too large."""
+"""Strict reading of plain YAML: no tags, no aliases, no duplicate keys, and limits on size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from vramplan.errors import VramplanError
 
-# A plan has 60,000 characters and 5,000 events at most, six levels, and no number of more than 20 digits.
+# A plan has at most 60,000 characters, 5,000 events, six levels, and numbers of 20 digits; the limits are above that.
 _MOST_CHARACTERS = 1 << 19
 _MOST_EVENTS = 50_000
 _MOST_DEPTH = 20
@@ -15,10 +15,10 @@ _MOST_DIGITS = 40
 
 
 def read_plain_yaml(text: str, name: str) -> Any:
-    """The plain values that YAML text holds; `name` is what messages call it.
+    """Parse YAML text into plain values; messages begin with `name`.
 
     Raises:
-        VramplanError: not YAML, or more than plain values: tags, aliases, a key given twice.
+        VramplanError: not YAML, too large, or more than plain values: tags, aliases, a duplicate key.
     """
     import yaml
 
@@ -37,7 +37,7 @@ def read_plain_yaml(text: str, name: str) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Raises YAMLError for what no plan has: aliases, which can stand for more than memory holds; tags; depth."""
+    """Raise YAMLError for aliases, which can expand beyond the memory, tags, deep nesting and long documents."""
     import yaml
 
     depth = 0
@@ -52,7 +52,7 @@ def _check_events(text: str) -> None:
 
 
 def _parser() -> type[Any]:
-    """libyaml's parser, ten times as fast; PyYAML's own where it was built without."""
+    """libyaml's parser, ten times as fast; PyYAML's own parser if built without libyaml."""
     import yaml
 
     return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -60,8 +60,8 @@ def _parser() -> type[Any]:
 
 @cache
 def _plain_loader() -> type[Any]:
-    """YAML's safe loader without two things: a key given twice, of which the last would win silently, and numbers
-    longer than any, whose digits YAML adds up one by one."""
+    """YAML's safe loader, which also refuses duplicate keys (PyYAML silently takes the last) and numbers longer than
+    `_MOST_DIGITS`, whose digits PyYAML adds up one by one."""
     import yaml
 
     class Loader(_parser()):  # type: ignore[misc]
@@ -91,7 +91,7 @@ def _plain_loader() -> type[Any]:
 
 
 def validation_message(error: Any) -> str:
-    """The first thing a validation found wrong, as `settings.decode: what is wrong`."""
+    """The first error of a pydantic validation, as `settings.decode: message`."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     words = {

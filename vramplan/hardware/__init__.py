@@ -1,4 +1,4 @@
-"""What a machine has, and what may be used of it."""
+"""Detect a machine: accelerators, host memory, disk, and the memory of each that may be used."""
 
 from vramplan.hardware.detect import detect
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host, Rates, Reading

@@ -1,4 +1,4 @@
-"""AMD cards and processors with a GPU on Linux, read from sysfs; elsewhere through torch."""
+"""AMD cards and integrated GPUs, read from sysfs on Linux and through torch elsewhere."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vramplan.hardware.own import own_use
 from vramplan.hardware.pcie import link_rate, narrowest_link
-from vramplan.hardware.sampling import middle, spaced
-from vramplan.hardware.sysroot import as_number, at, entries, exists, number, read, read_bytes, read_table, resolved
+from vramplan.hardware.process_usage import process_usage
+from vramplan.hardware.sampling import low_median, samples
+from vramplan.hardware.sysroot import (
+    exists,
+    list_folder,
+    parse_number,
+    read_bytes,
+    read_number,
+    read_table,
+    read_text,
+    resolve,
+    system_path,
+)
 from vramplan.hardware.system import is_windows, is_wsl
-from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
+from vramplan.hardware.torch_devices import ask_torch, torch_is_built_for
 from vramplan.hardware.types import Accelerator, Host, Process, Reading
-from vramplan.hardware.visible import visible_positions
+from vramplan.hardware.visible_devices import visible_positions
 from vramplan.units import format_bytes
 
 _VENDOR = "0x1002"
@@ -25,9 +35,9 @@ _TOPOLOGY = "/sys/class/kfd/kfd/topology/nodes"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
-    """A GPU: its PCI directory, and its node of the compute driver, whose order is ROCm's.
+    """A GPU: its PCI directory, and its node in the compute driver, whose order is ROCm's.
 
-    A data centre card may be split: then it has a node for each of its `parts`.
+    A data centre card may be partitioned: it then has a node for each of its `parts`.
     """
 
     path: Path
@@ -37,48 +47,47 @@ class _Card:
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
-    """The AMD devices this process will see, as ROCm numbers them, and notes on what could not be read.
+    """Detect the AMD devices visible to this process, in ROCm's numbering; texts are notes on what cannot be read.
 
-    Without the compute device `/dev/kfd` ROCm sees no card, so nothing is reported.
+    Without access to the compute device `/dev/kfd` ROCm sees no card, so only a note is given.
     """
     cards = _cards()
     if cards and not torch_is_built_for("hip"):
-        # Most processors have a GPU that nobody means to compute on. A torch that could would count it too.
-        cards = [card for card in cards if not _is_built_in(card.path)]
+        # Most processors have a GPU that is not used for computing. A torch built for ROCm counts it too.
+        cards = [card for card in cards if not _is_integrated(card.path)]
     elif not cards:
-        yield from _through_torch(host)
+        yield from _probe_torch(host)
         return
-    if not os.access(at(_KFD), os.R_OK | os.W_OK):
+    if not os.access(system_path(_KFD), os.R_OK | os.W_OK):
         yield f"amd: {len(cards)} card(s), but {_KFD} may not be opened: install ROCm, join the group render"
         return
-    cards = _visible(cards)
-    rounds = spaced(lambda: [_used(card) for card in cards]) if cards else []
+    cards = _filter_visible(cards)
+    rounds = samples(lambda: [_read_used(card) for card in cards]) if cards else []
     for index, (card, used) in enumerate(zip(cards, zip(*rounds, strict=True), strict=True)):
         yield from _device(card, index, host, used)
 
 
 def _cards() -> list[_Card]:
-    """AMD's GPUs; `card0-DP-1` and the like are connectors, not cards.
+    """AMD's GPUs, in ROCm's order; `card0-DP-1` and the like are connectors, not cards.
 
-    Where the compute driver names GPUs, one that is not among them is none to compute on: it is too old, or a
-    container keeps it from this process (kfd_devcgroup_check_permission in the kernel's amdkfd; its node cannot be
-    read then).
+    If the compute driver lists GPUs, others are left out: they are too old, or a container hides them from this
+    process (kfd_devcgroup_check_permission in the kernel's amdkfd; the node cannot be read then).
     """
-    links = (link / "device" for link in entries(at("/sys/class/drm"), "card*") if link.name[4:].isdigit())
-    paths = {path for link in links if read(link / "vendor") == _VENDOR and (path := resolved(link)) is not None}
+    links = (link / "device" for link in list_folder(system_path("/sys/class/drm"), "card*") if link.name[4:].isdigit())
+    paths = {path for link in links if read_text(link / "vendor") == _VENDOR and (path := resolve(link)) is not None}
     nodes: dict[str, list[Path]] = {}
-    for node in entries(at(_TOPOLOGY), "*"):
+    for node in list_folder(system_path(_TOPOLOGY), "*"):
         if _properties(node).get("simd_count"):
             nodes.setdefault(_address(node), []).append(node)
     found: list[_Card] = []
     for path in paths:
-        if number(path / "mem_info_vram_total") is None:
+        if read_number(path / "mem_info_vram_total") is None:
             continue
         if not nodes:
             found.append(_Card(path=path, node=None, order=(0, path.name)))
         own = nodes.get(path.name, [])
         found += (
-            _Card(path=path, node=node, order=(as_number(node.name) or 0, path.name), parts=len(own)) for node in own
+            _Card(path=path, node=node, order=(parse_number(node.name) or 0, path.name), parts=len(own)) for node in own
         )
     return sorted(found, key=lambda card: card.order)
 
@@ -86,7 +95,7 @@ def _cards() -> list[_Card]:
 def _address(node: Path) -> str:
     """The PCI address of a node.
 
-    location_id is bus << 8 | device << 3 | function, and of a card that is split the part << 28 (kfd_topology.c).
+    location_id is bus << 8 | device << 3 | function, plus part << 28 on a partitioned card (kfd_topology.c).
     """
     facts = _properties(node)
     location = facts.get("location_id", 0)
@@ -98,8 +107,8 @@ def _properties(node: Path) -> dict[str, int]:
     return read_table(node / "properties")
 
 
-def _visible(cards: list[_Card]) -> list[_Card]:
-    """ROCm filters twice: ROCR_VISIBLE_DEVICES, then HIP_VISIBLE_DEVICES or CUDA's within what is left.
+def _filter_visible(cards: list[_Card]) -> list[_Card]:
+    """The cards left by ROCR_VISIBLE_DEVICES, then by HIP_VISIBLE_DEVICES or else CUDA_VISIBLE_DEVICES.
 
     https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html
     """
@@ -109,8 +118,8 @@ def _visible(cards: list[_Card]) -> list[_Card]:
     return cards
 
 
-def _used(card: _Card) -> dict[str, int | None]:
-    return {pool: number(card.path / f"mem_info_{pool}_used") for pool in ("vram", "gtt")}
+def _read_used(card: _Card) -> dict[str, int | None]:
+    return {pool: read_number(card.path / f"mem_info_{pool}_used") for pool in ("vram", "gtt")}
 
 
 def _device(
@@ -122,7 +131,7 @@ def _device(
         return
     if pool.doubt:
         yield f"amd: cuda:{index} is part of the processor: {pool.doubt}"
-    own, own_readings = own_use("cuda", index, pool.total)
+    own, own_readings = process_usage("cuda", index, pool.total)
     readings = (*pool.readings(used), *own_readings)
     free = min((reading.free_bytes for reading in readings), default=None)
     link = None if pool.built_in else narrowest_link(card.path)
@@ -130,18 +139,18 @@ def _device(
     yield Accelerator(
         kind="rocm",
         index=index,
-        name=read(card.path / "product_name") or f"AMD GPU {read(card.path / 'device') or ''}".strip(),
+        name=read_text(card.path / "product_name") or f"AMD GPU {read_text(card.path / 'device') or ''}".strip(),
         uuid=_uuid(card),
         part=None if card.parts == 1 else "partition",
         total_bytes=pool.total,
         free_bytes=free if free is None or own is None else min(pool.total, free + own.cached_bytes),
         unified=pool.shared,
-        driver=read(at("/sys/module/amdgpu/version")),
+        driver=read_text(system_path("/sys/module/amdgpu/version")),
         architecture=version,
         native=_native(version),
         free_readings=readings,
         free_reason=pool.reason if readings else None,
-        others=_others(card),
+        others=_other_programs(card),
         own=own,
         pcie=link,
         link_bytes_per_s=link_rate(link),
@@ -149,43 +158,42 @@ def _device(
 
 
 class _Pool:
-    """The memory ROCm gives programs of a card. Bytes.
+    """The memory of a card that ROCm gives to programs, in bytes.
 
-    A card has its own. Of one that is split each part has a bank (amdgpu_amdkfd_xcp_memory_size), while what is in use
-    is told of all of them together: all of it may be in this one. A processor's GPU has what the firmware carved out
-    for it, or, on kernels since 6.10 where that is less than the graphics table may map (GTT), the host's memory up to
-    there: which of both, the compute driver's own topology says. Releases differ, and some count both
-    (ROCm/ROCm#6004, ROCm/hip#3892).
+    A card has its own. On a partitioned card each part has a bank (amdgpu_amdkfd_xcp_memory_size), but usage is for the
+    whole card: all of it may be in this part. An integrated GPU has the firmware's carve-out or, on kernels since 6.10,
+    if the graphics table (GTT) can map more, the host's memory up to the GTT's size; the compute driver's topology
+    says which. Releases differ, and some count both (ROCm/ROCm#6004, ROCm/hip#3892).
     """
 
     def __init__(self, card: _Card, host: Host) -> None:
         self.host = host
-        self.built_in = _is_built_in(card.path)
+        self.built_in = _is_integrated(card.path)
         self.shared = False
         self.doubt: str | None = None
-        self.total = own = number(card.path / "mem_info_vram_total") or 0
+        self.total = own = read_number(card.path / "mem_info_vram_total") or 0
         self.reason = "the middle of three readings"
-        mapped = number(card.path / "mem_info_gtt_total") or 0
-        told = sum(read_table(bank).get("size_in_bytes", 0) for bank in _banks(card))
+        mapped = read_number(card.path / "mem_info_gtt_total") or 0
+        banked = sum(read_table(bank).get("size_in_bytes", 0) for bank in _banks(card))
         if card.parts > 1:
-            self.total = min(told or own // card.parts, own)
+            self.total = min(banked or own // card.parts, own)
             self.reason = "what is in use on the whole card may all be in this part"
         if not self.built_in:
             return
-        if told > own:
+        if banked > own:
             self.shared = True
-            self.total = min(told, host.total_bytes, mapped or told)
+            self.total = min(banked, host.total_bytes, mapped or banked)
             self.reason = "the memory is the host's: the least of both"
-        elif not told and mapped > own:
+        elif not banked and mapped > own:
             self.doubt = (
                 f"{format_bytes(own)} was carved out for it; newer systems give it up to {format_bytes(mapped)} of the "
                 "host's memory, which is not known here"
             )
 
     def readings(self, rounds: Sequence[Mapping[str, int | None]]) -> tuple[Reading, ...]:
-        """What is free, by each source."""
+        """The free memory by each source."""
         kind = "gtt" if self.shared else "vram"
-        used = middle([reading[kind] for reading in rounds])
+        used = low_median([reading[kind] for reading in rounds])
         found = () if used is None else (Reading(source=f"amdgpu {kind}", free_bytes=max(0, self.total - used)),)
         if not self.shared:
             return found
@@ -196,30 +204,30 @@ class _Pool:
 
 
 def _banks(card: _Card) -> list[Path]:
-    return [] if card.node is None else entries(card.node / "mem_banks", "*/properties")
+    return [] if card.node is None else list_folder(card.node / "mem_banks", "*/properties")
 
 
-def _is_built_in(card: Path) -> bool:
-    """Whether it is part of a processor.
+def _is_integrated(card: Path) -> bool:
+    """Whether the GPU is part of a processor.
 
-    Discrete cards report metrics in format 1, processors with a built-in GPU in 2 or 3 (metrics_table_header
-    in Linux' drivers/gpu/drm/amd/include/kgd_pp_interface.h). One without metrics is taken to be discrete.
+    Discrete cards report metrics in format 1, integrated GPUs in 2 or 3 (metrics_table_header in Linux'
+    drivers/gpu/drm/amd/include/kgd_pp_interface.h). A GPU without metrics is assumed discrete.
     """
     header = read_bytes(card / "gpu_metrics")[:4]
     return len(header) == 4 and header[2] in (2, 3)
 
 
 def _architecture(card: _Card) -> str | None:
-    """`gfx1100` from gfx_target_version 110000, as ROCm spells it: the minor number and the step in hexadecimal."""
+    """The architecture in ROCm's form: `gfx1100` from gfx_target_version 110000; minor and step are hexadecimal."""
     version = _properties(card.node).get("gfx_target_version") if card.node is not None else None
     return None if not version else f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
 
 
 def _native(architecture: str | None) -> tuple[str, ...]:
-    """The torch dtypes its matrix units compute in.
+    """The torch dtypes that the architecture's matrix units compute in.
 
     https://rocm.docs.amd.com/en/latest/reference/precision-support.html: bfloat16 from MI100 and RDNA 3 on; float8
-    in the NaN-only form on MI300, in the usual one on MI350 and RDNA 4.
+    in the fnuz form on MI300, in the OCP form on MI350 and RDNA 4.
     """
     if architecture is None:
         return ()
@@ -231,34 +239,34 @@ def _native(architecture: str | None) -> tuple[str, ...]:
     return (*known, "float8_e4m3fn", "float8_e5m2") if architecture.startswith(("gfx95", "gfx12")) else known
 
 
-def _others(card: _Card) -> tuple[Process, ...] | None:
-    """Programs with memory on the card by the compute driver's own books; None where it shows none."""
-    gpu = read(card.node / "gpu_id") if card.node is not None else None
-    if not gpu or not exists(at("/sys/class/kfd/kfd/proc")):
+def _other_programs(card: _Card) -> tuple[Process, ...] | None:
+    """Other programs with memory on the card, by the compute driver; None if it does not list programs."""
+    gpu = read_text(card.node / "gpu_id") if card.node is not None else None
+    if not gpu or not exists(system_path("/sys/class/kfd/kfd/proc")):
         return None
     used = {
-        int(folder.name): number(folder / f"vram_{gpu}")
-        for folder in entries(at("/sys/class/kfd/kfd/proc"), "*")
-        if as_number(folder.name) not in (None, os.getpid())
+        int(folder.name): read_number(folder / f"vram_{gpu}")
+        for folder in list_folder(system_path("/sys/class/kfd/kfd/proc"), "*")
+        if parse_number(folder.name) not in (None, os.getpid())
     }
     return tuple(
-        Process(pid=pid, name=read(at(f"/proc/{pid}/comm")), used_bytes=size)
+        Process(pid=pid, name=read_text(system_path(f"/proc/{pid}/comm")), used_bytes=size)
         for pid, size in sorted(used.items())
         if size
     )
 
 
 def _uuid(card: _Card) -> str | None:
-    """Of a card that is split each part has its own, which the compute driver knows as a number."""
-    unique = read(card.path / "unique_id")
+    """The identifier of the card, or of its part on a partitioned card, which the compute driver gives as a number."""
+    unique = read_text(card.path / "unique_id")
     if card.parts > 1 and card.node is not None:
         own = _properties(card.node).get("unique_id")
         unique = None if own is None else f"{own:016x}"
     return f"GPU-{unique}" if unique else None
 
 
-def _through_torch(host: Host) -> Iterator[Accelerator | str]:
-    """Where there is no sysfs to read: Windows, and Linux inside it."""
+def _probe_torch(host: Host) -> Iterator[Accelerator | str]:
+    """Detect the devices through torch on Windows and WSL2, which have no sysfs entries for them."""
     if not (is_windows() or is_wsl()) or not torch_is_built_for("hip"):
         return
     answers = ask_torch("cuda")
@@ -266,11 +274,11 @@ def _through_torch(host: Host) -> Iterator[Accelerator | str]:
         yield f"amd: {answers}"
         return
     for index, answer in enumerate(answers):
-        yield from _by_torch(answer, index, host)
+        yield from _torch_device(answer, index, host)
 
 
-def _by_torch(answer: dict[str, Any], index: int, host: Host) -> Iterator[Accelerator | str]:
-    """Its free memory leaves out what other programs use on Windows; inside WSL2 it is right (ROCm/librocdxg#57)."""
+def _torch_device(answer: dict[str, Any], index: int, host: Host) -> Iterator[Accelerator | str]:
+    """A device by torch. On Windows its free memory ignores other programs; in WSL2 it is right (ROCm/librocdxg#57)."""
     architecture = (answer.get("architecture") or "").partition(":")[0] or None
     unified, free = bool(answer.get("integrated")), answer["free_bytes"]
     total = min(answer["total_bytes"], host.total_bytes) if unified else answer["total_bytes"]

@@ -7,8 +7,8 @@ import platform
 import subprocess
 from collections.abc import Iterator
 
-from vramplan.hardware.own import own_metal_use
-from vramplan.hardware.sysroot import as_number
+from vramplan.hardware.process_usage import metal_usage
+from vramplan.hardware.sysroot import parse_number
 from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import GIB, MIB
 
@@ -16,12 +16,12 @@ _KEYS = ("machdep.cpu.brand_string", "iogpu.wired_limit_mb")
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
-    """The Mac's GPU and how much of the memory Metal recommends to use; nothing elsewhere."""
+    """Detect a Mac's GPU and the memory that Metal recommends to use; nothing on other systems."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return
     answers = _sysctl()
-    # The owner's limit comes first: Metal may have been asked before it was set.
-    limit = (as_number(answers.get("iogpu.wired_limit_mb")) or 0) * MIB
+    # The user's limit comes first: Metal's answer may be older than the limit.
+    limit = (parse_number(answers.get("iogpu.wired_limit_mb")) or 0) * MIB
     total = limit or metal_working_set()
     if not total:
         total = working_set(host.total_bytes)
@@ -29,7 +29,7 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
     total = min(total, host.total_bytes) or total
     readings = [Reading(source="available on the host", free_bytes=min(total, host.available_bytes))]
     reason = "the memory is the host's"
-    own = own_metal_use()
+    own = metal_usage()
     if own is not None:
         held = own.allocated_bytes + own.cached_bytes
         readings.append(Reading(source="Metal, less this process' share", free_bytes=max(0, total - held)))
@@ -51,7 +51,7 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
 
 
 def working_set(memory_bytes: int) -> int:
-    """The bytes Metal recommends to use at most, of a Mac with that much memory.
+    """The most bytes that Metal recommends to use on a Mac with that memory: an estimate.
 
     Metal's recommendedMaxWorkingSetSize was seen to be two thirds of 16 GiB (abetlen/llama-cpp-python#687)
     and of 32 GiB (ggml-org/llama.cpp#2011), three quarters of 64 GiB (ggml-org/llama.cpp#1870), and more of
@@ -62,7 +62,7 @@ def working_set(memory_bytes: int) -> int:
 
 
 def metal_working_set() -> int | None:
-    """What Metal itself recommends, asked through the Objective-C run-time; None where it does not answer.
+    """Metal's recommended working set in bytes, through the Objective-C run-time; None if it does not answer.
 
     Programs without a window must load CoreGraphics first, or there is no device
     (https://developer.apple.com/documentation/metal/mtlcreatesystemdefaultdevice()).
@@ -84,7 +84,7 @@ def metal_working_set() -> int | None:
 
 
 def _native(name: str) -> tuple[str, ...]:
-    """bfloat16 came with Metal 3.1, in hardware from the M2 on; no chip computes in float8.
+    """The torch dtypes of the chip: bfloat16 (Metal 3.1) in hardware from the M2 on, float8 on none.
 
     https://developer.apple.com/metal/Metal-Shading-Language-Specification.pdf, and philipturner/metal-flash-attention
     on the emulation of bfloat16 on the M1.
@@ -95,7 +95,7 @@ def _native(name: str) -> tuple[str, ...]:
 
 
 def _sysctl() -> dict[str, str]:
-    """The keys that this system knows, with their values; a wired limit of 0 is the system's own choice."""
+    """The values of the keys that this system has; a wired limit of 0 means the system's default."""
     try:
         result = subprocess.run(["/usr/sbin/sysctl", *_KEYS], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Read the machine: the host, then one probe per vendor. Needs no torch, opens no device context."""
+"""Detect the machine: the host, then one probe per vendor. Needs no torch, opens no device context."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 
 from vramplan.hardware import amd, apple, intel, nvidia
 from vramplan.hardware.host import host_notes, read_host
-from vramplan.hardware.torch_answers import torch_is_built_for
+from vramplan.hardware.torch_devices import torch_is_built_for
 from vramplan.hardware.types import Accelerator, Hardware, Host
 
-# A probe gives the accelerators it found and, as text, what it could not read. A new vendor is one more name.
+# A probe yields accelerators, and notes as text on what it could not read. A new vendor is one more entry.
 Probe = Callable[[Host], Iterator[Accelerator | str]]
 PROBES: tuple[Probe, ...] = (nvidia.probe, amd.probe, intel.probe, apple.probe)
 
 
 def detect() -> Hardware:
-    """What this machine has now. Missing hardware is no error; what could not be read is in the notes."""
+    """Detect this machine as it is now. Missing hardware is no error; failed readings are in the notes."""
     host = read_host()
-    found = list(_of_one_torch([item for probe in PROBES for item in _survive(probe, host)]))
+    found = list(_keep_one_vendor([item for probe in PROBES for item in _run_probe(probe, host)]))
     accelerators = tuple(item for item in found if isinstance(item, Accelerator))
     nodes = frozenset(device.memory_node for device in accelerators if device.memory_node is not None)
     host = read_host(nodes) if nodes else host
@@ -28,19 +28,19 @@ def detect() -> Hardware:
     )
 
 
-def _survive(probe: Probe, host: Host) -> Iterator[Accelerator | str]:
-    """What the probe gives; if it fails, what it gave until then and a note with the reason."""
+def _run_probe(probe: Probe, host: Host) -> Iterator[Accelerator | str]:
+    """Run the probe; if it fails, keep its results so far and add a note with the reason."""
     try:
         yield from probe(host)
-    except Exception as error:  # whatever is wrong with one vendor's driver, the others are still to be read
+    except Exception as error:  # one vendor's broken driver must not hide the others
         vendor = probe.__module__.rpartition(".")[2]
         yield f"{vendor}: could not be read ({type(error).__name__}: {error})"
 
 
-def _of_one_torch(found: list[Accelerator | str]) -> Iterator[Accelerator | str]:
-    """What was found, of NVIDIA's and AMD's devices only those that the installed torch calls `cuda`.
+def _keep_one_vendor(found: list[Accelerator | str]) -> Iterator[Accelerator | str]:
+    """Keep, of NVIDIA's and AMD's devices, those of the vendor that the installed torch is built for.
 
-    A torch is built for one of both, and both would be `cuda:0`. Without a torch NVIDIA's stay.
+    A torch is built for one of the two, and both would be `cuda:0`. Without a torch NVIDIA's are kept.
     """
     kinds = {item.kind for item in found if isinstance(item, Accelerator)}
     if not kinds.issuperset(("cuda", "rocm")):

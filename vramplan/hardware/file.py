@@ -1,4 +1,4 @@
-"""hardware.yaml: a machine written down by `detect -o`, to plan for it elsewhere. Loaded strictly."""
+"""Strict loading of machine files: machines written by `detect -o`, to plan for them elsewhere."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MACHINE_SCHEMA_VERSION = 1
 
 
 def is_hardware_file(device: str) -> bool:
-    """Whether a device is named by a file: by its ending, as profiles and torch devices have none."""
+    """Whether the name is a file's, by its suffix: profiles and torch devices have none."""
     return Path(device).suffix.lower() in (".yaml", ".yml", ".json")
 
 
 def load_hardware(path: str | Path) -> Hardware:
-    """The machine in the file. What may be used of it is not taken from there: it is worked out anew.
+    """Load the machine in the file. Its budget is ignored, and computed again.
 
     Raises:
-        VramplanError: not readable, no YAML, another schema, an unknown key, a wrong type, or a number that no machine
-            has; the message says where.
+        VramplanError: not readable, not YAML, another schema, an unknown key, a wrong type, or an impossible number;
+            the message says where.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -48,15 +48,15 @@ def load_hardware(path: str | Path) -> Hardware:
         raise VramplanError(f"{path}: {validation_message(error)}") from error
     except (TypeError, ValueError) as error:
         raise VramplanError(f"{path}: not a machine ({error})") from error
-    wrong = next(_senseless(found), None)
+    wrong = next(_implausible(found), None)
     if wrong is not None:
         raise VramplanError(f"{path}: {wrong}; correct the file, or write it again with vramplan detect -o")
     return found
 
 
-def _senseless(hardware: Hardware) -> Iterator[str]:
-    """What no machine has, by its place in the file: files are edited by hand, and plans would rest on it."""
-    yield from _below_nothing(asdict(hardware), "")
+def _implausible(hardware: Hardware) -> Iterator[str]:
+    """Impossible facts, each with its place in the file: files are edited by hand, and plans depend on them."""
+    yield from _invalid_numbers(asdict(hardware), "")
     host = hardware.host
     if host.available_bytes > host.total_bytes:
         yield "host.available_bytes: more than host.total_bytes"
@@ -71,14 +71,14 @@ def _senseless(hardware: Hardware) -> Iterator[str]:
         names.add(card.device)
 
 
-def _below_nothing(value: Any, place: str) -> Iterator[str]:
-    """Numbers below 0, rates of 0, and those that are none. Sizes, rates, counts: no machine's can be."""
+def _invalid_numbers(value: Any, place: str) -> Iterator[str]:
+    """Numbers that no size, rate or count can be: below 0, not finite, and rates of 0."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _below_nothing(item, f"{place}.{key}" if place else str(key))
+            yield from _invalid_numbers(item, f"{place}.{key}" if place else str(key))
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
-            yield from _below_nothing(item, f"{place}.{position}")
+            yield from _invalid_numbers(item, f"{place}.{position}")
     elif isinstance(value, int | float) and not (
         math.isfinite(value) and (value > 0 or (value == 0 and not place.endswith("_per_s")))
     ):

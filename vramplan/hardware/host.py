@@ -1,4 +1,4 @@
-"""What this process may use of the host: memory, swap, pinned memory, cores and disk."""
+"""The host's memory, swap, page-locked memory, cores and disk, as far as this process may use them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from collections.abc import Iterator
 
 from vramplan.hardware.cgroup import Limit, core_limits, memory_limits, swap_limits
 from vramplan.hardware.disk import offload_folder, read_disk
-from vramplan.hardware.sysroot import as_number, at, read, read_table
+from vramplan.hardware.sysroot import parse_number, read_table, read_text, system_path
 from vramplan.hardware.system import is_windows, is_wsl, system_name
 from vramplan.hardware.types import Host
 from vramplan.units import KIB, MIB
 
 __all__ = ["host_notes", "offload_folder", "read_host"]
 
-# Windows' driver model lets programs pin about half of the memory (FlashML-org/FreeToken#112); ComfyUI relies on
-# two fifths (Comfy-Org/ComfyUI#15944), and so do we.
+# Windows' driver model lets programs page-lock about half of the memory (FlashML-org/FreeToken#112); ComfyUI uses two
+# fifths (Comfy-Org/ComfyUI#15944), and so does vramplan.
 _WINDOWS_PINNED_SHARE = 0.4
-# Inside WSL2 it is little and varies: 500 MB in Docker (microsoft/WSL#14078), 0.75 to 1 GiB of a 62.8 GiB
-# machine (FlashML-org/FreeToken#233). The least that was seen.
+# In WSL2 the limit is small and varies: 500 MB in Docker (microsoft/WSL#14078), 0.75 to 1 GiB of a 62.8 GiB machine
+# (FlashML-org/FreeToken#233). The smallest reported.
 _WSL_PINNED = 500 * 1000**2
 
 
 def read_host(device_nodes: frozenset[int] = frozenset()) -> Host:
-    """The host now, in bytes. Limits may change while the program runs: read it anew each time.
+    """Read the host as it is now, in bytes. Limits may change while the program runs, so do not cache it.
 
-    `device_nodes` are NUMA nodes that are an accelerator's memory, which the kernel counts among its own.
+    `device_nodes` are NUMA nodes made of an accelerator's memory, which the kernel counts as the system's.
     """
-    total, available = _without_nodes(*_memory(), device_nodes)
+    total, available = _subtract_nodes(*_memory(), device_nodes)
     limits = [limit for limit in (*memory_limits(), *_process_limits()) if limit.limit_bytes < total]
     tightest = min(limits, key=lambda limit: limit.limit_bytes, default=None)
     usable = min([available, *(limit.left_bytes for limit in limits)])
     swap_total, swap_free = _swap()
-    pinned, pinned_source = _pinned(total)
+    pinned, pinned_source = _pinned_limit(total)
     cores, cores_source = _cores()
     disk = read_disk()
     return Host(
@@ -57,7 +57,7 @@ def read_host(device_nodes: frozenset[int] = frozenset()) -> Host:
 
 
 def host_notes(host: Host) -> Iterator[str]:
-    """What of the host is not as it seems."""
+    """Notes on the host: memory that could not be read, and a disk that is in memory."""
     if not host.total_bytes:
         yield "host: how much memory there is could not be read: say how much may be used with --ram"
     if host.disk_in_memory:
@@ -68,13 +68,13 @@ def host_notes(host: Host) -> Iterator[str]:
 
 
 def _memory() -> tuple[int, int]:
-    """The machine's memory and what is available of it; 0 and 0 where nothing tells."""
+    """Total and available memory of the machine; 0 and 0 if neither can be read."""
     try:
         import psutil
 
         memory = psutil.virtual_memory()
         return int(memory.total), int(memory.available)
-    except Exception:  # psutil raises whatever a broken /proc makes it stumble over
+    except Exception:  # psutil raises many types on a broken /proc
         return _memory_by_pages()
 
 
@@ -86,31 +86,31 @@ def _memory_by_pages() -> tuple[int, int]:
         return 0, 0
 
 
-def _without_nodes(total: int, available: int, nodes: frozenset[int]) -> tuple[int, int]:
-    """The memory without that of devices: on coherent machines (GH200, GB200) each is a node without processors,
-    and every count of the system's memory holds it (bytedance/xpu-perf#129)."""
+def _subtract_nodes(total: int, available: int, nodes: frozenset[int]) -> tuple[int, int]:
+    """Total and available memory without that of devices: on coherent machines (GH200, GB200) each device's memory is a
+    node without processors, and every count of the system's memory includes it (bytedance/xpu-perf#129)."""
     for node in nodes:
-        folder = at(f"/sys/devices/system/node/node{node}")
-        if read(folder / "cpulist") == "":
-            facts = _node_memory(read(folder / "meminfo") or "")
+        folder = system_path(f"/sys/devices/system/node/node{node}")
+        if read_text(folder / "cpulist") == "":
+            facts = _node_memory(read_text(folder / "meminfo") or "")
             total -= facts.get("MemTotal", 0)
             available -= facts.get("MemFree", 0) + facts.get("FilePages", 0)
     return max(0, total), max(0, min(available, total))
 
 
 def _node_memory(text: str) -> dict[str, int]:
-    """The lines `Node 1 MemTotal:  100 kB` as bytes by name."""
+    """Parse the lines `Node 1 MemTotal:  100 kB` into bytes by name."""
     lines = (line.replace(":", " ").split() for line in text.splitlines())
-    return {words[2]: (as_number(words[3]) or 0) * KIB for words in lines if len(words) > 3}
+    return {words[2]: (parse_number(words[3]) or 0) * KIB for words in lines if len(words) > 3}
 
 
 def _process_limits() -> Iterator[Limit]:
-    """What `ulimit -v` and `ulimit -d` leave: batch systems set them, and past them an allocation fails."""
+    """The limits of `ulimit -v` and `ulimit -d`: batch systems set them, and allocations beyond them fail."""
     try:
         import resource
     except ImportError:  # Windows
         return
-    used = read_table(at("/proc/self/status"))
+    used = read_table(system_path("/proc/self/status"))
     for name, key, source in (("RLIMIT_AS", "VmSize", "ulimit -v"), ("RLIMIT_DATA", "VmData", "ulimit -d")):
         limit = resource.getrlimit(getattr(resource, name))[0]
         if limit not in (resource.RLIM_INFINITY, -1):
@@ -119,7 +119,7 @@ def _process_limits() -> Iterator[Limit]:
 
 
 def _swap() -> tuple[int | None, int | None]:
-    """Swap in all and free, as far as this process may use it."""
+    """Total and free swap that this process may use; None and None if it cannot be read."""
     try:
         import psutil
 
@@ -136,10 +136,10 @@ def _swap() -> tuple[int | None, int | None]:
     )
 
 
-def _pinned(total: int) -> tuple[int | None, str | None]:
-    """What may be pinned for copies; None where nothing but the memory itself is known to limit it.
+def _pinned_limit(total: int) -> tuple[int | None, str | None]:
+    """The most page-locked bytes, and the source; None if only the memory itself is known to limit them.
 
-    `ulimit -l` is none: no driver was found to go by it (microsoft/WSL#14078 fails with it unlimited).
+    `ulimit -l` is ignored: no driver was found to obey it (microsoft/WSL#14078 fails with it unlimited).
     """
     if is_wsl():
         return min(_WSL_PINNED, total), "assumed: the least that was seen inside WSL2"
@@ -149,7 +149,7 @@ def _pinned(total: int) -> tuple[int | None, str | None]:
 
 
 def _cores() -> tuple[int | None, str | None]:
-    """The cores this process may run on, and what limits them where they are not all."""
+    """The number of cores this process may use, and the source of the limit if they are not all."""
     try:
         allowed = len(os.sched_getaffinity(0))
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Intel GPUs, discrete and integrated: seen in sysfs, read through torch, which alone knows their memory."""
+"""Intel GPUs, discrete and integrated: listed in sysfs, read through torch, the only source of their memory size."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vramplan.hardware.own import own_use
 from vramplan.hardware.pcie import link_rate, narrowest_link
-from vramplan.hardware.sysroot import at, entries, read, resolved
+from vramplan.hardware.process_usage import process_usage
+from vramplan.hardware.sysroot import list_folder, read_text, resolve, system_path
 from vramplan.hardware.system import is_windows, is_wsl
-from vramplan.hardware.torch_answers import ask_torch, torch_is_built_for
+from vramplan.hardware.torch_devices import ask_torch, torch_is_built_for
 from vramplan.hardware.types import Accelerator, Host, Pcie, Reading
 
 _VENDOR = "0x8086"
@@ -18,10 +18,10 @@ _COMPUTE_DRIVERS = ("i915", "xe")
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
-    """The devices torch calls `xpu`; nothing where there is none, or where the installed torch cannot use one.
+    """Detect the devices torch calls `xpu`; nothing if there are none, or if the installed torch cannot use them.
 
-    The kernel does not say how much memory they have, and Intel's own library needs its whole run-time: so torch
-    is asked, in a process of its own, and only if it is built for them.
+    The kernel does not report their memory, and Intel's own library needs its whole run-time: so torch is asked, in a
+    separate process, and only if it is built for them.
     """
     cards = _cards()
     if not cards and not is_windows() and not is_wsl():
@@ -45,25 +45,25 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
 
 def _cards() -> list[Path]:
     """The PCI directories of Intel's GPUs, in bus order."""
-    links = (link / "device" for link in entries(at("/sys/class/drm"), "card*") if link.name[4:].isdigit())
-    found = {path for link in links if read(link / "vendor") == _VENDOR and (path := resolved(link)) is not None}
+    links = (link / "device" for link in list_folder(system_path("/sys/class/drm"), "card*") if link.name[4:].isdigit())
+    found = {path for link in links if read_text(link / "vendor") == _VENDOR and (path := resolve(link)) is not None}
     return sorted((card for card in found if _driver(card) in _COMPUTE_DRIVERS), key=lambda card: card.name)
 
 
 def _driver(card: Path) -> str:
-    driver = resolved(card / "driver")
+    driver = resolve(card / "driver")
     return "" if driver is None else driver.name
 
 
 def _is_discrete(card: Path) -> bool:
-    """Integrated ones are always function 2.0 of the first bus (Intel's datasheets, "processor graphics")."""
+    """Whether the GPU is discrete: integrated ones are at 0000:00:02.0 (Intel's datasheets, "processor graphics")."""
     return card.name != "0000:00:02.0"
 
 
 def _device(answer: dict[str, Any], index: int, host: Host, cards: list[Path]) -> Accelerator:
     unified = bool(answer.get("integrated"))
     total = min(answer["total_bytes"], host.total_bytes) if unified else answer["total_bytes"]
-    own, readings = own_use("xpu", index, total)
+    own, readings = process_usage("xpu", index, total)
     free, why = answer["free_bytes"], "what torch says"
     if free is not None:
         readings = (Reading(source="torch, in a process of its own", free_bytes=max(0, min(free, total))), *readings)
@@ -92,6 +92,6 @@ def _device(answer: dict[str, Any], index: int, host: Host, cards: list[Path]) -
 
 
 def _link(cards: list[Path], unified: bool) -> Pcie | None:
-    """The link where there is one discrete card, so that no other can be meant."""
+    """The link if there is exactly one discrete card, so that the device is certain; else None."""
     discrete = [card for card in cards if _is_discrete(card)]
     return narrowest_link(discrete[0]) if len(discrete) == 1 and not unified else None

@@ -1,4 +1,4 @@
-"""What is mounted where: `/proc/self/mountinfo`."""
+"""The mounts of this process, from `/proc/self/mountinfo`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from vramplan.hardware.sysroot import at, read
+from vramplan.hardware.sysroot import read_text, system_path
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """One mount: the part of the file system that is shown, where, what kind it is and what it comes from."""
+    """One mount: `root` of the file system mounted at `point`, with its type, source, options and device number."""
 
     root: PurePosixPath
     point: PurePosixPath
@@ -24,11 +24,11 @@ class Mount:
 
 
 def mounts() -> list[Mount]:
-    """All of them, in the order they were mounted. Lines that cannot be read are passed over.
+    """All mounts, in the order they were made. Malformed lines are skipped.
 
     https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
     """
-    found = (_mount(line) for line in (read(at("/proc/self/mountinfo")) or "").splitlines())
+    found = (_mount(line) for line in (read_text(system_path("/proc/self/mountinfo")) or "").splitlines())
     return [mount for mount in found if mount is not None]
 
 
@@ -38,15 +38,15 @@ def _mount(line: str) -> Mount | None:
     if len(place) < 6 or len(kind) < 2:
         return None
     return Mount(
-        root=PurePosixPath(_plain(place[3])),
-        point=PurePosixPath(_plain(place[4])),
+        root=PurePosixPath(_unescape(place[3])),
+        point=PurePosixPath(_unescape(place[4])),
         filesystem=kind[0],
-        source=_plain(kind[1]),
+        source=_unescape(kind[1]),
         options=tuple(kind[2].split(",")) if len(kind) > 2 else (),
         device=place[2],
     )
 
 
-def _plain(text: str) -> str:
-    """Spaces and the like are written as three octal digits."""
+def _unescape(text: str) -> str:
+    """Replace the escapes of spaces and the like: three octal digits."""
     return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)

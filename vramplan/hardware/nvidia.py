@@ -1,4 +1,4 @@
-"""NVIDIA cards and what is split off them, read through NVML: no CUDA context is made, so what is free stays free."""
+"""NVIDIA cards and MIG instances, read through NVML, which makes no CUDA context and so takes no memory."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vramplan.hardware.common import in_common
+from vramplan.hardware.merge import merge_candidates
 from vramplan.hardware.nvidia_facts import card_facts
-from vramplan.hardware.nvidia_nvml import ask, import_nvml, opened, text, whole
+from vramplan.hardware.nvidia_nvml import ask, import_nvml, nvml_session, to_text, whole_number
 from vramplan.hardware.nvidia_order import Order, Unit, cuda_order
-from vramplan.hardware.own import own_use
-from vramplan.hardware.sampling import middle, moved, spaced
-from vramplan.hardware.sysroot import at, exists
+from vramplan.hardware.process_usage import process_usage
+from vramplan.hardware.sampling import low_median, samples, spread
+from vramplan.hardware.sysroot import exists, system_path
 from vramplan.hardware.system import is_wsl
-from vramplan.hardware.torch_answers import torch_backends
+from vramplan.hardware.torch_devices import torch_backends
 from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import MIB, format_bytes
 
 _KERNEL_DRIVER = "/proc/driver/nvidia/version"
-_MOST_BYTES = 1 << 50  # a petabyte: what is more, or less than nothing, is no memory but a wrong answer
+_MOST_BYTES = 1 << 50  # a pebibyte: NVML's answers above this, or negative, are wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unit:
-    """A card or a MIG instance: its handle, the handle of its card, and its place on the bus."""
+    """A card or a MIG instance: its handle, the handle of its card, and its bus address."""
 
     handle: Any
     card: Any
@@ -35,7 +35,7 @@ class _Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Memory:
-    """Bytes in all and, in each reading, free; `shared` where it is the host's."""
+    """Total bytes, and free bytes in each reading; `shared` if the memory is the host's."""
 
     total: int
     free: list[int | None]
@@ -43,7 +43,7 @@ class _Memory:
 
 
 def probe(host: Host) -> Iterator[Accelerator | str]:
-    """The NVIDIA devices this process will see, in CUDA's numbering, and notes on what could not be read."""
+    """Detect the NVIDIA devices visible to this process, in CUDA's numbering; texts are notes on failed readings."""
     try:
         nvml = import_nvml()
     except ImportError:
@@ -51,20 +51,20 @@ def probe(host: Host) -> Iterator[Accelerator | str]:
         return
     seen = False
     try:
-        with opened(nvml):
+        with nvml_session(nvml):
             for item in _devices(nvml, host):
                 seen = seen or isinstance(item, Accelerator)
                 yield item
     except nvml.NVMLError_LibraryNotFound:
-        yield from _without_library(host)
+        yield from _probe_without_nvml(host)
     except nvml.NVMLError as error:
         yield f"nvidia: the driver does not answer ({error}); see whether nvidia-smi works"
     if seen:
-        yield from _unusable()
+        yield from _torch_note()
 
 
-def _unusable() -> Iterator[str]:
-    """Whether the installed torch is one that leaves NVIDIA cards alone, as PyPI's is on Windows."""
+def _torch_note() -> Iterator[str]:
+    """A note if the installed torch is built without CUDA, like PyPI's on Windows."""
     built = torch_backends()
     if built is not None and "cuda" not in built:
         what = "for AMD cards" if "hip" in built else "for Intel cards" if "xpu" in built else "for the processor alone"
@@ -74,14 +74,14 @@ def _unusable() -> Iterator[str]:
         )
 
 
-def _without_library(host: Host) -> Iterator[Accelerator | str]:
-    """A Jetson, whose older systems have no NVML; else nothing, as most machines have no NVIDIA driver."""
+def _probe_without_nvml(host: Host) -> Iterator[Accelerator | str]:
+    """Detect a Jetson, whose older systems have no NVML; else a note if an NVIDIA driver is loaded."""
     from vramplan.hardware.nvidia_jetson import jetson
 
     board = jetson(host)
     if board is not None:
         yield board
-    elif exists(at(_KERNEL_DRIVER)):
+    elif exists(system_path(_KERNEL_DRIVER)):
         yield (
             "nvidia: a driver is loaded but its library libnvidia-ml was not found; "
             "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
@@ -93,7 +93,7 @@ def _devices(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
     units = [unit for card in cards for unit in card.units()]
     order = cuda_order([unit.name for unit in units])
     yield from order.notes
-    yield from _nothing_visible(cards, units, order)
+    yield from _visibility_notes(cards, units, order)
     wanted = sorted({position for candidates in order.candidates for position in candidates})
     memories, lost = _memories(nvml, host, [units[position] for position in wanted])
     known = dict(zip(wanted, memories, strict=True))
@@ -106,20 +106,20 @@ def _devices(nvml: Any, host: Host) -> Iterator[Accelerator | str]:
         if not found:
             yield f"nvidia: card {index} could not be read ({lost}); it is left out"
             continue
-        device = in_common(found)
-        yield from _remarks(nvml, device, [known[position] for position in candidates], units[candidates[0]])
+        device = merge_candidates(found)
+        yield from _device_notes(nvml, device, [known[position] for position in candidates], units[candidates[0]])
         yield device
 
 
 def _cards(nvml: Any) -> list[_Card]:
-    """Every card in PCI order, without those that are not this process' to use. Raises NVMLError."""
-    cards = [_Card(nvml, position) for position in range(whole(nvml.nvmlDeviceGetCount(), most=1024) or 0)]
+    """The cards this process may use, in PCI order. Raises NVMLError."""
+    cards = [_Card(nvml, position) for position in range(whole_number(nvml.nvmlDeviceGetCount(), most=1024) or 0)]
     return sorted((card for card in cards if not card.forbidden), key=lambda card: card.bus)
 
 
 class _Card:
-    """One card of NVML's, which may be split, or `forbidden`: counted, but kept from this process by a container or a
-    batch system. CUDA does not count those (NVML API reference, nvmlDeviceGetCount_v2)."""
+    """One card of NVML's. A `forbidden` one is denied to this process by a container or a batch system, and counted by
+    NVML but not by CUDA (NVML API reference, nvmlDeviceGetCount_v2)."""
 
     def __init__(self, nvml: Any, position: int) -> None:
         self.nvml = nvml
@@ -128,18 +128,18 @@ class _Card:
             self.handle = nvml.nvmlDeviceGetHandleByIndex(position)
         except nvml.NVMLError_NoPermission:
             self.forbidden = True
-        except nvml.NVMLError:  # it does not answer, and is told of where its memory is asked for
+        except nvml.NVMLError:  # a lost card is reported when its memory is read
             pass
         pci = ask(nvml, "nvmlDeviceGetPciInfo", self.handle)
-        # Without an address the cards stay in NVML's order, which is the bus' too as far as is known.
-        self.bus = (text(getattr(pci, "busId", None)) or f"{position:08}").lower()
-        self.uuid = text(ask(nvml, "nvmlDeviceGetUUID", self.handle))
+        # Without an address the cards stay in NVML's order, which is believed to be the bus order.
+        self.bus = (to_text(getattr(pci, "busId", None)) or f"{position:08}").lower()
+        self.uuid = to_text(ask(nvml, "nvmlDeviceGetUUID", self.handle))
 
     def units(self) -> list[_Unit]:
         mode = ask(self.nvml, "nvmlDeviceGetMigMode", self.handle)
         if not (isinstance(mode, Sequence) and mode and mode[0] == 1):
             return [_Unit(handle=self.handle, card=self.handle, bus=self.bus, name=Unit(uuid=self.uuid))]
-        count = whole(ask(self.nvml, "nvmlDeviceGetMaxMigDeviceCount", self.handle), most=64) or 0
+        count = whole_number(ask(self.nvml, "nvmlDeviceGetMaxMigDeviceCount", self.handle), most=64) or 0
         found = (ask(self.nvml, "nvmlDeviceGetMigDeviceHandleByIndex", self.handle, slot) for slot in range(count))
         return [self._part(handle) for handle in found if handle is not None]
 
@@ -147,7 +147,7 @@ class _Card:
         group = ask(self.nvml, "nvmlDeviceGetGpuInstanceId", handle)
         compute = ask(self.nvml, "nvmlDeviceGetComputeInstanceId", handle)
         name = Unit(
-            uuid=text(ask(self.nvml, "nvmlDeviceGetUUID", handle)),
+            uuid=to_text(ask(self.nvml, "nvmlDeviceGetUUID", handle)),
             is_part=True,
             card=self.uuid,
             old_name=f"MIG-{self.uuid}/{group}/{compute}",
@@ -155,12 +155,12 @@ class _Card:
         return _Unit(handle=handle, card=self.handle, bus=self.bus, name=name)
 
 
-def _nothing_visible(cards: Sequence[_Card], units: Sequence[_Unit], order: Order) -> Iterator[str]:
-    """Why there is no device although there are cards: a variable, or MIG mode without an instance."""
+def _visibility_notes(cards: Sequence[_Card], units: Sequence[_Unit], order: Order) -> Iterator[str]:
+    """Notes on why cards give no device: a variable hides them, or MIG mode has no instance."""
     if units and not order.candidates and not order.notes:
-        text = os.environ.get("CUDA_VISIBLE_DEVICES")
-        told = f"CUDA_VISIBLE_DEVICES={text}" if text is not None else "CUDA itself"
-        yield f"nvidia: {told} shows none of the {len(units)} device(s) here"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        source = f"CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "CUDA itself"
+        yield f"nvidia: {source} shows none of the {len(units)} device(s) here"
     if cards and not units:
         yield (
             f"nvidia: all of the {len(cards)} card(s) are in MIG mode and have no instance this process may use: "
@@ -169,27 +169,27 @@ def _nothing_visible(cards: Sequence[_Card], units: Sequence[_Unit], order: Orde
 
 
 def _memories(nvml: Any, host: Host, units: Sequence[_Unit]) -> tuple[list[_Memory | None], str]:
-    """The memory of each unit, read several times in rounds, None for a lost one; and what the last loss was."""
+    """The memory of each unit, read in several rounds, None for one that failed; and the reason of the last failure."""
     losses = ["it does not answer"]
 
     def once() -> list[_Memory | None]:
         return [_memory(nvml, host, unit, losses) for unit in units]
 
-    rounds = spaced(once) if units else []
-    together = []
+    rounds = samples(once) if units else []
+    merged: list[_Memory | None] = []
     for readings in zip(*rounds, strict=True):
         good = [reading for reading in readings if reading is not None]
         free = [value for reading in good for value in reading.free]
-        together.append(replace(good[-1], free=free) if good else None)
-    return together, losses[-1]
+        merged.append(replace(good[-1], free=free) if good else None)
+    return merged, losses[-1]
 
 
 def _memory(nvml: Any, host: Host, unit: _Unit, losses: list[str]) -> _Memory | None:
-    """One reading.
+    """Read the memory of a unit once; None if that fails, with the reason appended to `losses`.
 
     Drivers disagree on chips without memory of their own (GB10, Jetson): some say "not supported"
-    (https://docs.nvidia.com/dgx/dgx-spark/known-issues.html), some give the host's total, with a free that
-    leaves out the page cache (XuehaiPan/nvitop#208). In both cases the host's own numbers are the true ones.
+    (https://docs.nvidia.com/dgx/dgx-spark/known-issues.html), some give the host's total, and count the page cache as
+    used (XuehaiPan/nvitop#208). In both cases the host's own numbers are right.
     """
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(unit.handle)
@@ -198,15 +198,15 @@ def _memory(nvml: Any, host: Host, unit: _Unit, losses: list[str]) -> _Memory | 
     except nvml.NVMLError as error:
         losses.append(str(error))
         return None
-    total, free = (whole(getattr(memory, name, None), most=_MOST_BYTES) for name in ("total", "free"))
+    total, free = (whole_number(getattr(memory, name, None), most=_MOST_BYTES) for name in ("total", "free"))
     if not total:
         losses.append("it names no memory")
         return None
-    return _Memory(total=total, free=[free], shared=_is_the_hosts(nvml, unit, total, host))
+    return _Memory(total=total, free=[free], shared=_is_host_memory(nvml, unit, total, host))
 
 
-def _is_the_hosts(nvml: Any, unit: _Unit, total: int, host: Host) -> bool:
-    """Whether the memory is the host's: of the same size, or nearly so (nvitop takes 90 %) and one address space."""
+def _is_host_memory(nvml: Any, unit: _Unit, total: int, host: Host) -> bool:
+    """Whether the memory is the host's: of equal size, or nearly (nvitop takes 90 %) with one address space."""
     one_space = ask(nvml, "nvmlDeviceGetAddressingMode", unit.card) == getattr(
         nvml, "NVML_DEVICE_ADDRESSING_MODE_ATS", 2
     )
@@ -217,13 +217,13 @@ def _is_the_hosts(nvml: Any, unit: _Unit, total: int, host: Host) -> bool:
 def _device(nvml: Any, host: Host, unit: _Unit, memory: _Memory, index: int) -> Accelerator:
     facts = card_facts(nvml, unit.handle, unit.card, is_part=unit.name.is_part)
     total = host.total_bytes if memory.shared else memory.total
-    own, own_readings = own_use("cuda", index, total)
-    nvml_free = middle(memory.free)
+    own, own_readings = process_usage("cuda", index, total)
+    nvml_free = low_median(memory.free)
     readings = [] if nvml_free is None else [Reading(source="NVML", free_bytes=min(nvml_free, total))]
     readings += own_readings
     if memory.shared:
         readings.append(Reading(source="available on the host", free_bytes=min(host.available_bytes, total)))
-    free, reason = _believed(readings, shared=memory.shared)
+    free, reason = _choose_free(readings, shared=memory.shared)
     if own is not None and free is not None and own.cached_bytes and not memory.shared:
         free, reason = min(total, free + own.cached_bytes), f"{reason}; with what this process has cached"
     coherent = facts.pop("one_space") and not memory.shared
@@ -242,8 +242,8 @@ def _device(nvml: Any, host: Host, unit: _Unit, memory: _Memory, index: int) -> 
     )
 
 
-def _believed(readings: Sequence[Reading], *, shared: bool) -> tuple[int | None, str | None]:
-    """The free bytes to go by, and why."""
+def _choose_free(readings: Sequence[Reading], *, shared: bool) -> tuple[int | None, str | None]:
+    """The free bytes to plan with, and the reason."""
     if shared:
         return readings[-1].free_bytes, "the memory is the host's, whose file cache the device's driver counts as used"
     if not readings:
@@ -254,9 +254,9 @@ def _believed(readings: Sequence[Reading], *, shared: bool) -> tuple[int | None,
     return least.free_bytes, f"the least of {len(readings)} sources"
 
 
-def _remarks(nvml: Any, device: Accelerator, memories: Sequence[_Memory | None], unit: _Unit) -> Iterator[str]:
-    """What is to be known of the device before its numbers are trusted."""
-    span = moved(memories[0].free) if len(memories) == 1 and memories[0] and not device.unified else None
+def _device_notes(nvml: Any, device: Accelerator, memories: Sequence[_Memory | None], unit: _Unit) -> Iterator[str]:
+    """Notes on the device that qualify its numbers."""
+    span = spread(memories[0].free) if len(memories) == 1 and memories[0] and not device.unified else None
     if span:
         low, high = map(format_bytes, span)
         yield f"nvidia: what is free on {device.device} moved between {low} and {high} while it was read"

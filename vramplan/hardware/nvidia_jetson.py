@@ -1,9 +1,9 @@
-"""Jetson boards, whose systems before JetPack 7 have no NVML: told by the device tree."""
+"""Jetson boards, whose systems before JetPack 7 have no NVML, read from the device tree."""
 
 from __future__ import annotations
 
 from vramplan.hardware.nvidia_facts import native_dtypes
-from vramplan.hardware.sysroot import at, read
+from vramplan.hardware.sysroot import read_text, system_path
 from vramplan.hardware.types import Accelerator, Host, Reading
 
 # The compute capability of the chip in each board (https://developer.nvidia.com/cuda-gpus, Jetson products).
@@ -17,12 +17,12 @@ _CAPABILITIES = {
 
 
 def jetson(host: Host) -> Accelerator | None:
-    """The board's GPU, which shares the host's memory; None elsewhere."""
-    chips = (read(at("/proc/device-tree/compatible")) or "").split("\0")
+    """Detect the GPU of a Jetson, which shares the host's memory; None on other machines."""
+    chips = (read_text(system_path("/proc/device-tree/compatible")) or "").split("\0")
     if not any(chip.startswith("nvidia,tegra") for chip in chips):
         return None
     capability = next((_CAPABILITIES[chip] for chip in chips if chip in _CAPABILITIES), None)
-    model = (read(at("/proc/device-tree/model")) or "NVIDIA Jetson").strip("\0")
+    model = (read_text(system_path("/proc/device-tree/model")) or "NVIDIA Jetson").strip("\0")
     return Accelerator(
         kind="cuda",
         index=0,

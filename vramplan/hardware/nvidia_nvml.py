@@ -1,4 +1,4 @@
-"""Answers of NVML, NVIDIA's management library: None for whatever it does not tell. No CUDA context is made."""
+"""Calls to NVML, NVIDIA's management library, None where it has no answer. They make no CUDA context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def import_nvml() -> Any:
-    """The module pynvml. Raises ImportError where it is not installed."""
+    """Import pynvml without its warnings. Raises ImportError if it is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the retired package of the same module name warns when imported
         import pynvml
@@ -17,8 +17,8 @@ def import_nvml() -> Any:
 
 
 @contextmanager
-def opened(nvml: Any) -> Iterator[None]:
-    """NVML, started and in any case stopped. Raises NVMLError where it cannot be started."""
+def nvml_session(nvml: Any) -> Iterator[None]:
+    """Start NVML for the block, and stop it in any case. Raises NVMLError if it cannot be started."""
     nvml.nvmlInit()
     try:
         yield
@@ -28,9 +28,9 @@ def opened(nvml: Any) -> Iterator[None]:
 
 
 def ask(nvml: Any, question: str, *arguments: Any) -> Any:
-    """NVML's answer, None where it has none: no single fact is worth losing the card for.
+    """Call an NVML function; None on any error, as one missing fact must not hide the card.
 
-    Older releases of the module lack functions, older drivers lack what the module calls.
+    Older releases of pynvml lack functions, older drivers lack functions that pynvml calls.
     """
     function: Callable[..., Any] | None = getattr(nvml, question, None)
     if function is None:
@@ -41,13 +41,13 @@ def ask(nvml: Any, question: str, *arguments: Any) -> Any:
         return None
 
 
-def text(value: Any) -> str | None:
-    """Text from bytes, which the oldest releases of the module give."""
+def to_text(value: Any) -> str | None:
+    """The value as text, decoded from the bytes of the oldest pynvml releases; None if empty or neither."""
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     return value if isinstance(value, str) and value else None
 
 
-def whole(value: Any, *, most: int) -> int | None:
-    """The number where it is one and makes sense: from 0 to `most`."""
+def whole_number(value: Any, *, most: int) -> int | None:
+    """The value if it is an int from 0 to `most`, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else None

@@ -1,6 +1,6 @@
-"""Which card each number of CUDA means: by identity, never by index.
+"""Map CUDA's device numbers to cards by identity, never by index.
 
-NVML and nvidia-smi count in PCI order, CUDA by default the fastest first, and it leaves the order of the rest open
+NVML and nvidia-smi count in PCI order, CUDA by default the fastest first, with the order of the rest unspecified
 (CUDA C++ Programming Guide, environment variables). Of cards split by MIG it shows one instance only
 (MIG User Guide, "CUDA visible devices"). So where numbers decide, CUDA itself is asked.
 """
@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vramplan.hardware.own import own_identities
-from vramplan.hardware.visible import names_devices, visible_positions
+from vramplan.hardware.process_usage import process_uuids
+from vramplan.hardware.visible_devices import uses_identifiers, visible_positions
 
-# Asked in a process of its own: this one gets no driver state, so that it may still fork. No context is made there
-# either: cuInit and the identity of devices need none. `_v2` names MIG instances, the older call their card.
+# Run in a separate process, so that this one gets no driver state and can still fork. It makes no context either:
+# cuInit and the UUIDs need none. `_v2` identifies MIG instances, the older call their card.
 _QUESTION = """
 import ctypes, json, sys
 cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -35,14 +35,14 @@ for index in range(count.value):
     found.append(uuid.raw.hex())
 print(json.dumps(found))
 """
-_PATIENCE_SECONDS = 20  # starting the driver of many cards without persistence mode takes so long
+_TIMEOUT_SECONDS = 20  # the driver of many cards without persistence mode takes this long to start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A card, or a part of one that CUDA shows as a device.
+    """A card, or a MIG instance that CUDA shows as a device.
 
-    `card` is the identity of the card that a part is of, `old_name` a part's name before driver 470.
+    `card` is the UUID of an instance's card, `old_name` an instance's name before driver 470.
     """
 
     uuid: str | None
@@ -53,35 +53,35 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """For each number of CUDA the positions of the units it may mean: one where it is identified."""
+    """For each CUDA number the positions of its candidate units: exactly one if it is identified."""
 
     candidates: list[tuple[int, ...]]
     notes: list[str] = field(default_factory=list)
 
 
 def cuda_order(units: Sequence[Unit]) -> Order:
-    """What `cuda:0`, `cuda:1` and so on mean in this process, as positions in `units` (NVML's, in PCI order)."""
+    """Map `cuda:0`, `cuda:1` and so on in this process to positions in `units` (NVML's, in PCI order)."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine = own_identities("cuda")
+    mine = process_uuids("cuda")
     if mine is not None:
-        return _by_identity(mine, units)
-    if text is not None and names_devices(text):
-        order = _named(text, units)
-        return order if _is_sure(order, text, units) else _as_cuda_says(order, units)
-    if not units or text == "" or _order_is_plain(units):
+        return _order_from_uuids(mine, units)
+    if text is not None and uses_identifiers(text):
+        order = _order_from_names(text, units)
+        return order if _is_certain(order, text, units) else _order_from_cuda(order, units)
+    if not units or text == "" or _numbers_are_positions(units):
         return Order(candidates=[(position,) for position in visible_positions(text, [unit.uuid for unit in units])])
     answered = ask_cuda()
-    return _by_identity(answered, units) if answered is not None else _unidentified(text, units)
+    return _order_from_uuids(answered, units) if answered is not None else _unidentified_order(text, units)
 
 
 def ask_cuda() -> list[str] | None:
-    """The UUIDs of the devices CUDA shows, in its order, as 32 hexadecimal digits; None where it does not answer."""
+    """Ask CUDA for its devices' UUIDs, in its order, as 32 hexadecimal digits; None if it does not answer."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _QUESTION],
             capture_output=True,
             text=True,
-            timeout=_PATIENCE_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
             check=True,
             stdin=subprocess.DEVNULL,
         )
@@ -90,40 +90,40 @@ def ask_cuda() -> list[str] | None:
         return None
 
 
-def _as_cuda_says(read: Order, units: Sequence[Unit]) -> Order:
-    """CUDA's own answer where the variable leaves doubt; what was read from the variable where there is none."""
+def _order_from_cuda(read: Order, units: Sequence[Unit]) -> Order:
+    """The order by CUDA's own answer; `read`, the order by the variable, if CUDA does not answer."""
     answered = ask_cuda() if units else None
-    return read if answered is None else _by_identity(answered, units)
+    return read if answered is None else _order_from_uuids(answered, units)
 
 
-def _is_sure(order: Order, text: str, units: Sequence[Unit]) -> bool:
-    """Whether every name in the list is that of one device, and no second device may be hidden by MIG."""
+def _is_certain(order: Order, text: str, units: Sequence[Unit]) -> bool:
+    """Whether each name in the list identifies one device, and MIG hides no second one."""
     named = [position for candidates in order.candidates for position in candidates]
     parts = any(units[position].is_part for position in named)
     return len(named) == text.count(",") + 1 == len(order.candidates) and (len(named) == 1 or not parts)
 
 
-def _order_is_plain(units: Sequence[Unit]) -> bool:
-    """Whether numbers mean positions: whole cards, and one only or in an order that the user pinned."""
+def _numbers_are_positions(units: Sequence[Unit]) -> bool:
+    """Whether numbers are positions: whole cards, and either one card or an order fixed by the user."""
     pinned = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     return not any(unit.is_part for unit in units) and (len(units) == 1 or pinned)
 
 
-def _named(text: str, units: Sequence[Unit]) -> Order:
-    """The devices that CUDA_VISIBLE_DEVICES names; of the parts of cards only the first is shown."""
+def _order_from_names(text: str, units: Sequence[Unit]) -> Order:
+    """The order by the names in CUDA_VISIBLE_DEVICES; if one is a MIG instance, only the first is visible."""
     old = text.startswith("MIG-GPU-")
     names = [unit.old_name if old and unit.old_name else unit.uuid for unit in units]
     positions = visible_positions(text, names)
     if not positions:
-        return _named_by_card(text.partition(",")[0], units)
+        return _order_from_card_name(text.partition(",")[0], units)
     if len(positions) > 1 and any(units[position].is_part for position in positions):
         note = "nvidia: CUDA shows one MIG instance to a process: the first that CUDA_VISIBLE_DEVICES names"
         return Order(candidates=[(positions[0],)], notes=[note])
     return Order(candidates=[(position,) for position in positions])
 
 
-def _named_by_card(name: str, units: Sequence[Unit]) -> Order:
-    """The parts of the card of that name, of which CUDA takes one; nothing where no one card with parts is meant."""
+def _order_from_card_name(name: str, units: Sequence[Unit]) -> Order:
+    """The order if the name is a split card's: any of its instances; empty if it is not exactly one split card's."""
     parts = tuple(place for place, unit in enumerate(units) if unit.is_part and (unit.card or "").startswith(name))
     if len({units[place].card for place in parts}) != 1:
         note = (
@@ -140,8 +140,8 @@ def _named_by_card(name: str, units: Sequence[Unit]) -> Order:
     )
 
 
-def _by_identity(uuids: Sequence[str], units: Sequence[Unit]) -> Order:
-    order = Order(candidates=[_meant(_bare(uuid), units) for uuid in uuids])
+def _order_from_uuids(uuids: Sequence[str], units: Sequence[Unit]) -> Order:
+    order = Order(candidates=[_matching_units(_digits(uuid), units) for uuid in uuids])
     for index, candidates in enumerate(order.candidates):
         if len(candidates) == 1:
             continue
@@ -151,17 +151,17 @@ def _by_identity(uuids: Sequence[str], units: Sequence[Unit]) -> Order:
     return order
 
 
-def _meant(uuid: str, units: Sequence[Unit]) -> tuple[int, ...]:
-    """The device of that identity, or the parts of that card (older CUDA calls a part by its card); else any."""
-    exact = tuple(place for place, unit in enumerate(units) if _bare(unit.uuid) == uuid)
-    parts = tuple(place for place, unit in enumerate(units) if unit.is_part and _bare(unit.card) == uuid)
+def _matching_units(uuid: str, units: Sequence[Unit]) -> tuple[int, ...]:
+    """The unit with the UUID, else the instances of the card with it (older CUDA gives the card's), else all units."""
+    exact = tuple(place for place, unit in enumerate(units) if _digits(unit.uuid) == uuid)
+    parts = tuple(place for place, unit in enumerate(units) if unit.is_part and _digits(unit.card) == uuid)
     return exact[:1] or parts or tuple(range(len(units)))
 
 
-def _unidentified(text: str | None, units: Sequence[Unit]) -> Order:
-    """So many devices are visible, and each number may mean any of them."""
+def _unidentified_order(text: str | None, units: Sequence[Unit]) -> Order:
+    """The order if CUDA does not answer: as many numbers as visible devices, each with all units as candidates."""
     parts = [position for position, unit in enumerate(units) if unit.is_part]
-    # Where a part is shown, whole cards are not, and no second part is: with one part there is no doubt.
+    # If an instance is visible, whole cards and other instances are not: with one instance there is no doubt.
     among = parts or range(len(units))
     visible = visible_positions(text, [units[position].uuid for position in among])
     count = min(1, len(visible)) if parts else len(visible)
@@ -177,6 +177,6 @@ def _unidentified(text: str | None, units: Sequence[Unit]) -> Order:
     return Order(candidates=[tuple(among)] * count, notes=[note])
 
 
-def _bare(uuid: str | None) -> str:
-    """The digits alone: torch and CUDA leave out the prefix, CUDA the dashes too."""
+def _digits(uuid: str | None) -> str:
+    """The UUID's digits: torch and CUDA omit the prefix, CUDA the dashes too."""
     return (uuid or "").removeprefix("GPU-").removeprefix("MIG-").replace("-", "").lower()

@@ -1,13 +1,13 @@
-"""PCI Express links: what a lane carries, and the narrowest link on the way to a device."""
+"""PCI Express links: the rate of a lane, and the slowest link between a device and its root port."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vramplan.hardware.sysroot import as_number, read
+from vramplan.hardware.sysroot import parse_number, read_text
 from vramplan.hardware.types import Pcie
 
-# Bytes per second one way on one lane, after line coding, by PCIe generation (PCI-SIG base specifications:
+# Bytes per second in one direction on one lane, after line coding, by PCIe generation (PCI-SIG base specifications:
 # 8b/10b for 1 and 2, 128b/130b for 3 to 5, 242 of 256 bytes of a flit for 6).
 LANE_BYTES_PER_S = {
     1: 2.5e9 * 8 / 10 / 8,
@@ -22,10 +22,10 @@ _GENERATIONS = {"2.5": 1, "5.0": 2, "5": 2, "8.0": 3, "8": 3, "16.0": 4, "16": 4
 
 
 def link_rate(link: Pcie | None) -> float | None:
-    """Bytes per second one way at best.
+    """Peak bytes per second in one direction; None if unknown.
 
-    The generation falls while a card idles, so the highest that card and slot agree on is taken
-    (NVIDIA/open-gpu-kernel-modules#731). The width does not fall, and the current one knows an x4 slot.
+    The generation falls while a card idles, so the highest that card and slot allow is taken
+    (NVIDIA/open-gpu-kernel-modules#731). The width does not fall, and the current one reveals an x4 slot.
     """
     if link is None:
         return None
@@ -35,9 +35,9 @@ def link_rate(link: Pcie | None) -> float | None:
 
 
 def narrowest_link(device: Path) -> Pcie | None:
-    """The slowest link between a PCI device and its root port, None where none tells.
+    """The slowest link between a PCI device and its root port; None if none can be read.
 
-    Switches, on some cards soldered beside the chip, make the chip's own link look faster than the slot's
+    Switches, on some cards soldered next to the chip, make the chip's own link look faster than the slot's
     (Syllo/nvtop#242, nokyan/resources#512).
     """
     links = [link for link in map(_link, (device, *device.parents)) if link is not None]
@@ -55,11 +55,11 @@ def _link(device: Path) -> Pcie | None:
 
 
 def _generation(path: Path) -> int | None:
-    words = (read(path) or "").split()
+    words = (read_text(path) or "").split()
     return _GENERATIONS.get(words[0]) if words else None
 
 
 def _width(path: Path) -> int | None:
-    """The lanes; None for 0 and 255, which the kernel writes where a link is down or unknown."""
-    width = as_number(read(path))
+    """The number of lanes; None for 0 and 255, which the kernel writes if a link is down or unknown."""
+    width = parse_number(read_text(path))
     return width if width is not None and 1 <= width <= 32 else None

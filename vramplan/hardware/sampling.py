@@ -1,4 +1,4 @@
-"""Several readings with time between them."""
+"""Repeated readings of a value, and their median and spread."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from vramplan.units import MIB
 
 Value = TypeVar("Value")
 
-# A neighbour's allocation that comes and goes within milliseconds is in one reading of three at most.
+# An allocation of another program that lasts a few milliseconds is in at most one reading of three.
 READINGS, SECONDS = 3, 0.01
-# Movements below this are the driver's own. A choice.
+# Smaller changes are the driver's own. A choice.
 _STILL_BYTES = 64 * MIB
 
 
-def spaced(read: Callable[[], Value]) -> list[Value]:
-    """What it says, several times."""
-    found = [read()]
+def samples(read: Callable[[], Value]) -> list[Value]:
+    """`READINGS` results of `read`, `SECONDS` apart."""
+    values = [read()]
     for _ in range(READINGS - 1):
         time.sleep(SECONDS)
-        found.append(read())
-    return found
+        values.append(read())
+    return values
 
 
-def middle(readings: list[int | None]) -> int | None:
-    """The middle one of those that gave a number; None where none did."""
+def low_median(readings: list[int | None]) -> int | None:
+    """The lower median of the known readings; None if there are none."""
     known = [reading for reading in readings if reading is not None]
     return sorted(known)[(len(known) - 1) // 2] if known else None
 
 
-def moved(readings: list[int | None]) -> tuple[int, int] | None:
-    """The least and the most, where they are so far apart that it should be said."""
+def spread(readings: list[int | None]) -> tuple[int, int] | None:
+    """The least and the most reading if they differ by more than `_STILL_BYTES`, else None."""
     known = [reading for reading in readings if reading is not None]
-    apart = bool(known) and max(known) - min(known) > _STILL_BYTES
-    return (min(known), max(known)) if apart else None
+    differs = bool(known) and max(known) - min(known) > _STILL_BYTES
+    return (min(known), max(known)) if differs else None

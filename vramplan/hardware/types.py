@@ -1,4 +1,4 @@
-"""What a machine has, as values. Byte counts are ints; unknown is None, never 0."""
+"""Values that describe a machine. Byte counts are ints; unknown is None, never 0."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ AcceleratorKind = Literal["cuda", "rocm", "xpu", "mps"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """How fast an accelerator is, for pricing candidates: bytes per second and operations per second.
+    """The rates of an accelerator, to price candidates: bytes per second and operations per second.
 
-    `reached` is the share of `half_flops_per_s`, a peak, that products and attention of a pipeline reach.
+    `reached` is the share of the peak `half_flops_per_s` that a pipeline's products and attention reach.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -28,7 +28,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What was measured on a machine: the middle of the runs, the least and the most; `what` names it.
+    """A measurement named `what`: the median of its runs, the least and the most.
 
     `unit` is `bytes/s` or `operations/s`.
     """
@@ -45,7 +45,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What one source calls free."""
+    """The free bytes by one source."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -55,7 +55,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """Another program on a device. `used_bytes` is None where the driver does not say."""
+    """Another program on a device. `used_bytes` is None if the driver does not report it."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -66,7 +66,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pcie:
-    """A link to the host: generation and lanes now, and the most that device and slot allow together."""
+    """A PCI Express link to the host: generation and lanes now, and the most that device and slot allow together."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -78,7 +78,7 @@ class Pcie:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A direct link to another device: what it is called, how many links, and the identity of the other end."""
+    """Direct links to another device: their name, their count, and the address of the other end."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -89,10 +89,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessUsage:
-    """What this very process has on a device: a context or not, what its tensors hold, and what torch has cached.
+    """This process' use of a device: whether it has a context, the bytes of its tensors and of torch's cache.
 
-    `fraction` is torch's limit on this process, as a share of the total, and `limit_bytes` what that comes to by
-    torch's own total, which is less than the driver's; None where there is no limit, or torch does not say.
+    `fraction` is torch's limit on this process as a share of the total, and `limit_bytes` the same in bytes of torch's
+    own total, which is less than the driver's; None without a limit, or if torch does not report it.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -108,14 +108,14 @@ class ProcessUsage:
 class Accelerator:
     """One compute device.
 
-    `free_bytes` is what may be taken of it now, by the source that is believed (`free_reason` says why) of all
-    that were asked (`free_readings`); None where none says. `link_bytes_per_s` is what its link to the host
-    carries one way at best, before protocol overhead; None where it was not read. `identified` is false where
-    the device may be any of several, and only what they have in common is said. `part` says of what it is a
-    part. `native` are the torch dtypes it computes in. `coherent` memory is its own but open to the host;
-    `unified` memory is the host's. Where it `spills`, too much memory is no error: it goes to host memory, and
-    everything gets slow. `others` is None where the driver does not say who uses it. `memory_node` is the NUMA
-    node that its memory makes. `display` is whether a desktop is drawn on it; None where the driver does not say.
+    `free_bytes` is the memory available now, chosen (`free_reason` says why) from all sources (`free_readings`); None
+    if unknown. `link_bytes_per_s` is the peak rate of its link to the host in one direction, before protocol overhead;
+    None if not read. `identified` is false if it may be any of several devices: only their shared facts are then
+    given. `part` names the kind of part it is of a card. `native` are the torch dtypes it computes in. `coherent`
+    memory is its own but accessible to the host; `unified` memory is the host's. If it `spills`, an allocation beyond
+    its memory is no error: it goes to host memory, and everything slows down. `others` is None if the driver does not
+    list programs. `memory_node` is the NUMA node of its memory. `display` is whether a desktop is drawn on it; None if
+    unknown.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -148,33 +148,32 @@ class Accelerator:
 
     @property
     def device(self) -> str:
-        """The torch device string. ROCm builds of torch call their devices `cuda`."""
+        """The torch device string, such as `cuda:0`. ROCm builds of torch call their devices `cuda`."""
         if self.kind == "mps":
             return "mps"
         return f"{'cuda' if self.kind == 'rocm' else self.kind}:{self.index}"
 
     @property
     def has_streams(self) -> bool:
-        """Whether copies can overlap compute (diffusers' `use_stream`): CUDA, ROCm and XPU."""
+        """Whether copies can overlap computation (diffusers' `use_stream`): CUDA, ROCm and XPU."""
         return self.kind in ("cuda", "rocm", "xpu")
 
     @property
     def fuses_attention(self) -> bool:
-        """Whether torch's attention has a kernel here that never holds the scores of all tokens against all.
+        """Whether torch's attention has a kernel on this device that never holds the full score matrix.
 
-        Metal's holds them in the dtype of the queries, for more than 8 of these (torch 2.13, Attention.mm `sdpa`).
+        Metal's holds it in the dtype of the queries, for more than 8 queries (torch 2.13, Attention.mm `sdpa`).
         """
         return self.kind != "mps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What this process may use: the machine's memory, or less where a control group limits it.
+    """The host's resources that this process may use; a control group may limit its memory.
 
-    `swap_total_bytes` and `swap_free_bytes` count what this process may use of it. `pinned_limit_bytes` is None
-    where only the memory itself limits it. `cores_source` says what limits the cores, if anything does. The disk
-    is the one that weights would be offloaded to: `disk_in_memory` where it is RAM in truth, `disk_rotational`
-    None where nothing says.
+    `swap_total_bytes` and `swap_free_bytes` count the swap this process may use. `pinned_limit_bytes` is None if only
+    the memory itself limits page-locked memory. `cores_source` says what limits the cores, if anything. The disk is
+    the one that weights are offloaded to: `disk_in_memory` if it is backed by RAM, `disk_rotational` None if unknown.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -199,7 +198,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware(Shown):
-    """A machine: its accelerators, its host memory, and notes on what could not be read."""
+    """A machine: its accelerators, its host, and notes on failed readings."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -210,7 +209,7 @@ class Hardware(Shown):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deduction:
-    """Bytes taken off a memory before planning (negative: given back), and why."""
+    """Bytes subtracted from a memory before planning (added if negative), and the reason."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -222,7 +221,7 @@ class Deduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a plan may use. `vram_bytes` is None where there is no accelerator, `disk_bytes` where it is not known."""
+    """The memory a plan may use. `vram_bytes` is None without an accelerator, `disk_bytes` if unknown."""
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -18,7 +18,7 @@ from vramplan.pipeline.live import build_spec
 from vramplan.pipeline.sources import Profile
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.profiles.catalogue import _TYPES, ComponentProfile, PipelineProfile
-from vramplan.profiles.files import ProfileKind, located, mistakes, read_document, read_profile
+from vramplan.profiles.files import ProfileKind, mistake_lines, mistakes, read_document, read_profile
 
 KeyPath = tuple[str, ...]
 
@@ -133,7 +133,7 @@ def check_profile(path: Path) -> tuple[ProfileKind, tuple[str, ...]]:
     if kind == "pipelines" and not found:
         from vramplan.pipeline.bundled import contradictions
 
-        found = located(path, contradictions(read_profile(path, PipelineProfile)))
+        found = mistake_lines(path, contradictions(read_profile(path, PipelineProfile)))
     if keys and document.get("name") != path.stem:
         found = (*found, f"{path}: name: it must be the name of the file: write name: {path.stem}")
     return kind, found

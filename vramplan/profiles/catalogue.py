@@ -1,6 +1,6 @@
-"""The facts: what well-known pipelines are made of, and what well-known devices can do.
+"""Profiles of well-known pipelines and devices: parts, default workloads, memory and rates.
 
-Bundled ones, and the user's own (`profile_files`), which win over a bundled one of the same name.
+A user's profile replaces the bundled one of the same name (`profile_files`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from annotated_types import Gt
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.pcie import LANE_BYTES_PER_S
 from vramplan.hardware.types import Accelerator, AcceleratorKind, Host, Rates
-from vramplan.profiles.files import (
-    ProfileKind,
-    is_users,
-    mentions,
-    mistakes,
-    profile_files,
-    read_profile,
-)
+from vramplan.profiles.files import ProfileKind, contains_text, is_user_file, mistakes, profile_files, read_profile
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
@@ -32,29 +25,29 @@ Count = Annotated[int, Gt(0)]
 Amount = Annotated[float, Gt(0)]
 Profile = TypeVar("Profile", "PipelineProfile", "DeviceProfile")
 
-# The fraction of a link's rate which copies from pinned host memory reach after protocol overhead. Assumed:
-# the usual measured fraction, as a profile stands for a link that nobody has measured.
+# The fraction of a link's rate that copies from page-locked host memory reach after protocol overhead. Assumed: the
+# usual measured fraction, as a profile stands for a link that was not measured.
 _LINK_EFFICIENCY = 0.8
 
-# The share of the peak that products and attention reach, once the time of all other kernels is taken off.
+# The share of the peak that products and attention reach, without the time of all other kernels.
 # Ampere 0.66: CogVideoX-5b in 180 s on an A100 (its model card). Hopper and later 0.38, as scaled dot product
-# attention does not use all of their units: FLUX.1-dev in 6.6 s for 28 steps (diffusers pull request 11682) and
-# CogVideoX-5b in 112 s (diffusers-torchao) on an H100 give 0.40 and 0.34. Others are taken to be like Ampere.
+# attention leaves some of their units idle: FLUX.1-dev in 6.6 s for 28 steps (diffusers pull request 11682) and
+# CogVideoX-5b in 112 s (diffusers-torchao) on an H100 give 0.40 and 0.34. Others are assumed to be like Ampere.
 _REACHED, _REACHED_HOPPER = 0.66, 0.38
 
 _STRICT: dict[str, Any] = {"extra": "forbid"}
 
 
 def _yaml_key(field_name: str) -> str:
-    """The key a field has in the file: `class` cannot be the name of a Python attribute."""
+    """The YAML key of a field: `class`, a Python keyword, is the field `class_name`."""
     return "class" if field_name == "class_name" else field_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadProfile:
-    """What a pipeline generates by default: pixels, frames (None for pictures), steps, guidance, batch.
+    """A pipeline's default workload: pixels, frames (None for pictures), steps, guidance, batch.
 
-    `guidance_scale` is None where the pipeline's call takes none, or has none by default.
+    `guidance_scale` is None if the pipeline's call has no such argument, or no default for it.
     """
 
     __pydantic_config__ = _STRICT
@@ -70,14 +63,13 @@ class WorkloadProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentProfile:
-    """One component: its class, its configuration, and how many parameters that makes.
+    """One component: its class, its configuration, and the number of its parameters.
 
-    `config` is what `build_weightless` takes; `parameters` counts each tied tensor once and is None for
-    what has no weights; `published` is a figure that others give for them, with its source in brackets: a count
-    (`2.8B`) or the size of them all in a dtype (`23.8 GB in bfloat16`), of two components alike together (`57.2 GB for
-    both in bfloat16`); `dtype` is the one its authors load it in where the pipeline's is not;
-    `model_max_length` is a tokenizer's, in tokens; `unconfirmed` marks what was recalled and not seen in
-    a source.
+    `config` is the argument of `build_weightless`; `parameters` counts each tied tensor once and is None for a
+    component without weights; `published` is their published number, with its source in brackets: a count (`2.8B`) or
+    their size in a dtype (`23.8 GB in bfloat16`), of two equal components together (`57.2 GB for both in bfloat16`);
+    `dtype` is the dtype its authors load it in, if not the pipeline's; `model_max_length` is a tokenizer's limit in
+    tokens; `unconfirmed` marks facts recalled from memory, without a source.
     """
 
     __pydantic_config__ = _STRICT | {"alias_generator": _yaml_key}
@@ -95,10 +87,10 @@ class ComponentProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineProfile:
-    """What a pipeline is made of, and what it does by default.
+    """A pipeline: its components and its default workload.
 
-    `repos` are the hub ids it is published under; `dtype` is the one its authors load it in; `settings`
-    are what the pipeline's class takes beside components (`boundary_ratio`).
+    `repos` are the hub ids it is published under; `dtype` is the dtype its authors load it in; `settings` are the
+    arguments of the pipeline's class other than components (`boundary_ratio`).
     """
 
     __pydantic_config__ = _STRICT
@@ -125,22 +117,22 @@ class LinkProfile:
 
     @property
     def bytes_per_s(self) -> float:
-        """What the link carries one way at best, in bytes per second."""
+        """The link's peak rate in one direction, in bytes per second."""
         return LANE_BYTES_PER_S[self.generation] * self.lanes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """What a device can do. Rates are peaks, in 10^9 bytes and 10^12 operations per second.
+    """A device: its memory and its peak rates, in 10^9 bytes and 10^12 operations per second.
 
-    `match` holds the names its driver reports, which models of several memory sizes may share; `memory_bytes`
-    is what a program can get of an idle device; `half_tflops` is dense, with float32 accumulation; `native`
-    names the torch dtypes it computes in; `compute_capability` is CUDA's.
+    `match` holds the names its driver reports, which models of several memory sizes may share; `memory_bytes` is the
+    memory a program can use on an idle device; `half_tflops` is dense, with float32 accumulation; `native` names the
+    torch dtypes it computes in; `compute_capability` is CUDA's.
 
-    One of three says how it is reached from the host: `link` over PCI Express, `link_gb_per_s` over another
-    link (one way), and `pool_bytes` where there is none, as both share a memory of that size.
+    Exactly one field describes the link to the host: `link` (PCI Express), `link_gb_per_s` (another link, one
+    direction), or `pool_bytes` (no link: device and host share a memory of that size).
 
-    `unconfirmed` marks a profile with recalled or assumed figures, which its `source` names.
+    `unconfirmed` marks a profile with recalled or assumed numbers, which its `source` names.
     """
 
     __pydantic_config__ = _STRICT
@@ -161,7 +153,7 @@ class DeviceProfile:
     unconfirmed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no device is like."""
+        """Raise ValueError for contradictory facts."""
         if [self.link, self.link_gb_per_s, self.pool_bytes].count(None) != 2:
             raise ValueError(
                 "give one of link (PCI Express), link_gb_per_s (any other) and pool_bytes (the host's too)"
@@ -173,7 +165,7 @@ class DeviceProfile:
 
     @property
     def link_bytes_per_s(self) -> float | None:
-        """What its link carries one way at best, in bytes per second; None where there is no link."""
+        """The peak rate of the link in one direction, in bytes per second; None without a link."""
         if self.link is not None:
             return self.link.bytes_per_s
         return None if self.link_gb_per_s is None else self.link_gb_per_s * 1e9
@@ -190,22 +182,22 @@ def device_names() -> tuple[str, ...]:
 
 
 def profile_path(kind: ProfileKind, name: str) -> Path:
-    """The file of a profile; case does not matter.
+    """Return the file of a profile; the name is case-insensitive.
 
     Raises:
         UsageError: no profile has that name; the message suggests the nearest ones.
     """
     path = _find(kind, name)
     if path is None:
-        raise _unknown(kind, name, sorted(profile_files(kind)))
+        raise _unknown_name(kind, name, sorted(profile_files(kind)))
     return path
 
 
 def load_pipeline_profile(name_or_repo_id: str) -> PipelineProfile:
-    """The facts about a pipeline, by profile name (`cogvideox-5b`) or hub id (`THUDM/CogVideoX-5b`).
+    """Load a pipeline profile by its name (`cogvideox-5b`) or hub id (`THUDM/CogVideoX-5b`).
 
     Raises:
-        UsageError: neither a name nor a hub id that is known here; the message suggests the nearest ones.
+        UsageError: no profile has that name or hub id; the message suggests the nearest ones.
         VramplanError: the file does not hold a profile; the message names the file and the place in it.
     """
     path = _find("pipelines", name_or_repo_id)
@@ -215,12 +207,12 @@ def load_pipeline_profile(name_or_repo_id: str) -> PipelineProfile:
     _, found = next(matching, (None, None))
     if found is None:
         repos = (repo for _, profile in _readable("pipelines", PipelineProfile) for repo in profile.repos)
-        raise _unknown("pipelines", name_or_repo_id, (*pipeline_names(), *repos))
+        raise _unknown_name("pipelines", name_or_repo_id, (*pipeline_names(), *repos))
     return found
 
 
 def load_device_profile(name: str) -> DeviceProfile:
-    """The facts about a device, by profile name (`rtx-4090`).
+    """Load a device profile by its name (`rtx-4090`).
 
     Raises:
         UsageError: no profile has that name; the message suggests the nearest ones.
@@ -230,17 +222,17 @@ def load_device_profile(name: str) -> DeviceProfile:
 
 
 def device_profiles() -> tuple[DeviceProfile, ...]:
-    """Every device profile that can be read; a broken file of the user's is passed over."""
+    """Every readable device profile; a user's file with mistakes is skipped."""
     return tuple(profile for _, profile in _readable("devices", DeviceProfile))
 
 
-def own_profiles(kind: ProfileKind) -> dict[str, tuple[str, ...]]:
-    """The names of the user's own profiles, each with the mistakes in its file."""
-    return {name: mistakes(path, _TYPES[kind]) for name, path in profile_files(kind).items() if is_users(path)}
+def user_profiles(kind: ProfileKind) -> dict[str, tuple[str, ...]]:
+    """The names of the user's profiles, each with the mistakes in its file."""
+    return {name: mistakes(path, _TYPES[kind]) for name, path in profile_files(kind).items() if is_user_file(path)}
 
 
 def device_accelerator(profile: DeviceProfile) -> Accelerator:
-    """The device as if it were the first of this machine and idle, for planning for one you don't hold."""
+    """The accelerator of a profile, idle and with index 0, to plan for a device this machine does not have."""
     return Accelerator(
         kind=profile.kind,
         index=0,
@@ -254,7 +246,7 @@ def device_accelerator(profile: DeviceProfile) -> Accelerator:
 
 
 def device_host(profile: DeviceProfile, host: Host) -> Host:
-    """The host to plan with: this machine's, or, for a device that shares its host's memory, that one, idle."""
+    """The host to plan with: the given one, or an idle host with the pool of a device of unified memory."""
     if profile.pool_bytes is None:
         return host
     return Host(
@@ -265,10 +257,10 @@ def device_host(profile: DeviceProfile, host: Host) -> Host:
 def rates_for(
     accelerator_name: str, total_bytes: int | None = None, link_bytes_per_s: float | None = None
 ) -> Rates | None:
-    """The rates of the device that a driver calls by this name (`NVIDIA GeForce RTX 4090`); None if unknown.
+    """The rates of the device with this driver name (`NVIDIA GeForce RTX 4090`); None if unknown.
 
-    Of models that share the name, the one whose memory is nearest to `total_bytes`. The link is the one that was read
-    where it stands, if it was: a slot may give it fewer lanes than the card takes.
+    Of models that share the name, the one with memory nearest to `total_bytes` is used. `link_bytes_per_s`, if read on
+    the machine, replaces the profile's link: a slot may have fewer lanes than the card.
     """
     found = _by_driver_name(accelerator_name, total_bytes)
     if found is None:
@@ -280,19 +272,19 @@ def rates_for(
 
 
 def with_link(rates: Rates, link_bytes_per_s: float) -> Rates:
-    """The rates with a link that was read on the machine itself: bytes per second one way at best."""
+    """The rates with the link read on the machine: its peak in one direction, in bytes per second."""
     read = f"link assumed at {_LINK_EFFICIENCY:.0%} of the {link_bytes_per_s / 1e9:.3g} GB/s of its slot"
     return replace(rates, link_bytes_per_s=link_bytes_per_s * _LINK_EFFICIENCY, source=f"{rates.source}, {read}")
 
 
 def compute_capability(accelerator_name: str) -> float | None:
-    """The CUDA compute capability of the device a driver calls by this name, as 8.9; None if unknown."""
+    """The CUDA compute capability of the device with this driver name, such as 8.9; None if unknown."""
     found = _by_driver_name(accelerator_name)
     return None if found is None else _capability(found)
 
 
 def math_dtypes(accelerator: Accelerator) -> tuple[str, ...]:
-    """The dtypes for which torch has no fused attention on this card and computes it step by step.
+    """The dtypes for which torch has no fused attention on this card and uses its math kernel.
 
     bfloat16 before compute capability 8.0: flash attention needs that, and the memory-efficient kernel takes float16
     and float32 there (torch 2.13, sdp_utils.cpp `less_than_sm80_mem_efficient_dtypes`).
@@ -302,14 +294,14 @@ def math_dtypes(accelerator: Accelerator) -> tuple[str, ...]:
 
 
 def holds_scores(accelerator: Accelerator, dtype: str) -> bool:
-    """Whether torch's attention holds the scores of all tokens against all on this device."""
+    """Whether torch's attention holds the full score matrix, all tokens by all tokens, on this device."""
     return not accelerator.fuses_attention or dtype in math_dtypes(accelerator)
 
 
 def _by_driver_name(name: str, total_bytes: int | None = None) -> DeviceProfile | None:
-    """Case does not matter, and neither does a leading `NVIDIA`, which drivers before 470 leave out."""
-    found = list(_matching("devices", DeviceProfile, _bare(name), lambda profile: map(_bare, profile.match)))
-    own = [profile for path, profile in found if is_users(path)]
+    """The profile with this driver name, ignoring case and a leading `NVIDIA`, which drivers before 470 omit."""
+    found = list(_matching("devices", DeviceProfile, _model_name(name), lambda item: map(_model_name, item.match)))
+    own = [profile for path, profile in found if is_user_file(path)]
     models = own or [profile for _, profile in found]
     size = total_bytes or 0
     return min(models, key=lambda profile: abs(profile.memory_bytes - size), default=None)
@@ -324,7 +316,7 @@ def _rates(profile: DeviceProfile) -> Rates:
     link = profile.link_bytes_per_s
     return Rates(
         memory_bytes_per_s=memory,
-        # A copy within one memory reads it and writes it.
+        # A copy within one memory reads and writes it.
         link_bytes_per_s=memory / 2 if link is None else link * _LINK_EFFICIENCY,
         half_flops_per_s=profile.half_tflops * 1e12,
         reached=_REACHED_HOPPER if 9 <= (_capability(profile) or 0) < 12 else _REACHED,
@@ -340,7 +332,7 @@ def _link_source(profile: DeviceProfile) -> str:
     return f"link assumed at {_LINK_EFFICIENCY:.0%} of {called}"
 
 
-def _bare(name: str) -> str:
+def _model_name(name: str) -> str:
     return name.strip().casefold().removeprefix("nvidia ")
 
 
@@ -350,17 +342,17 @@ def _find(kind: ProfileKind, name: str) -> Path | None:
 
 
 def _readable(kind: ProfileKind, profile_type: type[Profile], holding: str = "") -> Iterator[tuple[Path, Profile]]:
-    """The profiles whose file holds the text: parsing only those keeps a look-up in the milliseconds.
+    """The profiles whose file contains the text: parsing only those keeps a look-up in the milliseconds.
 
-    A broken file of the user's is passed over: it is told of where it is asked for by name.
+    A user's file with mistakes is skipped; loading it by name reports them.
     """
     for path in profile_files(kind).values():
-        if not mentions(path, holding):
+        if not contains_text(path, holding):
             continue
         try:
             yield path, read_profile(path, profile_type)
         except VramplanError:
-            if not is_users(path):
+            if not is_user_file(path):
                 raise
 
 
@@ -373,10 +365,10 @@ def _matching(
             yield path, profile
 
 
-def _unknown(kind: ProfileKind, name: str, known: Iterable[str]) -> UsageError:
+def _unknown_name(kind: ProfileKind, name: str, known: Iterable[str]) -> UsageError:
     wanted = name.strip().casefold()
     spelled = {candidate.casefold(): candidate for candidate in known}
-    # A part of a name first: by likeness alone, a100 is nearer to a10 than to a100-40gb.
+    # Names that contain the text come first: by similarity alone, a100 is nearer to a10 than to a100-40gb.
     longer = (key for key in spelled if wanted and wanted in key)
     near = tuple(dict.fromkeys((*longer, *difflib.get_close_matches(wanted, spelled, cutoff=0.5))))[:3]
     listed = [spelled[key] for key in near or spelled]

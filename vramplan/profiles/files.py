@@ -1,4 +1,4 @@
-"""Files of facts: where the bundled ones and the user's own lie, and what is wrong with one."""
+"""Profile files: the bundled and the user's folders, and the mistakes in a file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vramplan.errors import VramplanError
 
 ProfileKind = Literal["pipelines", "devices"]
 T = TypeVar("T")
-# A place in a file, as the keys and positions that lead there, and what is wrong at it.
+# The path of keys and positions to a value in the file, and the message.
 Mistake = tuple[Sequence[int | str], str]
-# More files than come with vramplan.
-_KEPT = 1024
+# More than the number of bundled files.
+_CACHE_ENTRIES = 1024
 
 
 def user_directory() -> Path:
-    """The folder with the user's own `devices/NAME.yaml` and `pipelines/NAME.yaml`; it need not exist.
+    """The folder of the user's `devices/NAME.yaml` and `pipelines/NAME.yaml`; it need not exist.
 
-    The environment variable VRAMPLAN_PROFILES names another one.
+    The environment variable VRAMPLAN_PROFILES overrides it.
     """
     from platformdirs import user_config_path
 
@@ -30,13 +30,13 @@ def user_directory() -> Path:
 
 
 def bundled_directory() -> Path:
-    """The folder with the facts that come with vramplan.
+    """The folder of the profiles bundled with vramplan.
 
     Raises:
         VramplanError: the installation lacks it.
     """
     here = Path(__file__).resolve().parent
-    # The wheel carries the facts inside the package; a checkout has them at its top.
+    # A wheel has the profiles inside the package; a checkout has them at its root.
     for directory in (here / "_bundled", here.parents[1] / "profiles"):
         if directory.is_dir():
             return directory
@@ -44,42 +44,42 @@ def bundled_directory() -> Path:
 
 
 def profile_files(kind: ProfileKind) -> dict[str, Path]:
-    """The files by name: the user's first, then the bundled ones that none of the user's stands in for."""
+    """The files by name: the user's, then the bundled ones without a user's file of the same name."""
     own = {path.stem: path for path in _yaml_files(user_directory() / kind)}
     taken = {name.casefold() for name in own}
     bundled = {path.stem: path for path in _yaml_files(bundled_directory() / kind)}
     return own | {name: path for name, path in bundled.items() if name.casefold() not in taken}
 
 
-def is_users(path: Path) -> bool:
-    """Whether the file is one of the user's, and not one of the bundled ones."""
+def is_user_file(path: Path) -> bool:
+    """Whether the file is the user's, not a bundled one."""
     return path.is_relative_to(user_directory())
 
 
-def mentions(path: Path, text: str) -> bool:
-    """Whether the file holds the text anywhere, whatever the case: cheaper to ask than parsing it."""
+def contains_text(path: Path, text: str) -> bool:
+    """Whether the file contains the casefolded text, in any case: cheaper than parsing it."""
     try:
-        return text in _folded(*_version(path))
-    except OSError:  # to be told of when the file itself is asked for
+        return text in _casefolded_text(*_version(path))
+    except OSError:  # reported when the file itself is loaded
         return False
 
 
-@lru_cache(maxsize=_KEPT)
-def _folded(path: Path, modified: int, size: int) -> str:
+@lru_cache(maxsize=_CACHE_ENTRIES)
+def _casefolded_text(path: Path, modified: int, size: int) -> str:
     return path.read_text(encoding="utf-8", errors="replace").casefold()
 
 
 def _version(path: Path) -> tuple[Path, int, int]:
-    """What tells a file from what stood in its place before."""
+    """The path, modification time in ns and size: the cache key of a file's content."""
     about = path.stat()
     return path, about.st_mtime_ns, about.st_size
 
 
 def read_profile(path: Path, profile_type: type[T]) -> T:
-    """What the file holds, as `profile_type`; a file that is as it was is read once.
+    """Read the file as `profile_type`; an unchanged file is read once.
 
     Raises:
-        VramplanError: it holds something else; the message names the file and the place in it.
+        VramplanError: it cannot be read or does not hold one; the message names the file and the place in it.
     """
     wanted: Any = profile_type
     try:
@@ -89,42 +89,42 @@ def read_profile(path: Path, profile_type: type[T]) -> T:
     return found
 
 
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=_CACHE_ENTRIES)
 def _read(path: Path, modified: int, size: int, profile_type: type[Any]) -> Any:
-    found, errors = _validated(read_document(path), profile_type)
+    found, errors = _validate(read_document(path), profile_type)
     if errors:
-        raise VramplanError(f"{path}: {_told(*errors[0])}; correct the file")
+        raise VramplanError(f"{path}: {_mistake_text(*errors[0])}; correct the file")
     return found
 
 
 def mistakes(path: Path, profile_type: type[Any]) -> tuple[str, ...]:
-    """What keeps the file from being used, one line each, as `located` has them. None if nothing does."""
+    """The mistakes in the file, one line each, as `mistake_lines` formats them; empty if it can be used."""
     try:
-        _, errors = _validated(read_document(path), profile_type)
+        _, errors = _validate(read_document(path), profile_type)
     except VramplanError as error:
         return (str(error),)
-    return located(path, errors)
+    return mistake_lines(path, errors)
 
 
-def located(path: Path, found: Iterable[Mistake]) -> tuple[str, ...]:
-    """What is wrong at places of a file, one line each: `FILE:LINE: place: what is wrong`."""
+def mistake_lines(path: Path, found: Iterable[Mistake]) -> tuple[str, ...]:
+    """Format mistakes in a file, one line each: `FILE:LINE: place: message`."""
     import yaml
 
     found = list(found)
     root = yaml.compose(path.read_bytes()) if found else None
-    return tuple(f"{path}:{_line(root, place)}: {_told(place, text)}" for place, text in found)
+    return tuple(f"{path}:{_line(root, place)}: {_mistake_text(place, text)}" for place, text in found)
 
 
 def read_document(path: Path) -> Any:
-    """The file's plain values: mappings, lists, texts, numbers.
+    """Parse the file into plain values: mappings, lists, texts, numbers.
 
     Raises:
-        VramplanError: it cannot be read, is not YAML, or holds more than those.
+        VramplanError: it cannot be read, is not YAML, or holds other values.
     """
     import yaml
 
     try:
-        # The same loader in C, where PyYAML was built with it: a tenth of the time.
+        # The C loader, if PyYAML was built with it, takes a tenth of the time.
         document = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         json.dumps(document)
     except OSError as error:
@@ -137,7 +137,7 @@ def read_document(path: Path) -> Any:
 
 
 def _yaml_files(folder: Path) -> Iterable[Path]:
-    """Sorted by name; none where there is no folder."""
+    """The folder's YAML files, sorted by name; empty if there is no folder."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.name.endswith(".yaml") and entry.is_file())
@@ -146,23 +146,23 @@ def _yaml_files(folder: Path) -> Iterable[Path]:
     return [folder / name for name in names]
 
 
-def _validated(document: Any, profile_type: type[T]) -> tuple[T | None, Sequence[Mistake]]:
+def _validate(document: Any, profile_type: type[T]) -> tuple[T | None, Sequence[Mistake]]:
     """The profile, or the mistakes in it."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        # Through JSON, strict validation takes a list for a tuple and a mapping for a dataclass: no more.
+        # Through JSON, strict validation accepts a list for a tuple and a mapping for a dataclass, nothing more.
         return TypeAdapter(profile_type).validate_json(json.dumps(document), strict=True), ()
     except ValidationError as error:
         return None, [(item["loc"], item["msg"].removeprefix("Value error, ")) for item in error.errors()]
 
 
-def _told(place: Iterable[int | str], text: str) -> str:
+def _mistake_text(place: Iterable[int | str], text: str) -> str:
     return f"{'.'.join(map(str, place)) or 'the whole document'}: {text}"
 
 
 def _line(node: Any, place: Iterable[int | str]) -> int:
-    """The line that a place in a YAML document starts on, or as much of the place as there is."""
+    """The line on which a place in a YAML document starts, following the path as far as it exists."""
     line = 0
     for step in place:
         found = dict(_entries(node)).get(step)
@@ -173,7 +173,7 @@ def _line(node: Any, place: Iterable[int | str]) -> int:
 
 
 def _entries(node: Any) -> Iterator[tuple[int | str, tuple[int, Any]]]:
-    """What a mapping or a sequence holds, by key or position: the line it starts on and the node."""
+    """The items of a mapping or a sequence, by key or position: the line each starts on, and its node."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from vramplan.common.progress import moved_bytes
+from vramplan.common.progress import byte_progress
 from vramplan.errors import MismatchError, VramplanError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.geometry import module_bytes
@@ -192,7 +192,7 @@ def _put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
     def size(names: Iterable[str]) -> int:
         return sum(sizes[name] for name in names)
 
-    with moved_bytes("applying the plan", sum(size(names) for _, names in placed)) as moved:
+    with byte_progress("applying the plan", sum(size(names) for _, names in placed)) as moved:
         apply_settings(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vramplan.common.progress import Say, beside_bars, moved_bytes
+from vramplan.common.progress import Say, byte_progress, say_above_bars
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.loading import Load, load_of, load_order
@@ -158,8 +158,8 @@ def load_components(
     """The components of these names, in the order of the stages, each placed before the next is loaded."""
     modules: dict[str, Any] = {}
     sizes = {name: stages.spec.component(name).weight_bytes for name in names}
-    tell = beside_bars(say)
-    with moved_bytes("loading", sum(sizes.values())) as moved:
+    tell = say_above_bars(say)
+    with byte_progress("loading", sum(sizes.values())) as moved:
         for name in names:
             modules[name] = _load_placed(folder, stages, name, device, allow_pickle=allow_pickle, say=tell)
             moved(sizes[name])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from vramplan.calibration.measured import Measured, current_rss_bytes, measured, phase_ended
+from vramplan.calibration.peaks import Measured, current_rss_bytes, end_phase, measure_call
 from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append, read_store
 from vramplan.common.versions import versions
@@ -41,7 +41,7 @@ def calibrating(pipe: Any, *, ram_before_bytes: int | None = None, say: Say = pr
     changed = applied.changed
     before = current_rss_bytes() if ram_before_bytes is None else ram_before_bytes
     decoding = _decoding(pipe)
-    with measured(applied.device) as took, _steps_watched(pipe, applied.device, took) as steps:
+    with measure_call(applied.device) as took, _steps_watched(pipe, applied.device, took) as steps:
         yield took
     took.ram_bytes = max(0, took.ram_bytes - before)
     took.seconds_per_step = steps.seconds
@@ -134,12 +134,12 @@ class _Steps:
         self._began = False
 
     def start(self) -> None:
-        phase_ended(self._took, self._device, "denoise" if self._began else "encode")
+        end_phase(self._took, self._device, "denoise" if self._began else "encode")
         self._began = True
         self.count = 0
 
     def ended(self) -> None:
-        phase_ended(self._took, self._device, "denoise")
+        end_phase(self._took, self._device, "denoise")
         self._wait()
         self._last = time.perf_counter()
         self._first = self._last if not self.count else self._first

@@ -1,1 +1,1 @@
-"""A small page on this machine to try models, cards, sizes and allowed quality, and see plan and picture change."""
+"""A local page to try models, cards, sizes and allowed quality, and see the plan and its pictures."""

@@ -1,4 +1,4 @@
-"""What can be chosen on the page, and the check of what was chosen: nothing outside the given folder is ever read."""
+"""The choices on the page, and the check of a selection: nothing outside the given folder is read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vramplan.profiles.catalogue import device_profiles, pipeline_names
 from vramplan.strategies.base import Quality
 from vramplan.units import GIB, format_bytes
 
-HERE = "here"
+LOCAL = "here"
 _FOLDER, _PROFILE = "folder:", "profile:"
-_DEEPEST = 4  # levels of folders that are looked through for pipelines
+_MOST_DEPTH = 4  # levels of folders searched for pipelines
 COUNTS = ("width", "height", "frames", "batch", "steps")
 AMOUNTS = ("vram", "ram")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is to be planned for. `model` is a profile's name or a folder that may be read; `device` is None for this
-    machine's own; `counts` and `amounts` are what was filled in of them, amounts in GiB."""
+class Selection:
+    """A checked selection. `model` is a profile's name or a folder that may be read; `device` is None for this
+    machine; `counts` and `amounts` hold the fields that were filled in, amounts as text in GiB."""
 
     model: str
     device: str | None
@@ -36,7 +36,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """The lists of the page: what is chosen, and what a person reads for it. `folder` holds the pipelines, if any."""
+    """The lists on the page: values with their labels. `folder` has the pipelines, if any."""
 
     folder: Path | None
     models: Mapping[str, str]
@@ -46,16 +46,16 @@ class Choices:
 
 
 def find_choices(folder: Path | None) -> Choices:
-    """The profiles, the pipelines in the folder, the device profiles and this machine, as they are now."""
+    """Find the profiles, the pipelines in the folder, the device profiles and this machine, as they are now."""
     root = None if folder is None else folder.resolve()
     names = [] if root is None else [str(path.relative_to(root)) for path in _pipelines(root)]
-    found = {f"{_FOLDER}{name}": f"{name} (folder)" for name in names}
+    folders = {f"{_FOLDER}{name}": f"{name} (folder)" for name in names}
     hardware = detect()
     card = next(iter(hardware.accelerators), None)
     return Choices(
         folder=root,
-        models=found | {f"{_PROFILE}{name}": name for name in pipeline_names()},
-        devices={HERE: f"this machine: {card.name if card else 'the CPU'}"} | _devices(),
+        models=folders | {f"{_PROFILE}{name}": name for name in pipeline_names()},
+        devices={LOCAL: f"this machine: {card.name if card else 'the CPU'}"} | _devices(),
         ram=f"{hardware.host.available_bytes / GIB:.1f}",
         accelerated=card is not None,
     )
@@ -63,17 +63,17 @@ def find_choices(folder: Path | None) -> Choices:
 
 @cache
 def _devices() -> dict[str, str]:
-    """The device profiles, read once: there are many."""
+    """The device profiles with their labels, read once: there are many."""
     return {profile.name: f"{profile.title}, {format_bytes(profile.memory_bytes)}" for profile in device_profiles()}
 
 
-def make_wish(choices: Choices, *, model: Any, device: Any, allow: Any, **numbers: Any) -> Wish:
-    """What came from the page, once it is known to be one of its choices.
+def check_selection(choices: Choices, *, model: Any, device: Any, allow: Any, **numbers: Any) -> Selection:
+    """Check the values from the page against its choices.
 
-    `numbers` are counts and amounts by name, None for what was left out.
+    `numbers` are counts and amounts by name, None for an empty field.
 
     Raises:
-        UsageError: it is none of them, no number where one belongs, or a folder that leads out of the given one.
+        UsageError: not a choice of the page, not a number, or a folder with links out of the given one.
     """
     if model not in choices.models or device not in choices.devices or allow not in (None, *get_args(Quality)):
         raise UsageError("choose a model, a card and a quality from the lists")
@@ -82,17 +82,17 @@ def make_wish(choices: Choices, *, model: Any, device: Any, allow: Any, **number
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not value > 0):
             raise UsageError(f"{name} must be a {'whole ' if kind is int else ''}number above 0")
     root = choices.folder if model.startswith(_FOLDER) else None
-    return Wish(
-        model=model.removeprefix(_PROFILE) if root is None else _readable(root, model),
-        device=None if device == HERE else device,
+    return Selection(
+        model=model.removeprefix(_PROFILE) if root is None else _safe_folder(root, model),
+        device=None if device == LOCAL else device,
         allow=allow,
         counts=tuple((name, numbers[name]) for name in COUNTS if numbers.get(name)),
         amounts=tuple((name, f"{numbers[name]}GiB") for name in AMOUNTS if numbers.get(name)),
     )
 
 
-def _readable(root: Path, model: str) -> str:
-    """The folder's path, links resolved, if neither it nor anything in it leads out of `root`."""
+def _safe_folder(root: Path, model: str) -> str:
+    """The folder's path, with links resolved. Raises UsageError if it or anything in it leads out of `root`."""
     folder = (root / model.removeprefix(_FOLDER)).resolve()
     outside = [path for path in (folder, *folder.rglob("*")) if not path.resolve().is_relative_to(root)]
     if outside:
@@ -101,13 +101,13 @@ def _readable(root: Path, model: str) -> str:
 
 
 def _pipelines(root: Path, depth: int = 0) -> Iterator[Path]:
-    """The folders with a saved pipeline, their links not followed."""
+    """The folders with a saved pipeline, without following links."""
     if (root / "model_index.json").is_file():
         yield root
-    elif depth < _DEEPEST:
+    elif depth < _MOST_DEPTH:
         try:
             inner = sorted(entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
-        except OSError:  # not ours to read, or gone
+        except OSError:  # not readable, or deleted
             return
         for path in inner:
             if not os.path.basename(path).startswith("."):

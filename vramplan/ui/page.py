@@ -1,4 +1,4 @@
-"""The page: what stands on it, and what happens when something on it changes."""
+"""The page as an application: its layout and its callbacks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dash import Dash, Input, Output, State
 from dash.exceptions import PreventUpdate
 
 from vramplan.errors import VramplanError
-from vramplan.ui.choices import AMOUNTS, COUNTS, Wish, find_choices, make_wish
-from vramplan.ui.parts import answer_view, helps_view, page_layout, usual_numbers
-from vramplan.ui.work import Answer, Further, answer, further
-from vramplan.view.plot.with_plotly import dress_script
+from vramplan.ui.choices import AMOUNTS, COUNTS, Selection, check_selection, find_choices
+from vramplan.ui.parts import answer_view, default_numbers, page_layout, suggestions_view
+from vramplan.ui.work import Answer, Details, answer, details
+from vramplan.view.plot.plotly_figures import dress_script
 
 _INDEX = """<!DOCTYPE html>
 <html lang="en">
@@ -31,14 +31,14 @@ _INDEX = """<!DOCTYPE html>
 
 
 class Ask(Protocol):
-    """Has the worker call something with a wish; None where the same page has asked again since."""
+    """Have the worker call a function with a selection; None if the same page has asked again since."""
 
-    def __call__(self, page: str, call: Callable[[Wish], Any], wish: Wish, /) -> Any:
-        """What the call returned. Raises VramplanError where the worker ended."""
+    def __call__(self, page: str, call: Callable[[Selection], Any], selection: Selection, /) -> Any:
+        """Return the result of `call`. Raises VramplanError if the worker ended."""
 
 
 def make_page(folder: Path | None, ask: Ask) -> Dash:
-    """The page as a WSGI application (`.server`); the pipelines of the folder can be chosen beside the profiles."""
+    """Make the page, a WSGI application (`.server`) that offers the profiles and the folder's pipelines."""
     app = Dash(__name__, title="vramplan", update_title="", include_assets_files=False)
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     app.index_string = _INDEX.replace("STYLE", style)
@@ -48,21 +48,21 @@ def make_page(folder: Path | None, ask: Ask) -> Dash:
         latest[0] = find_choices(folder)
         return page_layout(latest[0])
 
-    def asked(page: str, call: Callable[[Wish], Any], told: Mapping[str, Any], failed: Callable[[str], Any]) -> Any:
+    def run(page: str, call: Callable[[Selection], Any], values: Mapping[str, Any], fail: Callable[[str], Any]) -> Any:
         try:
-            found = ask(page, call, make_wish(latest[0], **told))
+            result = ask(page, call, check_selection(latest[0], **values))
         except VramplanError as error:
-            return failed(str(error))
-        if found is None:
+            return fail(str(error))
+        if result is None:
             raise PreventUpdate
-        return found
+        return result
 
     app.layout = layout
     _dress_figures(app)
 
     @app.callback([Output(name, "value") for name in COUNTS], Input("model", "value"), prevent_initial_call=True)
     def forget(_: str) -> list[None]:
-        """Another model has sizes of its own."""
+        """Clear the counts, as another model has other defaults."""
         return [None] * len(COUNTS)
 
     @app.callback(
@@ -75,32 +75,32 @@ def make_page(folder: Path | None, ask: Ask) -> Dash:
         running=[(Output("busy", "hidden"), False, True), (Output("found", "className"), "stale", "")],
     )  # fmt: skip
     def plan(page: str, allow: str, **chosen: Any) -> Any:
-        """The plan for what is chosen."""
+        """Plan for the selection."""
         if not chosen["model"] or not chosen["device"]:
             raise PreventUpdate
-        told = {"allow": allow or None, **chosen}
-        found = asked(page, answer, told, lambda text: Answer(error=text))
+        values = {"allow": allow or None, **chosen}
+        found = run(page, answer, values, lambda text: Answer(error=text))
         picture = json.loads(found.picture) if found.picture else None
         hopeless = found.error and not found.short
-        return answer_view(found), picture, None if hopeless else told, usual_numbers(found), not found.video
+        return answer_view(found), picture, None if hopeless else values, default_numbers(found), not found.video
 
     @app.callback(
         Output("memory-plain", "data"), Output("words", "children"), Output("helps", "children"),
         Input("planned", "data"), State("page", "data"),
         running=[(Output("drawing", "hidden"), False, True)],
     )  # fmt: skip
-    def go_on(told: dict[str, Any] | None, page: str) -> Any:
-        """The picture of the plan, or what would make one fit."""
-        if not told:
+    def draw(values: dict[str, Any] | None, page: str) -> Any:
+        """The picture of the plan, or the changes that would make one fit."""
+        if not values:
             return None, "", []
-        found = asked(page, further, told, lambda text: Further(words=text))
-        return json.loads(found.picture) if found.picture else None, found.words, helps_view(found)
+        found = run(page, details, values, lambda text: Details(words=text))
+        return json.loads(found.picture) if found.picture else None, found.words, suggestions_view(found)
 
     return app
 
 
 def _dress_figures(app: Dash) -> None:
-    """Figures get the page's colours in the browser, and get them again where the screen changes."""
+    """Give figures the page's colours in the browser, and again when the screen changes."""
     wait = "window.dash_clientside.no_update"
     for name in ("memory", "candidates"):
         app.clientside_callback(

@@ -1,4 +1,4 @@
-"""What stands on the page: the fields to choose with, and a plan as parts of a page."""
+"""Parts of the page: the fields of the selection, and a plan as HTML."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from uuid import uuid4
 
 from dash import dcc, html
 
-from vramplan.ui.choices import AMOUNTS, COUNTS, HERE, Choices
-from vramplan.ui.work import Answer, Further
+from vramplan.ui.choices import AMOUNTS, COUNTS, LOCAL, Choices
+from vramplan.ui.work import Answer, Details
 from vramplan.units import format_bytes
 
 _LABELS = {
@@ -26,11 +26,11 @@ _QUALITIES = {
     "lossy": "lossy",
 }
 _HEADER = ("", "VRAM", "RAM", "a call", "settings", "reason")
-_WORKING = "Working it out: the pipeline is run on a simulated card. The first time takes longest."
+_WORKING_TEXT = "Working it out: the pipeline is run on a simulated card. The first time takes longest."
 
 
 def page_layout(choices: Choices) -> Any:
-    """The whole page, nothing chosen but this machine where it has an accelerator."""
+    """The whole page, with this machine selected if it has an accelerator, and nothing else."""
     hints = {"vram": "all", "ram": choices.ram}
     numbers = [_number(name, "usual", 1) for name in COUNTS]
     numbers += [_number(name, hints[name], "any") for name in AMOUNTS]
@@ -43,13 +43,13 @@ def page_layout(choices: Choices) -> Any:
             html.Div(
                 [
                     _list("model", "Model", choices.models, None, "choose a model"),
-                    _list("device", "Card", choices.devices, HERE if choices.accelerated else None, "choose a card"),
+                    _list("device", "Card", choices.devices, LOCAL if choices.accelerated else None, "choose a card"),
                     *numbers,
                     _list("allow", "Allowed", _QUALITIES, "", ""),
                 ],
                 id="wish",
             ),
-            html.P(_WORKING, id="busy", role="status", hidden=True),
+            html.P(_WORKING_TEXT, id="busy", role="status", hidden=True),
             html.Div(
                 [
                     html.Div(id="answer"),
@@ -78,12 +78,12 @@ def _number(name: str, hint: str, step: int | str) -> Any:
 
 
 def _figure(name: str, title: str, *more: Any) -> Any:
-    graph = dcc.Graph(id=name, responsive=True, config={"displayModeBar": False})  # as high as what it stands in
+    graph = dcc.Graph(id=name, responsive=True, config={"displayModeBar": False})  # as high as its container
     return html.Section([html.H2(title), *more, html.Div(graph, className="graph")], id=f"{name}-part", hidden=True)
 
 
 def answer_view(found: Answer) -> Any:
-    """The plan, or the one line that says why there is none."""
+    """The plan, or the error in one line."""
     if found.error:
         return html.P(found.error, role="alert", className="short" if found.short else "wrong")
     rows = [cell for name, text in found.rows for cell in (html.Dt(name), html.Dd(text, id=f"row-{name}"))]
@@ -103,15 +103,15 @@ def answer_view(found: Answer) -> Any:
 
 
 def _bar(found: Answer) -> list[Any]:
-    """The memory at its highest moment, and what each part of it is."""
+    """The bar of the memory at the peak, with its legend."""
     if not found.bar:
         return []
-    stretches = [html.I(style={"flexGrow": size, "background": colour}) for _, size, colour in found.bar]
+    segments = [html.I(style={"flexGrow": size, "background": colour}) for _, size, colour in found.bar]
     legend = [
         html.Li([html.I(style={"background": colour}), f"{name} {format_bytes(size)}"])
         for name, size, colour in found.bar
     ]
-    return [html.Div(stretches, className="bar"), html.Ul(legend, className="legend")]
+    return [html.Div(segments, className="bar"), html.Ul(legend, className="legend")]
 
 
 def _table(found: Answer) -> Any:
@@ -120,15 +120,16 @@ def _table(found: Answer) -> Any:
     return html.Div(html.Table([head, html.Tbody(body)]), className="wide", tabIndex="0")
 
 
-def helps_view(found: Further) -> Any:
-    """What would make it fit."""
-    if not found.helps:
+def suggestions_view(found: Details) -> Any:
+    """The list of changes that would make it fit."""
+    if not found.suggestions:
         return []
-    return [html.P("By its price it fits with any one of these:"), html.Ul([html.Li(text) for text in found.helps])]
+    items = [html.Li(text) for text in found.suggestions]
+    return [html.P("By its price it fits with any one of these:"), html.Ul(items)]
 
 
-def usual_numbers(found: Answer) -> list[str]:
-    """What each count is where it is left out."""
+def default_numbers(found: Answer) -> list[str]:
+    """The default of each count."""
     if found.workload is None:
         return ["usual"] * len(COUNTS)
     return [f"{getattr(found.workload, _FIELDS[name])}" for name in COUNTS]

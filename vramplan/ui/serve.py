@@ -1,4 +1,4 @@
-"""Serve the page: to this machine alone, with a worker that plans, until it is interrupted."""
+"""Serve the page to this machine only, with a worker process that plans, until interrupted."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vramplan.common.progress import TALKING
+from vramplan.common.progress import CHATTY_LOGGERS
 from vramplan.errors import UsageError, VramplanError
-from vramplan.ui.choices import Wish
+from vramplan.ui.choices import Selection
 
 _ADDRESS = "127.0.0.1"
 
 
 def serve(folder: Path | None, port: int | None, say: Callable[[str], None]) -> None:
-    """Serves the page until Ctrl-C or SIGTERM, and says its address when it can be opened. `port` None: a free one.
+    """Serve the page until Ctrl-C or SIGTERM, and say its address once it can be opened. `port` None takes a free one.
 
     Raises:
-        VramplanError: the packages it is made with are not installed, or the port is taken.
-        UsageError: no such folder.
+        VramplanError: dash is not installed, or the port is taken.
+        UsageError: the folder does not exist.
     """
     if find_spec("dash") is None:
         raise VramplanError("vramplan ui needs dash: pip install 'vramplan[ui]'")
@@ -36,11 +36,11 @@ def serve(folder: Path | None, port: int | None, say: Callable[[str], None]) -> 
         raise UsageError(f"{folder}: no such folder")
     from vramplan.ui.page import make_page
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for each request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     app = make_page(folder, Worker().ask)
     server = _server(app.server, port)
     guard(app, server.port)
-    for number in (signal.SIGINT, signal.SIGTERM):  # what a script starts in the background ignores the first
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's background processes ignore SIGINT by default
         signal.signal(number, signal.default_int_handler)
     say(f"http://{_ADDRESS}:{server.port}/")
     try:
@@ -54,11 +54,11 @@ def serve(folder: Path | None, port: int | None, say: Callable[[str], None]) -> 
 
 
 def _server(application: Any, port: int | None) -> Any:
-    """Werkzeug's server is no match for the internet, and need not be: one person on this machine uses it."""
+    """Werkzeug's server, not meant for the internet but enough for one user on this machine."""
     from werkzeug.serving import make_server
 
     try:
-        listening = socket.create_server((_ADDRESS, port or 0))  # werkzeug's own ends the process where it cannot
+        listening = socket.create_server((_ADDRESS, port or 0))  # werkzeug's own would exit the process on failure
     except OSError as error:
         raise VramplanError(f"port {port} cannot be had: choose another with --port, or leave it out") from error
     with listening:
@@ -66,11 +66,10 @@ def _server(application: Any, port: int | None) -> Any:
 
 
 def guard(app: Any, port: int) -> None:
-    """Refuse what does not come from the page itself.
+    """Refuse requests that do not come from the page itself, and let the page load nothing from elsewhere.
 
-    A page of another site can make a browser send requests here: by a form or script of its own, with its `Origin`, or
-    by a name of its own that it lets point here, which is then the `Host` (DNS rebinding). And the page may load
-    nothing from elsewhere.
+    Another site can make a browser send requests to this server: by a form or script, with that site's `Origin`, or by
+    a host name of its own that resolves to this machine, sent as the `Host` (DNS rebinding).
     """
     from flask import abort, request
 
@@ -96,16 +95,16 @@ def guard(app: Any, port: int) -> None:
 
 
 class Worker:
-    """A process of its own that plans, so that the page stays alive: one wish after another, as a simulation has its
-    process to itself. Of the wishes of one page only the last that waits is worked on."""
+    """A separate process that plans, so that the page stays responsive. It takes one selection at a time, as a
+    simulation needs a process of its own; of the waiting selections of one page only the last is run."""
 
     def __init__(self) -> None:
         self._pool = _pool()
         self._lock = threading.Lock()
         self._turns: dict[str, int] = {}
 
-    def ask(self, page: str, call: Callable[[Wish], Any], wish: Wish) -> Any:
-        """What the call returns; None where the page has asked for something else meanwhile.
+    def ask(self, page: str, call: Callable[[Selection], Any], selection: Selection) -> Any:
+        """Return the result of `call`; None if the page has asked again meanwhile.
 
         Raises:
             VramplanError: the process ended.
@@ -115,39 +114,41 @@ class Worker:
             if self._turns[page] != turn:
                 return None
             try:
-                return self._pool.submit(call, wish).result()
+                return self._pool.submit(call, selection).result()
             except BrokenProcessPool:
                 self._pool = _pool()
                 raise VramplanError("the planning process ended, as it does where memory runs out: try again") from None
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=_told())
+    return ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=_log_levels()
+    )
 
 
-def _told() -> tuple[dict[str, int]]:
-    """From which level on each library talks here."""
-    return ({name: logging.getLogger(name).level for name in TALKING},)
+def _log_levels() -> tuple[dict[str, int]]:
+    """The current level of each chatty logger, for the worker."""
+    return ({name: logging.getLogger(name).level for name in CHATTY_LOGGERS},)
 
 
-def _begin(levels: Mapping[str, int]) -> None:
-    """In the worker: Ctrl-C is the server's, and where the server is gone the worker goes too."""
+def _start_worker(levels: Mapping[str, int]) -> None:
+    """Set up the worker: ignore Ctrl-C, which the server handles, and exit when the server has exited."""
     from tqdm import tqdm
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    tqdm.set_lock(threading.RLock())  # its own is shared between processes, and missed where this one is ended
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # the default lock is shared between processes, and leaks if this one is killed
+    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
 
-def can_open() -> bool:
-    """Whether somebody sits before a screen here who would see a browser open."""
+def can_open_browser() -> bool:
+    """Whether a browser opened here would be seen: on a terminal with a display, not over SSH."""
     if not sys.stdout.isatty() or os.environ.get("SSH_CONNECTION"):
         return False
     return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""What the page asks of its worker, a process of its own: a plan, and then its picture or what would make one fit."""
+"""The work of the page's worker process: a plan, then its picture or the changes that would make one fit."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.types import Plan
 from vramplan.profiles.catalogue import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
-from vramplan.ui.choices import Wish
+from vramplan.ui.choices import Selection
 from vramplan.units import GIB
 from vramplan.workload import Workload
 
-_RAM = ("32GiB", "64GiB", "128GiB")  # what machines have
+_RAM = ("32GiB", "64GiB", "128GiB")  # usual sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A plan as the page shows it, or the `error` that there is none, `short` where nothing fits.
+    """A plan as the page shows it, or the `error`; `short` means that nothing fits.
 
     `bar` is the name, bytes and colour of each part of the memory; `picture` the candidates as a plotly figure in
-    JSON; `reasons` a row for each candidate; `workload` what is generated, with the pipeline's own for what was left
-    out, and whether it is a `video`.
+    JSON; `reasons` a row for each candidate; `workload` the whole workload, with the pipeline's defaults; `video`
+    whether the pipeline makes videos.
     """
 
     error: str = ""
@@ -45,37 +45,37 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Further:
-    """What takes longer: the memory over the call as a plotly figure in JSON and in words, or, where nothing fits, what
-    would help."""
+class Details:
+    """The slower results: the memory over the call as a plotly figure in JSON and in words, or, if nothing fits, the
+    suggested changes."""
 
     picture: str = ""
     words: str = ""
-    helps: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
 
 
-def answer(wish: Wish) -> Answer:
-    """The plan for it, or why there is none: in one line, never as an exception."""
+def answer(selection: Selection) -> Answer:
+    """Plan for the selection; an error is returned as one line, never raised."""
     try:
-        subject = _subject(wish.model)
-        work = subject.workload(dict(wish.counts))
+        subject = _subject(selection.model)
+        work = subject.workload(dict(selection.counts))
         known: dict[str, Any] = {"workload": work, "video": subject.spec.video}
-        return _shown(_plan(wish), known)
+        return _answer_of(_plan(selection), known)
     except VramplanError as error:
         short = isinstance(error, NothingFitsError)
         return Answer(error=str(error), short=short, **(known if short else {}))
-    except Exception as error:  # a page is no place for a traceback either
+    except Exception as error:  # the page shows no traceback
         return Answer(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def further(wish: Wish) -> Further:
-    """The memory over the call under the plan, or what would make one fit; nothing where neither can be told."""
+def details(selection: Selection) -> Details:
+    """Draw the memory over the call under the plan, or suggest changes that would make one fit."""
     try:
-        return _memory(_plan(wish))
+        return _memory_details(_plan(selection))
     except NothingFitsError:
-        return Further(helps=tuple(_helps(wish)))
+        return Details(suggestions=tuple(_suggestions(selection)))
     except VramplanError as error:
-        return Further(words=f"no picture: {error}")
+        return Details(words=f"no picture: {error}")
 
 
 @lru_cache(maxsize=4)
@@ -84,28 +84,28 @@ def _subject(model: str) -> Subject:
 
 
 @lru_cache(maxsize=8)
-def _plan(wish: Wish) -> Plan:
-    subject = _subject(wish.model)
-    hardware, accelerator = _machine(wish)
-    return subject.plan(subject.workload(dict(wish.counts)), hardware, accelerator, _asked(wish))
+def _plan(selection: Selection) -> Plan:
+    subject = _subject(selection.model)
+    hardware, accelerator = _machine(selection)
+    return subject.plan(subject.workload(dict(selection.counts)), hardware, accelerator, _request(selection))
 
 
-def _machine(wish: Wish) -> tuple[Hardware, Accelerator | None]:
-    return choose_machine(wish.device, vram=dict(wish.amounts).get("vram"))
+def _machine(selection: Selection) -> tuple[Hardware, Accelerator | None]:
+    return choose_machine(selection.device, vram=dict(selection.amounts).get("vram"))
 
 
-def _asked(wish: Wish) -> PlanRequest:
-    return PlanRequest(allow=wish.allow, **dict(wish.amounts))  # type: ignore[arg-type]
+def _request(selection: Selection) -> PlanRequest:
+    return PlanRequest(allow=selection.allow, **dict(selection.amounts))  # type: ignore[arg-type]
 
 
-def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
+def _answer_of(plan: Plan, known: dict[str, Any]) -> Answer:
     from vramplan.api.code import plan_code
     from vramplan.planfile.types import settings_text
     from vramplan.units import format_bytes, format_seconds
     from vramplan.view.bars import plan_bar
     from vramplan.view.plan import plan_rows
     from vramplan.view.plot.candidates import candidates_picture
-    from vramplan.view.plot.with_plotly import candidates_figure
+    from vramplan.view.plot.plotly_figures import candidates_figure
 
     bar = plan_bar(plan)
     return Answer(
@@ -129,38 +129,38 @@ def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
     )
 
 
-def _memory(plan: Plan) -> Further:
+def _memory_details(plan: Plan) -> Details:
     from vramplan.api.simulate import simulate
     from vramplan.planfile.types import load_options
     from vramplan.view.plot.memory import memory_picture
-    from vramplan.view.plot.with_plotly import memory_figure, memory_words
+    from vramplan.view.plot.plotly_figures import memory_figure, memory_words
 
     if plan.machine.accelerator is None:
-        return Further(words="Without an accelerator no call is simulated: the plan rests on rules of thumb.")
+        return Details(words="Without an accelerator no call is simulated: the plan rests on rules of thumb.")
     limit = plan.machine.budget.vram_bytes
     simulation = simulate(plan.model.origin, plan, capacity_bytes=limit, timeline=True, **load_options(plan))
     picture = memory_picture(simulation)
-    return Further(picture=memory_figure(picture).to_json(), words=memory_words(picture))
+    return Details(picture=memory_figure(picture).to_json(), words=memory_words(picture))
 
 
-def _helps(wish: Wish) -> Iterator[str]:
-    """Single changes of the wish, as phrases, under which something fits by its price."""
+def _suggestions(selection: Selection) -> Iterator[str]:
+    """Single changes of the selection, as phrases, with which a plan fits by its price."""
     from vramplan.workload import workload_text
 
-    subject = _subject(wish.model)
-    work = subject.workload(dict(wish.counts))
-    hardware, card = _machine(wish)
-    asked = _asked(wish)
+    subject = _subject(selection.model)
+    work = subject.workload(dict(selection.counts))
+    hardware, card = _machine(selection)
+    request = _request(selection)
 
     def fits(work: Workload = work, device: str | None = None, **changes: Any) -> bool:
         machine, accelerator = (hardware, card) if device is None else choose_machine(device)
         try:
-            subject.plan(work, machine, accelerator, replace(asked, **changes), confirm=False)
+            subject.plan(work, machine, accelerator, replace(request, **changes), confirm=False)
         except (NothingFitsError, UsageError):
             return False
         return True
 
-    allowed = QUALITIES.index(wish.allow or "lossless") + 1
+    allowed = QUALITIES.index(selection.allow or "lossless") + 1
     quality = next((item for item in QUALITIES[allowed:] if fits(allow=item)), None)
     if quality is not None:
         yield f"allowing {quality.replace('_', ' ')} settings"
@@ -170,14 +170,14 @@ def _helps(wish: Wish) -> Iterator[str]:
     smaller = replace(work, height=work.height // 32 * 16, width=work.width // 32 * 16)
     if min(smaller.height, smaller.width) > 0 and fits(smaller):
         yield workload_text(smaller)
-    if wish.device and asked.vram and fits(device=wish.device, vram=None):
+    if selection.device and request.vram and fits(device=selection.device, vram=None):
         yield "all of the card's memory"
     if card is not None:
-        yield from _larger(card, lambda name: fits(device=name, vram=None))
+        yield from _larger_card(card, lambda name: fits(device=name, vram=None))
 
 
-def _larger(card: Accelerator, fits: Callable[[str], bool]) -> Iterator[str]:
-    """The smallest of the larger cards of this kind on which it fits: of each whole GiB the one with least memory."""
+def _larger_card(card: Accelerator, fits: Callable[[str], bool]) -> Iterator[str]:
+    """The smallest larger card of this kind on which it fits, of each whole GiB trying the card with least memory."""
     sizes: dict[int, DeviceProfile] = {}
     for profile in sorted(device_profiles(), key=lambda profile: (profile.memory_bytes, profile.name)):
         alike = profile.kind == card.kind and (profile.pool_bytes is not None) == card.unified

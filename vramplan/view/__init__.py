@@ -1,1 +1,1 @@
-"""Values as text, HTML and pictures."""
+"""Show values as text, HTML and pictures."""

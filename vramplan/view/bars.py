@@ -1,4 +1,4 @@
-"""Memory as bars: what a plan, a simulation and a machine take of it, and what is left."""
+"""Bars of the memory that a plan, a simulation or a call takes, and of a machine's budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vramplan.view.plot.colours import ACTIVATIONS, FITS, HOST, LIMIT, NEUTRAL, 
 from vramplan.view.terminal import Bar, Segment
 
 if TYPE_CHECKING:
-    from vramplan.calibration.measured import Measured
+    from vramplan.calibration.peaks import Measured
     from vramplan.hardware.types import Budget
     from vramplan.planfile.types import Plan
     from vramplan.planner.demand import PhaseDemand
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 def plan_bar(plan: Plan) -> Bar | None:
-    """All of the device's memory at the plan's highest moment; None without a device.
+    """The device's whole memory at the plan's peak; None without a device.
 
-    What is neither the plan's, nor kept free, nor the driver's context, is other programs' or not to be used.
+    The rest, which is neither the plan's, nor margin, nor driver context, belongs to other programs or is off limits.
     """
     demand = plan.projected
     if not demand.phases:
         return None
     peak = max(demand.phases, key=lambda phase: phase.allocated_bytes)
-    computing = _computing(peak, demand.vram_reserved_bytes - peak.allocated_bytes)
+    computing = _usage_segments(peak, demand.vram_reserved_bytes - peak.allocated_bytes)
     return _whole_device("VRAM", plan, computing, demand.vram_reserved_bytes)
 
 
-def versus_bars(plan: Plan, measured: Measured) -> list[Bar]:
-    """The plan's bar over that of what its call took, on one scale; none without a device, or where that is not known.
+def comparison_bars(plan: Plan, measured: Measured) -> list[Bar]:
+    """The plan's bar above the bar of its measured call, on one scale; empty without a device or measured VRAM.
 
-    What is in tensors is not told apart by what it is for: only a simulation knows.
+    The measured bar has one part for all tensors: only a simulation knows their purpose.
     """
     projected, allocated, reserved = plan_bar(plan), measured.vram_allocated_bytes, measured.vram_reserved_bytes
     if projected is None or allocated is None or reserved is None:
         return []
-    took = [Segment("in tensors", allocated, "█#", WEIGHTS[2]), _kept(reserved - allocated)]
+    took = [Segment("in tensors", allocated, "█#", WEIGHTS[2]), _cache_segment(reserved - allocated)]
     real = _whole_device("measured ", plan, took, reserved)
     return [Bar("projected", projected.parts), real] if real else []
 
@@ -47,7 +47,7 @@ def _whole_device(name: str, plan: Plan, computing: list[Segment], reserved_byte
         return None
     taken = {item.name: item.size_bytes for item in budget.deductions if item.memory == "vram"}
     context, margin = taken.get("driver context", 0), taken.get("margin", 0)
-    beyond = max(0, reserved_bytes - budget.vram_bytes)  # of a call that took more than was planned
+    beyond = max(0, reserved_bytes - budget.vram_bytes)  # of a call that exceeded the budget
     return Bar(
         name,
         [
@@ -61,17 +61,17 @@ def _whole_device(name: str, plan: Plan, computing: list[Segment], reserved_byte
 
 
 def simulation_bar(simulation: Simulation) -> Bar:
-    """The highest moment within the capacity, or alone where there is none."""
+    """The memory at the simulation's peak, with the headroom below its capacity, if any."""
     peak = max(simulation.phases, key=lambda phase: phase.peak_allocated_bytes, default=None)
     if peak is None:
         return Bar("VRAM", [])
     cached = simulation.peak_reserved_bytes - peak.peak_allocated_bytes
     left = (simulation.capacity_bytes or 0) - simulation.peak_reserved_bytes
-    return Bar("VRAM", [*_computing(peak, cached), _headroom(left)])
+    return Bar("VRAM", [*_usage_segments(peak, cached), _headroom(left)])
 
 
 def budget_bar(budget: Budget) -> Bar:
-    """What may be used of the device's memory, and what was taken off it."""
+    """The budget of the device's memory, and each deduction from it."""
     styles = (LIMIT, HOST, NEUTRAL, WORKSPACE, ACTIVATIONS)
     taken = [item for item in budget.deductions if item.memory == "vram" and item.size_bytes > 0]
     parts = [
@@ -81,16 +81,16 @@ def budget_bar(budget: Budget) -> Bar:
     return Bar("VRAM", [Segment("may be used", budget.vram_bytes or 0, "█#", WEIGHTS[0]), *parts])
 
 
-def _computing(peak: PhaseDemand | SimulatedPhase, cached: int) -> list[Segment]:
+def _usage_segments(peak: PhaseDemand | SimulatedPhase, cached: int) -> list[Segment]:
     return [
         Segment("weights", peak.weights_bytes, "█#", WEIGHTS[0]),
         Segment("activations", peak.activation_bytes, "▓+", ACTIVATIONS),
         Segment("workspace", peak.workspace_bytes, "▒~", WORKSPACE),
-        _kept(cached),
+        _cache_segment(cached),
     ]
 
 
-def _kept(size: int) -> Segment:
+def _cache_segment(size: int) -> Segment:
     return Segment("kept by torch", size, "░:", FITS)
 
 

@@ -1,4 +1,4 @@
-"""What fits, as tables for people and as JSON for programs."""
+"""Answers of `fit`, as tables for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vramplan.workload import workload_text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_NAMED = 2  # of the cards of one size
+_MOST_NAMES = 2  # cards named for each memory size
 
 
 def fits_dict(fits: Fits) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def html_of(fits: Fits) -> str:
 
 
 def fits_view(fits: Fits) -> RenderableType:
-    """The answer for a person: the smallest cards, the models, or the largest workloads, and how each would run."""
-    from vramplan.view.terminal import stacked
+    """The answer for a person: the smallest cards, the models, or the largest workloads, each with its plan."""
+    from vramplan.view.terminal import stack
 
-    return stacked(list({"cards": _cards, "models": _models, "largest": _largest}[fits.question](fits)))
+    return stack(list({"cards": _cards, "models": _models, "largest": _largest}[fits.question](fits)))
 
 
 def _cards(fits: Fits) -> Iterator[RenderableType]:
-    """For each model the smallest cards by quality, then the sizes of cards."""
+    """Tables for each model: the smallest card for each quality, then the memory sizes of cards."""
     for model in dict.fromkeys(row.model for row in fits.rows):
         rows = [row for row in fits.rows if row.model == model]
         answers = [item for item in fits.smallest if item.model == model]
@@ -66,7 +66,7 @@ def _answer(item: Smallest) -> Sequence[str]:
     row = item.row
     if row is None or row.device is None or item.least_vram_bytes is None:
         return words, "none", "", "", ""
-    return words, row.device, _whole(row), format_bytes(item.least_vram_bytes), _chosen(row)
+    return words, row.device, _memory_text(row), format_bytes(item.least_vram_bytes), _chosen(row)
 
 
 def _sizes(rows: Sequence[Row]) -> Iterable[Sequence[str]]:
@@ -75,16 +75,16 @@ def _sizes(rows: Sequence[Row]) -> Iterable[Sequence[str]]:
         yield f"{len(none)} size{'s' if len(none) > 1 else ''}", _names(none), "", "", "", "does not fit"
     for row in rows:
         if row.fits:
-            yield _whole(row), _names([row]), *_price(row), _chosen(row)
+            yield _memory_text(row), _names([row]), *_price(row), _chosen(row)
 
 
 def _names(rows: Sequence[Row]) -> str:
     names = [name for row in rows for name in (row.device or "", *row.alike)]
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _whole(row: Row) -> str:
+def _memory_text(row: Row) -> str:
     return "" if row.memory_bytes is None else f"{row.memory_bytes / GIB:.0f} GiB"
 
 
@@ -105,12 +105,12 @@ def _chosen(row: Row) -> str:
 
 def _models(fits: Fits) -> Iterator[RenderableType]:
     rows = [(row.model, workload_text(row.workload), *_price(row), _chosen(row)) for row in fits.rows]
-    yield _on(fits)
+    yield _machine_line(fits)
     yield ""
     yield table_view(("model", "for", "VRAM", "a call", "quality", "chosen"), rows)
 
 
-def _on(fits: Fits) -> str:
+def _machine_line(fits: Fits) -> str:
     row = fits.rows[0]
     memory = "" if row.memory_bytes is None else f", {format_bytes(row.memory_bytes)}"
     return f"on {row.device or 'the CPU'}{memory}"
@@ -119,15 +119,15 @@ def _on(fits: Fits) -> str:
 def _largest(fits: Fits) -> Iterator[RenderableType]:
     from vramplan.view.terminal import hang
 
-    yield _on(fits)
+    yield _machine_line(fits)
     for row, beyond in zip(fits.rows, fits.largest, strict=True):
-        first, *more = _found(row, beyond)
+        first, *more = _largest_lines(row, beyond)
         yield ""
         yield first
         yield from (hang(line, 10) for line in more)
 
 
-def _found(row: Row, beyond: Largest) -> Iterable[str]:
+def _largest_lines(row: Row, beyond: Largest) -> Iterable[str]:
     if not row.fits:
         yield f"{row.model}: not even {workload_text(row.workload)} fits: {row.reason}"
         return

@@ -1,4 +1,4 @@
-"""A machine as text: for people, for programs, and as a block for a bug report."""
+"""A machine as text for people, as JSON for programs, and as a block for a bug report."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from vramplan.calibration.records import ProbeRecord
 
 CALIBRATE_SCHEMA_VERSION = 1
-
 DETECT_SCHEMA_VERSION = 1
 _INDENT = " " * 14
 
 
 def hardware_dict(hardware: Hardware, budget: Budget | None) -> dict[str, Any]:
-    """The machine and what may be used of it: the object `detect --json` prints, and `detect -o` writes.
+    """The machine and its budget: the object that `detect --json` prints and `detect -o` writes.
 
-    The budget is None where nothing is left to use.
+    The budget is None if no memory is left to use.
     """
     usable = None if budget is None else asdict(budget)
     return {"schema_version": DETECT_SCHEMA_VERSION, **asdict(hardware), "budget": usable}
@@ -44,9 +43,9 @@ def html_of(hardware: Hardware) -> str:
 
 
 def hardware_view(hardware: Hardware, budget: Budget | None) -> RenderableType:
-    """The machine for a person: each memory, what is taken off it and why, and what is left to use."""
+    """The machine for a person: each memory, and the budget with its deductions and their reasons."""
     from vramplan.view.bars import budget_bar
-    from vramplan.view.terminal import hang, stacked
+    from vramplan.view.terminal import hang, stack
 
     lines = []
     for accelerator in hardware.accelerators:
@@ -66,11 +65,11 @@ def hardware_view(hardware: Hardware, budget: Budget | None) -> RenderableType:
             views += [hang(line, 8) for line in _disk_budget(hardware.host, budget.disk_bytes)]
         views += ["", budget_bar(budget)] if budget.vram_bytes is not None else []
     views += [hang(f"note: {note}", 6, "yellow") for note in hardware.notes]
-    return stacked(views)
+    return stack(views)
 
 
 def hardware_markdown(hardware: Hardware, budget: Budget | None) -> str:
-    """The same as a block to paste into a bug report: nothing in it names the machine, its owner or its devices."""
+    """The machine as a block for a bug report, without names of the machine and its owner and device identifiers."""
     from vramplan._version import __version__
     from vramplan.view.redact import redact
 
@@ -86,7 +85,7 @@ def _accelerator_line(accelerator: Accelerator) -> str:
 
 
 def _facts(device: Accelerator) -> Iterator[str]:
-    """What is known beside the memory, a line for each; nothing is said of what is not known."""
+    """The device's known facts other than its memory, one line each."""
     if not device.identified:
         yield "unidentified: one of several devices, of which this is what they have in common"
     about = [device.part, device.architecture, device.driver and f"driver {device.driver}", device.uuid]
@@ -121,14 +120,14 @@ def _link_facts(device: Accelerator) -> Iterator[str]:
     if link is not None:
         now = f"PCIe {link.generation or '?'} x{link.width or '?'} now"
         most = f"at most {link.max_generation or '?'} x{link.max_width or '?'}"
-        yield f"{now}, {most}{_why_less(link.generation, link.max_generation, link.width, link.max_width)}"
+        yield f"{now}, {most}{_link_reasons(link.generation, link.max_generation, link.width, link.max_width)}"
     if device.link_bytes_per_s is not None:
         yield f"copies to it at most at {device.link_bytes_per_s / 1e9:.3g} GB/s"
     for peer in device.peers:
         yield f"{peer.count} {peer.link} link(s) to {peer.to}"
 
 
-def _why_less(generation: int | None, most: int | None, width: int | None, widest: int | None) -> str:
+def _link_reasons(generation: int | None, most: int | None, width: int | None, widest: int | None) -> str:
     reasons = []
     if generation and most and generation < most:
         reasons.append("an idle link slows down and speeds up under load")
@@ -168,8 +167,8 @@ def _disk(host: Host) -> str:
 
 def _measurement(item: Measurement) -> str:
     scale, unit = (1e9, "GB/s") if item.unit == "bytes/s" else (1e12, "Tflop/s")
-    middle, least, most = (f"{value / scale:.3g}" for value in (item.median, item.least, item.most))
-    return f"measured {item.what.replace('_', ' ')}: {middle} {unit} ({least} to {most} in {item.runs} runs)"
+    median, least, most = (f"{value / scale:.3g}" for value in (item.median, item.least, item.most))
+    return f"measured {item.what.replace('_', ' ')}: {median} {unit} ({least} to {most} in {item.runs} runs)"
 
 
 def _disk_budget(host: Host, count: int) -> Iterator[str]:
@@ -189,12 +188,12 @@ def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> I
 
 
 def probe_dict(record: ProbeRecord) -> dict[str, Any]:
-    """What was measured of a device: the object `calibrate --json` prints."""
+    """The measurements of a device: the object that `calibrate --json` prints."""
     return {"schema_version": CALIBRATE_SCHEMA_VERSION, **asdict(record)}
 
 
 def probe_text(record: ProbeRecord) -> str:
-    """What was measured of a device for a person, and what could not be."""
+    """The measurements of a device for a person, and notes on those that failed."""
     rates = (
         ("host to device, page-locked", record.pinned_to_device_bytes_per_s, 1e9, "GB/s"),
         ("host to device, pageable", record.pageable_to_device_bytes_per_s, 1e9, "GB/s"),

@@ -34,12 +34,12 @@ def html_of(plan: Plan) -> str:
 
 
 def plan_view(plan: Plan) -> RenderableType:
-    """The plan for a person: what was chosen, how near the limit, how fast, and why not the faster one."""
+    """The plan for a person: settings, memory against the limits, speed, quality, reason, and the phases."""
     from vramplan.view.bars import plan_bar
-    from vramplan.view.terminal import hang, stacked, table
+    from vramplan.view.terminal import hang, stack, table
 
     bar = plan_bar(plan)
-    return stacked(
+    return stack(
         [
             *(hang(f"{name:<9} {text}", 10) for name, text in plan_rows(plan)),
             *(("", bar) if bar else ()),
@@ -51,7 +51,7 @@ def plan_view(plan: Plan) -> RenderableType:
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
-    """What a plan says in short: the name of each thing, and the thing."""
+    """The summary of a plan, as pairs of name and text."""
     from vramplan.planner.demand import fits_sentence
 
     card = plan.machine.accelerator.name if plan.machine.accelerator else "the CPU"
@@ -69,7 +69,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _loading_row(plan: Plan) -> list[tuple[str, str]]:
-    """What loading takes of RAM at most, where it takes some."""
+    """The peak of RAM while loading; empty if loading takes none."""
     load = plan.projected.load
     if load is None or not load.ram_bytes:
         return []
@@ -105,10 +105,10 @@ def explain_text(plan: Plan) -> str:
 
 
 def explain_view(plan: Plan) -> RenderableType:
-    """Every candidate in three lines: verdict, memory, time and what limits it; the settings; the reason."""
+    """Every candidate in three lines: verdict, memory, times and bottleneck; the settings; the reason."""
     from rich.text import Text
 
-    from vramplan.view.terminal import hang, stacked
+    from vramplan.view.terminal import hang, stack
 
     lines: list[RenderableType] = [
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
@@ -124,4 +124,4 @@ def explain_view(plan: Plan) -> RenderableType:
     if plan.refused:
         lines += ["", "not possible here"]
         lines += [hang(f"  {item.setting} on {item.component}: {item.reason}", 2) for item in plan.refused]
-    return stacked(lines)
+    return stack(lines)

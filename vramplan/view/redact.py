@@ -1,4 +1,4 @@
-"""Text without what names a person or a machine."""
+"""Remove names of people, machines and devices from text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-# Identifiers as drivers, containers and batch systems write them: UUIDs, long hexadecimal numbers, numbers of users
-# and jobs.
+# Identifiers of drivers, containers and batch systems: UUIDs, long hexadecimal numbers, numbers of users and jobs.
 _PATTERNS = (
     (re.compile(r"(?:GPU-|MIG-)*[0-9a-fA-F]{8}(?:[-_][0-9a-fA-F]{4}){3}[-_][0-9a-fA-F]{12}(?:/\d+/\d+)?"), "<uuid>"),
     (re.compile(r"\b(?:GPU|MIG)-[0-9a-zA-Z-]+"), "<uuid>"),
@@ -18,7 +17,7 @@ _PATTERNS = (
     (re.compile(r"\b(uid_|user-|user@|job_|step_)\d+"), r"\1<id>"),
 )
 _GROUP = re.compile(r"(?<=\bat )/[^\s()]*")
-# What control groups are called by those who make them; anything else may be the name of a person or a machine.
+# Words in the control groups' names of known software; anything else may be the name of a person or a machine.
 _GROUP_WORDS = frozenset(
     (
         *("system", "systemd", "user", "session", "app", "machine", "init", "slice", "scope", "service"),
@@ -27,16 +26,16 @@ _GROUP_WORDS = frozenset(
         *("slurm", "slurmstepd", "uid", "job", "step", "task"),
     )
 )
-# Folders that every system has; in others names of people and projects are to be expected.
+# Paths outside the folders that every system has: they may contain names of people and projects.
 _PATH = re.compile(
     r"""(?<!\bat )(?<![\w.<>:/~-])(?:[A-Za-z]:\\|/(?!(?:dev|proc|sys|usr|opt|etc)/))[^\s:;,()'"]*[/\\][^\s:;,()'"]*"""
 )
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text with UUIDs, long identifiers, paths, and the names of host, user, control groups and home replaced."""
+    """Replace UUIDs, long identifiers, paths, and the names of host, user, control groups and home in the text."""
     known = {secret: "<uuid>" for secret in secrets if secret}
-    known |= {name: what for name, what in _names() if len(name) > 1}
+    known |= {name: instead for name, instead in _names() if len(name) > 1}
     for secret in sorted(known, key=len, reverse=True):
         text = re.sub(rf"(?<![0-9A-Za-z]){re.escape(secret)}(?![0-9A-Za-z])", known[secret], text, flags=re.IGNORECASE)
     for pattern, instead in _PATTERNS:
@@ -45,7 +44,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def _group(path: str) -> str:
-    """A control group's path with the words that say what made it."""
+    """A control group's path with only the words of known software."""
     words = re.split(r"([/._@:-])", path)
     return "".join(word if _is_plain(word) else "<name>" for word in words)
 
@@ -55,7 +54,7 @@ def _is_plain(word: str) -> bool:
 
 
 def _names() -> Iterable[tuple[str, str]]:
-    """What the machine and its user are called."""
+    """The names of the machine and its user, each with its replacement."""
     host = platform.node()
     yield host, "<host>"
     yield host.partition(".")[0], "<host>"

@@ -1,4 +1,4 @@
-"""Values as text: tables for people, JSON and YAML for programs. The only module that knows columns and colours."""
+"""Parts of several views: notes and tables for people, JSON and YAML for programs, and the list of profiles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def to_yaml(value: Any) -> str:
 
 
 def profiles_text(names: Mapping[str, Sequence[str]], own: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    """The profiles' names by kind. `own` holds the user's, by kind and name, each with the mistakes in its file."""
+    """The profiles' names by kind, as text. `own` has the user's, by kind and name, with the mistakes in each file."""
     return "\n".join(
         line for kind in names for line in (kind, *(_profile_line(name, own[kind]) for name in names[kind]))
     )
@@ -51,14 +51,14 @@ def _profile_line(name: str, own: Mapping[str, Sequence[str]]) -> str:
 
 
 def notes_view(notes: Sequence[str]) -> Iterator[RenderableType]:
-    """A line for each note."""
+    """One line for each note."""
     from vramplan.view.terminal import hang
 
     return (hang(f"note: {note}", 6, "yellow") for note in notes)
 
 
 def table_view(header: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
-    """A plain table, of whose numbers nothing is ever lost."""
+    """A plain table whose columns in `_NUMERIC` are never cut or wrapped."""
     from vramplan.view.terminal import table
 
     return table(header, list(rows), _NUMERIC)

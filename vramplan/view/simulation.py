@@ -19,7 +19,7 @@ SIMULATE_SCHEMA_VERSION = 1
 def simulation_dict(simulation: Simulation) -> dict[str, Any]:
     """A simulation as the object `simulate --json` prints."""
     content = asdict(replace(simulation, timeline=None))
-    content.pop("timeline")  # a picture's, of no use as text
+    content.pop("timeline")  # only for pictures
     return {"schema_version": SIMULATE_SCHEMA_VERSION, **content}
 
 
@@ -39,9 +39,9 @@ def html_of(simulation: Simulation) -> str:
 
 
 def simulation_view(simulation: Simulation) -> RenderableType:
-    """A simulation for a person: whether it fits, the peaks, and what made them."""
+    """A simulation for a person: whether it fits, the peaks, and the operation at each peak."""
     from vramplan.view.bars import simulation_bar
-    from vramplan.view.terminal import hang, stacked, table
+    from vramplan.view.terminal import hang, stack, table
 
     limit = "" if simulation.capacity_bytes is None else f" of {format_bytes(simulation.capacity_bytes)}"
     verdict = {None: "no limit was set", True: "fits", False: "does not fit"}[simulation.fits]
@@ -66,7 +66,7 @@ def simulation_view(simulation: Simulation) -> RenderableType:
         for phase in simulation.phases
     ]
     header = ("phase", "peak", "weights", "activations", "workspace", "made by")
-    return stacked(
+    return stack(
         [
             *(hang(line, 10) for line in lines),
             "",

@@ -1,4 +1,4 @@
-"""Views made of rich's parts, shown where they are read: on a terminal, through a pipe, in a notebook."""
+"""Views made of rich's renderables, and their output on a terminal, through a pipe and in a notebook."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from rich.text import Text
 from vramplan.units import format_bytes
 
 _LEAST, _MOST = 60, 140
-# A pipe is as wide as its longest line, so that a program finds each in one piece.
-_ENDLESS = 100_000
-_NOTEBOOK = 110
-_BAR = 72
+# Lines through a pipe are not wrapped, so that a program can find each.
+_PIPE_WIDTH = 100_000
+_NOTEBOOK_WIDTH = 110
+_BAR_WIDTH = 72
 _ASCII_HEAD = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
-class _AsciiText(StringIO):
-    """Text for what may know no other characters."""
+class _AsciiBuffer(StringIO):
+    """A text buffer on which rich uses ASCII only."""
 
     encoding = "ascii"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a bar: what it stands for, its bytes, its two characters (ASCII the second) and its style."""
+    """A segment of a bar: its name, bytes, two characters (the second in ASCII) and style."""
 
     name: str
     size_bytes: int
@@ -44,7 +44,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A memory as a bar of parts, and what each is. Parts of nothing are left out."""
+    """A memory as a bar of parts, with a legend. Empty parts are left out."""
 
     name: str
     parts: Sequence[Segment]
@@ -55,7 +55,7 @@ class Bar:
         if not total:
             return
         mark = 1 if options.ascii_only else 0
-        room = min(options.max_width - len(self.name) - 4, _BAR if options.max_width == _ENDLESS else _MOST)
+        room = min(options.max_width - len(self.name) - 4, _BAR_WIDTH if options.max_width == _PIPE_WIDTH else _MOST)
         line = Text(f"{self.name} [")
         for part, width in zip(parts, _shares([part.size_bytes for part in parts], room), strict=True):
             line.append(part.marks[mark] * width, part.style)
@@ -69,14 +69,14 @@ def _legend(part: Segment, mark: int) -> Text:
 
 
 def _shares(sizes: Sequence[int], room: int) -> list[int]:
-    """Columns for each size, one at least, all of them together as many as there are."""
+    """Divide `room` columns in proportion to the sizes, with at least one column for each."""
     widths = [max(1, round(size * room / sum(sizes))) for size in sizes]
     widths[widths.index(max(widths))] += room - sum(widths)
     return widths
 
 
 def hang(line: str, at: int, style: str = "bold") -> RenderableType:
-    """A line whose first `at` characters are a name: where it is too long, the rest goes on below itself."""
+    """A line with a hanging indent after its first `at` characters, a name in the given style."""
     grid = Table.grid(padding=0)
     grid.add_column(no_wrap=True, min_width=at)
     grid.add_column(overflow="fold")
@@ -85,7 +85,7 @@ def hang(line: str, at: int, style: str = "bold") -> RenderableType:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[str]) -> RenderableType:
-    """A plain table; its last column is wrapped, and of a `numeric` one nothing is ever lost."""
+    """A plain table; long text wraps, but not in the `numeric` columns."""
     return _Table(tuple(header), tuple(map(tuple, rows)), tuple(numeric))
 
 
@@ -108,27 +108,27 @@ class _Table:
         yield made
 
 
-def stacked(views: Sequence[RenderableType]) -> RenderableType:
-    """Views one below the other."""
+def stack(views: Sequence[RenderableType]) -> RenderableType:
+    """Stack views vertically."""
     return Group(*views)
 
 
 def as_text(view: RenderableType) -> str:
-    """The view in plain ASCII without colours: as wide as the terminal, or `COLUMNS`; a line each through a pipe."""
-    out = _AsciiText()
+    """The view in ASCII without colours: as wide as the terminal, or `COLUMNS`; not wrapped through a pipe."""
+    out = _AsciiBuffer()
     _console(out, _width(sys.stdout), color_system=None).print(view)
     return "\n".join(_lines(out.getvalue()))
 
 
 def as_html(view: RenderableType) -> str:
     """The view for a notebook, in a block of fixed width."""
-    console = _console(StringIO(), _NOTEBOOK, record=True, force_jupyter=False)
+    console = _console(StringIO(), _NOTEBOOK_WIDTH, record=True, force_jupyter=False)
     console.print(view)
     return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.2">{code}</pre>')
 
 
 def show(view: RenderableType) -> None:
-    """Print the view: with colours on a terminal that has them (`NO_COLOR`: without), else as `as_text` has it."""
+    """Print the view: with colours on a terminal that has them, unless `NO_COLOR` is set; else like `as_text`."""
     if not sys.stdout.isatty():
         print(as_text(view), flush=True)
         return
@@ -145,5 +145,5 @@ def _lines(text: str) -> Iterator[str]:
 
 def _width(file: Any) -> int:
     if not os.environ.get("COLUMNS") and not file.isatty():
-        return _ENDLESS
+        return _PIPE_WIDTH
     return max(_LEAST, min(_MOST, shutil.get_terminal_size((100, 24)).columns))

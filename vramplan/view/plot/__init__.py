@@ -1,1 +1,1 @@
-"""Pictures of simulations and plans: as SVG or PNG with matplotlib, as one HTML file with plotly."""
+"""Draw simulations and plans: as SVG or PNG with matplotlib, as one HTML file with plotly."""

@@ -1,4 +1,4 @@
-"""What a picture of a plan's candidates shows, whatever draws it."""
+"""The data of a picture of a plan's candidates, independent of the drawing library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vramplan.planfile.types import Considered, Plan, settings_text
 from vramplan.units import GIB
 from vramplan.view.plot.colours import CHOSEN, FITS, MEASURED, NEUTRAL, TOO_LARGE
 
-_LONG = 300  # seconds from which a call is told in minutes
+_LONG = 300  # seconds above which the longest call switches the axis to minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class Dots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidatesPicture:
-    """Time against the peak of `memory`: VRAM, or RAM without an accelerator. Below `budget`, in GiB, it is enough.
+    """Time against the peak of `memory`: VRAM, or RAM without an accelerator; `budget` is its limit in GiB.
 
-    Times of the groups are in `unit`: seconds, or minutes where calls take long.
+    Times of the groups are in `unit`: seconds, or minutes for long calls.
     """
 
     title: str
@@ -43,10 +43,10 @@ class CandidatesPicture:
 
 
 def candidates_picture(plan: Plan, measured: Usage | None = None) -> CandidatesPicture:
-    """The picture of a plan's candidates, with a real call of the chosen one where one was measured.
+    """The picture of a plan's candidates, with the measured call of the chosen one, if given.
 
     Raises:
-        VramplanError: the plan lists none.
+        VramplanError: the plan lists no candidates.
     """
     if not plan.candidates:
         raise VramplanError("this plan lists no candidates to draw: make it again with vramplan plan")

@@ -1,4 +1,4 @@
-"""The colours of pictures: told apart by people who do not see all colours, on white and on black.
+"""The colours of pictures: distinct for colour-blind people, on white and on black.
 
 Okabe and Ito's palette ("Color Universal Design", jfly.uni-koeln.de/color, 2008), and shades of two of its blues.
 """
@@ -16,5 +16,5 @@ CHOSEN = "#009E73"
 FITS = "#56B4E9"
 TOO_LARGE = "#D55E00"
 MEASURED = "#CC79A7"
-# Lines and grids that are seen on both grounds.
+# Lines and grids, visible on both backgrounds.
 NEUTRAL = "#808080"

@@ -1,4 +1,4 @@
-"""What a picture of the memory over a call shows, whatever draws it."""
+"""The data of a picture of the memory over a call, independent of the drawing library."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vramplan.simulator.types import Moment, Simulation, Timeline
 from vramplan.units import GIB, format_bytes
 from vramplan.view.plot.colours import ACTIVATIONS, HOST, PINNED, WEIGHTS, WORKSPACE
 
-# The least share of the width that a phase gets: a decode of few, large blocks would not be seen otherwise.
+# The least share of the width for a phase: a decode of few, large blocks would be too narrow to see otherwise.
 _LEAST_WIDTH = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One colour of a stack: its sizes in GiB, one for each place."""
+    """One layer of a stack: its sizes in GiB, one for each place."""
 
     name: str
     colour: str
@@ -27,7 +27,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """A phase and where it lies, from 0 to 1."""
+    """A phase and its start and end in the picture, from 0 to 1."""
 
     name: str
     start: float
@@ -36,9 +36,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """What was measured, in GiB: a line at the height of the peak, over the whole call or a step for each phase.
+    """Measured peaks in GiB, as a line: level over the whole call, or with a step for each phase.
 
-    `places` are the ends of each of its stretches, `sizes` its height there; None where it is broken off.
+    `places` are the ends of its segments, `sizes` the heights there; None breaks the line.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Level:
 
     @property
     def highest(self) -> float:
-        """Its highest place."""
+        """The greatest height, in GiB."""
         return max(size for size in self.sizes if size is not None)
 
 
@@ -55,9 +55,8 @@ class Level:
 class MemoryPicture:
     """Memory in GiB over places from 0 to 1, in the order of the call; phases are not to scale.
 
-    `running` says what ran at each place. `budget` is None where no limit was set. `peak_name` says what made the
-    peak, at place `peak_at`. It `stopped` where memory ran out. What a real call took at most is in `measured_device`
-    and `measured_host`.
+    `running` names the module that ran at each place, `peak_name` the one at the peak, at place `peak_at`. `budget` is
+    None without a limit. It `stopped` if memory ran out. The `measured_...` levels are the peaks of a measured call.
     """
 
     title: str
@@ -77,10 +76,10 @@ class MemoryPicture:
 
 
 def memory_picture(simulation: Simulation, measured: Usage | None = None) -> MemoryPicture:
-    """The picture of a simulation, with the peaks of a real call where one was measured, phase by phase where known.
+    """The picture of a simulation, with the peaks of a measured call, if given, by phase if known.
 
     Raises:
-        VramplanError: its timeline was not asked for.
+        VramplanError: the simulation has no timeline.
     """
     timeline = simulation.timeline
     if timeline is None or not timeline.moments:
@@ -97,7 +96,7 @@ def memory_picture(simulation: Simulation, measured: Usage | None = None) -> Mem
         running=[_running(moment) for moment in moments],
         device=_device(timeline),
         reserved=[moment.reserved_bytes / GIB for moment in moments],
-        host=_seen(
+        host=_non_empty(
             Layer(name="page-locked", colour=PINNED, sizes=pinned), Layer(name="other RAM", colour=HOST, sizes=host)
         ),
         phases=[span for _, span in spans],
@@ -112,7 +111,7 @@ def memory_picture(simulation: Simulation, measured: Usage | None = None) -> Mem
 
 
 def _measured_device(measured: Usage, spans: Sequence[Span]) -> Iterator[Level]:
-    """What the device held, and had in tensors: by phase, or over the call where phases were not told apart."""
+    """The measured peaks of reserved and allocated VRAM: by phase, or over the call if phases were not separated."""
     phases = [(span, measured.phases[span.name]) for span in spans if span.name in measured.phases]
     if measured.vram_reserved_bytes:
         steps = [(span, peak.reserved_bytes) for span, peak in phases]
@@ -145,7 +144,7 @@ def _running(moment: Moment) -> str:
 
 
 def _spans(timeline: Timeline) -> list[tuple[tuple[int, int], Span]]:
-    """Each stretch of one phase: its first and last tick, and where it lies in the picture."""
+    """The phases in order: first and last tick of each, and its span in the picture."""
     found = _stretches(timeline.moments)
     widths = [max(_LEAST_WIDTH, (end - start) / timeline.ticks) for _, start, end in found]
     starts = [sum(widths[:place]) / sum(widths) for place in range(len(widths) + 1)]
@@ -156,18 +155,18 @@ def _spans(timeline: Timeline) -> list[tuple[tuple[int, int], Span]]:
 
 
 def _stretches(moments: Sequence[Moment]) -> list[tuple[str, int, int]]:
-    """Phases one after another: name, first tick and last. What is put away between encoding and loading the rest is
-    the end of encoding: no step is made before all is loaded."""
-    found: list[tuple[str, int, int]] = []
+    """The phases in order: name, first and last tick. Moments of `denoise` before the last of `load` count to the phase
+    before them: they move weights away, and no step runs until all is loaded."""
+    phases: list[tuple[str, int, int]] = []
     last_load = max((moment.tick for moment in moments if moment.phase == "load"), default=0)
     for moment in moments:
-        early = moment.phase == "denoise" and moment.tick < last_load and found
-        name = found[-1][0] if early else moment.phase
-        if found and found[-1][0] == name:
-            found[-1] = (name, found[-1][1], moment.tick)
+        early = moment.phase == "denoise" and moment.tick < last_load and phases
+        name = phases[-1][0] if early else moment.phase
+        if phases and phases[-1][0] == name:
+            phases[-1] = (name, phases[-1][1], moment.tick)
         else:
-            found.append((name, moment.tick, moment.tick))
-    return found
+            phases.append((name, moment.tick, moment.tick))
+    return phases
 
 
 def _places(moments: Sequence[Moment], spans: Sequence[tuple[tuple[int, int], Span]]) -> list[float]:
@@ -181,16 +180,16 @@ def _places(moments: Sequence[Moment], spans: Sequence[tuple[tuple[int, int], Sp
     return found
 
 
-def _moved(timeline: Timeline, place: int) -> int:
-    """Bytes of a component's weights that come or go over the call."""
+def _moved_bytes(timeline: Timeline, place: int) -> int:
+    """The sum of all changes of a component's weights on the device over the call, in bytes."""
     sizes = [moment.weights_bytes[place] for moment in timeline.moments]
     return sum(abs(after - before) for before, after in pairwise(sizes))
 
 
 def _device(timeline: Timeline) -> list[Layer]:
     moments = timeline.moments
-    # What stays as it is lies at the bottom, and what comes and goes on top.
-    order = sorted(range(len(timeline.components)), key=lambda place: _moved(timeline, place))
+    # Weights that stay are at the bottom of the stack, those that move on top.
+    order = sorted(range(len(timeline.components)), key=lambda place: _moved_bytes(timeline, place))
     weights = [
         Layer(
             name=f"weights: {timeline.components[place] or 'other'}",
@@ -201,13 +200,13 @@ def _device(timeline: Timeline) -> list[Layer]:
     ]
     activations = [moment.activation_bytes / GIB for moment in moments]
     workspace = [moment.workspace_bytes / GIB for moment in moments]
-    return _seen(
+    return _non_empty(
         *weights,
         Layer(name="activations", colour=ACTIVATIONS, sizes=activations),
         Layer(name="workspace", colour=WORKSPACE, sizes=workspace),
     )
 
 
-def _seen(*layers: Layer) -> list[Layer]:
-    """Those that ever hold anything."""
+def _non_empty(*layers: Layer) -> list[Layer]:
+    """The layers that are not 0 everywhere."""
     return [layer for layer in layers if any(layer.sizes)]

@@ -1,4 +1,4 @@
-"""Measured against projected: what a call really took."""
+"""Measure peaks and duration of a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The most of a device's memory at any moment of a phase, in bytes: in tensors, and held by torch's allocator."""
+    """Peak memory of a phase on the device, in bytes: in tensors, and reserved by torch's allocator."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -18,10 +18,10 @@ class Peak:
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
-    """Peaks and duration of a call. VRAM is None on the CPU; `ram_bytes` is the process's highest so far.
+    """Peaks and duration of a call. VRAM is None on the CPU; `ram_bytes` is the peak of the process so far.
 
-    `seconds_per_step` is of denoising, its first step left out; None where that was not timed. `phases` are `encode`,
-    `denoise` and `decode`, as far as they could be told apart on a device.
+    `seconds_per_step` is of denoising without its first step; None if not timed. `phases` are `encode`,
+    `denoise` and `decode`, as far as they could be separated on a device.
     """
 
     seconds: float = 0.0
@@ -33,9 +33,9 @@ class Measured:
 
 
 @contextmanager
-def measured(device: str) -> Iterator[Measured]:
-    """Fills the yielded value when the block ends. Resets the device's peak statistics when it starts, and wherever a
-    phase ends (`phase_ended`)."""
+def measure_call(device: str) -> Iterator[Measured]:
+    """Measure the block: the yielded value is filled at its end. The device's peak statistics are reset when it starts
+    and when a phase ends (`end_phase`)."""
     import torch
 
     result = Measured()
@@ -59,18 +59,18 @@ def measured(device: str) -> Iterator[Measured]:
         result.ram_bytes = peak_rss_bytes()
 
 
-def phase_ended(took: Measured, device: str, name: str) -> None:
-    """Books what the device held at most since the last phase ended, or since measuring started, on this one.
+def end_phase(took: Measured, device: str, name: str) -> None:
+    """Record the device's peak since the last phase ended, or since measuring started, as this phase's.
 
-    To be called inside the block of `measured`. Peaks are kept where memory is asked for, on the host, so that nothing
-    has to be waited for.
+    Call it inside the block of `measure_call`. Torch tracks peaks on the host, when memory is requested, so no
+    synchronization is needed.
     """
     if device.startswith("cpu"):
         return
     import torch
 
     peak, before = _peak(device), took.phases.get(name)
-    took.phases[name] = peak if before is None else _higher(before, peak)
+    took.phases[name] = peak if before is None else _maximum(before, peak)
     torch.accelerator.reset_peak_memory_stats(device)
 
 
@@ -83,7 +83,7 @@ def _peak(device: str) -> Peak:
     )
 
 
-def _higher(one: Peak, other: Peak) -> Peak:
+def _maximum(one: Peak, other: Peak) -> Peak:
     return Peak(
         allocated_bytes=max(one.allocated_bytes, other.allocated_bytes),
         reserved_bytes=max(one.reserved_bytes, other.reserved_bytes),
@@ -91,14 +91,14 @@ def _higher(one: Peak, other: Peak) -> Peak:
 
 
 def current_rss_bytes() -> int:
-    """The resident memory this process has now, in bytes."""
+    """The resident memory of this process now, in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had, in bytes (`getrusage`; Windows: peak working set)."""
+    """The peak resident memory of this process, in bytes (`getrusage`; Windows: peak working set)."""
     import sys
 
     import psutil

@@ -1,4 +1,4 @@
-"""What torch tells of devices that nothing else reads, asked in a process of its own: it takes time, and a context."""
+"""Devices read through torch, in a separate process, as that takes time and a device context."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Room = Literal["cuda", "xpu"]
+DeviceType = Literal["cuda", "xpu"]
 Backend = Literal["cuda", "hip", "xpu"]
-_PATIENCE_SECONDS = 60  # importing torch from a cold disk
+_TIMEOUT_SECONDS = 60  # importing torch from a cold disk
 
 
 def torch_backends() -> frozenset[Backend] | None:
-    """What the installed torch is built for, the processor aside; None where none is installed, or it does not say.
+    """The backends of the installed torch, other than the CPU; None if torch is missing or does not name them.
 
-    Its version.py is read and not run: `hip: Optional[str] = '6.4.43482'`, or None (torch 2.13).
+    Its version.py is parsed, not run: `hip: Optional[str] = '6.4.43482'`, or None (torch 2.13).
     """
     try:
         found = importlib.util.find_spec("torch")
         text = (Path(found.origin or "").parent / "version.py").read_text(encoding="utf-8") if found else ""
     except (OSError, ValueError, ImportError):
         return None
-    told = dict(re.findall(r"^(cuda|hip|xpu)\b[^=\n]*=\s*(.+)$", text, re.MULTILINE))
-    built = (name for name in get_args(Backend) if told.get(name, "None").strip() not in ("None", "''", '""'))
-    return frozenset(built) if told else None
+    stated = dict(re.findall(r"^(cuda|hip|xpu)\b[^=\n]*=\s*(.+)$", text, re.MULTILINE))
+    built = (name for name in get_args(Backend) if stated.get(name, "None").strip() not in ("None", "''", '""'))
+    return frozenset(built) if stated else None
 
 
 def torch_is_built_for(backend: Backend) -> bool:
-    """Whether the installed torch has the backend."""
+    """Whether the installed torch is built for the backend."""
     return backend in (torch_backends() or ())
 
 
-def ask_torch(room: Room) -> list[dict[str, Any]] | str:
-    """The devices of that kind, or a sentence on why there is no answer. Bytes.
+def ask_torch(device_type: DeviceType) -> list[dict[str, Any]] | str:
+    """Ask torch for its devices of a type; a text with the reason if it does not answer.
 
-    Keys: name, uuid, total_bytes, free_bytes (None where torch cannot tell), integrated, architecture, driver, native.
+    Keys: name, uuid, total_bytes, free_bytes (None if unknown to torch), integrated, architecture, driver, native.
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import torch_answer; torch_answer()", room],
+            [sys.executable, "-c", f"from {__name__} import print_devices; print_devices()", device_type],
             capture_output=True,
             text=True,
-            timeout=_PATIENCE_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
             check=False,
             stdin=subprocess.DEVNULL,
         )
@@ -59,7 +59,7 @@ def ask_torch(room: Room) -> list[dict[str, Any]] | str:
 
 
 def _is_answer(answer: Any) -> bool:
-    """Whether what came back holds a device: a name, and a memory."""
+    """Whether the answer describes a device: a name, and sizes of its memory."""
     return (
         isinstance(answer, dict)
         and isinstance(answer.get("name"), str)
@@ -70,13 +70,13 @@ def _is_answer(answer: Any) -> bool:
     )
 
 
-def read_devices(torch: Any, room: Room) -> list[dict[str, Any]]:
-    """What that torch tells of its devices of a kind."""
-    module = getattr(torch, room)
-    return [_device(torch, module, room, index) for index in range(module.device_count())]
+def read_devices(torch: Any, device_type: DeviceType) -> list[dict[str, Any]]:
+    """Read the devices of a type from the given torch module, with the keys of `ask_torch`."""
+    module = getattr(torch, device_type)
+    return [_device(torch, module, device_type, index) for index in range(module.device_count())]
 
 
-def _device(torch: Any, module: Any, room: Room, index: int) -> dict[str, Any]:
+def _device(torch: Any, module: Any, device_type: DeviceType, index: int) -> dict[str, Any]:
     facts = module.get_device_properties(index)
     integrated = any(bool(getattr(facts, name, 0)) for name in ("is_integrated_gpu", "is_integrated", "integrated"))
     return {
@@ -87,12 +87,12 @@ def _device(torch: Any, module: Any, room: Room, index: int) -> dict[str, Any]:
         "integrated": integrated,
         "architecture": _text(facts, "gcnArchName") or _text(facts, "architecture"),
         "driver": _text(facts, "driver_version"),
-        "native": _native(torch, facts, f"{room}:{index}"),
+        "native": _native(torch, facts, f"{device_type}:{index}"),
     }
 
 
 def _free(module: Any, index: int) -> int | None:
-    """What torch calls free. XPU refuses on integrated devices, and on some others (pytorch/pytorch#194487)."""
+    """The free bytes by torch; None if it raises, as XPU does on integrated and some more (pytorch/pytorch#194487)."""
     try:
         return int(module.mem_get_info(index)[0])
     except Exception:
@@ -100,7 +100,7 @@ def _free(module: Any, index: int) -> int | None:
 
 
 def _native(torch: Any, facts: Any, device: str) -> list[str]:
-    """The dtypes the device makes a small product in. XPU's properties name what its units lack."""
+    """The dtypes in which a small product works on the device, without float16 where XPU's properties exclude it."""
     found = []
     for name in ("float32", "float16", "bfloat16"):
         lacking = name == "float16" and not getattr(facts, "has_fp16", True)
@@ -118,9 +118,9 @@ def _text(facts: Any, name: str) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
-def torch_answer() -> None:
-    """What the other process does: print the devices of the kind its argument names, as JSON."""
+def print_devices() -> None:
+    """Print the devices of the type in the first argument as JSON: the work of the separate process."""
     import torch
 
-    room: Room = "xpu" if sys.argv[1:] == ["xpu"] else "cuda"
-    print(json.dumps(read_devices(torch, room)))
+    device_type: DeviceType = "xpu" if sys.argv[1:] == ["xpu"] else "cuda"
+    print(json.dumps(read_devices(torch, device_type)))

@@ -10,12 +10,12 @@ import psutil
 import pytest
 import torch
 
-from vramplan.calibration.measured import measured, peak_rss_bytes
+from vramplan.calibration.peaks import measure_call, peak_rss_bytes
 from vramplan.units import MIB
 
 
 def test_on_the_cpu_vram_is_unknown_and_not_zero():
-    with measured("cpu") as took:
+    with measure_call("cpu") as took:
         pass
     assert took.vram_allocated_bytes is None
     assert took.vram_reserved_bytes is None
@@ -23,14 +23,14 @@ def test_on_the_cpu_vram_is_unknown_and_not_zero():
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_seconds_are_those_of_the_block(device):
-    with measured(device) as took:
+    with measure_call(device) as took:
         time.sleep(0.05)
     assert 0.05 <= took.seconds < 5
 
 
 def test_ram_is_the_highest_so_far_and_at_least_what_is_held_now():
     held = psutil.Process().memory_info().rss
-    with measured("cpu") as took:
+    with measure_call("cpu") as took:
         block = bytearray(64 * MIB)
         del block
     assert took.ram_bytes >= held
@@ -40,7 +40,7 @@ def test_ram_is_the_highest_so_far_and_at_least_what_is_held_now():
 def test_memory_taken_and_given_back_counts():
     before = peak_rss_bytes()
     room = before - psutil.Process().memory_info().rss
-    with measured("cpu") as took:
+    with measure_call("cpu") as took:
         block = bytearray(room + 96 * MIB)
         block[::4096] = b"x" * len(block[::4096])
         del block
@@ -51,7 +51,7 @@ def test_a_call_that_fails_is_measured_and_its_error_passes():
     found = []
 
     def fails():
-        with measured("cpu") as took:
+        with measure_call("cpu") as took:
             found.append(took)
             time.sleep(0.01)
             raise RuntimeError("broken")
@@ -76,7 +76,7 @@ def test_on_an_accelerator_peaks_are_reset_before_and_read_after_it_is_done(monk
     values = {"max_memory_allocated": 5, "max_memory_reserved": 7, "synchronize": None, "reset_peak_memory_stats": None}
     for name, value in values.items():
         monkeypatch.setattr(torch.accelerator, name, fake(name, value))
-    with measured("cuda:1") as took:
+    with measure_call("cuda:1") as took:
         events.append(("call", None))
     names = [name for name, _ in events]
     assert {device for _, device in events} == {"cuda:1", None}

@@ -1,4 +1,4 @@
-"""What applying a plan did and what its call took, for people."""
+"""Text for a person on an applied plan and its measured call."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from vramplan.api.run import RunResult
-    from vramplan.calibration.measured import Measured
+    from vramplan.calibration.peaks import Measured
     from vramplan.planfile.types import Plan
 
-# What a plan says of its price, where there is a call to hold against it.
+# The rows of a plan's projection, left out when a measured call replaces them.
 _PROJECTED = ("fits", "loading", "speed")
 
 
 def apply_view(ran: RunResult) -> RenderableType:
-    """What was applied and how near the limit its call came, projected against measured; then the calls."""
-    from vramplan.view.bars import plan_bar, versus_bars
-    from vramplan.view.terminal import hang, stacked
+    """The applied plan, the call's usage against the limits, projected next to measured; then diffusers' calls."""
+    from vramplan.view.bars import comparison_bars, plan_bar
+    from vramplan.view.terminal import hang, stack
 
     views = [hang(f"{name:<9} {text}", 10) for name, text in _rows(ran)]
     if ran.took is None:
@@ -31,11 +31,11 @@ def apply_view(ran: RunResult) -> RenderableType:
         views += ["", bar] if bar else []
         views += ["", "nothing generated: give --prompt to generate and measure"]
     else:
-        for part in versus_bars(ran.plan, ran.took):
+        for part in comparison_bars(ran.plan, ran.took):
             views += ["", part]
         views += ["", measured_view(ran.plan, ran.took)]
     views += ["", "applied to the pipeline", *(hang(f"  {call}", 2) for call in ran.calls), *notes_view(ran.notes)]
-    return stacked(views)
+    return stack(views)
 
 
 def _rows(ran: RunResult) -> Iterator[tuple[str, str]]:
@@ -44,13 +44,13 @@ def _rows(ran: RunResult) -> Iterator[tuple[str, str]]:
         yield from rows
         return
     yield from rows[:4]
-    yield "took", _took(ran.plan, ran.took)
+    yield "took", _usage_text(ran.plan, ran.took)
     yield from (("wrote", str(path)) for path in ran.written)
     yield from (row for row in rows[4:] if row[0] not in _PROJECTED)
 
 
-def _took(plan: Plan, measured: Measured) -> str:
-    """How near the limit the call came: `10.00 GiB of 10.73 GiB VRAM and 40.00 GiB of 64.00 GiB RAM, 70 s`."""
+def _usage_text(plan: Plan, measured: Measured) -> str:
+    """The call's usage against the limits: `10.00 GiB of 10.73 GiB VRAM and 40.00 GiB of 64.00 GiB RAM, 70 s`."""
     budget = plan.machine.budget
     parts = [f"{format_bytes(measured.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"]
     if measured.vram_reserved_bytes is not None and budget.vram_bytes is not None:
@@ -59,18 +59,18 @@ def _took(plan: Plan, measured: Measured) -> str:
 
 
 def measured_text(plan: Plan, measured: Measured) -> str:
-    """Projected against measured, side by side, as plain text."""
+    """A table of projected and measured usage, as plain text."""
     from vramplan.view.terminal import as_text
 
     return as_text(measured_view(plan, measured))
 
 
 def measured_view(plan: Plan, measured: Measured) -> RenderableType:
-    """Projected against measured, side by side; what was not measured is no row."""
-    return table_view(("", "projected", "measured", "difference"), list(_versus(plan, measured)))
+    """A table of projected and measured usage, with a row for each measured value."""
+    return table_view(("", "projected", "measured", "difference"), list(_comparison_rows(plan, measured)))
 
 
-def _versus(plan: Plan, measured: Measured) -> Iterator[tuple[str, str, str, str]]:
+def _comparison_rows(plan: Plan, measured: Measured) -> Iterator[tuple[str, str, str, str]]:
     demand = plan.projected
     sizes = [
         ("VRAM reserved", demand.vram_reserved_bytes, measured.vram_reserved_bytes),
@@ -92,7 +92,7 @@ def _versus(plan: Plan, measured: Measured) -> Iterator[tuple[str, str, str, str
 
 
 def _phases(plan: Plan, measured: Measured) -> Iterator[tuple[str, int, int]]:
-    """The highest moment of each phase that was told apart."""
+    """The projected and measured peak of each phase that was measured separately, in bytes."""
     for name, peak in measured.phases.items():
         projected = [phase.allocated_bytes for phase in plan.projected.phases if phase.name == name]
         if projected:

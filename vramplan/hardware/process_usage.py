@@ -1,4 +1,4 @@
-"""What this very process already holds of a device, if it uses torch: read without starting anything."""
+"""The use of a device by this process through torch, read without importing torch or starting a device."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 from vramplan.hardware.types import ProcessUsage, Reading
 
 
-def running_torch(room: str) -> Any | None:
-    """torch's module for devices of a kind (`cuda`, `xpu`), where this process has started it already."""
-    module = getattr(sys.modules.get("torch"), room, None)
+def initialized_torch(device_type: str) -> Any | None:
+    """torch's module for a device type (`cuda`, `xpu`) if this process has initialized it, else None."""
+    module = getattr(sys.modules.get("torch"), device_type, None)
     try:
         return module if module is not None and module.is_initialized() else None
     except Exception:  # half-imported, or built without such devices
         return None
 
 
-def own_use(room: str, index: int, total_bytes: int) -> tuple[ProcessUsage | None, tuple[Reading, ...]]:
-    """What this process has on the device, and what its driver calls free from here; nothing where it has nothing.
+def process_usage(device_type: str, index: int, total_bytes: int) -> tuple[ProcessUsage | None, tuple[Reading, ...]]:
+    """The process' use of the device, and the free memory by its driver; None and nothing if it is not in use.
 
-    Asking the driver of a device not yet in use would make a context there, which takes hundreds of MiB: so only
-    where tensors are, or were.
+    Asking the driver about a device not yet in use would make a context of hundreds of MiB, so it is only asked if the
+    device has, or had, tensors.
     """
-    torch = running_torch(room)
+    torch = initialized_torch(device_type)
     if torch is None or index >= _count(torch):
         return None, ()
     allocated, reserved, fraction = 0, 0, 1.0
     readings: tuple[Reading, ...] = ()
     with suppress(Exception):
         allocated, reserved = int(torch.memory_allocated(index)), int(torch.memory_reserved(index))
-    with suppress(Exception):  # not every release says, nor every kind of device
+    with suppress(Exception):  # missing in some releases, and for some types of device
         fraction = float(torch.get_per_process_memory_fraction(index))
     if not reserved and fraction >= 1:
         return None, ()
@@ -54,10 +54,10 @@ def own_use(room: str, index: int, total_bytes: int) -> tuple[ProcessUsage | Non
     return own, readings
 
 
-def own_metal_use() -> ProcessUsage | None:
-    """What this process has of a Mac's memory through Metal; None where it has nothing, or no torch.
+def metal_usage() -> ProcessUsage | None:
+    """The process' use of a Mac's memory through Metal; None if it uses none, or has no torch.
 
-    `driver_allocated_memory` counts what torch has cached too (https://docs.pytorch.org/docs/stable/mps.html).
+    `driver_allocated_memory` includes torch's cache (https://docs.pytorch.org/docs/stable/mps.html).
     """
     metal = getattr(sys.modules.get("torch"), "mps", None)
     try:
@@ -71,14 +71,14 @@ def own_metal_use() -> ProcessUsage | None:
     )
 
 
-def own_identities(room: str) -> list[str] | None:
-    """The UUIDs of the devices in this process' own numbering, without prefix; None where it uses none yet."""
-    torch = running_torch(room)
+def process_uuids(device_type: str) -> list[str] | None:
+    """The UUIDs of the devices in this process' own numbering, without prefix; None if it has not started any."""
+    torch = initialized_torch(device_type)
     if torch is None:
         return None
     try:
         return [str(torch.get_device_properties(index).uuid) for index in range(_count(torch))]
-    except Exception:  # not every release tells
+    except Exception:  # missing in some releases
         return None
 
 

@@ -1,4 +1,4 @@
-"""The errors of simulated peaks against published ones, bundled with the package."""
+"""Errors of projected peaks against published measurements, bundled with the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vramplan.planner.residuals import Basis, ProjectionError, Residual, error_o
 
 
 def bundled_error(basis: Basis) -> ProjectionError:
-    """The bound from published measurements (`profiles/residuals.json`, made by benchmarks/accuracy.py)."""
+    """The error bound from published measurements (`profiles/residuals.json`, made by benchmarks/accuracy.py)."""
     kind = "simulated" if basis == "measured" else basis
     error = error_of(_bundled()[kind], kind, "published measurements")
     assert error is not None, f"too few published measurements of {kind} peaks"

@@ -1,4 +1,4 @@
-"""What several devices have in common."""
+"""Merge the devices that one number may stand for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import MISSING, fields, replace
 from vramplan.hardware.types import Accelerator
 
 
-def in_common(devices: Sequence[Accelerator]) -> Accelerator:
-    """The device; where it may be any of several, what is true of each: the least memory, and the facts they share.
+def merge_candidates(devices: Sequence[Accelerator]) -> Accelerator:
+    """Merge the candidates for one device: the least memory, and the facts they share.
 
-    A fact in which they differ is left out, so nothing is guessed.
+    A fact in which they differ is left out, so nothing is guessed. A single candidate is returned as it is.
     """
     first = devices[0]
     if len(devices) == 1:

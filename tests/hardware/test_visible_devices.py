@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.hardware.visible import visible_positions
+from vramplan.hardware.visible_devices import visible_positions
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33"]
 

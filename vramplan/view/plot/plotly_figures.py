@@ -1,4 +1,4 @@
-"""Pictures as one HTML file that needs no network, for any width and for dark screens."""
+"""Draw pictures as one HTML file that works offline, at any width, and in dark mode."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ p {{ font-size: 0.85rem; margin: 0.3rem; overflow-wrap: anywhere; }}
 </html>
 """
 _CONFIG = {"responsive": True, "displayModeBar": False}
-_DRESS = """
+_RESTYLE = """
 const picture = document.getElementById('{plot_id}');
 const dressed = () => { const now = dress(picture); Plotly.react(picture, now.data, now.layout); };
 onScreenChange(dressed);
@@ -48,8 +48,8 @@ dressed();
 
 
 def dress_script() -> str:
-    """JavaScript: `dress(figure)` gives a figure the colours of its page and a legend that suits its width, and
-    `onScreenChange(call)` calls when either changes."""
+    """The JavaScript functions `dress(figure)`, which sets a figure's colours and legend by the colours and the width
+    of its page, and `onScreenChange(call)`, which calls when either changes."""
     return (Path(__file__).parent / "dress.js").read_text(encoding="utf-8")
 
 
@@ -59,7 +59,7 @@ def memory_page(picture: MemoryPicture) -> str:
 
 
 def memory_words(picture: MemoryPicture) -> str:
-    """What made the peak, and how the figure is to be read."""
+    """The caption: the module at the peak, and how to read the figure."""
     stop = " It stops where memory runs out." if picture.stopped else ""
     below = "From left to right the call, in the order of its allocations; phases are not to scale."
     return f"{picture.peak_name}. {below}{stop}"
@@ -97,12 +97,12 @@ def memory_figure(picture: MemoryPicture) -> Any:
     _peak(figure, picture, top)
     figure.update_yaxes(title="VRAM, GiB", range=(0, top), row=1, col=1)
     figure.update_yaxes(title="RAM, GiB", rangemode="tozero", row=2, col=1)
-    return _framed(figure)
+    return _style(figure)
 
 
 def _peak(figure: Any, picture: MemoryPicture, top: float) -> None:
-    """The label above the stack, on the side of the peak that has more room, in lines that a phone is wide enough for.
-    Names of modules are broken at their dots."""
+    """Label the peak above the stack, on its side with more room, in lines that fit on a phone: module names are broken
+    at their dots."""
     right = picture.peak_at < 0.5
     words = wrap(picture.peak_name.replace(".", ". "), 30, break_on_hyphens=False)
     figure.add_annotation(
@@ -127,14 +127,14 @@ def _area(layer: Layer, picture: MemoryPicture, stack: str) -> dict[str, Any]:
 
 
 def candidates_page(picture: CandidatesPicture) -> str:
-    """The page with time against peak, the region that fits shaded."""
+    """The page with time against peak memory, the region that fits shaded."""
     chosen = next((group.settings[0] for group in picture.groups if group.name == "chosen"), None)
     region = f"In the green region {picture.memory} is enough."
     return _page(candidates_figure(picture), picture.title, f"Chosen: {chosen}. {region}" if chosen else region)
 
 
 def candidates_figure(picture: CandidatesPicture) -> Any:
-    """Time against peak, the region that fits shaded, without the page's colours."""
+    """Time against peak memory, the region that fits shaded, without the page's colours."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -152,11 +152,11 @@ def candidates_figure(picture: CandidatesPicture) -> Any:
         )  # fmt: skip
     figure.update_xaxes(title=f"{picture.unit} a call, projected", type="log" if picture.logarithmic else "linear")
     figure.update_yaxes(title=f"{picture.memory} at the peak, GiB, projected", rangemode="tozero")
-    return _framed(figure)
+    return _style(figure)
 
 
 def _hovers(group: Dots) -> list[str]:
-    """Settings and reason, in lines that a phone is wide enough for."""
+    """Settings and reason of each candidate, in lines that fit on a phone."""
     return [
         "<br>".join(escape(line) for text in pair for line in wrap(text, 46))
         for pair in zip(group.settings, group.reasons, strict=True)
@@ -169,7 +169,7 @@ def _budget_line(figure: Any, budget: float, side: str, **place: int) -> None:
     figure.add_hline(y=budget, line=line, annotation=note, annotation_position=f"top {side}", **place)
 
 
-def _framed(figure: Any) -> Any:
+def _style(figure: Any) -> Any:
     figure.update_xaxes(gridcolor=_GRID, linecolor=NEUTRAL)
     figure.update_yaxes(gridcolor=_GRID, linecolor=NEUTRAL, zerolinecolor=NEUTRAL)
     figure.update_layout(
@@ -186,6 +186,6 @@ def _framed(figure: Any) -> Any:
 def _page(figure: Any, title: str, below: str) -> str:
     made = figure.to_html(
         full_html=False, include_plotlyjs=True, div_id="picture", default_width="100%", default_height="100%",
-        config=_CONFIG, post_script=dress_script() + _DRESS,
+        config=_CONFIG, post_script=dress_script() + _RESTYLE,
     )  # fmt: skip
     return _PAGE.format(title=escape(title), below=escape(below), figure=made)

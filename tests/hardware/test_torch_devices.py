@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.hardware.torch_answers import _is_answer, ask_torch, read_devices, torch_backends, torch_is_built_for
+from vramplan.hardware.torch_devices import _is_answer, ask_torch, read_devices, torch_backends, torch_is_built_for
 
 TORCH = """
 import types

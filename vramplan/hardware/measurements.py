@@ -1,4 +1,4 @@
-"""Measure a machine once, and keep what was measured with the device and its driver."""
+"""Measure a machine once, and cache the results by device and driver."""
 
 from __future__ import annotations
 
@@ -16,71 +16,71 @@ from vramplan.hardware.types import Accelerator, Hardware, Measurement
 
 
 def measure_machine(hardware: Hardware, accelerator: Accelerator | None) -> Hardware:
-    """The machine with the speed of the accelerator, of the processor where there is none, and of the disk.
+    """Return the machine with measured speeds of the accelerator (of the CPU without one) and of the disk.
 
-    Needs torch, and makes a device context in this process. What was measured before of the same device, driver and
-    torch is taken from the user's cache; what cannot be measured leaves a note.
+    Needs torch, and makes a device context in this process. Results for the same device, driver and torch come from
+    the user's cache; a measurement that fails leaves a note.
     """
     notes: list[str] = []
-    found = _kept(_key(hardware, accelerator), lambda: tuple(_device_speed(accelerator, notes)))
+    speeds = _cached(_cache_key(hardware, accelerator), lambda: tuple(_device_speed(accelerator, notes)))
     disk = () if hardware.host.disk_in_memory else tuple(_disk_speed(notes))
     if accelerator is None:
-        host, accelerators = replace(hardware.host, measured=(*found, *disk)), hardware.accelerators
+        host, accelerators = replace(hardware.host, measured=(*speeds, *disk)), hardware.accelerators
     else:
         host = replace(hardware.host, measured=disk)
         accelerators = tuple(
-            replace(item, measured=found) if item.device == accelerator.device else item
+            replace(item, measured=speeds) if item.device == accelerator.device else item
             for item in hardware.accelerators
         )
     return replace(hardware, host=host, accelerators=accelerators, notes=(*hardware.notes, *notes))
 
 
 def _device_speed(accelerator: Accelerator | None, notes: list[str]) -> Iterator[Measurement]:
-    from vramplan.hardware import measure
+    from vramplan.hardware import benchmark
 
     device = "cpu" if accelerator is None else accelerator.device
     native = accelerator.native if accelerator is not None else ("float32",)
     dtype = next((name for name in ("bfloat16", "float16") if name in native), "float32")
-    pinned: tuple[measure.Direction, ...] = ("host_to_device_pinned",) if device != "cpu" else ()
+    pinned: tuple[benchmark.Direction, ...] = ("host_to_device_pinned",) if device != "cpu" else ()
     works: list[tuple[str, Callable[[], Measurement]]] = [
-        (direction, lambda direction=direction: measure.measure_copy(device, direction))  # type: ignore[misc]
+        (direction, lambda direction=direction: benchmark.measure_copy(device, direction))  # type: ignore[misc]
         for direction in (*pinned, "host_to_device_pageable", "device_to_host")
     ]
-    works.append((f"the product in {dtype}", lambda: measure.measure_product(device, dtype)))
+    works.append((f"the product in {dtype}", lambda: benchmark.measure_product(device, dtype)))
     for name, work in works:
         try:
             yield work()
-        except Exception as error:  # torch built for another device, a full card, a driver without pinned memory
+        except Exception as error:  # torch built for another device, a full card, no page-locked memory
             reason = " ".join(str(error).split()) or type(error).__name__
             notes.append(f"{name.replace('_', ' ')} could not be measured on {device} ({reason})")
 
 
 def _disk_speed(notes: list[str]) -> Iterator[Measurement]:
-    from vramplan.hardware import measure
+    from vramplan.hardware import benchmark
 
     folder = offload_folder()
     folder = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
     try:
-        yield measure.measure_disk_read(folder)
+        yield benchmark.measure_disk_read(folder)
     except OSError as error:
         notes.append(f"the disk could not be measured ({error.strerror or error})")
 
 
-def _key(hardware: Hardware, accelerator: Accelerator | None) -> dict[str, Any]:
+def _cache_key(hardware: Hardware, accelerator: Accelerator | None) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     device = accelerator or hardware.host
-    # A card that was moved to another slot has another link.
+    # A card in another slot may have another link.
     card = ("uuid", "name", "driver", "link_bytes_per_s")
     facts = card if accelerator is not None else ("total_bytes", "cores", "system")
     torch = None
-    with suppress(PackageNotFoundError):  # what cannot be measured is told then, one by one
+    with suppress(PackageNotFoundError):  # each measurement then fails with its own note
         torch = version("torch")
     return {name: getattr(device, name) for name in facts} | {"torch": torch}
 
 
-def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> tuple[Measurement, ...]:
-    """From the cache, else made and, where anything was, kept. A damaged entry is made again."""
+def _cached(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> tuple[Measurement, ...]:
+    """The cached measurements, else new ones, which are cached unless empty. A damaged entry is replaced."""
     from pydantic import TypeAdapter
 
     from vramplan.common.files import write_text
@@ -92,18 +92,18 @@ def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> t
             return adapter.validate_json(path.read_bytes(), strict=True)
     made = make()
     if path is not None and made:
-        with suppress(Exception):  # a full disk costs the next run some seconds, nothing more
+        with suppress(Exception):  # a failed write only costs the next run some seconds
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps([asdict(item) for item in made]))
     return made
 
 
 def _cache_file(key: dict[str, Any]) -> Path | None:
-    """`VRAMPLAN_CACHE` names another folder, or switches the cache off with `0`."""
+    """The cache file of a key: in `VRAMPLAN_CACHE`, else in the user's cache; None if that is `0`, off."""
     from platformdirs import user_cache_path
 
-    told = os.environ.get("VRAMPLAN_CACHE")
-    if told == "0":
+    requested = os.environ.get("VRAMPLAN_CACHE")
+    if requested == "0":
         return None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return (Path(told) if told else user_cache_path("vramplan")) / "measurements" / f"{digest}.json"
+    return (Path(requested) if requested else user_cache_path("vramplan")) / "measurements" / f"{digest}.json"

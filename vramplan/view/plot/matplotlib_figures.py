@@ -1,4 +1,4 @@
-"""Pictures as SVG or PNG. No window is opened and nothing of matplotlib's global state is used."""
+"""Draw pictures as SVG or PNG, without a window and without matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _phases(vram: Any, ram: Any, picture: MemoryPicture) -> None:
 
 
 def _peak(axes: Any, picture: MemoryPicture) -> None:
-    """The label on the side of the peak that has more room, between the stack and the top."""
+    """Label the peak, on its side with more room, between the stack and the top."""
     right = picture.peak_at < 0.5
     axes.annotate(
         fill(picture.peak_name, 60, break_on_hyphens=False),
@@ -90,7 +90,7 @@ def _peak(axes: Any, picture: MemoryPicture) -> None:
 
 
 def draw_candidates(picture: CandidatesPicture) -> Any:
-    """A figure of time against peak, the region that fits shaded, the chosen candidate named."""
+    """A figure of time against peak memory, with the region that fits shaded and the chosen candidate named."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
