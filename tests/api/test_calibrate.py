@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.support.store import own_store  # noqa: F401 - a fixture
 from vramplan.api import calibrate as command
 from vramplan.api.calibrate_sample import measured_plans
 from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate

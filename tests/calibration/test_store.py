@@ -27,18 +27,18 @@ resource = pytest.importorskip("resource")
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def test_what_is_kept_is_read_again_in_order(folder: Path) -> None:
+def test_what_is_kept_is_read_again_in_order(own_store: Path) -> None:
     kept = [call(1), probe(context_bytes=300), call(2, 0.1)]
     assert [append(record) for record in kept] == [None, None, None]
     assert read_store().records == tuple(kept)
     assert read_store().notes == ()
-    assert [path.name for path in folder.iterdir()] == ["calibration.jsonl"]
-    assert (folder / "calibration.jsonl").stat().st_mode & 0o077 == 0
+    assert [path.name for path in own_store.iterdir()] == ["calibration.jsonl"]
+    assert (own_store / "calibration.jsonl").stat().st_mode & 0o077 == 0
 
 
-def test_an_empty_machine_has_an_empty_store_and_reading_makes_nothing(folder: Path) -> None:
+def test_an_empty_machine_has_an_empty_store_and_reading_makes_nothing(own_store: Path) -> None:
     assert read_store() == store.Stored()
-    assert not folder.exists()
+    assert not own_store.exists()
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def _write_many(writer: int, count: int) -> None:
         assert append(call(number, settings="x" * 3000, pipeline=f"Writer{writer}")) is None
 
 
-def test_processes_that_write_at_once_lose_nothing(folder: Path) -> None:
+def test_processes_that_write_at_once_lose_nothing(own_store: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_many, args=(writer, 50)) for writer in range(4)]
     for process in writers:
@@ -76,7 +76,7 @@ def test_processes_that_write_at_once_lose_nothing(folder: Path) -> None:
     assert {record.pipeline for record in stored.records} == {f"Writer{writer}" for writer in range(4)}
 
 
-def test_a_writer_that_is_killed_costs_at_most_its_last_line(folder: Path) -> None:
+def test_a_writer_that_is_killed_costs_at_most_its_last_line(own_store: Path) -> None:
     append(call(1))
     imports = "from tests.support.records import call\nfrom vramplan.calibration.store import append"
     code = f"{imports}\nwhile True: append(call(2))"
@@ -97,9 +97,9 @@ def test_a_writer_that_is_killed_costs_at_most_its_last_line(folder: Path) -> No
     "line",
     [b"{", b"\xff\xfe\x00", b"null", b"[1]", b"12", b'{"schema": 1}', b'{"schema": 1, "kind": "call"}', b"[" * 100000],
 )
-def test_a_damaged_line_is_skipped_with_a_note_and_the_others_count(folder: Path, line: bytes) -> None:
+def test_a_damaged_line_is_skipped_with_a_note_and_the_others_count(own_store: Path, line: bytes) -> None:
     append(call(1))
-    with (folder / "calibration.jsonl").open("ab") as file:
+    with (own_store / "calibration.jsonl").open("ab") as file:
         file.write(line + b"\n")
     append(call(2))
     stored = read_store()
@@ -107,36 +107,36 @@ def test_a_damaged_line_is_skipped_with_a_note_and_the_others_count(folder: Path
     assert [note.endswith("a line could not be read and were skipped") for note in stored.notes] == [True]
 
 
-def test_a_line_cut_off_in_the_middle_takes_no_other_with_it(folder: Path) -> None:
+def test_a_line_cut_off_in_the_middle_takes_no_other_with_it(own_store: Path) -> None:
     append(call(1))
-    path = folder / "calibration.jsonl"
+    path = own_store / "calibration.jsonl"
     path.write_bytes(path.read_bytes() + to_line(call(2)).encode()[:100])
     assert read_store() == store.Stored(records=(call(1),))  # as while another process is writing it
     append(call(3))
     assert read_store().records == (call(1), call(3))
 
 
-def test_a_store_with_nothing_readable_is_left_as_it_is_and_the_next_name_taken(folder: Path) -> None:
-    folder.mkdir()
-    broken = folder / "calibration.jsonl"
+def test_a_store_with_nothing_readable_is_left_as_it_is_and_the_next_name_taken(own_store: Path) -> None:
+    own_store.mkdir()
+    broken = own_store / "calibration.jsonl"
     broken.write_bytes(b"\x00" * 5000 + b"\n")
     assert append(call(1)) is None
     stored = read_store()
     assert stored.records == (call(1),)
     assert stored.notes == (f"{broken} holds no readable line: it is left as it is and plays no part",)
     assert broken.read_bytes() == b"\x00" * 5000 + b"\n"
-    assert (folder / "calibration-2.jsonl").exists()
+    assert (own_store / "calibration-2.jsonl").exists()
 
 
-def test_a_folder_in_the_files_place_is_no_reason_to_fail(folder: Path) -> None:
-    (folder / "calibration.jsonl").mkdir(parents=True)
+def test_a_folder_in_the_files_place_is_no_reason_to_fail(own_store: Path) -> None:
+    (own_store / "calibration.jsonl").mkdir(parents=True)
     assert append(call(1)) is None
     assert read_store().records == (call(1),)
     assert "cannot be read" in read_store().notes[0]
 
 
-def test_a_file_in_the_folders_place_is_a_note(folder: Path) -> None:
-    folder.write_text("not a folder")
+def test_a_file_in_the_folders_place_is_a_note(own_store: Path) -> None:
+    own_store.write_text("not a folder")
     note = append(call(1))
     assert note is not None
     assert "could not be kept" in note
@@ -144,8 +144,8 @@ def test_a_file_in_the_folders_place_is_a_note(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_a_note(folder: Path) -> None:
-    folder.mkdir(mode=0o500)
+def test_a_read_only_folder_is_a_note(own_store: Path) -> None:
+    own_store.mkdir(mode=0o500)
     note = append(call(1))
     assert note is not None
     assert "could not be kept" in note
@@ -165,9 +165,9 @@ def _limited(limit: int, notes: Any) -> None:
     notes.put([append(call(2)), append(call(2))])
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line(folder: Path) -> None:
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line(own_store: Path) -> None:
     append(call(1))
-    size = (folder / "calibration.jsonl").stat().st_size
+    size = (own_store / "calibration.jsonl").stat().st_size
     context = multiprocessing.get_context("spawn")
     notes: Any = context.Queue()
     process = context.Process(target=_limited, args=(size + 50, notes))
@@ -178,39 +178,39 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line(folder: Pa
     assert "could not be kept" in cut_off
     assert cut_off.endswith("(the disk is full)")
     assert "could not be kept" in refused
-    assert (folder / "calibration.jsonl").stat().st_size == size + 50
+    assert (own_store / "calibration.jsonl").stat().st_size == size + 50
     assert append(call(3)) is None
     assert read_store().records == (call(1), call(3))
 
 
-def test_a_later_versions_lines_are_left_alone(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "calibration.jsonl").write_text(f'{{"schema": {SCHEMA + 1}, "kind": "dream"}}\n')
+def test_a_later_versions_lines_are_left_alone(own_store: Path) -> None:
+    own_store.mkdir()
+    (own_store / "calibration.jsonl").write_text(f'{{"schema": {SCHEMA + 1}, "kind": "dream"}}\n')
     append(call(1))
     assert read_store() == store.Stored(records=(call(1),))
 
 
-def test_a_line_of_the_version_before_phases_is_read(folder: Path) -> None:
+def test_a_line_of_the_version_before_phases_is_read(own_store: Path) -> None:
     content = json.loads(to_line(call(1))) | {"schema": 1}
     for name in ("projected", "measured"):
         assert content[name].pop("phases") == {}
-    folder.mkdir()
-    (folder / "calibration.jsonl").write_text(json.dumps(content) + "\n")
+    own_store.mkdir()
+    (own_store / "calibration.jsonl").write_text(json.dumps(content) + "\n")
     assert read_store() == store.Stored(records=(call(1),))
 
 
-def test_phases_come_back_and_a_broken_one_costs_its_line(folder: Path) -> None:
+def test_phases_come_back_and_a_broken_one_costs_its_line(own_store: Path) -> None:
     phases = {"denoise": Peak(allocated_bytes=GIB, reserved_bytes=2 * GIB)}
     record = replace(call(1), measured=replace(call(1).measured, phases=phases))
     append(record)
     assert read_store().records == (record,)
     broken = to_line(record).replace(str(2 * GIB), "-1")
-    (folder / "calibration.jsonl").write_text(f"{broken}\n{to_line(record)}\n")
+    (own_store / "calibration.jsonl").write_text(f"{broken}\n{to_line(record)}\n")
     assert read_store().records == (record,)
     assert "could not be read" in read_store().notes[0]
 
 
-def test_of_a_very_long_file_the_end_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_very_long_file_the_end_is_read(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_MOST_BYTES", 5000)
     for number in range(50):
         append(call(number))
@@ -229,15 +229,15 @@ JSON = st.recursive(
 
 @FUZZ
 @given(st.binary(max_size=2000))
-def test_whatever_bytes_are_in_it_planning_goes_on(folder: Path, content: bytes) -> None:
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
+def test_whatever_bytes_are_in_it_planning_goes_on(own_store: Path, content: bytes) -> None:
+    own_store.mkdir(exist_ok=True)
+    for path in own_store.iterdir():
         path.unlink()
-    (folder / "calibration.jsonl").write_bytes(content)
+    (own_store / "calibration.jsonl").write_bytes(content)
     read_store()
     assert append(call(1)) is None
     assert read_store().records[-1] == call(1)
-    assert (folder / "calibration.jsonl").read_bytes().startswith(content)
+    assert (own_store / "calibration.jsonl").read_bytes().startswith(content)
 
 
 @FUZZ

@@ -9,6 +9,7 @@ import pytest
 
 import vramplan
 from tests.support.calls import call_kwargs, output_tensor
+from tests.support.store import own_store  # noqa: F401 - a fixture
 from vramplan.calibration.records import CallRecord
 from vramplan.calibration.store import read_store
 from vramplan.errors import VramplanError
@@ -171,8 +172,8 @@ def test_a_decode_in_smaller_pieces_is_not_the_plans(small_pipeline) -> None:
     assert told == ["not kept for later plans: the call ran out of memory, and not all of it ran under the plan"]
 
 
-def test_where_nothing_can_be_kept_the_call_counts_all_the_same(small_pipeline, folder: Path) -> None:
-    folder.write_text("a file where the folder would be")
+def test_where_nothing_can_be_kept_the_call_counts_all_the_same(small_pipeline, own_store: Path) -> None:  # noqa: F811
+    own_store.write_text("a file where the folder would be")
     pipe = applied(small_pipeline)
     told: list[str] = []
     with vramplan.calibrating(pipe, say=told.append):
