@@ -53,8 +53,8 @@ def plan(
     load, as `fp16`. `device` is `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a
     `Hardware`; the first accelerator of this machine when left out. `vram`, `ram` and `margin` are amounts (`12GiB`,
     `-1GiB`, `85%`). `allow` is the least faithful setting that may be chosen, `prefer` what to choose by: `speed` or
-    `memory`. `settings` fixes choices by hand as `--set` does. `dtype` is the one to load in, `allow_pickle` accepts
-    pickled weights. `workload` takes the names of the pipeline's own call: height, width, num_frames,
+    `memory`. `settings` fixes choices by hand, as `{"decode": "plain"}`. `dtype` is the one to load in, `allow_pickle`
+    accepts pickled weights. `workload` takes the names of the pipeline's own call: height, width, num_frames,
     num_images_per_prompt, num_inference_steps, guidance_scale.
 
     What running needs is read off a simulation of the pipeline, and the chosen plan is simulated within the
@@ -120,9 +120,9 @@ class Subject:
         """
         work = make_workload(self.described.defaults, given)
         if work.num_frames > 1 and not self.spec.video:
-            raise UsageError(f"{self.spec.class_name} makes pictures: leave the number of frames out")
+            raise UsageError(f"{self.spec.class_name} makes pictures: leave `num_frames` out")
         if self.spec.sound and any(given.get(name) is not None for name in ("height", "width")):
-            raise UsageError(f"{self.spec.class_name} makes sound: leave height and width out")
+            raise UsageError(f"{self.spec.class_name} makes sound: leave `height` and `width` out")
         return work
 
     def plan(

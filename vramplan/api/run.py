@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.progress import progress_shown
+from vramplan.common.progress import hide_bars, progress_shown
 from vramplan.errors import UsageError
 from vramplan.planfile.types import Plan
 from vramplan.runtime.call import call_arguments
@@ -62,7 +62,7 @@ def run_plan(
     before = current_rss_bytes()
     shown = bars and progress_shown()
     if not shown:
-        _without_bars()
+        hide_bars()
 
     def arguments(pipe: Any) -> dict[str, Any]:
         return call_arguments(pipe, plan, prompt or "", negative_prompt, seed)
@@ -71,22 +71,14 @@ def run_plan(
     applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not shown)
     if prompt is None:
-        return RunResult(plan=applied.plan, calls=applied.calls, notes=applied.notes)
+        notes = (*applied.notes, "nothing generated: give `prompt` to generate and measure")
+        return RunResult(plan=applied.plan, calls=applied.calls, notes=notes)
     say(f"generating on {applied.device}")
     with calibrating(pipe, ram_before_bytes=before, say=say) as took, loaded.watched():
         result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
     written = write_result(result, Path(output)) if output else []
     last = applied_to(pipe) or applied
     return RunResult(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), took=took)
-
-
-def _without_bars() -> None:
-    """No progress bars, of the libraries' own neither."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
@@ -100,7 +92,7 @@ def model_folder(plan: Plan, given: str | None) -> Path:
     from vramplan.runtime.download import downloaded
 
     if given is None and (plan.model.source == "live" or plan.model.source.startswith("profile:")):
-        raise UsageError(f"the plan was made from {plan.model.source}: give --model FOLDER, where the weights are")
+        raise UsageError(f"the plan was made from {plan.model.source}: give `model=FOLDER`, where the weights are")
     if given is None and plan.model.source.startswith(PREFIX):
         return downloaded(plan)
     return Path(given or plan.model.source)

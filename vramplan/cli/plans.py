@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, pass_told, show_result, write_file
+from vramplan.cli.shared import draw, fixed_by_hand, in_flags, pass_told, show_result, write_file
 from vramplan.errors import MismatchError, NothingFitsError
 
 
@@ -29,8 +29,7 @@ from vramplan.errors import MismatchError, NothingFitsError
 @set_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
 @format_options
-@pass_told
-def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
+def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
     """Choose the settings for MODEL: a pipeline folder, a repository of the hub (owner/name), or a bundled profile.
 
     Of a repository only configurations and safetensors headers are read, no weight; gated and private ones with the
@@ -43,9 +42,13 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
     form, as_json = given.pop("form"), given.pop("as_json")
     made = make_plan(model, settings=fixed_by_hand(fixed), **given)
     if output:
-        write_file(output, dump_plan(made), quiet=obj["quiet"])
+        write_file(output, dump_plan(made))
     show_result(
-        plan_to_dict(made), lambda: plan_view(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip()
+        plan_to_dict(made),
+        lambda: plan_view(in_flags(made)),
+        form,
+        as_json=as_json,
+        yaml=lambda: dump_plan(made).rstrip(),
     )
 
 
@@ -84,7 +87,7 @@ def fit(
     if obj["quiet"]:
         hide_bars()
     found = find(models, settings=fixed_by_hand(fixed), **given)
-    show_result(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
+    show_result(fits_dict(found), lambda: fits_view(in_flags(found)), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
 
@@ -93,8 +96,7 @@ def fit(
 @click.argument("plan_file", type=click.Path())
 @plot_option
 @format_options
-@pass_told
-def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
+def explain(plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
     """List every candidate of a plan: it fits, or is short by how much and where."""
     from vramplan.planfile.file import load_plan, plan_to_dict
     from vramplan.view.plan import explain_view
@@ -104,10 +106,10 @@ def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: 
         check_picture(plot)
     loaded = load_plan(plan_file)
     if plot:
-        draw(plot, loaded, loaded, quiet=obj["quiet"])
+        draw(plot, loaded, loaded)
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
-    show_result(shown, lambda: explain_view(loaded), form, as_json=as_json)
+    show_result(shown, lambda: explain_view(in_flags(loaded)), form, as_json=as_json)
 
 
 @click.command()

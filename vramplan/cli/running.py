@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, pass_told, show_result
+from vramplan.cli.shared import draw, fixed_by_hand, in_flags, pass_told, say, show_result
 from vramplan.errors import NothingFitsError, UsageError
 
 
@@ -50,9 +50,8 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
     loaded = load_plan(plan_file)
     if output:
         check_output(output, loaded)
-    say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
     current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
-    show(apply_view(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given)))
+    show(apply_view(in_flags(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given))))
 
 
 @click.command()
@@ -63,10 +62,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 @set_option
 @plot_option
 @format_options
-@pass_told
-def simulate(
-    obj: Mapping[str, bool], /, *, model: str, plot: str | None, form: str, as_json: bool, **given: Any
-) -> None:
+def simulate(*, model: str, plot: str | None, form: str, as_json: bool, **given: Any) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
@@ -85,8 +81,8 @@ def simulate(
     else:
         result = simulate_model(model, timeline=bool(plot), **given)
     if plot:
-        draw(plot, result, load_plan(model) if Path(model).is_file() else None, quiet=obj["quiet"])
-    show_result(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
+        draw(plot, result, load_plan(model) if Path(model).is_file() else None)
+    show_result(simulation_dict(result), lambda: simulation_view(in_flags(result)), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
 
@@ -94,4 +90,4 @@ def simulate(
 def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
     told = [name for name, value in given.items() if value]
     if told:
-        raise UsageError(f"--{told[0].replace('_', '-')}: a plan file says that already; edit it or plan again")
+        raise UsageError(f"`{told[0]}`: a plan file says that already; edit it or plan again")

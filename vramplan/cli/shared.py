@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vramplan.cli.options import Command
+from vramplan.common.arguments import respelled
 from vramplan.errors import UsageError
+from vramplan.workload import SHORT_NAMES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from vramplan.planfile.types import Plan
+
+_COMMANDS = {
+    "vramplan detect": "vramplan detect -o FILE",
+    "vramplan.dump_plan": "vramplan plan MODEL -o FILE",
+    "vramplan.plan": "vramplan plan MODEL",
+}
 
 
 def pass_told(command: Command) -> Command:
@@ -25,6 +33,27 @@ def pass_told(command: Command) -> Command:
         return command(click.get_current_context().find_root().ensure_object(dict), *args, **kwargs)
 
     return update_wrapper(call, command)  # type: ignore[return-value]
+
+
+def flags(group: click.Group) -> dict[str, str]:
+    """The option of each argument, by its name in Python, and the commands that messages name."""
+    options = [item for command in group.commands.values() for item in command.params if isinstance(item, click.Option)]
+    found = {str(option.name): max(option.opts, key=len) for option in options}
+    found |= {name: found[short] for short, name in SHORT_NAMES.items()} | {"settings": found["fixed"]}
+    return found | _COMMANDS
+
+
+def in_flags(value: Any, group: click.Command | None = None) -> Any:
+    """The value with the arguments in its texts as people type them; `group` is the running one where left out."""
+    root = group or click.get_current_context().find_root().command
+    known = flags(root) if isinstance(root, click.Group) else {}
+    return respelled(value, lambda name, told: f"{known[name]} {told}".rstrip() if name in known else None)
+
+
+def say(text: str) -> None:
+    """Print it on stderr, nothing under -q."""
+    if not click.get_current_context().find_root().ensure_object(dict)["quiet"]:
+        click.echo(in_flags(text), err=True)
 
 
 def fixed_by_hand(texts: tuple[str, ...]) -> dict[str, list[str]]:
@@ -63,18 +92,17 @@ def show_result(
         show(human())
 
 
-def draw(path: str, shown: Any, plan: Plan | None, *, quiet: bool) -> None:
+def draw(path: str, shown: Any, plan: Plan | None) -> None:
     """Save a picture of it, with what was measured of this plan here, and say so."""
     from vramplan.runtime.recording import last_measured
     from vramplan.view.plot.save import save_picture
 
     record = None if plan is None else last_measured(plan)
-    save_picture(path, shown, None if record is None else record.measured)
-    if not quiet:
-        click.echo(f"wrote {path}", err=True)
+    save_picture(path, in_flags(shown), None if record is None else record.measured)
+    say(f"wrote {path}")
 
 
-def write_file(path: str, text: str, *, quiet: bool) -> None:
+def write_file(path: str, text: str) -> None:
     """Write the file whole or not at all, and say so.
 
     Raises:
@@ -85,5 +113,4 @@ def write_file(path: str, text: str, *, quiet: bool) -> None:
     if not Path(path).parent.is_dir():
         raise UsageError(f"--output {path}: its folder does not exist")
     write_text(path, text)
-    if not quiet:
-        click.echo(f"wrote {path}", err=True)
+    say(f"wrote {path}")

@@ -22,10 +22,12 @@ def progress_shown() -> bool:
 
 
 def hide_bars() -> None:
-    """Nothing is shown from now on, of diffusers' own bars neither."""
-    from diffusers.utils.logging import disable_progress_bar
+    """No bar is shown from now on, of the libraries' own neither."""
+    import diffusers
+    import transformers
 
-    disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @contextmanager

@@ -341,17 +341,13 @@ def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     compared = order(
         prefer,
         seconds=demand.seconds_per_call,
-        quality=_index(decision),
+        quality=_index_of(decision.quality),
         changed=len(decision.weights),
         offloaded=sum(setting != Resident() for setting in decision.placement.values()),
         ram_bytes=demand.ram_bytes,
         vram_bytes=demand.vram_reserved_bytes,
     )
     return tuple(rounded(value, digits) for value, digits in compared)
-
-
-def _index(decision: Decision) -> int:
-    return _index_of(decision.quality)
 
 
 def _index_of(quality: Quality) -> int:
@@ -366,7 +362,7 @@ def _told(item: Decision, chosen: Decision, limit: Quality, chooser: _Chooser) -
         gain = chosen.demand.seconds_per_call / max(item.demand.seconds_per_call, 1e-9)
         buys = f", {gain:.1f}x as fast" if gain > 1.05 else ""
         words = item.quality.replace("_", " ")
-        return _with(item, "rejected", f"fits{buys}, but is only {words}: --allow {item.quality}")
+        return _with(item, "rejected", f'fits{buys}, but is only {words}: `allow="{item.quality}"`')
     if chooser.prefer == "memory":
         more = item.demand.vram_reserved_bytes - chosen.demand.vram_reserved_bytes
         return _with(item, "fits", f"{format_bytes(max(0, more))} more memory than the chosen one")
@@ -398,4 +394,4 @@ def _nothing_fits(decisions: Sequence[Decision], allow: Quality | None) -> str:
     nearest = min(decisions, key=lambda item: item.deficit_bytes)
     if nearest.verdict == "rejected":
         return f"nothing fits; the nearest candidate: {nearest.reason}"
-    return f"nothing {(allow or 'lossless').replace('_', ' ')} fits; --allow {nearest.quality} would"
+    return f'nothing {(allow or "lossless").replace("_", " ")} fits; `allow="{nearest.quality}"` would'

@@ -60,7 +60,7 @@ def parse_fixed(
         axis, _, name = key.partition(".")
         texts = [value] if isinstance(value, str) else list(value)
         if axis != "decode" and len(texts) != 1:
-            raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
+            raise UsageError(f'`settings["{key}"]`: give one setting, not {len(texts)}')
         if key == "decode":
             decode = _decode_settings(texts)
         elif key == "placement":
@@ -73,8 +73,8 @@ def parse_fixed(
             execution.setdefault(axis, {}).update(_component_execution(axis, name, texts[-1], spec, accelerator))
         else:
             raise UsageError(
-                f"--set {key}: the axes are weights.COMPONENT, attention.COMPONENT, placement, placement.COMPONENT, "
-                "compile.COMPONENT and decode"
+                f'`settings["{key}"]`: the axes are weights.COMPONENT, attention.COMPONENT, placement, '
+                "placement.COMPONENT, compile.COMPONENT and decode"
             )
     if everywhere is not None and everywhere.whole_pipeline and placement:
         raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(placement)}")
@@ -124,7 +124,7 @@ def _decode_settings(texts: Sequence[str]) -> list[Decode]:
     names = [setting.name for setting in found]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"--set decode: {name} is given twice")
+            raise UsageError(f'`settings["decode"]`: {name} is given twice')
     return found
 
 

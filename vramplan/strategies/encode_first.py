@@ -62,8 +62,8 @@ class EncodeFirst:
             return f"it is for text encoders, and {component.name} is none"
         if component.device is not None:
             return (
-                "the pipeline is loaded already, its encoders with it: plan for its folder, and let vramplan load it "
-                "(vramplan apply PLAN --prompt TEXT)"
+                "the pipeline is loaded already, its encoders with it: plan for its folder, and let "
+                "`vramplan apply` load it"
             )
         if spec.encode_refusal is not None:
             return spec.encode_refusal

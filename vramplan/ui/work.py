@@ -10,6 +10,7 @@ from typing import Any
 
 from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
+from vramplan.common.arguments import respelled
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.types import Plan, PlanRequest
@@ -62,7 +63,7 @@ def answer(wish: Wish) -> Answer:
         return _shown(_plan(wish), known)
     except VramplanError as error:
         short = isinstance(error, NothingFitsError)
-        return Answer(error=str(error), short=short, **(known if short else {}))
+        return Answer(error=respelled(str(error), _plainly), short=short, **(known if short else {}))
     except Exception as error:  # a page is no place for a traceback either
         return Answer(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -106,7 +107,7 @@ def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
     from vramplan.view.plot.candidates import candidates_picture
     from vramplan.view.plot.with_plotly import candidates_figure
 
-    bar = plan_bar(plan)
+    plan, bar = respelled(plan, _plainly), plan_bar(plan)
     return Answer(
         rows=tuple(plan_rows(plan)),
         notes=plan.notes,
@@ -126,6 +127,11 @@ def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
         code=plan_code(plan),
         **known,
     )
+
+
+def _plainly(name: str, told: str) -> str:
+    """An argument on a page, where no Python is written."""
+    return f"{name} {told}".replace("_", " ").rstrip()
 
 
 def _memory(plan: Plan) -> Further:

@@ -19,7 +19,7 @@ _NAMED = 2  # of the cards of one size
 
 
 def fits_dict(fits: Fits) -> dict[str, Any]:
-    """The object `fit --json` prints."""
+    """The answer as an object for programs."""
     return asdict(fits)
 
 

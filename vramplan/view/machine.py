@@ -21,7 +21,7 @@ _INDENT = " " * 14
 
 
 def hardware_dict(hardware: Hardware, budget: Budget | None) -> dict[str, Any]:
-    """The machine and what may be used of it: the object `detect --json` prints, and `detect -o` writes.
+    """The machine and what may be used of it: an object for programs and machine files.
 
     The budget is None where nothing is left to use.
     """
@@ -189,7 +189,7 @@ def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> I
 
 
 def probe_dict(record: ProbeRecord) -> dict[str, Any]:
-    """What was measured of a device: the object `calibrate --json` prints."""
+    """What was measured of a device, as an object for programs."""
     return {"schema_version": CALIBRATE_SCHEMA_VERSION, **asdict(record)}
 
 
