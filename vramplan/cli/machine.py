@@ -25,7 +25,9 @@ _SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against mea
 @json_option
 @click.option("--measure", is_flag=True, help="Measure copies, disk and products too. Loads torch; takes seconds once.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file, for --device.")
-def detect(form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None) -> None:
+def detect(
+    device: str | None, form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None
+) -> None:
     """Say what this machine has and what may be used of it.
 
     --format markdown makes a block for a bug report, without names and identifiers.
@@ -34,10 +36,9 @@ def detect(form: str, as_json: bool, measure: bool, output: str | None, **machin
     from vramplan.view.machine import hardware_dict, hardware_markdown, hardware_view
     from vramplan.view.shared import to_yaml
 
-    hardware, accelerator = find_machine(machine["device"])
+    hardware, accelerator = find_machine(device)
     if measure:
-        hardware = measure_here(hardware, accelerator, machine["device"])
-    machine.pop("device")
+        hardware = measure_here(hardware, accelerator, device)
     budget, full = None, None
     try:
         budget = known_budget(hardware, accelerator, machine)

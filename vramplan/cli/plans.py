@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import click
@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, in_flags, pass_told, show_result, write_file
+from vramplan.cli.shared import draw, fixed_by_hand, in_flags, is_quiet, show_result, write_file
 from vramplan.errors import MismatchError, NothingFitsError
 
 
@@ -43,13 +43,8 @@ def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any
     made = make_plan(model, settings=fixed_by_hand(fixed), **given)
     if output:
         write_file(output, dump_plan(made))
-    show_result(
-        plan_to_dict(made),
-        lambda: plan_view(in_flags(made)),
-        form,
-        as_json=as_json,
-        yaml=lambda: dump_plan(made).rstrip(),
-    )
+    yaml = partial(dump_plan, made)
+    show_result(plan_to_dict(made), lambda: plan_view(in_flags(made)), form, as_json=as_json, yaml=yaml)
 
 
 @click.command()
@@ -65,17 +60,7 @@ def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any
 @choice_options
 @set_option
 @format_options
-@pass_told
-def fit(
-    obj: Mapping[str, bool],
-    /,
-    *,
-    models: tuple[str, ...],
-    fixed: tuple[str, ...],
-    form: str,
-    as_json: bool,
-    **given: Any,
-) -> None:
+def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: bool, **given: Any) -> None:
     """Say which cards run MODEL, or with --device or --vram which of several models that card runs and how.
 
     With --largest: how much of it. Exit code 3 where nothing fits.
@@ -84,7 +69,7 @@ def fit(
     from vramplan.common.progress import hide_bars
     from vramplan.view.fits import fits_dict, fits_view
 
-    if obj["quiet"]:
+    if is_quiet():
         hide_bars()
     found = find(models, settings=fixed_by_hand(fixed), **given)
     show_result(fits_dict(found), lambda: fits_view(in_flags(found)), form, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, in_flags, pass_told, say, show_result
+from vramplan.cli.shared import draw, fixed_by_hand, in_flags, is_quiet, say, show_result
 from vramplan.errors import NothingFitsError, UsageError
 
 
@@ -35,8 +34,7 @@ from vramplan.errors import NothingFitsError, UsageError
     help="Where memory runs out, make the call again under a smaller plan.",
 )
 @click.option("--replan", is_flag=True, help="Where the plan no longer fits, make another for the same wishes.")
-@pass_told
-def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
+def apply(plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
     from vramplan.api.check import current_plan
     from vramplan.api.run import run_plan
@@ -51,7 +49,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
     if output:
         check_output(output, loaded)
     current = current_plan(loaded, given["model"], replan=replan, allow_pickle=given["allow_pickle"], say=say)
-    show(apply_view(in_flags(run_plan(current, output=output, bars=not obj["quiet"], say=say, **given))))
+    show(apply_view(in_flags(run_plan(current, output=output, bars=not is_quiet(), say=say, **given))))
 
 
 @click.command()
@@ -76,7 +74,9 @@ def simulate(*, model: str, plot: str | None, form: str, as_json: bool, **given:
         check_picture(plot)
     given["settings"] = fixed_by_hand(given.pop("fixed"))
     if Path(model).is_file():
-        _refuse_beside_plan(given)
+        told = next((name for name, value in given.items() if value), None)
+        if told is not None:
+            raise UsageError(f"`{told}`: a plan file says that already; edit it or plan again")
         result = simulate_plan(model, timeline=bool(plot))
     else:
         result = simulate_model(model, timeline=bool(plot), **given)
@@ -85,9 +85,3 @@ def simulate(*, model: str, plot: str | None, form: str, as_json: bool, **given:
     show_result(simulation_dict(result), lambda: simulation_view(in_flags(result)), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
-
-
-def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
-    told = [name for name, value in given.items() if value]
-    if told:
-        raise UsageError(f"`{told[0]}`: a plan file says that already; edit it or plan again")

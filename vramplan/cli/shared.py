@@ -1,15 +1,13 @@
-"""What several commands do: hand on what -v and -q said, print, draw, write."""
+"""What several commands do: print, name arguments as flags, draw, write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli.options import Command
 from vramplan.common.arguments import respelled
 from vramplan.errors import UsageError
 from vramplan.workload import SHORT_NAMES
@@ -19,40 +17,30 @@ if TYPE_CHECKING:
 
     from vramplan.planfile.types import Plan
 
-_COMMANDS = {
-    "vramplan detect": "vramplan detect -o FILE",
-    "vramplan.dump_plan": "vramplan plan MODEL -o FILE",
-    "vramplan.plan": "vramplan plan MODEL",
-}
+
+def is_quiet() -> bool:
+    """Whether -q was given."""
+    return bool(click.get_current_context().find_root().ensure_object(dict)["quiet"])
 
 
-def pass_told(command: Command) -> Command:
-    """Hand the command what -v and -q said."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return command(click.get_current_context().find_root().ensure_object(dict), *args, **kwargs)
-
-    return update_wrapper(call, command)  # type: ignore[return-value]
-
-
-def flags(group: click.Group) -> dict[str, str]:
+def flags(group: Any) -> dict[str, str]:
     """The option of each argument, by its name in Python, and the commands that messages name."""
     options = [item for command in group.commands.values() for item in command.params if isinstance(item, click.Option)]
     found = {str(option.name): max(option.opts, key=len) for option in options}
     found |= {name: found[short] for short, name in SHORT_NAMES.items()} | {"settings": found["fixed"]}
-    return found | _COMMANDS
+    plan, machine = "vramplan plan MODEL", "vramplan detect -o FILE"
+    return found | {"vramplan.plan": plan, "vramplan.dump_plan": f"{plan} -o FILE", "vramplan detect": machine}
 
 
-def in_flags(value: Any, group: click.Command | None = None) -> Any:
+def in_flags(value: Any, group: Any = None) -> Any:
     """The value with the arguments in its texts as people type them; `group` is the running one where left out."""
-    root = group or click.get_current_context().find_root().command
-    known = flags(root) if isinstance(root, click.Group) else {}
+    known = flags(group or click.get_current_context().find_root().command)
     return respelled(value, lambda name, told: f"{known[name]} {told}".rstrip() if name in known else None)
 
 
 def say(text: str) -> None:
     """Print it on stderr, nothing under -q."""
-    if not click.get_current_context().find_root().ensure_object(dict)["quiet"]:
+    if not is_quiet():
         click.echo(in_flags(text), err=True)
 
 
@@ -85,7 +73,7 @@ def show_result(
     if as_json or form == "json":
         click.echo(to_json(content))
     elif form == "yaml":
-        click.echo(yaml() if yaml else to_yaml(content))
+        click.echo(yaml().rstrip() if yaml else to_yaml(content))
     else:
         from vramplan.view.terminal import show
 

@@ -130,7 +130,6 @@ def _shown(plan: Plan, known: dict[str, Any]) -> Answer:
 
 
 def _plainly(name: str, told: str) -> str:
-    """An argument on a page, where no Python is written."""
     return f"{name} {told}".replace("_", " ").rstrip()
 
 
