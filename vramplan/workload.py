@@ -10,7 +10,7 @@ from typing import Any
 from vramplan.errors import UsageError
 
 # Short names, and the argument of the pipelines' __call__ each stands for.
-_ALIASES = {"steps": "num_inference_steps", "frames": "num_frames", "batch": "num_images_per_prompt"}
+SHORT_NAMES = {"steps": "num_inference_steps", "frames": "num_frames", "batch": "num_images_per_prompt"}
 _LARGEST = 1 << 20
 # The longest sound of Stable Audio Open, 47.55 s, has 1,024 latents, like a picture with sides of this length.
 _SOUND_SIDE = 256
@@ -64,7 +64,7 @@ def make_workload(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Work
     """
     chosen = dict(defaults)
     for name, value in given.items():
-        target = _ALIASES.get(name, "num_images_per_prompt" if name == "num_videos_per_prompt" else name)
+        target = SHORT_NAMES.get(name, "num_images_per_prompt" if name == "num_videos_per_prompt" else name)
         if target not in WORKLOAD_NAMES:
             raise UsageError(f"{name} is not part of a workload: use {', '.join(sorted(WORKLOAD_NAMES))}")
         if value is not None:

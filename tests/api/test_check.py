@@ -100,7 +100,7 @@ def test_what_cannot_be_any_more_is_refused(monkeypatch, folder, card: Accelerat
     assert words in found.broken
     with pytest.raises(MismatchError) as caught:
         current_plan(plan)
-    assert "--replan" in str(caught.value)
+    assert "`replan=True`" in str(caught.value)
 
 
 def test_memory_given_by_hand_is_not_there_if_others_have_it(monkeypatch, folder) -> None:
@@ -153,7 +153,9 @@ def test_where_nothing_fits_planning_again_says_so(monkeypatch, folder) -> None:
 def test_another_pipeline_in_the_folder_is_told_before_it_is_loaded(monkeypatch, folder, small_folder) -> None:
     machine(monkeypatch, CARD)
     plan = planned(folder)
-    with pytest.raises(MismatchError, match=r"is for a StableDiffusionPipeline, this is a .*; --replan makes another"):
+    with pytest.raises(
+        MismatchError, match=r"is for a StableDiffusionPipeline, this is a .*; `replan=True` makes another"
+    ):
         current_plan(plan, str(small_folder("sdxl-small")))
     made = current_plan(plan, str(small_folder("sdxl-small")), replan=True, say=lambda text: None)
     assert made.model.class_name == "StableDiffusionXLPipeline"

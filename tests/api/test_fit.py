@@ -144,7 +144,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         vramplan.fit("stable-diffusion-1.5", device="rtx-4070", simulate=False, largest="frames")
     with pytest.raises(UsageError, match="makes sound, which has no size"):
         vramplan.fit("stable-audio-open", device="rtx-4070", simulate=False, largest="size")
-    with pytest.raises(UsageError, match="makes sound: leave height and width out"):
+    with pytest.raises(UsageError, match="makes sound: leave `height` and `width` out"):
         vramplan.plan("stable-audio-open", device="rtx-4070", simulate=False, height=512)
 
 

@@ -10,7 +10,7 @@ import pytest
 import vramplan
 from vramplan.api.request import PlanOptions, PlanRequest, make_request, request_of
 from vramplan.errors import UsageError
-from vramplan.workload import _ALIASES, WORKLOAD_NAMES
+from vramplan.workload import SHORT_NAMES, WORKLOAD_NAMES
 
 GIVEN = {
     "device": "rtx-4070",
@@ -32,7 +32,7 @@ def test_names_that_are_none_of_its_own_are_the_workloads() -> None:
 
 def test_the_typed_options_are_the_requests_fields_and_the_workloads_names() -> None:
     own = {item.name for item in fields(PlanRequest)} - {"workload"}
-    names = own | set(WORKLOAD_NAMES) | set(_ALIASES) | {"num_videos_per_prompt"}
+    names = own | set(WORKLOAD_NAMES) | set(SHORT_NAMES) | {"num_videos_per_prompt"}
     assert set(get_type_hints(PlanOptions)) <= names
     assert own <= set(get_type_hints(PlanOptions))
     assert str in get_args(get_type_hints(PlanOptions)["device"])

@@ -56,7 +56,7 @@ class TestModelFolder:
     @pytest.mark.parametrize("source", ["live", "profile:flux.1-dev"])
     def test_a_plan_without_a_folder_asks_for_one(self, sd15_plan, source):
         plan = replace(sd15_plan, model=replace(sd15_plan.model, source=source))
-        with pytest.raises(UsageError, match="give --model FOLDER"):
+        with pytest.raises(UsageError, match="give `model=FOLDER`"):
             model_folder(plan, None)
         assert str(model_folder(plan, "here")) == "here"
 

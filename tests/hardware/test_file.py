@@ -95,7 +95,7 @@ def test_a_file_is_told_by_its_ending(name: str, is_file: bool) -> None:
         (lambda text: text.replace("total_bytes: 68719476736", "total_bytes: many"), "host.total_bytes"),
         (lambda text: text.replace("kind: cuda", "kind: abacus"), "accelerators.0.kind"),
         (lambda text: text.replace("index: 0", "index: 0\n  colour: red"), "colour is not a key here"),
-        (lambda text: text.replace("schema_version: 1", "schema_version: 9"), "write it again with vramplan detect -o"),
+        (lambda text: text.replace("schema_version: 1", "schema_version: 9"), "write it again with `vramplan detect`"),
         (lambda _: "[]", "write it again"),
         (lambda _: "schema_version: 1\nsettings: {}", "a plan, not a machine"),
         (lambda _: "a: [", "not readable YAML"),
@@ -125,7 +125,7 @@ def test_a_file_that_is_none_is_refused_with_the_place(tmp_path: Path, spoil, wo
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(VramplanError, match="write one with vramplan detect -o"):
+    with pytest.raises(VramplanError, match="write one with `vramplan detect`"):
         choose_machine(str(tmp_path / "none.yaml"))
 
 

@@ -134,4 +134,4 @@ def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("os.sysconf", unknown)
     nothing = detect()
     assert nothing.host.total_bytes == 0
-    assert nothing.notes == ("host: how much memory there is could not be read: say how much may be used with --ram",)
+    assert nothing.notes == ("host: how much memory there is could not be read: say how much may be used with `ram`",)

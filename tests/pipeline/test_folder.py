@@ -134,7 +134,7 @@ def test_a_pointer_file_in_place_of_weights(folder: Path) -> None:
 def test_pickled_weights_are_refused_unless_trusted(folder: Path) -> None:
     (folder / UNET).unlink()
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
-    refused(folder, "--allow-pickle")
+    refused(folder, "pass `allow_pickle=True`")
     spec = spec_from_folder(folder, allow_pickle=True)
     assert spec.component("unet").weight_bytes > 0
     assert [note for note in spec.notes if note.startswith("unet: ") and "pickles" in note]

@@ -205,7 +205,7 @@ class TestVariants:
 
     def test_a_component_with_nothing_else_says_so(self, half, folder):
         (folder / UNET).unlink()
-        refused("unet has weights of variant fp16 only: pass --variant fp16")
+        refused('unet has weights of variant fp16 only: pass `variant="fp16"`')
 
 
 class TestCaches:

@@ -103,5 +103,5 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_is_a_part_of_a_pipeline() -> None:
-    with pytest.raises(UsageError, match=r"--set weights.transformer=gguf:file=flux\.gguf"):
+    with pytest.raises(UsageError, match=r'`settings=\{"weights.transformer": "gguf:file=flux\.gguf"\}`'):
         describe("flux.gguf")

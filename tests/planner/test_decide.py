@@ -386,7 +386,7 @@ class TestQuality:
 
     def test_lossless_only_is_an_error_then(self) -> None:
         large = Workload(height=2048, width=2048)
-        with pytest.raises(NothingFitsError, match="nothing lossless fits; --allow near_lossless would") as caught:
+        with pytest.raises(NothingFitsError, match='nothing lossless fits; `allow="near_lossless"` would') as caught:
             choose(self.spec, 8 * GIB, work=large, allow="lossless")
         assert caught.value.exit_code == 3
 
@@ -399,7 +399,7 @@ class TestQuality:
             if item.verdict == "rejected" and not item.deficit_bytes
         ]
         assert told
-        assert all("but is only near lossless: --allow near_lossless" in item.reason for item in told)
+        assert all('but is only near lossless: `allow="near_lossless"`' in item.reason for item in told)
 
     def test_allowed_tiling_is_taken_where_it_is_faster(self) -> None:
         gained = 0
@@ -444,7 +444,7 @@ def test_the_chosen_ones_reason_names_a_faster_one_that_fails() -> None:
     slow = card(rates=replace(card().rates, link_bytes_per_s=1e8))
     reason = choose(text_to_image(), 4 * GIB, accelerator=slow).chosen.reason
     assert reason.startswith("the fastest that fits; a faster one: ")
-    assert NUMBERS.search(reason) or "--allow" in reason
+    assert NUMBERS.search(reason) or "`allow=" in reason
 
 
 def profile_plan(name: str, gib: int, **options: Any) -> Outcome:

@@ -208,7 +208,7 @@ class TestEncodeFirst:
 
     def test_without_a_prompt_it_says_so(self, small_folder) -> None:
         plan = make_plan(small_folder("sd15-small"), settings=FIRST)
-        with pytest.raises(UsageError, match="encodes the prompt first and drops text_encoder: give --prompt"):
+        with pytest.raises(UsageError, match="encodes the prompt first and drops text_encoder: give `prompt`"):
             load_applied(plan, small_folder("sd15-small"), None, device="cpu", say=print)
 
     def test_a_loaded_pipeline_is_refused_with_the_reason(self, small_folder, small_pipeline) -> None:

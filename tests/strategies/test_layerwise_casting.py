@@ -126,5 +126,5 @@ def test_what_cannot_be_is_one_clear_line(settings: Any, words: str) -> None:
 
 def test_by_hand_and_forbidden_is_refused() -> None:
     settings = {"weights.transformer": "layerwise_casting"}
-    with pytest.raises(NothingFitsError, match="--allow lossy would"):
+    with pytest.raises(NothingFitsError, match='`allow="lossy"` would'):
         vramplan.plan(small("flux-small"), device=MACHINE, settings=settings, allow="lossless", **SIZE)

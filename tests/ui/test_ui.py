@@ -198,7 +198,7 @@ class TestAnswer:
 
     def test_what_cannot_be_is_one_line(self, model: str, tmp_path: Path) -> None:
         frames = answer(Selection(model=model, device="rtx-3060", allow=None, counts=(("frames", 9),)))
-        assert frames.error == "StableDiffusionPipeline makes pictures: leave the number of frames out"
+        assert frames.error == "StableDiffusionPipeline makes pictures: leave num frames out"
         broken = answer(Selection(model=str(pipeline_at(tmp_path / "broken")), device="rtx-3060", allow=None))
         assert broken.error
         assert "\n" not in broken.error

@@ -97,7 +97,7 @@ VIEWS = {
     "explain": explain_view(PLAN),
     "simulate": simulation_view(SIMULATION),
     "apply": apply_view(RAN),
-    "applied": apply_view(replace(RAN, took=None, written=())),  # without --prompt
+    "applied": apply_view(replace(RAN, took=None, written=(), notes=(*RAN.notes, "nothing generated: give `prompt`"))),
     "fit": fits_view(FITS),
     "detect": hardware_view(Hardware(accelerators=(CARD,), host=HOST, notes=("a note",)), BUDGET),
 }

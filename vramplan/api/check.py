@@ -85,7 +85,9 @@ def current_plan(
             say(f"changed since it was planned: {change}")
         return plan
     if not replan:
-        raise MismatchError(f"{broken} (--replan does so)" if "make" in broken else f"{broken}; --replan makes another")
+        raise MismatchError(
+            broken + (" (`replan=True` does so)" if "make" in broken else "; `replan=True` makes another")
+        )
     made = replanned(plan, model, allow_pickle=allow_pickle, described=describe_folder())
     say(f"{broken}. Planned again: {settings_text(made.settings)}")
     return made

@@ -97,7 +97,7 @@ def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: st
 
     names = ("cpu",) if accelerator is None else _names(accelerator)
     if device is not None and device.casefold() not in names:
-        raise UsageError(f"--measure: {device} is not in this machine; leave --device out to measure what is")
+        raise UsageError(f"device {device} is not in this machine; leave `device` out to measure what is")
     return measure_machine(hardware, accelerator)
 
 

@@ -94,9 +94,9 @@ class Subject:
         given = self.request.workload if given is None else given
         work = make_workload(self.described.defaults, given)
         if work.num_frames > 1 and not self.spec.video:
-            raise UsageError(f"{self.spec.class_name} makes pictures: leave the number of frames out")
+            raise UsageError(f"{self.spec.class_name} makes pictures: leave `num_frames` out")
         if self.spec.sound and any(given.get(name) is not None for name in ("height", "width")):
-            raise UsageError(f"{self.spec.class_name} makes sound: leave height and width out")
+            raise UsageError(f"{self.spec.class_name} makes sound: leave `height` and `width` out")
         return work
 
     def plan(

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 from vramplan.api.change import planned_anew
+from vramplan.common.progress import Say
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
 from vramplan.planfile.match import vae_names
@@ -30,8 +31,6 @@ from vramplan.workload import Workload
 # What a plan that ran out is cut by, each time.
 _STEP = 0.9
 _MOST_STEPS = 5
-
-Say = Callable[[str], None]
 
 
 def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print) -> Any:

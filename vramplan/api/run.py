@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.progress import can_show_progress
+from vramplan.common.progress import can_show_progress, hide_bars
 from vramplan.errors import UsageError
 from vramplan.pipeline.describe import Model
 from vramplan.pipeline.sources import Folder, Hub
@@ -65,7 +65,7 @@ def run_plan(
     before = current_rss_bytes()
     shown = bars and can_show_progress()
     if not shown:
-        _without_bars()
+        hide_bars()
 
     def arguments(pipe: Any) -> dict[str, Any]:
         return call_arguments(pipe, plan, prompt or "", negative_prompt, seed)
@@ -81,22 +81,14 @@ def run_plan(
     applied, pipe = loaded.applied, loaded.applied.pipe
     pipe.set_progress_bar_config(disable=not shown)
     if prompt is None:
-        return RunResult(plan=applied.plan, calls=applied.calls, notes=applied.notes)
+        notes = (*applied.notes, "nothing generated: give `prompt` to generate and measure")
+        return RunResult(plan=applied.plan, calls=applied.calls, notes=notes)
     say(f"generating on {applied.device}")
     with calibrating(pipe, ram_before_bytes=before, say=say) as took, loaded.watched():
         result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
     written = write_result(result, Path(output)) if output else []
     last = applied_to(pipe) or applied
     return RunResult(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), took=took)
-
-
-def _without_bars() -> None:
-    """No progress bars, of the libraries' own neither."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
@@ -115,4 +107,4 @@ def model_folder(plan: Plan, given: str | None) -> Path:
         return downloaded(plan, source)
     if isinstance(source, Folder):
         return source.path
-    raise UsageError(f"the plan was made from {source}: give --model FOLDER, where the weights are")
+    raise UsageError(f"the plan was made from {source}: give `model=FOLDER`, where the weights are")

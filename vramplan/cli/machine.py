@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
 
 from vramplan.cli.options import FORMAT_HELP, FORMATS, Option, format_options, json_option, machine_options
-from vramplan.cli.shared import pass_told, show_result, write_file
+from vramplan.cli.shared import in_flags, say, show_result, write_file
 from vramplan.errors import NothingFitsError
 
 if TYPE_CHECKING:
@@ -26,9 +25,8 @@ _SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against mea
 @json_option
 @click.option("--measure", is_flag=True, help="Measure copies, disk and products too. Loads torch; takes seconds once.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file, for --device.")
-@pass_told
 def detect(
-    obj: Mapping[str, bool], /, form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None
+    device: str | None, form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None
 ) -> None:
     """Say what this machine has and what may be used of it.
 
@@ -38,10 +36,9 @@ def detect(
     from vramplan.view.machine import hardware_dict, hardware_markdown, hardware_view
     from vramplan.view.shared import to_yaml
 
-    hardware, accelerator = find_machine(machine["device"])
+    hardware, accelerator = find_machine(device)
     if measure:
-        hardware = measure_here(hardware, accelerator, machine["device"])
-    machine.pop("device")
+        hardware = measure_here(hardware, accelerator, device)
     budget, full = None, None
     try:
         budget = known_budget(hardware, accelerator, machine)
@@ -49,7 +46,8 @@ def detect(
         full = error  # a machine with nothing left is still to be shown: who uses it is what one wants to know
     content = hardware_dict(hardware, budget)
     if output:
-        write_file(output, to_yaml(content) + "\n", quiet=obj["quiet"])
+        write_file(output, to_yaml(content) + "\n")
+    hardware, budget = in_flags((hardware, budget))
     if form == "markdown":
         click.echo(hardware_markdown(hardware, budget))
     else:
@@ -62,17 +60,12 @@ def detect(
 @click.option("--device", help="A device of this machine (cuda:1); the first one where left out.")
 @click.option("--pipeline/--no-pipeline", default=True, show_default=True, help=_SAMPLE)
 @format_options
-@pass_told
-def calibrate(obj: Mapping[str, bool], /, device: str | None, form: str, *, pipeline: bool, as_json: bool) -> None:
+def calibrate(device: str | None, form: str, *, pipeline: bool, as_json: bool) -> None:
     """Measure this machine's accelerator, and keep what is found for the plans to come."""
     from vramplan.api.calibrate import calibrate as measure
     from vramplan.planfile.types import settings_text
     from vramplan.view.machine import probe_dict, probe_text
     from vramplan.view.run import measured_text
-
-    def say(text: str) -> None:
-        if not obj["quiet"]:
-            click.echo(text, err=True)
 
     def report(plan: Plan, took: Measured) -> None:
         say(f"{settings_text(plan.settings)}\n{measured_text(plan, took)}")

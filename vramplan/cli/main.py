@@ -17,6 +17,7 @@ from vramplan.cli.machine import calibrate, detect
 from vramplan.cli.plans import check, code, explain, fit, plan
 from vramplan.cli.profiles import profiles
 from vramplan.cli.running import apply, simulate
+from vramplan.cli.shared import in_flags
 from vramplan.cli.ui import ui
 from vramplan.common.progress import CHATTY_LOGGERS
 from vramplan.errors import VramplanError
@@ -70,7 +71,7 @@ class _Group(click.Group):
         except click.Abort as error:
             _fail("interrupted", 130, error)
         except VramplanError as error:
-            _fail(str(error), error.exit_code, error)
+            _fail(in_flags(str(error), self), error.exit_code, error)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)

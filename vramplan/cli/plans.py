@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import click
@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, pass_told, show_result, write_file
+from vramplan.cli.shared import draw, fixed_by_hand, in_flags, is_quiet, show_result, write_file
 from vramplan.errors import MismatchError, NothingFitsError
 
 
@@ -29,8 +29,7 @@ from vramplan.errors import MismatchError, NothingFitsError
 @set_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
 @format_options
-@pass_told
-def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
+def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
     """Choose the settings for MODEL: a pipeline folder, a repository of the hub (owner/name), or a bundled profile.
 
     Of a repository only configurations and safetensors headers are read, no weight; gated and private ones with the
@@ -44,10 +43,9 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
     form, as_json = given.pop("form"), given.pop("as_json")
     made = make_plan(model, make_request({"settings": fixed_by_hand(fixed), **given}))
     if output:
-        write_file(output, dump_plan(made), quiet=obj["quiet"])
-    show_result(
-        plan_to_dict(made), lambda: plan_view(made), form, as_json=as_json, yaml=lambda: dump_plan(made).rstrip()
-    )
+        write_file(output, dump_plan(made))
+    yaml = partial(dump_plan, made)
+    show_result(plan_to_dict(made), lambda: plan_view(in_flags(made)), form, as_json=as_json, yaml=yaml)
 
 
 @click.command()
@@ -63,17 +61,7 @@ def plan(obj: Mapping[str, bool], /, *, model: str, fixed: tuple[str, ...], outp
 @choice_options
 @set_option
 @format_options
-@pass_told
-def fit(
-    obj: Mapping[str, bool],
-    /,
-    *,
-    models: tuple[str, ...],
-    fixed: tuple[str, ...],
-    form: str,
-    as_json: bool,
-    **given: Any,
-) -> None:
+def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: bool, **given: Any) -> None:
     """Say which cards run MODEL, or with --device or --vram which of several models that card runs and how.
 
     With --largest: how much of it. Exit code 3 where nothing fits.
@@ -83,11 +71,11 @@ def fit(
     from vramplan.common.progress import hide_bars
     from vramplan.view.fits import fits_dict, fits_view
 
-    if obj["quiet"]:
+    if is_quiet():
         hide_bars()
     largest = given.pop("largest")
     found = find(models, make_request({"settings": fixed_by_hand(fixed), **given}), largest=largest)
-    show_result(fits_dict(found), lambda: fits_view(found), form, as_json=as_json)
+    show_result(fits_dict(found), lambda: fits_view(in_flags(found)), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
 
@@ -96,8 +84,7 @@ def fit(
 @click.argument("plan_file", type=click.Path())
 @plot_option
 @format_options
-@pass_told
-def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
+def explain(plan_file: str, plot: str | None, form: str, *, as_json: bool) -> None:
     """List every candidate of a plan: it fits, or is short by how much and where."""
     from vramplan.planfile.file import load_plan, plan_to_dict
     from vramplan.view.plan import explain_view
@@ -107,10 +94,10 @@ def explain(obj: Mapping[str, bool], /, plan_file: str, plot: str | None, form: 
         check_picture(plot)
     loaded = load_plan(plan_file)
     if plot:
-        draw(plot, loaded, loaded, quiet=obj["quiet"])
+        draw(plot, loaded, loaded)
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
-    show_result(shown, lambda: explain_view(loaded), form, as_json=as_json)
+    show_result(shown, lambda: explain_view(in_flags(loaded)), form, as_json=as_json)
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, pass_told, show_result
+from vramplan.cli.shared import draw, fixed_by_hand, in_flags, is_quiet, say, show_result
 from vramplan.errors import NothingFitsError, UsageError
 
 
@@ -36,8 +35,7 @@ from vramplan.errors import NothingFitsError, UsageError
     help="Where memory runs out, make the call again under a smaller plan.",
 )
 @click.option("--replan", is_flag=True, help="Where the plan no longer fits, make another for the same wishes.")
-@pass_told
-def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
+def apply(plan_file: str, output: str | None, *, replan: bool, **given: Any) -> None:
     """Load the plan's pipeline, apply the plan, generate with --prompt, and print projected against measured."""
     from vramplan.api.check import current_plan, described_folder
     from vramplan.api.run import run_plan
@@ -51,11 +49,11 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
     loaded = load_plan(plan_file)
     if output:
         check_output(output, loaded)
-    say = (lambda text: None) if obj["quiet"] else (lambda text: click.echo(text, err=True))
     model, allow_pickle = given["model"], given["allow_pickle"]
     folder = cache(partial(described_folder, loaded, model, allow_pickle=allow_pickle))
     current = current_plan(loaded, model, describe_folder=folder, replan=replan, allow_pickle=allow_pickle, say=say)
-    show(apply_view(run_plan(current, described=folder(), output=output, bars=not obj["quiet"], say=say, **given)))
+    ran = run_plan(current, described=folder(), output=output, bars=not is_quiet(), say=say, **given)
+    show(apply_view(in_flags(ran)))
 
 
 @click.command()
@@ -66,10 +64,7 @@ def apply(obj: Mapping[str, bool], /, plan_file: str, output: str | None, *, rep
 @set_option
 @plot_option
 @format_options
-@pass_told
-def simulate(
-    obj: Mapping[str, bool], /, *, model: str, plot: str | None, form: str, as_json: bool, **given: Any
-) -> None:
+def simulate(*, model: str, plot: str | None, form: str, as_json: bool, **given: Any) -> None:
     """Run a whole call on an accelerator that is not there. MODEL is a plan file, or what `plan` takes.
 
     Prints the memory by phase, and the module and operation that made each peak. Exit code 3 if it does not fit.
@@ -84,18 +79,14 @@ def simulate(
         check_picture(plot)
     given["settings"] = fixed_by_hand(given.pop("fixed"))
     if Path(model).is_file():
-        _refuse_beside_plan(given)
+        told = next((name for name, value in given.items() if value), None)
+        if told is not None:
+            raise UsageError(f"`{told}`: a plan file says that already; edit it or plan again")
         result = simulate_plan(model, timeline=bool(plot))
     else:
         result = simulate_model(model, make_request(given), timeline=bool(plot))
     if plot:
-        draw(plot, result, load_plan(model) if Path(model).is_file() else None, quiet=obj["quiet"])
-    show_result(simulation_dict(result), lambda: simulation_view(result), form, as_json=as_json)
+        draw(plot, result, load_plan(model) if Path(model).is_file() else None)
+    show_result(simulation_dict(result), lambda: simulation_view(in_flags(result)), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")
-
-
-def _refuse_beside_plan(given: Mapping[str, Any]) -> None:
-    told = [name for name, value in given.items() if value]
-    if told:
-        raise UsageError(f"--{told[0].replace('_', '-')}: a plan file says that already; edit it or plan again")

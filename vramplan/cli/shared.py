@@ -1,16 +1,16 @@
-"""What several commands do: hand on what -v and -q said, print, draw, write."""
+"""What several commands do: print, name arguments as flags, draw, write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli.options import Command
+from vramplan.common.arguments import respelled
 from vramplan.errors import UsageError
+from vramplan.workload import SHORT_NAMES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,13 +18,30 @@ if TYPE_CHECKING:
     from vramplan.planfile.types import Plan
 
 
-def pass_told(command: Command) -> Command:
-    """Hand the command what -v and -q said."""
+def is_quiet() -> bool:
+    """Whether -q was given."""
+    return bool(click.get_current_context().find_root().ensure_object(dict)["quiet"])
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return command(click.get_current_context().find_root().ensure_object(dict), *args, **kwargs)
 
-    return update_wrapper(call, command)  # type: ignore[return-value]
+def flags(group: Any) -> dict[str, str]:
+    """The option of each argument, by its name in Python, and the commands that messages name."""
+    options = [item for command in group.commands.values() for item in command.params if isinstance(item, click.Option)]
+    found = {str(option.name): max(option.opts, key=len) for option in options}
+    found |= {name: found[short] for short, name in SHORT_NAMES.items()} | {"settings": found["fixed"]}
+    plan, machine = "vramplan plan MODEL", "vramplan detect -o FILE"
+    return found | {"vramplan.plan": plan, "vramplan.dump_plan": f"{plan} -o FILE", "vramplan detect": machine}
+
+
+def in_flags(value: Any, group: Any = None) -> Any:
+    """The value with the arguments in its texts as people type them; `group` is the running one where left out."""
+    known = flags(group or click.get_current_context().find_root().command)
+    return respelled(value, lambda name, told: f"{known[name]} {told}".rstrip() if name in known else None)
+
+
+def say(text: str) -> None:
+    """Print it on stderr, nothing under -q."""
+    if not is_quiet():
+        click.echo(in_flags(text), err=True)
 
 
 def fixed_by_hand(texts: tuple[str, ...]) -> dict[str, list[str]]:
@@ -56,25 +73,24 @@ def show_result(
     if as_json or form == "json":
         click.echo(to_json(content))
     elif form == "yaml":
-        click.echo(yaml() if yaml else to_yaml(content))
+        click.echo(yaml().rstrip() if yaml else to_yaml(content))
     else:
         from vramplan.view.terminal import show
 
         show(human())
 
 
-def draw(path: str, shown: Any, plan: Plan | None, *, quiet: bool) -> None:
+def draw(path: str, shown: Any, plan: Plan | None) -> None:
     """Save a picture of it, with what was measured of this plan here, and say so."""
     from vramplan.runtime.recording import last_measured
     from vramplan.view.plot.save import save_picture
 
     record = None if plan is None else last_measured(plan)
-    save_picture(path, shown, None if record is None else record.measured)
-    if not quiet:
-        click.echo(f"wrote {path}", err=True)
+    save_picture(path, in_flags(shown), None if record is None else record.measured)
+    say(f"wrote {path}")
 
 
-def write_file(path: str, text: str, *, quiet: bool) -> None:
+def write_file(path: str, text: str) -> None:
     """Write the file whole or not at all, and say so.
 
     Raises:
@@ -85,5 +101,4 @@ def write_file(path: str, text: str, *, quiet: bool) -> None:
     if not Path(path).parent.is_dir():
         raise UsageError(f"--output {path}: its folder does not exist")
     write_text(path, text)
-    if not quiet:
-        click.echo(f"wrote {path}", err=True)
+    say(f"wrote {path}")

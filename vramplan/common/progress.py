@@ -23,9 +23,9 @@ def can_show_progress() -> bool:
 
 def hide_bars() -> None:
     """Hide all progress bars, diffusers' included."""
-    from diffusers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @contextmanager

@@ -285,7 +285,7 @@ def _torch_device(answer: dict[str, Any], index: int, host: Host) -> Iterator[Ac
     if is_windows():
         yield (
             f"amd: what is free on cuda:{index} leaves out what other programs use, which Windows does not say: "
-            "keep more free with --margin"
+            "keep more free with `margin`"
         )
     if free is not None and unified:
         free = min(free, host.available_bytes)

@@ -35,12 +35,12 @@ def load_hardware(path: str | Path) -> Hardware:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise VramplanError(f"{path}: cannot be read ({reason}); write one with vramplan detect -o {path}") from error
+        raise VramplanError(f"{path}: cannot be read ({reason}); write one with `vramplan detect`") from error
     content = read_plain_yaml(text, str(path))
     if isinstance(content, dict) and "settings" in content:
-        raise VramplanError(f"{path}: a plan, not a machine: vramplan detect -o FILE writes a machine")
+        raise VramplanError(f"{path}: a plan, not a machine: `vramplan detect` writes a machine")
     if not isinstance(content, dict) or content.get("schema_version") != MACHINE_SCHEMA_VERSION:
-        raise VramplanError(f"{path}: no machine of this version: write it again with vramplan detect -o {path}")
+        raise VramplanError(f"{path}: no machine of this version: write it again with `vramplan detect`")
     facts = {key: value for key, value in content.items() if key not in ("schema_version", "budget")}
     try:
         found = TypeAdapter(Hardware).validate_json(json.dumps(facts, default=str), strict=True)
@@ -50,7 +50,7 @@ def load_hardware(path: str | Path) -> Hardware:
         raise VramplanError(f"{path}: not a machine ({error})") from error
     wrong = next(_implausible(found), None)
     if wrong is not None:
-        raise VramplanError(f"{path}: {wrong}; correct the file, or write it again with vramplan detect -o")
+        raise VramplanError(f"{path}: {wrong}; correct the file, or write it again with `vramplan detect`")
     return found
 
 

@@ -59,7 +59,7 @@ def read_host(device_nodes: frozenset[int] = frozenset()) -> Host:
 def host_notes(host: Host) -> Iterator[str]:
     """Notes on the host: memory that could not be read, and a disk that is in memory."""
     if not host.total_bytes:
-        yield "host: how much memory there is could not be read: say how much may be used with --ram"
+        yield "host: how much memory there is could not be read: say how much may be used with `ram`"
     if host.disk_in_memory:
         yield (
             f"host: weights offloaded to {host.disk_filesystem} would stay in RAM: "

@@ -70,7 +70,7 @@ def _describe_single(source: SingleFile, dtype: str | None) -> Model:
     name = source.path
     if name.endswith(".gguf"):
         raise UsageError(
-            f"{name}: plan for the pipeline it is a part of, with --set weights.transformer=gguf:file={name}"
+            f'{name}: plan for the pipeline it is a part of: `settings={{"weights.transformer": "gguf:file={name}"}}`'
         )
     path, repo_id = Path(name).expanduser(), "/".join(name.split("/")[:2])
     if path.is_file() or not is_repo_id(repo_id) or name.count("/") < 2:

@@ -198,7 +198,7 @@ def _component(
     if own_dtype != stored_dtype and dtype is None:
         notes.append(
             f"{name}: its files are in {stored_dtype}, in which nothing is computed; it is loaded in {own_dtype}, and "
-            f"--set weights.{name}=layerwise_casting brings it to 8 bits again"
+            f'`settings={{"weights.{name}": "layerwise_casting"}}` brings it to 8 bits again'
         )
     return component, [note for note in notes if note]
 
@@ -254,8 +254,8 @@ def _build(
 def _no_weights_error(repository: Repository, name: str) -> VramplanError:
     where, found = repository.where(name), variants(repository, name)
     if found:
-        return VramplanError(f"{where} has weights of variant {', '.join(found)} only: pass --variant {found[0]}")
-    return VramplanError(f"{where} has no safetensors weights; pass --allow-pickle to load pickled weights you trust")
+        return VramplanError(f'{where} has weights of variant {", ".join(found)} only: pass `variant="{found[0]}"`')
+    return VramplanError(f"{where} has no safetensors weights; pass `allow_pickle=True` for pickled ones you trust")
 
 
 def _disagreement(name: str, module: torch.nn.Module, stored: StoredWeights | None) -> str | None:

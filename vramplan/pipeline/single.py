@@ -47,7 +47,7 @@ class Checkpoint:
             f"{self.where} holds the {', '.join(self.parts)} of {self.profile.pipeline} "
             f"({format_bytes(self.size_bytes)}, {self.dtype}); configurations and all else are those of profile "
             f"{self.profile.name}. To apply this plan, save the file as a pipeline folder first "
-            "(from_single_file, save_pretrained) and give that as --model"
+            "(from_single_file, save_pretrained) and give that as `model`"
         )
 
 

@@ -70,7 +70,7 @@ def load_plan(path: str | Path) -> Plan:
             text = file.read(_MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise VramplanError(f"{path}: cannot be read ({reason}); vramplan plan MODEL -o FILE writes a plan") from error
+        raise VramplanError(f"{path}: cannot be read ({reason}); make one with `vramplan.dump_plan`") from error
     return parse_plan(text, name=str(path))
 
 
@@ -78,7 +78,7 @@ def _check_schema(content: Any, name: str) -> None:
     if not isinstance(content, dict):
         raise VramplanError(f"{name}: not a plan (expected a mapping, found {type(content).__name__})")
     if "accelerators" in content and "host" in content:
-        raise VramplanError(f"{name}: a machine, not a plan: vramplan plan MODEL --device {name} plans for it")
+        raise VramplanError(f'{name}: a machine, not a plan: `vramplan.plan` with `device="{name}"` plans for it')
     version = content.get("schema_version")
     if version is None:
         raise VramplanError(f"{name}: schema_version is missing: not a plan")

@@ -67,7 +67,7 @@ def make_budget(
     """
     device = accelerator or next(iter(hardware.accelerators), None)
     if device is None and vram is not None:
-        raise UsageError(f"vram {vram}: this machine has no accelerator: name a card with --device, or leave it out")
+        raise UsageError(f"vram {vram}: this machine has no accelerator: name a card with `device`, or leave it out")
     taken: list[Deduction] = []
     if device is not None and vram is None:
         taken += _vram_deductions(device, hardware.host, context_bytes, held_vram_bytes)
@@ -127,7 +127,7 @@ def _rest(memory: str, owner: str, start: int, taken: list[Deduction]) -> int:
     if rest <= 0:
         terms = ", ".join(f"{item.name} {format_bytes(item.size_bytes)}" for item in ours)
         message = f"no {memory.upper()} is left to use: {owner} has {format_bytes(start)} free, less {terms}"
-        raise NothingFitsError(f"{message}; close other programs, or say how much may be used with --{memory}")
+        raise NothingFitsError(f"{message}; close other programs, or say how much may be used with `{memory}`")
     return rest
 
 

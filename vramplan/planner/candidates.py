@@ -152,7 +152,7 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
     wanted = [*([fixed.everywhere] if fixed.everywhere else []), *fixed.placement.values()]
     for setting in wanted:
         if not isinstance(setting, Resident):
-            raise UsageError(f"{setting.name} needs an accelerator, and none was found; plan with --device NAME")
+            raise UsageError(f"{setting.name} needs an accelerator, and none was found; plan with `device=NAME`")
 
 
 def _mixed(

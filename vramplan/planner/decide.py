@@ -149,7 +149,7 @@ class _Chooser:
 
     def asks_for(self, item: Decision) -> int:
         """The place of the quality that has to be allowed for it: what was set by hand is."""
-        return _index_of(item.quality_beside(self.fixed.execution))
+        return QUALITIES.index(item.quality_beside(self.fixed.execution))
 
     def best(self, row: CandidateRow, vram_bytes: int | None = None) -> Decision:
         """The best of the row, within less VRAM than the budget's where that is given."""
@@ -196,11 +196,9 @@ def _first_confirmed(
     waiting = list(pool)
     every = {id(row): row for row, _ in pool}.values()
     lowest: dict[tuple[Decode, ...], Decision] = {}  # of those that failed the one priced lowest
-    bold = True
+    bold, most = True, QUALITIES.index(limit)
     while True:
-        able = [
-            entry for entry in waiting if entry[1].verdict == "fits" and chooser.asks_for(entry[1]) <= _index_of(limit)
-        ]
+        able = [entry for entry in waiting if entry[1].verdict == "fits" and chooser.asks_for(entry[1]) <= most]
         if not able and bold and lowest:
             bold = False
             again = [(row, chooser.best(row, _vram(lowest[row.decode]) - 1)) for row in every if row.decode in lowest]
@@ -258,7 +256,7 @@ def _between(
     low, high = 0, _vram(failed)
     while True:
         top = chooser.best(row, high - 1)
-        if not _worth_a_try(top, found) or _vram(top) <= low or chooser.asks_for(top) > _index_of(limit):
+        if not _worth_a_try(top, found) or _vram(top) <= low or chooser.asks_for(top) > QUALITIES.index(limit):
             return found
         half = (low + _vram(top)) // 2
         middle = chooser.best(row, half)
@@ -341,7 +339,7 @@ def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     compared = order(
         prefer,
         seconds=demand.seconds_per_call,
-        quality=_index(decision),
+        quality=QUALITIES.index(decision.quality),
         changed=len(decision.weights),
         offloaded=sum(setting != Resident() for setting in decision.placement.values()),
         ram_bytes=demand.ram_bytes,
@@ -350,23 +348,15 @@ def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     return tuple(rounded(value, digits) for value, digits in compared)
 
 
-def _index(decision: Decision) -> int:
-    return _index_of(decision.quality)
-
-
-def _index_of(quality: Quality) -> int:
-    return QUALITIES.index(quality)
-
-
 def _told(item: Decision, chosen: Decision, limit: Quality, chooser: _Chooser) -> Decision:
     """A candidate that was not chosen, with the reason."""
     if item.verdict == "rejected":
         return item
-    if chooser.asks_for(item) > _index_of(limit):
+    if chooser.asks_for(item) > QUALITIES.index(limit):
         gain = chosen.demand.seconds_per_call / max(item.demand.seconds_per_call, 1e-9)
         buys = f", {gain:.1f}x as fast" if gain > 1.05 else ""
         words = item.quality.replace("_", " ")
-        return _with(item, "rejected", f"fits{buys}, but is only {words}: --allow {item.quality}")
+        return _with(item, "rejected", f'fits{buys}, but is only {words}: `allow="{item.quality}"`')
     if chooser.prefer == "memory":
         more = item.demand.vram_reserved_bytes - chosen.demand.vram_reserved_bytes
         return _with(item, "fits", f"{format_bytes(max(0, more))} more memory than the chosen one")
@@ -398,4 +388,4 @@ def _nothing_fits(decisions: Sequence[Decision], allow: Quality | None) -> str:
     nearest = min(decisions, key=lambda item: item.deficit_bytes)
     if nearest.verdict == "rejected":
         return f"nothing fits; the nearest candidate: {nearest.reason}"
-    return f"nothing {(allow or 'lossless').replace('_', ' ')} fits; --allow {nearest.quality} would"
+    return f'nothing {(allow or "lossless").replace("_", " ")} fits; `allow="{nearest.quality}"` would'

@@ -75,11 +75,11 @@ def _place(key: str, texts: Sequence[str]) -> tuple[AxisRow, str]:
     axis, _, name = key.partition(".")
     row = AXES.get(axis)
     if len(texts) != 1 and (row is None or row.by_component):
-        raise UsageError(f"--set {key}: give one setting, not {len(texts)}")
+        raise UsageError(f'`settings["{key}"]`: give one setting, not {len(texts)}')
     if row is None or not row.takes(key, texts[-1] if texts else ""):
         axes = sorted(AXES.values(), key=lambda row: (not row.by_component, row.order))
         *first, last = (word for row in axes for word in row.keys)
-        raise UsageError(f"--set {key}: the axes are {', '.join(first)} and {last}")
+        raise UsageError(f'`settings["{key}"]`: the axes are {", ".join(first)} and {last}')
     return row, name
 
 
@@ -115,5 +115,5 @@ def _decode_settings(texts: Sequence[str]) -> tuple[Decode, ...]:
     names = [setting.name for setting in found]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"--set decode: {name} is given twice")
+            raise UsageError(f'`settings["decode"]`: {name} is given twice')
     return found

@@ -228,7 +228,7 @@ def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[s
 def check_prompt(stages: Staged, prompt: object) -> None:
     """Raises UsageError where the plan encodes a prompt first and there is none."""
     if stages.first and prompt is None:
-        raise UsageError(f"the plan encodes the prompt first and drops {', '.join(stages.first)}: give --prompt")
+        raise UsageError(f"the plan encodes the prompt first and drops {', '.join(stages.first)}: give `prompt`")
 
 
 def release_memory() -> None:

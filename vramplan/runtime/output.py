@@ -19,9 +19,9 @@ def check_output(path: str, plan: Plan) -> None:
     target = Path(path)
     allowed = _VIDEOS if plan.workload.num_frames > 1 else _PICTURES
     if target.suffix.lower() not in allowed:
-        raise UsageError(f"--output {path}: the name must end in {', '.join(allowed)}")
+        raise UsageError(f"`output` {path}: the name must end in {', '.join(allowed)}")
     if not target.parent.is_dir():
-        raise UsageError(f"--output {path}: its folder does not exist")
+        raise UsageError(f"`output` {path}: its folder does not exist")
 
 
 def write_result(result: Any, path: Path) -> list[Path]:

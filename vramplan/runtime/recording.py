@@ -12,6 +12,7 @@ from typing import Any
 from vramplan.calibration.peaks import Measured, current_rss_bytes, end_phase, measure_call
 from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append, read_store
+from vramplan.common.progress import Say
 from vramplan.common.versions import versions
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator
@@ -19,8 +20,6 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.types import Plan, settings_text
 from vramplan.runtime.applied import Applied, applied_to
 from vramplan.runtime.snapshot import decode_settings
-
-Say = Callable[[str], None]
 
 
 @contextmanager

@@ -61,10 +61,7 @@ class EncodeFirst:
         if component.role != "text_encoder":
             return f"it is for text encoders, and {component.name} is none"
         if component.device is not None:
-            return (
-                "the pipeline is loaded already, its encoders with it: plan for its folder, and let vramplan load it "
-                "(vramplan apply PLAN --prompt TEXT)"
-            )
+            return "the pipeline is loaded already, encoders too: plan for its folder and load it with `vramplan apply`"
         if spec.encode_refusal is not None:
             return spec.encode_refusal
         if accelerator is None and self.leaf:

@@ -1,4 +1,4 @@
-"""Settings as text: `group_offload:type=block,blocks=2`. The one grammar of plan files and `--set`.
+"""Settings as text: `group_offload:type=block,blocks=2`. The one grammar of plan files and of what is fixed by hand.
 
 A file's name may hold commas, equals signs and spaces: it is the last option, and all of the rest.
 """

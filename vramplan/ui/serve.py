@@ -60,7 +60,7 @@ def _server(application: Any, port: int | None) -> Any:
     try:
         listening = socket.create_server((_ADDRESS, port or 0))  # werkzeug's own would exit the process on failure
     except OSError as error:
-        raise VramplanError(f"port {port} cannot be had: choose another with --port, or leave it out") from error
+        raise VramplanError(f"port {port} cannot be had: choose another `port`, or leave it out") from error
     with listening:
         return make_server(_ADDRESS, port or 0, application, threaded=True, fd=listening.fileno())
 

@@ -11,6 +11,7 @@ from typing import Any
 from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
 from vramplan.api.request import PlanRequest
+from vramplan.common.arguments import respelled
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.types import Plan
@@ -63,7 +64,7 @@ def answer(selection: Selection) -> Answer:
         return _answer_of(_plan(selection), known)
     except VramplanError as error:
         short = isinstance(error, NothingFitsError)
-        return Answer(error=str(error), short=short, **(known if short else {}))
+        return Answer(error=respelled(str(error), _plainly), short=short, **(known if short else {}))
     except Exception as error:  # the page shows no traceback
         return Answer(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -107,7 +108,7 @@ def _answer_of(plan: Plan, known: dict[str, Any]) -> Answer:
     from vramplan.view.plot.candidates import candidates_picture
     from vramplan.view.plot.plotly_figures import candidates_figure
 
-    bar = plan_bar(plan)
+    plan, bar = respelled(plan, _plainly), plan_bar(plan)
     return Answer(
         rows=tuple(plan_rows(plan)),
         notes=plan.notes,
@@ -127,6 +128,10 @@ def _answer_of(plan: Plan, known: dict[str, Any]) -> Answer:
         code=plan_code(plan),
         **known,
     )
+
+
+def _plainly(name: str, value: str) -> str:
+    return f"{name} {value}".replace("_", " ").rstrip()
 
 
 def _memory_details(plan: Plan) -> Details:

@@ -19,7 +19,7 @@ _MOST_NAMES = 2  # cards named for each memory size
 
 
 def fits_dict(fits: Fits) -> dict[str, Any]:
-    """The object `fit --json` prints."""
+    """The answer as an object for programs."""
     return asdict(fits)
 
 

@@ -20,7 +20,7 @@ _INDENT = " " * 14
 
 
 def hardware_dict(hardware: Hardware, budget: Budget | None) -> dict[str, Any]:
-    """The machine and its budget: the object that `detect --json` prints and `detect -o` writes.
+    """The machine and its budget: an object for programs and machine files.
 
     The budget is None if no memory is left to use.
     """
@@ -188,7 +188,7 @@ def _budget_lines(memory: str, count: int, deductions: Sequence[Deduction]) -> I
 
 
 def probe_dict(record: ProbeRecord) -> dict[str, Any]:
-    """The measurements of a device: the object that `calibrate --json` prints."""
+    """The measurements of a device: as an object for programs."""
     return {"schema_version": CALIBRATE_SCHEMA_VERSION, **asdict(record)}
 
 

@@ -29,7 +29,6 @@ def apply_view(ran: RunResult) -> RenderableType:
     if ran.took is None:
         bar = plan_bar(ran.plan)
         views += ["", bar] if bar else []
-        views += ["", "nothing generated: give --prompt to generate and measure"]
     else:
         for part in comparison_bars(ran.plan, ran.took):
             views += ["", part]

@@ -17,7 +17,7 @@ SIMULATE_SCHEMA_VERSION = 1
 
 
 def simulation_dict(simulation: Simulation) -> dict[str, Any]:
-    """A simulation as the object `simulate --json` prints."""
+    """A simulation as an object for programs."""
     content = asdict(replace(simulation, timeline=None))
     content.pop("timeline")  # only for pictures
     return {"schema_version": SIMULATE_SCHEMA_VERSION, **content}

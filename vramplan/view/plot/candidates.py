@@ -49,7 +49,7 @@ def candidates_picture(plan: Plan, measured: Usage | None = None) -> CandidatesP
         VramplanError: the plan lists no candidates.
     """
     if not plan.candidates:
-        raise VramplanError("this plan lists no candidates to draw: make it again with vramplan plan")
+        raise VramplanError("this plan lists no candidates to draw: make the plan again")
     memory = "RAM" if plan.machine.budget.vram_bytes is None else "VRAM"
     budget = plan.machine.budget.vram_bytes or plan.machine.budget.ram_bytes
     chosen = [item for item in plan.candidates if item.verdict == "chosen"]

@@ -24,11 +24,11 @@ def check_picture(path: str | Path) -> None:
     """
     form = Path(path).suffix.lower()
     if form not in _PACKAGES:
-        raise UsageError(f"--plot {path}: give a name that ends in {', '.join(_PACKAGES)}")
+        raise UsageError(f"{path}: give a name that ends in {', '.join(_PACKAGES)}")
     if not Path(path).parent.is_dir():
-        raise UsageError(f"--plot {path}: its folder does not exist")
+        raise UsageError(f"{path}: its folder does not exist")
     if find_spec(_PACKAGES[form]) is None:
-        raise VramplanError(f"--plot {path} needs {_PACKAGES[form]}: pip install 'vramplan[plot]'")
+        raise VramplanError(f"{path} needs {_PACKAGES[form]}: pip install 'vramplan[plot]'")
 
 
 def save_picture(path: str | Path, shown: Simulation | Plan, measured: Usage | None = None) -> None:
