@@ -21,7 +21,7 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if "cli" not in path.rel
 OTHERS = {
     "runtime/download.py": "--revision --include",  # of `hf download`, which is to be typed
     "hardware/intel.py": "--index-url",  # of `pip install`
-    "view/plot/with_matplotlib.py": "--",  # a dashed line
+    "view/plot/matplotlib_figures.py": "--",  # a dashed line
 }
 COMMANDS = {"vramplan apply", "vramplan calibrate", "vramplan profiles list"}  # no function of Python does it
 VALUE = "vram"  # stands for what is filled in

@@ -22,7 +22,9 @@ def can_show_progress() -> bool:
 
 
 def hide_bars() -> None:
-    """Hide all progress bars, diffusers' included."""
+    """Hide all progress bars, those of diffusers and transformers included."""
+    import diffusers
+    import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
