@@ -32,9 +32,9 @@ class TestAnotherProcessTakesTwoGibibytes:
         plan = planned(pipe)
         machine(monkeypatch, replace(CARD, free_bytes=CARD.free_bytes - TAKEN))
         monkeypatch.setattr(vramplan.api.apply, "check_device", lambda *_: None)
-        monkeypatch.setattr(vramplan.api.apply, "applied_anyway", lambda pipe, plan, device: "applied")
+        monkeypatch.setattr(vramplan.api.apply, "apply_unchecked", lambda pipe, plan, device, spec: "applied")
         with pytest.warns(UserWarning, match=r"4\.\d+ GiB of VRAM may be used, 6\.72 GiB when it was planned"):
-            assert vramplan.api.apply_plan(pipe, plan) == "applied"
+            assert vramplan.apply_plan(pipe, plan) == "applied"
 
     def test_where_it_does_not_the_pipeline_stays_as_it_was(self, monkeypatch, small_pipeline) -> None:
         full = replace(CARD, free_bytes=TAKEN + 1030 * MIB)
@@ -44,7 +44,7 @@ class TestAnotherProcessTakesTwoGibibytes:
         machine(monkeypatch, replace(full, free_bytes=1030 * MIB))
         monkeypatch.setattr(vramplan.api.apply, "check_device", lambda *_: None)
         with pytest.raises(MismatchError, match=r"the plan no longer fits: it needs .* make it again"):
-            vramplan.api.apply_plan(pipe, plan)
+            vramplan.apply_plan(pipe, plan)
         assert applied_to(pipe) is None
 
     def test_the_command_ends_with_4_and_replans_on_request(self, monkeypatch, folder, tmp_path) -> None:  # noqa: F811
@@ -104,7 +104,7 @@ class TestNvmlIsLost:
         pipe: Any = small_pipeline("sd15-small")
         plan = planned(pipe, settings={"placement": "resident"})
         nvml.told["error"] = "GPU_IS_LOST"
-        vramplan.api.apply_plan(pipe, plan, device="cpu")
+        vramplan.apply_plan(pipe, plan, device="cpu")
         with vramplan.calibrating(pipe) as took:
             pipe(**call_kwargs("sd15-small"))
         assert took.seconds > 0
@@ -113,7 +113,7 @@ class TestNvmlIsLost:
         pipe: Any = small_pipeline("sd15-small")
         plan = planned(pipe, settings={"placement": "resident"})
         on_cpu = replace(plan, machine=replace(plan.machine, device="cpu"))
-        vramplan.api.apply_plan(pipe, on_cpu, device="cpu")
+        vramplan.apply_plan(pipe, on_cpu, device="cpu")
         said: list[str] = []
         with vramplan.calibrating(pipe, say=said.append):
             nvml.told["error"] = "GPU_IS_LOST"

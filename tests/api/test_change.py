@@ -63,7 +63,7 @@ def with_plan(kind, text, **options):
     parts = plan.settings.placement
     placement = {part: text if part == HEADS[kind] or text == "model_cpu_offload" else "resident" for part in parts}
     plan = replace(plan, settings=replace(plan.settings, placement=placement))
-    return pipe, vramplan.runtime.applied_plan(pipe, plan, device="cpu")
+    return pipe, vramplan.apply_plan(pipe, plan, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ class TestBehindItsBack:
         load_ip_adapter(pipe, tmp_path)
         assert re.match(r"unet went from \d+ to \d+ tensors since the plan was applied", first.changed)
         with pytest.raises(MismatchError, match="image_encoder is in this pipeline, not in the plan"):
-            vramplan.runtime.applied_plan(pipe, first.plan, device="cpu")
+            vramplan.apply_plan(pipe, first.plan, device="cpu")
         assert applied_to(pipe) is first
 
     def test_a_lora_is_told_and_planned_for_by_the_next_plan(self, lora, name):
@@ -245,7 +245,7 @@ def test_a_controlnet_makes_another_pipeline_which_is_planned_for_once_the_first
         other, device=MACHINE, settings={"placement": "group_offload:type=leaf"}, simulate=False, height=64, width=64
     )
     assert "controlnet" in plan.settings.placement
-    applied = vramplan.runtime.applied_plan(other, plan, device="cpu")
+    applied = vramplan.apply_plan(other, plan, device="cpu")
     assert torch.equal(output_tensor(other(**call_kwargs(kind), **picture)), wanted)
     applied.undo()
     assert torch.equal(output_tensor(other(**call_kwargs(kind), **picture)), wanted)

@@ -332,7 +332,7 @@ def test_without_pinned_weights_nothing_is_tried_again(subject, monkeypatch):
         tried.append(1)
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(vramplan.runtime.applied, "put_on", fails)
+    monkeypatch.setattr(vramplan.runtime.applied, "apply_settings", fails)
     with pytest.raises(RuntimeError, match="broken"):
         put_on(subject)
     assert len(tried) == 1
