@@ -255,3 +255,28 @@ def fits_sentence(demand: Demand, budget: Budget) -> str:
         free = "" if budget.disk_bytes is None else f" of {format_bytes(budget.disk_bytes)}"
         parts.append(f"{format_bytes(demand.disk_bytes)}{free} disk")
     return f"needs {' and '.join([', '.join(parts[:-1]), parts[-1]] if parts[1:] else parts)}"
+
+
+def shortage(demand: Demand, budget: Budget) -> tuple[int, str] | None:
+    """By how much the candidate is short in all, and the sentences that say so with both numbers."""
+    found = []
+    if budget.vram_bytes is not None and demand.vram_reserved_bytes > budget.vram_bytes:
+        phase = max(demand.phases, key=lambda item: item.reserved_bytes)
+        where = f"{phase.name} ({phase.component})"
+        found.append(_short(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
+    if demand.ram_bytes > budget.ram_bytes:
+        load = demand.load
+        loading = load is not None and load.ram_bytes == demand.ram_bytes
+        where = f"loading {load.component}" if load is not None and loading else "the plan"
+        found.append(_short(where, "RAM", demand.ram_bytes, budget.ram_bytes))
+    if budget.disk_bytes is not None and demand.disk_bytes > budget.disk_bytes:
+        found.append(_short("the plan", "disk", demand.disk_bytes, budget.disk_bytes))
+    return (sum(size for size, _ in found), "; ".join(text for _, text in found)) if found else None
+
+
+def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]:
+    deficit = needed - usable
+    return deficit, (
+        f"{where} needs {format_bytes(needed)} of {memory}, {format_bytes(usable)} may be used: "
+        f"short by {format_bytes(deficit)}"
+    )
