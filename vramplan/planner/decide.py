@@ -136,7 +136,7 @@ def decide(
             if prefer == "memory":
                 told = _smallest(chosen, chooser.seconds_of_fastest(found, limit))
             else:
-                told = _choose(chosen, others, lambda demand: unlocks(demand, budget, workload, accelerator))
+                told = _choose(chosen, others, lambda demand: unlocks(demand, budget, spec, workload, accelerator))
             return Outcome(decisions=(told, *others), refused=tuple(refused))
     raise NothingFitsError(_nothing_fits([item for _, item in pool], allow))
 

@@ -12,6 +12,7 @@ from vramplan.api.machine import choose_machine
 from vramplan.api.plan import Subject
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
+from vramplan.pipeline.latents import smaller_size
 from vramplan.planfile.types import Plan, PlanRequest
 from vramplan.profiles.catalogue import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
@@ -166,8 +167,9 @@ def _helps(wish: Wish) -> Iterator[str]:
     ram = next((size for size in _RAM if fits(ram=size)), None)
     if ram is not None:
         yield f"{ram.removesuffix('GiB')} GiB of RAM"
-    smaller = replace(work, height=work.height // 32 * 16, width=work.width // 32 * 16)
-    if min(smaller.height, smaller.width) > 0 and fits(smaller):
+    size = smaller_size(subject.spec, work, 1 / 2)
+    smaller = replace(work, height=size[0], width=size[1]) if size else work
+    if size and fits(smaller):
         yield workload_text(smaller)
     if wish.device and asked.vram and fits(device=wish.device, vram=None):
         yield "all of the card's memory"
