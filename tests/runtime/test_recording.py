@@ -20,6 +20,13 @@ MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, availab
 BARE = Hardware(accelerators=(), host=MACHINE.host)
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of its own for every test, not there yet."""
+    monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
 def applied(small_pipeline: Any, kind: str = "sd15-small") -> Any:
     pipe = small_pipeline(kind)
     names = ("height", "width", "num_frames", "num_inference_steps")
