@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vramplan.api.machine import known_budget
 from vramplan.api.plan import plan as make_plan
@@ -23,12 +23,20 @@ from vramplan.units import format_bytes
 _NOTICED = 0.05
 
 
+DriftKind = Literal[
+    "holds", "no device", "another device", "no memory", "short of memory", "another pipeline", "changed pipeline"
+]
+# Kinds whose sentences end in the advice to plan again.
+_ADVISED: frozenset[DriftKind] = frozenset({"another device", "short of memory", "changed pipeline"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """`sentence` says how the plan fits now, `broken` why it cannot be applied any more, None where it can; `changes`
-    are what is worth knowing all the same, each with both numbers."""
+    """`sentence` says how the plan fits now, `broken` why it cannot be applied any more, None where it can; `kind` is
+    the reason as a value. `changes` are what is worth knowing all the same, each with both numbers."""
 
     sentence: str
+    kind: DriftKind = "holds"
     broken: str | None = None
     changes: tuple[str, ...] = ()
 
@@ -43,16 +51,18 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
     here = next((item for item in hardware.accelerators if item.device == device), None) if planned else None
     if planned is not None and here is None:
         notes = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that no longer answers
-        return _broken(f"the plan is for {planned.name} ({device}), which this machine does not have{notes}")
+        told = f"the plan is for {planned.name} ({device}), which this machine does not have{notes}"
+        return _broken("no device", told)
     if planned is not None and here is not None and planned.name != here.name:
-        return _broken(f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it")
+        told = f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it"
+        return _broken("another device", told)
     try:
         budget = _budget(plan, hardware, here, held_bytes(spec) if spec else {})
     except (NothingFitsError, UsageError) as error:
-        return _broken(f"the plan no longer fits: {error}")
+        return _broken("no memory", f"the plan no longer fits: {error}")
     sentence = fits_sentence(plan.projected, budget)
     if _short(plan, budget):
-        return _broken(f"the plan no longer fits: it {sentence}; make it again")
+        return _broken("short of memory", f"the plan no longer fits: it {sentence}; make it again")
     return Drift(sentence=f"the plan fits: it {sentence}", changes=(*_less(plan, budget), *_software(plan, here)))
 
 
@@ -70,13 +80,17 @@ def current_plan(
         MismatchError: it does not hold any more. NothingFitsError: nor does any other.
     """
     found = drift_of(plan)
-    broken = found.broken or _other_pipeline(plan, model, allow_pickle=allow_pickle)
+    if found.broken is None:
+        found = _other_pipeline(plan, model, allow_pickle=allow_pickle) or found
+    broken = found.broken
     if broken is None:
         for change in found.changes:
             say(f"changed since it was planned: {change}")
         return plan
     if not replan:
-        raise MismatchError(f"{broken} (--replan does so)" if "make" in broken else f"{broken}; --replan makes another")
+        raise MismatchError(
+            f"{broken} (--replan does so)" if found.kind in _ADVISED else f"{broken}; --replan makes another"
+        )
     made = replanned(plan, model, allow_pickle=allow_pickle)
     from vramplan.planfile.types import settings_text
 
@@ -106,8 +120,8 @@ def wishes(plan: Plan) -> dict[str, Any]:
     return {**amounts, "allow": allow, "prefer": asked.prefer, "settings": dict(asked.settings), **workload}
 
 
-def _broken(sentence: str) -> Drift:
-    return Drift(sentence=sentence, broken=sentence)
+def _broken(kind: DriftKind, sentence: str) -> Drift:
+    return Drift(sentence=sentence, kind=kind, broken=sentence)
 
 
 def _budget(plan: Plan, hardware: Hardware, here: Accelerator | None, held: Mapping[str, int]) -> Budget:
@@ -152,7 +166,7 @@ def _software(plan: Plan, here: Accelerator | None) -> Iterator[str]:
         yield f"the driver is {here.driver}, it was planned with {before.driver}"
 
 
-def _other_pipeline(plan: Plan, model: str | None, *, allow_pickle: bool) -> str | None:
+def _other_pipeline(plan: Plan, model: str | None, *, allow_pickle: bool) -> Drift | None:
     """Why the folder does not hold the planned pipeline, told before its weights are loaded.
 
     None also where only the loaded pipeline will tell: a mix of dtypes is what the plan loads it in.
@@ -163,8 +177,10 @@ def _other_pipeline(plan: Plan, model: str | None, *, allow_pickle: bool) -> str
     folder, options = model or plan.model.source, load_options(plan)
     if options["dtype"] is None or not Path(folder).is_dir():
         return None
+    spec = describe(folder, allow_pickle=allow_pickle, **options).spec
     try:
-        check_match(describe(folder, allow_pickle=allow_pickle, **options).spec, plan)
+        check_match(spec, plan)
     except MismatchError as error:
-        return str(error)
+        same = spec.class_name == plan.model.class_name
+        return _broken("changed pipeline" if same else "another pipeline", str(error))
     return None
