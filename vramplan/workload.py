@@ -26,8 +26,6 @@ class Workload:
     run on twice the batch in pipelines that guide without a classifier; None where the pipeline has its own default.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     height: int
     width: int
     num_frames: int = 1

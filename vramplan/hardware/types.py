@@ -17,8 +17,6 @@ class Rates:
     `reached` is the share of `half_flops_per_s`, a peak, that products and attention of a pipeline reach.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     memory_bytes_per_s: float
     link_bytes_per_s: float
     half_flops_per_s: float
@@ -47,8 +45,6 @@ class Measurement:
 class Reading:
     """What one source calls free."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     source: str
     free_bytes: int
 
@@ -56,8 +52,6 @@ class Reading:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """Another program on a device. `used_bytes` is None where the driver does not say."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     pid: int
     name: str | None
@@ -68,8 +62,6 @@ class Process:
 class Pcie:
     """A link to the host: generation and lanes now, and the most that device and slot allow together."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     generation: int | None
     max_generation: int | None
     width: int | None
@@ -79,8 +71,6 @@ class Pcie:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """A direct link to another device: what it is called, how many links, and the identity of the other end."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     link: str
     count: int
@@ -94,8 +84,6 @@ class ProcessUsage:
     `fraction` is torch's limit on this process, as a share of the total, and `limit_bytes` what that comes to by
     torch's own total, which is less than the driver's; None where there is no limit, or torch does not say.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     has_context: bool
     allocated_bytes: int
@@ -117,8 +105,6 @@ class Accelerator:
     everything gets slow. `others` is None where the driver does not say who uses it. `memory_node` is the NUMA
     node that its memory makes. `display` is whether a desktop is drawn on it; None where the driver does not say.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     kind: AcceleratorKind
     index: int
@@ -177,8 +163,6 @@ class Host:
     None where nothing says.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     total_bytes: int
     available_bytes: int
     limit_bytes: int | None = None
@@ -212,8 +196,6 @@ class Hardware(Shown):
 class Deduction:
     """Bytes taken off a memory before planning (negative: given back), and why."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     memory: Literal["vram", "ram"]
     name: str
     size_bytes: int
@@ -223,8 +205,6 @@ class Deduction:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What a plan may use. `vram_bytes` is None where there is no accelerator, `disk_bytes` where it is not known."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     vram_bytes: int | None
     ram_bytes: int

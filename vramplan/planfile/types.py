@@ -26,8 +26,6 @@ class ComponentRecord:
     """A component as it was planned for: its class, weights in bytes, the dtype most of them have, and the variant of
     the files they are loaded from."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: str
     class_name: str
     library: str
@@ -40,8 +38,6 @@ class ComponentRecord:
 class ModelRecord:
     """The pipeline a plan is for. `source` is `live`, a folder, `profile:NAME`, or `hub:owner/name@commit`."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     source: str
     class_name: str
     fingerprint: str
@@ -52,8 +48,6 @@ class ModelRecord:
 class MachineRecord:
     """The machine a plan is for: the torch device, what it is, what may be used of it, and the versions of the
     libraries that its memory depends on."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     device: str
     accelerator: Accelerator | None
@@ -66,8 +60,6 @@ class MachineRecord:
 class PlanRequest:
     """What was asked for beside model, machine and workload: planning again keeps it. `settings` are the choices that
     were fixed by hand."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     allow: Quality | None = None
     prefer: Prefer = "speed"
@@ -82,8 +74,6 @@ class Settings:
     """What is to be done: one placement per component, how the VAE decodes (nothing: plainly), and what is done
     to the weights, the attention and the blocks of components (nothing: they stay as they are)."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     placement: Mapping[str, str]
     decode: tuple[str, ...] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -95,8 +85,6 @@ class Settings:
 class Projected:
     """The price of a candidate in short: bytes, seconds, what most of a step is spent on, and the basis of the
     weakest number."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     vram_allocated_bytes: int
     vram_reserved_bytes: int
@@ -112,8 +100,6 @@ class Projected:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Considered:
     """A candidate and what became of it."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     settings: Settings
     verdict: Literal["chosen", "fits", "rejected"]

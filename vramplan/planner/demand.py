@@ -21,8 +21,6 @@ from vramplan.workload import Workload
 class PhaseDemand:
     """The highest moment of one phase on the device, in bytes: what runs, and what is there with it."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: PhaseName
     component: str
     on_device: tuple[str, ...]
@@ -45,8 +43,6 @@ class Demand:
     `bottleneck` is what most of a step is spent on. `ram_bytes` is the most of running and loading; `load` is the
     highest moment of loading, None for a pipeline that is loaded already or stays on the CPU.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     vram_allocated_bytes: int
     vram_reserved_bytes: int

@@ -57,8 +57,6 @@ class WorkloadProfile:
     `guidance_scale` is None where the pipeline's call takes none, or has none by default.
     """
 
-    __pydantic_config__ = _STRICT
-
     height: int
     width: int
     num_frames: int | None = None
@@ -117,8 +115,6 @@ class PipelineProfile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
     """The PCI Express link between a device and its host."""
-
-    __pydantic_config__ = _STRICT
 
     generation: PcieGeneration
     lanes: Count

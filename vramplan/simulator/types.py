@@ -15,8 +15,6 @@ SimulatedPhaseName = Literal["load", "encode", "denoise", "decode"]
 class SimulatedPhase:
     """The highest moment of a phase, in bytes, and the module and operation that made it."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: SimulatedPhaseName
     peak_allocated_bytes: int
     weights_bytes: int
@@ -36,8 +34,6 @@ class SimulatedUse:
     for what the pipeline computes between its components.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     phase: str
     component: str
     need_bytes: int
@@ -51,8 +47,6 @@ class SimulatedUse:
 class SimulatedModule:
     """What one module computed in the call, its submodules left out; `name` is empty for the pipeline's own code."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: str
     flops: float
     traffic_bytes: int
@@ -63,8 +57,6 @@ class SimulatedModule:
 class DecodedLatents:
     """What a VAE was given to decode: shape, strides in elements and torch dtype name, and the frames it was told
     these are, if it was."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     component: str
     shape: tuple[int, ...]
@@ -81,8 +73,6 @@ class Moment:
     `reserved_bytes` is what the allocator holds for all of it. `host_bytes` in RAM, of which `pinned_bytes` are
     page-locked.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     tick: int
     phase: SimulatedPhaseName
@@ -105,8 +95,6 @@ class Moment:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """The memory over a call of `ticks` blocks taken and given back: some moments of it, every peak among them."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     components: tuple[str, ...]
     ticks: int
