@@ -36,6 +36,13 @@ os.environ["VRAMPLAN_PROFILES"] = str(Path(os.environ["VRAMPLAN_CACHE"]) / "prof
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
+@pytest.fixture
+def calibration_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of measurements of a test's own, not there yet."""
+    monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests marked `diagonal(a, b)`, as few pairs as bring every `a` and every `b`; all where VRAMPLAN_TESTS=all."""
     if os.environ.get("VRAMPLAN_TESTS") == "all":

@@ -6,7 +6,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of its own for every test, not there yet."""
-    monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path / "store"))
-    return tmp_path / "store"
+def folder(calibration_folder: Path) -> Path:
+    """A store of its own for every test."""
+    return calibration_folder

@@ -18,13 +18,7 @@ from vramplan.units import GIB
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
 BARE = Hardware(accelerators=(), host=MACHINE.host)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of its own for every test, not there yet."""
-    monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path / "store"))
-    return tmp_path / "store"
+pytestmark = pytest.mark.usefixtures("calibration_folder")
 
 
 def applied(small_pipeline: Any, kind: str = "sd15-small") -> Any:
@@ -178,8 +172,8 @@ def test_a_decode_in_smaller_pieces_is_not_the_plans(small_pipeline) -> None:
     assert told == ["not kept for later plans: the call ran out of memory, and not all of it ran under the plan"]
 
 
-def test_where_nothing_can_be_kept_the_call_counts_all_the_same(small_pipeline, folder: Path) -> None:
-    folder.write_text("a file where the folder would be")
+def test_where_nothing_can_be_kept_the_call_counts_all_the_same(small_pipeline, calibration_folder: Path) -> None:
+    calibration_folder.write_text("a file where the folder would be")
     pipe = applied(small_pipeline)
     told: list[str] = []
     with vramplan.calibrating(pipe, say=told.append):
