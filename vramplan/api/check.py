@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from vramplan.api.machine import known_budget
 from vramplan.api.plan import plan as make_plan
+from vramplan.common.progress import Say
 from vramplan.common.versions import versions
 from vramplan.errors import MismatchError, NothingFitsError, UsageError
 from vramplan.hardware import detect
@@ -72,7 +73,7 @@ def current_plan(
     *,
     replan: bool = False,
     allow_pickle: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Plan:
     """The plan where it still holds, what has changed being told; else, with `replan`, a new one for the same wishes.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.progress import progress_shown
+from vramplan.common.progress import Say, progress_shown
 from vramplan.errors import UsageError
 from vramplan.planfile.types import Plan
 from vramplan.runtime.call import call_arguments
@@ -40,7 +40,7 @@ def run_plan(
     allow_pickle: bool = False,
     recover: bool = True,
     bars: bool = True,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> RunResult:
     """Load, apply, generate when there is a prompt; what was done and what it took.
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from vramplan.common.shown import Shown
 from vramplan.hardware.types import Accelerator, Budget, Host
@@ -14,7 +14,8 @@ from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
 from vramplan.planner.clock import Bottleneck
 from vramplan.planner.demand import Demand
-from vramplan.planner.order import Prefer
+from vramplan.planner.order import Prefer, Verdict
+from vramplan.planner.residuals import Basis
 from vramplan.strategies.base import Quality
 from vramplan.workload import Workload
 
@@ -94,7 +95,7 @@ class Projected:
     seconds_per_step: float
     seconds_per_call: float
     bottleneck: Bottleneck
-    basis: Literal["measured", "simulated", "derived", "assumed"]
+    basis: Basis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,7 @@ class Considered:
     """A candidate and what became of it."""
 
     settings: Settings
-    verdict: Literal["chosen", "fits", "rejected"]
+    verdict: Verdict
     reason: str
     projected: Projected
 

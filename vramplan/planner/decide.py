@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Literal
 
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
@@ -14,7 +13,7 @@ from vramplan.planner.candidates import CandidatePool, CandidateRow, Refused, ro
 from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
-from vramplan.planner.order import Prefer, order, rounded
+from vramplan.planner.order import Prefer, Verdict, order, rounded
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
@@ -22,8 +21,6 @@ from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB, format_bytes, format_seconds
 from vramplan.workload import Workload
-
-Verdict = Literal["chosen", "fits", "rejected"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,19 +73,6 @@ class ComponentPrice:
     seconds: float
 
 
-def price(
-    spec: PipelineSpec,
-    workload: Workload,
-    placement: Mapping[str, Placement],
-    decode: Sequence[Decode],
-    *,
-    footprint: Footprint,
-    accelerator: Accelerator | None,
-) -> Demand:
-    """The demand of one candidate. On the CPU everything is charged to RAM and nothing moves."""
-    return Pricer(spec, workload, footprint, accelerator)(placement, tuple(decode))
-
-
 class Pricer:
     """Prices candidates of one pipeline, workload and device; what they share is worked out once."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from vramplan.calibration.measured import Measured, current_rss_bytes, measured, phase_ended
 from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append, read_store
+from vramplan.common.progress import Say
 from vramplan.common.versions import versions
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator
@@ -21,8 +22,6 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.types import Plan, settings_text
 from vramplan.runtime.applied import Applied, applied_to
 from vramplan.runtime.snapshot import decode_settings
-
-Say = Callable[[str], None]
 
 
 @contextmanager
