@@ -258,6 +258,10 @@ class Decode(Protocol):
         """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
+# A strategy whose settings leave attributes behind names them in a class variable `leaves`, for undoing: of modules the
+# name, or what several names begin with; of the pipeline the name after this.
+ON_PIPE = "pipe."
+
 # Settings with the components each is for, in the order to apply them: see `settings.grouped`.
 Placed = Sequence[tuple[Weights | Placement | Execution, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
@@ -334,6 +338,10 @@ def missing_package(name: str) -> str | None:
 def unpinned(placed: Placed) -> Placed:
     """The same settings without pinned copies of weights."""
     return [(setting.unpinned() if isinstance(setting, Placement) else setting, names) for setting, names in placed]
+
+
+# What diffusers' hooks leave on a module: their registry, and a forward in place of the class's.
+DIFFUSERS_HOOK = ("_diffusers_hook", "forward")
 
 
 def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ class EncodeFirst:
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = True
+    leaves: ClassVar[tuple[str, ...]] = GroupOffload.leaves
 
     leaf: bool = False
 
