@@ -87,7 +87,7 @@ def test_another_driver_is_told(monkeypatch, folder) -> None:
     [
         (None, "no device", "which this machine does not have"),
         (replace(CARD, name="another card"), "another device", "but cuda:0 is another card"),
-        (replace(CARD, free_bytes=1030 * MIB), "short of memory", "the plan no longer fits: it needs"),
+        (replace(CARD, free_bytes=1030 * MIB), "short", "the plan no longer fits: it needs"),
         (replace(CARD, free_bytes=100 * MIB), "no memory", "the plan no longer fits: no VRAM is left to use"),
     ],
 )

@@ -16,7 +16,7 @@ from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.pipeline.held import held_bytes
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planfile.types import Plan, load_options
+from vramplan.planfile.types import Plan, load_options, settings_text
 from vramplan.planner.demand import fits_sentence
 from vramplan.units import format_bytes
 
@@ -25,10 +25,10 @@ _NOTICED = 0.05
 
 
 DriftKind = Literal[
-    "holds", "no device", "another device", "no memory", "short of memory", "another pipeline", "changed pipeline"
+    "holds", "no device", "another device", "no memory", "short", "another pipeline", "changed pipeline"
 ]
 # Kinds whose sentences end in the advice to plan again.
-_ADVISED: frozenset[DriftKind] = frozenset({"another device", "short of memory", "changed pipeline"})
+_ADVISED: frozenset[DriftKind] = frozenset({"another device", "short", "changed pipeline"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
         return _broken("no memory", f"the plan no longer fits: {error}")
     sentence = fits_sentence(plan.projected, budget)
     if _short(plan, budget):
-        return _broken("short of memory", f"the plan no longer fits: it {sentence}; make it again")
+        return _broken("short", f"the plan no longer fits: it {sentence}; make it again")
     return Drift(sentence=f"the plan fits: it {sentence}", changes=(*_less(plan, budget), *_software(plan, here)))
 
 
@@ -93,8 +93,6 @@ def current_plan(
             f"{broken} (--replan does so)" if found.kind in _ADVISED else f"{broken}; --replan makes another"
         )
     made = replanned(plan, model, allow_pickle=allow_pickle)
-    from vramplan.planfile.types import settings_text
-
     say(f"{broken}. Planned again: {settings_text(made.settings)}")
     return made
 

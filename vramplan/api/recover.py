@@ -19,7 +19,7 @@ from vramplan.common.progress import Say
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
 from vramplan.planfile.match import vae_names
-from vramplan.planfile.types import Plan
+from vramplan.planfile.types import Plan, settings_text
 from vramplan.runtime.applied import PLAIN_CLASS, applied_to, apply_unchecked, plain_class
 from vramplan.runtime.load import release_memory
 from vramplan.strategies import DECODES
@@ -103,8 +103,6 @@ def _by_name(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _settings(plan: Plan) -> str:
-    from vramplan.planfile.types import settings_text
-
     return settings_text(plan.settings)
 
 

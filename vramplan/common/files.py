@@ -47,7 +47,7 @@ def _umask() -> int:
 
 
 def cache_folder() -> Path | None:
-    """Where simulations are kept; None where the cache is switched off."""
+    """Where simulations, measured speeds and facts of the hub are kept; None where the cache is switched off."""
     told = os.environ.get("VRAMPLAN_CACHE")
     if told == "0":
         return None

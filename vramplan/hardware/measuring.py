@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vramplan.common.files import cache_folder, write_text
 from vramplan.hardware.disk import offload_folder
 from vramplan.hardware.types import Accelerator, Hardware, Measurement
 
@@ -83,8 +83,6 @@ def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> t
     """From the cache, else made and, where anything was, kept. A damaged entry is made again."""
     from pydantic import TypeAdapter
 
-    from vramplan.common.files import write_text
-
     adapter = TypeAdapter(tuple[Measurement, ...])
     path = _cache_file(key)
     if path is not None:
@@ -99,11 +97,6 @@ def _kept(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) -> t
 
 
 def _cache_file(key: dict[str, Any]) -> Path | None:
-    """`VRAMPLAN_CACHE` names another folder, or switches the cache off with `0`."""
-    from platformdirs import user_cache_path
-
-    told = os.environ.get("VRAMPLAN_CACHE")
-    if told == "0":
-        return None
+    folder = cache_folder()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return (Path(told) if told else user_cache_path("vramplan")) / "measurements" / f"{digest}.json"
+    return None if folder is None else folder / "measurements" / f"{digest}.json"

@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vramplan.common.files import cache_folder
+from vramplan.common.files import cache_folder, write_text
+from vramplan.errors import VramplanError
 from vramplan.simulator.types import Simulation
 
 # The imports of the package's own modules, wherever they stand in a file: the style has no other form of them.
 _IMPORT = re.compile(r"^ *from (vramplan[\w.]*) import (?:\(([^)]*)\)|(.*))$", re.MULTILINE)
-_WORD = re.compile(r"\w+")
 
 
 def cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
@@ -59,7 +59,7 @@ def simulating_files(package: Path) -> list[Path]:
             continue
         found.add(name)
         for module, several, one in _IMPORT.findall(files[name].read_text(encoding="utf-8")):
-            names = (f"{module}.{part}" for part in _WORD.findall(several or one))
+            names = (f"{module}.{part}" for part in re.findall(r"\w+", several or one))
             waiting += {inner if inner in files else module for inner in names}
     return [files[name] for name in sorted(found)]
 
@@ -81,9 +81,6 @@ def _read(path: Path) -> Simulation | None:
 
 
 def _write(path: Path, simulation: Simulation) -> None:
-    from vramplan.common.files import write_text
-    from vramplan.errors import VramplanError
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asdict(simulation)))

@@ -356,7 +356,7 @@ def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
 
 
 class WithoutOptions:
-    """What a placement without options has in common with others: one variant, and nothing to fill in."""
+    """A placement of which there is one variant where it does not list others, and that has nothing to fill in."""
 
     __slots__ = ()
 
