@@ -189,7 +189,7 @@ def priced_bytes(row: Row, basis: str) -> int | None:
     """The row's peak as the planner prices it without simulating the call; None for what has no such price."""
     from vramplan.hardware.types import Accelerator
     from vramplan.pipeline.describe import describe
-    from vramplan.planner.demand import price
+    from vramplan.planner.demand import Pricer
     from vramplan.planner.footprint import AssumedFootprint
     from vramplan.simulator.model import SimulatedModel, traced_footprint
     from vramplan.strategies.settings import parse_decode, parse_placement
@@ -205,8 +205,8 @@ def priced_bytes(row: Row, basis: str) -> int | None:
     placed = {name: parse_placement(text).complete(spec.component(name)) for name, text in texts.items()}
     assumed = AssumedFootprint(spec=spec, workload=work)
     footprint = assumed if basis == "assumed" else traced_footprint(SimulatedModel(spec), work, card)
-    decode = [parse_decode(text) for text in row.get("decode", ())]
-    demand = price(spec, work, placed, decode, footprint=footprint, accelerator=card)
+    decode = tuple(parse_decode(text) for text in row.get("decode", ()))
+    demand = Pricer(spec, work, footprint, card)(placed, decode)
     return demand.vram_reserved_bytes if row["metric"] == "reserved" else demand.vram_allocated_bytes
 
 

@@ -26,8 +26,6 @@ class Workload:
     `guidance_scale` above 1 doubles the denoiser's batch; None leaves the pipeline's own default.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     height: int
     width: int
     num_frames: int = 1

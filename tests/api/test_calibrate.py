@@ -21,6 +21,7 @@ from vramplan.units import GIB, MIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=None, driver="570")
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def test_rates_are_bytes_over_seconds() -> None:
@@ -92,7 +93,7 @@ def test_a_probe_that_fails_costs_its_own_number_only(monkeypatch: pytest.Monkey
         raise RuntimeError("no kernel image is available\nfor this device")
 
     monkeypatch.setattr(command, "product_rate", broken)
-    record = command.calibrate(pipeline=False, say=lambda text: None)
+    record = command.calibrate(pipeline=False, say=lambda text: None, report=lambda plan, took: None)
     assert record.half_flops_per_s is None
     assert record.notes == {"half_flops_per_s": "no kernel image is available for this device"}
     assert record.memory_bytes_per_s

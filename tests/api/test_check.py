@@ -83,24 +83,39 @@ def test_another_driver_is_told(monkeypatch, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("card", "words"),
+    ("card", "kind", "words"),
     [
-        (None, "which this machine does not have"),
-        (replace(CARD, name="another card"), "but cuda:0 is another card"),
-        (replace(CARD, free_bytes=1030 * MIB), "the plan no longer fits: it needs"),
-        (replace(CARD, free_bytes=100 * MIB), "the plan no longer fits: no VRAM is left to use"),
+        (None, "no device", "which this machine does not have"),
+        (replace(CARD, name="another card"), "another device", "but cuda:0 is another card"),
+        (replace(CARD, free_bytes=1030 * MIB), "short", "the plan no longer fits: it needs"),
+        (replace(CARD, free_bytes=100 * MIB), "no memory", "the plan no longer fits: no VRAM is left to use"),
     ],
 )
-def test_what_cannot_be_any_more_is_refused(monkeypatch, folder, card: Accelerator | None, words: str) -> None:
+def test_what_cannot_be_any_more_is_refused(
+    monkeypatch, folder, card: Accelerator | None, kind: str, words: str
+) -> None:
     machine(monkeypatch, CARD)
     plan = planned(folder, settings={"placement": "resident"}, batch=8)
     machine(monkeypatch, card)
     found = drift_of(plan)
     assert found.broken is not None
+    assert found.kind == kind
     assert words in found.broken
     with pytest.raises(MismatchError) as caught:
         current_plan(plan)
     assert "`replan=True`" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a card", "a card of a great maker"])
+def test_whether_the_sentence_itself_says_to_plan_again_is_no_matter_of_its_words(monkeypatch, folder, name) -> None:
+    machine(monkeypatch, replace(CARD, name=name))
+    plan = planned(folder)
+    machine(monkeypatch, None)
+    with pytest.raises(MismatchError, match="does not have; --replan makes another"):
+        current_plan(plan)
+    machine(monkeypatch, CARD if name != CARD.name else replace(CARD, name="another card"))
+    with pytest.raises(MismatchError, match=r"make a plan for it \(--replan does so\)"):
+        current_plan(plan)
 
 
 def test_memory_given_by_hand_is_not_there_if_others_have_it(monkeypatch, folder) -> None:
@@ -157,6 +172,10 @@ def test_another_pipeline_in_the_folder_is_told_before_it_is_loaded(monkeypatch,
         MismatchError, match=r"is for a StableDiffusionPipeline, this is a .*; `replan=True` makes another"
     ):
         current_plan(plan, str(small_folder("sdxl-small")))
+    parts = plan.model.components
+    changed = replace(plan.model, fingerprint="x", components=(replace(parts[0], class_name="Another"), *parts[1:]))
+    with pytest.raises(MismatchError, match=r"make the plan again \(--replan does so\)"):
+        current_plan(replace(plan, model=changed))
     made = current_plan(plan, str(small_folder("sdxl-small")), replan=True, say=lambda text: None)
     assert made.model.class_name == "StableDiffusionXLPipeline"
 

@@ -43,6 +43,15 @@ def test_enough_plans_of_the_same_pipeline_replace_them() -> None:
     assert error.reason == f"{told} measurements of {PIPELINE} on this {CARD.name}"
 
 
+def test_a_plan_in_other_words_and_one_from_before_plans_had_a_hash_are_no_further_plans() -> None:
+    enough = needed()
+    keep(*(call(number, plan=f"{number}") for number in range(enough - 1)))
+    keep(call(0), call(0, plan="0", settings="in nicer words"))
+    assert learned(CARD, "simulated", PIPELINE).error == PUBLISHED
+    keep(call(enough, plan="one more"))
+    assert learned(CARD, "simulated", PIPELINE).error != PUBLISHED
+
+
 def test_better_measurements_tighten_the_margin_to_nothing() -> None:
     keep(*(call(number, -0.01) for number in range(needed())))
     budget = known_budget(MACHINE, replace(CARD, display=False), {}, pipeline=PIPELINE)

@@ -199,6 +199,14 @@ def test_a_line_of_the_version_before_phases_is_read(own_store: Path) -> None:
     assert read_store() == store.Stored(records=(call(1),))
 
 
+def test_a_line_of_the_version_before_plans_is_read(own_store: Path) -> None:
+    content = json.loads(to_line(call(1))) | {"schema": 2}
+    assert content.pop("plan") == ""
+    own_store.mkdir()
+    (own_store / "calibration.jsonl").write_text(json.dumps(content) + "\n")
+    assert read_store() == store.Stored(records=(call(1),))
+
+
 def test_phases_come_back_and_a_broken_one_costs_its_line(own_store: Path) -> None:
     phases = {"denoise": Peak(allocated_bytes=GIB, reserved_bytes=2 * GIB)}
     record = replace(call(1), measured=replace(call(1).measured, phases=phases))

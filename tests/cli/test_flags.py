@@ -14,7 +14,8 @@ from vramplan.cli.main import main
 from vramplan.cli.shared import flags, in_flags
 from vramplan.common.arguments import _ARGUMENT, respelled
 from vramplan.planfile.file import load_plan
-from vramplan.view.plan import explain_text
+from vramplan.view.plan import explain_view
+from vramplan.view.terminal import as_text
 
 PACKAGE = Path(vramplan.__file__).parent
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if "cli" not in path.relative_to(PACKAGE).parts]
@@ -94,11 +95,13 @@ def test_an_argument_is_typed_as_a_flag(text: str, typed: str) -> None:
 def test_all_of_a_plan_is_respelled_and_else_unchanged() -> None:
     plan = load_plan(Path(__file__).parent.parent / "view" / "snapshots" / "plan.yaml")
     told = in_flags(plan, main)
-    assert '`allow="near_lossless"`' in explain_text(plan)
-    assert "only near lossless: --allow near_lossless" in explain_text(told)
+    assert '`allow="near_lossless"`' in as_text(explain_view(plan))
+    assert "only near lossless: --allow near_lossless" in as_text(explain_view(told))
     assert respelled(told, lambda name, value: None) == told
     assert told.settings == plan.settings
-    assert explain_text(plan).replace('`allow="near_lossless"`', "--allow near_lossless") == explain_text(told)
+    assert as_text(explain_view(plan)).replace('`allow="near_lossless"`', "--allow near_lossless") == as_text(
+        explain_view(told)
+    )
 
 
 def test_every_command_shows_flags() -> None:

@@ -27,6 +27,7 @@ from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
+from vramplan.units import format_seconds
 from vramplan.workload import Workload
 
 NUMBERS = re.compile(r"needs ([\d.]+ [KMGT]iB) of (VRAM|RAM), ([\d.]+ [KMGT]iB) may be used: short by [\d.]+ [KMGT]iB")
@@ -445,6 +446,24 @@ def test_the_chosen_ones_reason_names_a_faster_one_that_fails() -> None:
     reason = choose(text_to_image(), 4 * GIB, accelerator=slow).chosen.reason
     assert reason.startswith("the fastest that fits; a faster one: ")
     assert NUMBERS.search(reason) or "`allow=" in reason
+
+
+def test_who_prefers_memory_is_told_what_that_costs_in_time() -> None:
+    for ram in (8, 64):
+        found = {
+            prefer: choose(text_to_image(), 24 * GIB, ram=ram * GIB, prefer=prefer) for prefer in ("speed", "memory")
+        }
+        chosen, fastest = found["memory"].chosen, found["speed"].chosen
+        assert chosen.demand.vram_reserved_bytes < fastest.demand.vram_reserved_bytes
+        told = re.fullmatch(
+            r"takes the least memory of all that fit; (\d+)% slower than the fastest that fits \((.*) a call\)",
+            chosen.reason,
+        )
+        assert int(told[1]) == round((chosen.demand.seconds_per_call / fastest.demand.seconds_per_call - 1) * 100)
+        assert told[2] == format_seconds(fastest.demand.seconds_per_call)
+    only = parse_fixed({"placement": "resident"}, text_to_image())
+    reason = choose(text_to_image(), 80 * GIB, prefer="memory", fixed=only, allow="lossless").chosen.reason
+    assert reason == "takes the least memory of all that fit; none that fits is faster"
 
 
 def profile_plan(name: str, gib: int, **options: Any) -> Outcome:

@@ -10,7 +10,7 @@ import pytest
 from tests.support.specs import GIB, MIB, WORK, card, component, geometry, pipeline, text_to_image
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.clock import DISK_BYTES_PER_S
-from vramplan.planner.demand import Demand, price
+from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.planner.loading import LoadDemand
 from vramplan.strategies.encode_first import EncodeFirst
@@ -26,12 +26,14 @@ from vramplan.workload import Workload
 def demand_of(spec: PipelineSpec, setting: Any, decode: Any = (), work: Workload = WORK, **options: Any) -> Demand:
     placement = {part.name: setting for part in spec.components}
     footprint = options.pop("footprint", AssumedFootprint(spec=spec, workload=work))
-    return price(spec, work, placement, decode, footprint=footprint, **({"accelerator": card()} | options))
+    accelerator = options.pop("accelerator", card())
+    assert not options
+    return Pricer(spec, work, footprint, accelerator)(placement, tuple(decode))
 
 
 def priced(spec: PipelineSpec, placement: Any) -> Demand:
     footprint = AssumedFootprint(spec=spec, workload=WORK)
-    return price(spec, WORK, placement, (), footprint=footprint, accelerator=card())
+    return Pricer(spec, WORK, footprint, card())(placement, ())
 
 
 def test_the_peak_is_the_highest_moment_and_not_the_sum() -> None:

@@ -19,6 +19,7 @@ from vramplan.units import GIB
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
 BARE = Hardware(accelerators=(), host=MACHINE.host)
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def applied(small_pipeline: Any, kind: str = "sd15-small") -> Any:

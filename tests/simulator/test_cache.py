@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 import signal
 import tempfile
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from vramplan.simulator.cache import cached
+import vramplan
+from vramplan.simulator import cache
+from vramplan.simulator.cache import cached, simulating_files
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,51 @@ def test_a_damaged_entry_is_made_again(folder: Path, content: bytes) -> None:
     entry.write_bytes(content)
     assert cached("key", lambda: made) is made
     assert entry.read_bytes() == good
+
+
+PACKAGE = Path(vramplan.__file__).parent
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package whose files the digest of the code is made of."""
+    copy = tmp_path / "vramplan"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "__file__", str(copy / "simulator" / "cache.py"))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("pipeline/prompt.py", True),
+        ("workload.py", True),
+        ("planner/footprint.py", True),
+        ("simulator/engine.py", True),
+        ("strategies/resident.py", True),
+        ("strategies/__init__.py", True),
+        ("view/plan.py", False),
+        ("cli/main.py", False),
+    ],
+)
+def test_simulations_are_of_the_code_that_made_them_and_of_no_other(copied: Path, file: str, counts: bool) -> None:
+    before = cache._code.__wrapped__()
+    with (copied / file).open("a") as opened:
+        opened.write("# changed\n")
+    assert (cache._code.__wrapped__() != before) == counts
+
+
+def test_the_code_that_simulates_is_all_that_a_simulation_imports() -> None:
+    import grimp
+
+    named = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in simulating_files(PACKAGE)}
+    found = {name.removesuffix(".__init__") for name in named}
+    source = "vramplan.simulator.model"
+    graph = grimp.build_graph("vramplan", cache_dir=None)
+    assert found == {source, *graph.find_upstream_modules(source)}
+    writers = {
+        module
+        for module in graph.modules
+        if "vramplan.simulator.cache" in graph.find_modules_directly_imported_by(module)
+    }
+    assert writers == {source}  # else its imports have to be counted too

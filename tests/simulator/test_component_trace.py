@@ -15,7 +15,7 @@ from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
 from vramplan.planner.decide import Decision
-from vramplan.planner.demand import price
+from vramplan.planner.demand import Pricer
 from vramplan.simulator import component_trace
 from vramplan.simulator.component_trace import trace_components
 from vramplan.simulator.cost_model import apply_simulation
@@ -127,7 +127,7 @@ def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price(small_p
     found = source.run(work, [], [], accelerator=CARD)
     footprint = SimulatedFootprint(spec=spec, workload=work, plain=found, decode=lambda _: found)
     placement = {component.name: Resident() for component in spec.components}
-    demand = price(spec, work, placement, (), footprint=footprint, accelerator=CARD)
+    demand = Pricer(spec, work, footprint, CARD)(placement, ())
     priced = Decision(placement=placement, decode=(), demand=demand, verdict="fits", reason="", deficit_bytes=0)
     whole, (_, denoise, _) = apply_simulation(priced, found).demand, demand.phases
     assert whole.vram_reserved_bytes == found.peak_reserved_bytes

@@ -199,11 +199,25 @@ class TestMeasured:
         assert last_measured(plan) is None
         for record in (took(plan, time="first"), took(plan, time="last")):
             assert append(record) is None
-        for changes in ({"device": "x"}, {"settings": "x"}, {"shape": "x"}, {"pipeline": "x"}):
-            assert append(took(plan, time="another", **changes)) is None
+        for changes in ({"device": "x"}, {"plan": "x"}, {"pipeline": "x"}):
+            assert append(replace(took(plan, time="another"), **changes)) is None
         found = last_measured(plan)
         assert found == took(plan, time="last")
         assert last_measured(replace(plan, workload=replace(plan.workload, height=128))) is None
+
+    def test_measurements_outlive_a_nicer_wording_and_those_that_have_the_words_alone_are_found_by_them(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: Plan
+    ) -> None:
+        monkeypatch.setenv("VRAMPLAN_CALIBRATION", str(tmp_path))
+        old = replace(took(plan, time="before records had a plan"), plan="")
+        for record in (old, replace(old, settings="x"), replace(old, shape="x")):
+            assert append(record) is None
+        assert last_measured(plan) == old
+        assert append(took(plan, time="now")) is None
+        monkeypatch.setattr("vramplan.runtime.recording.settings_text", lambda settings: "in nicer words")
+        found = last_measured(plan)
+        assert found is not None
+        assert found.time == "now"
 
     @pytest.mark.parametrize("form", ["svg", "html"])
     def test_the_command_draws_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: Plan, form: str) -> None:

@@ -16,10 +16,11 @@ from vramplan.planner.candidates import Refused
 from vramplan.units import GIB, MIB, format_bytes
 from vramplan.view.machine import hardware_dict
 from vramplan.view.machine import text_of as hardware_text
-from vramplan.view.plan import explain_text
+from vramplan.view.plan import explain_view
 from vramplan.view.plan import text_of as plan_text
 from vramplan.view.run import measured_text
 from vramplan.view.shared import to_json, to_yaml
+from vramplan.view.terminal import as_text
 
 CARD = Accelerator(kind="cuda", index=1, name="made-up card", total_bytes=8 * GIB, free_bytes=None)
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB, limit_bytes=16 * GIB, limit_source="cgroup")
@@ -39,6 +40,10 @@ def plan(small_folder):
     folder = str(small_folder("flux-small"))
     made = vramplan.plan(folder, device=MACHINE, height=64, width=64, steps=2, simulate=False)
     return replace(made, model=replace(made.model, source="folder"))
+
+
+def explained(plan):
+    return as_text(explain_view(plan))
 
 
 def lines(text):
@@ -148,7 +153,7 @@ class TestSettings:
 
 class TestExplain:
     def test_every_candidate_has_its_verdict_numbers_and_reason(self, plan):
-        text = explain_text(plan)
+        text = explained(plan)
         assert lines(text)[0] == f"{len(plan.candidates)} candidates for FluxPipeline; the first is the plan"
         verdicts = [line.split()[0] for line in lines(text) if line.startswith(("chosen", "fits", "rejected"))]
         assert verdicts == [item.verdict for item in plan.candidates]
@@ -156,8 +161,8 @@ class TestExplain:
 
     def test_what_was_refused_comes_last_with_the_reason(self, plan):
         refused = replace(plan, refused=(Refused(setting="x", component="vae", reason="it cannot be"),))
-        assert lines(explain_text(refused))[-2:] == ["not possible here", "  x on vae: it cannot be"]
-        assert "not possible here" not in explain_text(plan)
+        assert lines(explained(refused))[-2:] == ["not possible here", "  x on vae: it cannot be"]
+        assert "not possible here" not in explained(plan)
 
 
 class TestMeasured:

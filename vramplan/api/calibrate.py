@@ -10,13 +10,13 @@ from vramplan.calibration.peaks import Measured
 from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate
 from vramplan.calibration.records import ProbeRecord
 from vramplan.calibration.store import append, store_folder
+from vramplan.common.progress import Say
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator
 from vramplan.planfile.types import Plan
 from vramplan.runtime.recording import where
 
-Say = Callable[[str], None]
 Report = Callable[[Plan, Measured], None]  # called with each plan of the small pipeline and what its call took
 
 

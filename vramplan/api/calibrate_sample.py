@@ -9,6 +9,8 @@ from typing import Any
 from vramplan.calibration.peaks import Measured
 from vramplan.errors import VramplanError
 from vramplan.planfile.types import Plan
+from vramplan.runtime.call import seeded_generator
+from vramplan.runtime.load import release_memory
 from vramplan.runtime.recording import calibrating
 from vramplan.units import format_bytes
 
@@ -65,7 +67,7 @@ def measured_plans(pipe: Any, device: str | None, **workload: Any) -> Iterator[t
             yield None, f"{placement}: {error}"
             continue
         try:
-            inputs = call_inputs(pipe, plan.workload) | {"generator": torch.Generator("cpu").manual_seed(0)}
+            inputs = call_inputs(pipe, plan.workload) | {"generator": seeded_generator()}
             with calibrating(pipe) as took:
                 pipe(**inputs)
             yield plan, took
@@ -73,5 +75,4 @@ def measured_plans(pipe: Any, device: str | None, **workload: Any) -> Iterator[t
             yield plan, f"{placement}: out of memory, projected at {format_bytes(plan.projected.vram_reserved_bytes)}"
         finally:
             applied.undo()
-            if torch.accelerator.is_available():
-                torch.accelerator.memory.empty_cache()
+            release_memory()

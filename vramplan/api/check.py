@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from vramplan.api.machine import choose_machine, known_budget
 from vramplan.api.plan import Subject
@@ -28,12 +29,20 @@ from vramplan.units import format_bytes
 _NOTICED = 0.05
 
 
+DriftKind = Literal[
+    "holds", "no device", "another device", "no memory", "short", "another pipeline", "changed pipeline"
+]
+# Kinds whose sentences end in the advice to plan again.
+_ADVISED: frozenset[DriftKind] = frozenset({"another device", "short", "changed pipeline"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """`sentence` says how the plan fits now, `broken` why it cannot be applied any more, None where it can; `changes`
-    are what is worth knowing all the same, each with both numbers."""
+    """`sentence` says how the plan fits now, `broken` why it cannot be applied any more, None where it can; `kind` is
+    the reason as a value. `changes` are what is worth knowing all the same, each with both numbers."""
 
     sentence: str
+    kind: DriftKind = "holds"
     broken: str | None = None
     changes: tuple[str, ...] = ()
 
@@ -48,16 +57,18 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
     here = next((item for item in hardware.accelerators if item.device == device), None) if planned else None
     if planned is not None and here is None:
         notes = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that no longer answers
-        return _broken(f"the plan is for {planned.name} ({device}), which this machine does not have{notes}")
+        told = f"the plan is for {planned.name} ({device}), which this machine does not have{notes}"
+        return _broken("no device", told)
     if planned is not None and here is not None and planned.name != here.name:
-        return _broken(f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it")
+        told = f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it"
+        return _broken("another device", told)
     try:
         budget = _budget(plan, hardware, here, held_bytes(spec) if spec else {})
     except (NothingFitsError, UsageError) as error:
-        return _broken(f"the plan no longer fits: {error}")
+        return _broken("no memory", f"the plan no longer fits: {error}")
     sentence = fits_sentence(plan.projected, budget)
     if _short(plan, budget):
-        return _broken(f"the plan no longer fits: it {sentence}; make it again")
+        return _broken("short", f"the plan no longer fits: it {sentence}; make it again")
     return Drift(sentence=f"the plan fits: it {sentence}", changes=(*_less(plan, budget), *_software(plan, here)))
 
 
@@ -79,14 +90,16 @@ def current_plan(
     """
     describe_folder = describe_folder or partial(described_folder, plan, model, allow_pickle=allow_pickle)
     found = drift_of(plan)
-    broken = found.broken or _mismatch(describe_folder(), plan)
-    if not broken:
+    if found.broken is None:
+        found = _mismatch(describe_folder(), plan) or found
+    broken = found.broken
+    if broken is None:
         for change in found.changes:
             say(f"changed since it was planned: {change}")
         return plan
     if not replan:
         raise MismatchError(
-            broken + (" (`replan=True` does so)" if "make" in broken else "; `replan=True` makes another")
+            broken + (" (`replan=True` does so)" if found.kind in _ADVISED else "; `replan=True` makes another")
         )
     made = replanned(plan, model, allow_pickle=allow_pickle, described=describe_folder())
     say(f"{broken}. Planned again: {settings_text(made.settings)}")
@@ -116,8 +129,8 @@ def described_folder(plan: Plan, model: str | None = None, *, allow_pickle: bool
     return describe(folder, allow_pickle=allow_pickle, **options)
 
 
-def _broken(sentence: str) -> Drift:
-    return Drift(sentence=sentence, broken=sentence)
+def _broken(kind: DriftKind, sentence: str) -> Drift:
+    return Drift(sentence=sentence, kind=kind, broken=sentence)
 
 
 def _budget(plan: Plan, hardware: Hardware, here: Accelerator | None, held: Mapping[str, int]) -> Budget:
@@ -162,11 +175,13 @@ def _software(plan: Plan, here: Accelerator | None) -> Iterator[str]:
         yield f"the driver is {here.driver}, it was planned with {before.driver}"
 
 
-def _mismatch(described: Model | None, plan: Plan) -> str | None:
+def _mismatch(described: Model | None, plan: Plan) -> Drift | None:
     """The reason why this is not the planned pipeline, None where it is, and where that is not known yet."""
+    if described is None:
+        return None
     try:
-        if described is not None:
-            check_match(described.spec, plan)
+        check_match(described.spec, plan)
     except MismatchError as error:
-        return str(error)
+        same = described.spec.class_name == plan.model.class_name
+        return _broken("changed pipeline" if same else "another pipeline", str(error))
     return None

@@ -6,7 +6,6 @@ else starts the call anew, with its random numbers from the start, under the fas
 
 from __future__ import annotations
 
-import gc
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +19,9 @@ from vramplan.common.progress import Say
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
 from vramplan.planfile.match import vae_names
-from vramplan.planfile.types import Plan
+from vramplan.planfile.types import Plan, settings_text
 from vramplan.runtime.applied import PLAIN_CLASS, applied_to, apply_unchecked, plain_class
+from vramplan.runtime.load import release_memory
 from vramplan.strategies import DECODES
 from vramplan.strategies.base import Decode
 from vramplan.strategies.settings import format_setting
@@ -63,7 +63,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         limit = int(limit * _STEP)
         say(f"out of memory ({reason}); again within {format_bytes(limit)}")
         applied.undo()
-        _give_memory_back()
+        release_memory()
         smaller = planned_anew(pipe, first, vram=str(limit))
         applied = apply_unchecked(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
@@ -103,8 +103,6 @@ def _by_name(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _settings(plan: Plan) -> str:
-    from vramplan.planfile.types import settings_text
-
     return settings_text(plan.settings)
 
 
@@ -134,7 +132,7 @@ def _retry_smaller(
                 setting = next(pieces, None)
                 if setting is None:
                     raise
-            _give_memory_back()
+            release_memory()
             say(f"out of memory while decoding; the same latents again with {format_setting(setting)}")
             setting.apply(pipe, [name])
 
@@ -155,15 +153,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "backend out of memory" in str(error)
     )
-
-
-def _give_memory_back() -> None:
-    """What the failed call held, and what the allocator keeps of it."""
-    import torch
-
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.memory.empty_cache()
 
 
 def _rewinds(arguments: Mapping[str, Any]) -> list[Callable[[], object]]:

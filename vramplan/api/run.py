@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.progress import can_show_progress, hide_bars
+from vramplan.common.progress import Say, can_show_progress, hide_bars
 from vramplan.errors import UsageError
 from vramplan.pipeline.describe import Model
 from vramplan.pipeline.sources import Folder, Hub
@@ -43,7 +43,7 @@ def run_plan(
     allow_pickle: bool = False,
     recover: bool = True,
     bars: bool = True,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> RunResult:
     """Load, apply, generate when there is a prompt; what was done and what it took.
 

@@ -95,13 +95,16 @@ def _counts(item: CallRecord, accelerator: Accelerator, basis: Basis) -> bool:
 
 def _one_for_each_plan(calls: list[CallRecord]) -> Iterator[Residual]:
     """The worst residual of each plan: ten repeats of one call are one observation, not ten."""
-    found: dict[tuple[str, str, str], Residual] = {}
+    plans = {(item.pipeline, item.settings, item.shape): item.plan for item in calls if item.plan}
+    found: dict[tuple[str, ...], Residual] = {}
     for item in calls:
         residual = Residual(
             projected_bytes=item.projected.vram_reserved_bytes or 0,
             measured_bytes=item.measured.vram_reserved_bytes or 0,
         )
-        key = (item.pipeline, item.settings, item.shape)
+        words = (item.pipeline, item.settings, item.shape)
+        plan = item.plan or plans.get(words)  # an old record has the words alone
+        key = (item.pipeline, plan) if plan else words
         worst = found.get(key)
         if worst is None or _ratio(residual) > _ratio(worst):
             found[key] = residual

@@ -13,7 +13,7 @@ from typing import Any
 
 from vramplan.calibration.peaks import Peak
 
-SCHEMA = 2  # 1 had no phases
+SCHEMA = 3  # 1 had no phases, 2 no plan
 _LARGEST, _LONGEST = 1 << 62, 4000
 
 
@@ -36,7 +36,8 @@ class Usage:
 class CallRecord:
     """A call under an applied plan: projected and measured usage.
 
-    `device` is its name by the driver, `card` a hash of its serial number; `shape` is the workload.
+    `device` is its name by the driver, `card` a hash of its serial number. `settings` and `shape` (the
+    workload) are for people to read; `plan` is a hash of both as data, empty in older records.
     """
 
     time: str
@@ -50,6 +51,11 @@ class CallRecord:
     basis: str
     projected: Usage
     measured: Usage
+    plan: str = ""
+
+    def is_of(self, plan: str, settings: str, shape: str) -> bool:
+        """Whether the call ran under this plan: by its hash, by its words where the record has no other."""
+        return self.plan == plan if self.plan else (self.settings, self.shape) == (settings, shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

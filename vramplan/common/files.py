@@ -47,7 +47,7 @@ def _umask() -> int:
 
 
 def cache_folder() -> Path | None:
-    """The folder of the simulation cache: `VRAMPLAN_CACHE`, else in the user's cache; None if that is `0`, off."""
+    """The folder of all that is cached: `VRAMPLAN_CACHE`, else in the user's cache; None if that is `0`, off."""
     requested = os.environ.get("VRAMPLAN_CACHE")
     if requested == "0":
         return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vramplan.common.files import cache_folder, write_text
 from vramplan.hardware.disk import offload_folder
 from vramplan.hardware.types import Accelerator, Hardware, Measurement
 
@@ -83,8 +83,6 @@ def _cached(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) ->
     """The cached measurements, else new ones, which are cached unless empty. A damaged entry is replaced."""
     from pydantic import TypeAdapter
 
-    from vramplan.common.files import write_text
-
     adapter = TypeAdapter(tuple[Measurement, ...])
     path = _cache_file(key)
     if path is not None:
@@ -99,11 +97,6 @@ def _cached(key: dict[str, Any], make: Callable[[], tuple[Measurement, ...]]) ->
 
 
 def _cache_file(key: dict[str, Any]) -> Path | None:
-    """The cache file of a key: in `VRAMPLAN_CACHE`, else in the user's cache; None if that is `0`, off."""
-    from platformdirs import user_cache_path
-
-    requested = os.environ.get("VRAMPLAN_CACHE")
-    if requested == "0":
-        return None
+    folder = cache_folder()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return (Path(requested) if requested else user_cache_path("vramplan")) / "measurements" / f"{digest}.json"
+    return None if folder is None else folder / "measurements" / f"{digest}.json"

@@ -17,8 +17,6 @@ class Rates:
     `reached` is the share of the peak `half_flops_per_s` that a pipeline's products and attention reach.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     memory_bytes_per_s: float
     link_bytes_per_s: float
     half_flops_per_s: float
@@ -47,8 +45,6 @@ class Measurement:
 class Reading:
     """The free bytes by one source."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     source: str
     free_bytes: int
 
@@ -56,8 +52,6 @@ class Reading:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """Another program on a device. `used_bytes` is None if the driver does not report it."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     pid: int
     name: str | None
@@ -68,8 +62,6 @@ class Process:
 class Pcie:
     """A PCI Express link to the host: generation and lanes now, and the most that device and slot allow together."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     generation: int | None
     max_generation: int | None
     width: int | None
@@ -79,8 +71,6 @@ class Pcie:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """Direct links to another device: their name, their count, and the address of the other end."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     link: str
     count: int
@@ -94,8 +84,6 @@ class ProcessUsage:
     `fraction` is torch's limit on this process as a share of the total, and `limit_bytes` the same in bytes of torch's
     own total, which is less than the driver's; None without a limit, or if torch does not report it.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     has_context: bool
     allocated_bytes: int
@@ -117,8 +105,6 @@ class Accelerator:
     list programs. `memory_node` is the NUMA node of its memory. `display` is whether a desktop is drawn on it; None if
     unknown.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     kind: AcceleratorKind
     index: int
@@ -176,8 +162,6 @@ class Host:
     the one that weights are offloaded to: `disk_in_memory` if it is backed by RAM, `disk_rotational` None if unknown.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     total_bytes: int
     available_bytes: int
     limit_bytes: int | None = None
@@ -211,8 +195,6 @@ class Hardware(Shown):
 class Deduction:
     """Bytes subtracted from a memory before planning (added if negative), and the reason."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     memory: Literal["vram", "ram"]
     name: str
     size_bytes: int
@@ -222,8 +204,6 @@ class Deduction:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The memory a plan may use. `vram_bytes` is None without an accelerator, `disk_bytes` if unknown."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     vram_bytes: int | None
     ram_bytes: int

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vramplan.common.files import cache_folder, write_text
 from vramplan.errors import VramplanError
 from vramplan.pipeline.folder import INDEX
 from vramplan.pipeline.hub_http import HubError, UnreachableError, get_start, is_offline
@@ -171,8 +172,6 @@ def _kept_path(key: str) -> Path | None:
     """The cache file for this key, which includes the endpoint, as each has its own repositories."""
     from huggingface_hub import constants
 
-    from vramplan.common.files import cache_folder
-
     folder = cache_folder()
     digest = hashlib.sha256(f"{constants.ENDPOINT} {key}".encode()).hexdigest()[:32]
     return None if folder is None else folder / "hub" / f"{digest}.json"
@@ -188,8 +187,6 @@ def _read_kept(key: str) -> tuple[bytes, int] | None:
 
 
 def _write_kept(key: str, found: tuple[bytes, int]) -> None:
-    from vramplan.common.files import write_text
-
     path = _kept_path(key)
     try:
         if path is not None:

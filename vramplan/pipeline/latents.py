@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, lcm, prod
 from typing import Any
 
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.workload import Workload
 
 _ENCODER_TOKENS = 512
+_TRANSFORMER_STEP = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,23 @@ def patch_of(config: Mapping[str, Any], vae: Component | None) -> tuple[int, int
     latent = (vae.config.get("latent_channels") or vae.config.get("z_dim")) if vae else None
     packed = area == 1 and isinstance(latent, int) and config.get("in_channels") == 4 * latent
     return (4, 1) if packed else (int(area), int(frames))
+
+
+def size_step(spec: PipelineSpec) -> int:
+    """The pixels that sides are multiples of: a patch of the first denoiser's; of a transformer's 16 at least, as all
+    pair latents and some do not say so in their configuration (Z-Image, FLUX.1-Fill; diffusers 0.42)."""
+    vae = next(iter(spec.vaes), None)
+    config = next((component.config for component in spec.components if component.role == "denoiser"), {})
+    area, _ = patch_of(config, vae)
+    step = vae_scale(vae)[0] * isqrt(area)
+    return step if "block_out_channels" in config else lcm(step, _TRANSFORMER_STEP)
+
+
+def smaller_size(spec: PipelineSpec, workload: Workload, scale: float) -> tuple[int, int] | None:
+    """Height and width times `scale`, down to what the pipeline takes as it is; None where nothing is left."""
+    step = size_step(spec)
+    height, width = (int(side * scale) // step * step for side in (workload.height, workload.width))
+    return (height, width) if height and width else None
 
 
 def _width(config: Mapping[str, Any]) -> int:

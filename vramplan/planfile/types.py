@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from vramplan.common.shown import Shown
 from vramplan.hardware.types import Accelerator, Budget, Host
@@ -15,7 +15,8 @@ from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import Refused
 from vramplan.planner.clock import Bottleneck
 from vramplan.planner.demand import Demand
-from vramplan.planner.order import Prefer
+from vramplan.planner.order import Prefer, Verdict
+from vramplan.planner.residuals import Basis
 from vramplan.strategies import AXES
 from vramplan.strategies.base import Quality
 from vramplan.workload import Workload
@@ -28,8 +29,6 @@ class ComponentRecord:
     """A component as it was planned for: its class, weights in bytes, the dtype most of them have, and the variant of
     the files they are loaded from."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: str
     class_name: str
     library: str
@@ -41,8 +40,6 @@ class ComponentRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
     """The pipeline a plan is for. `source` is `live`, a folder, `profile:NAME`, or `hub:owner/name@commit`."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     source: str
     class_name: str
@@ -60,8 +57,6 @@ class MachineRecord:
     """The machine a plan is for: the torch device, what it is, what may be used of it, and the versions of the
     libraries that its memory depends on."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     device: str
     accelerator: Accelerator | None
     host: Host
@@ -72,8 +67,6 @@ class MachineRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
     """The preferences a plan was made with, kept when planning again. `settings` are the choices fixed by hand."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     allow: Quality | None = None
     prefer: Prefer = "speed"
@@ -88,8 +81,6 @@ class Settings:
     """What is to be done: one placement per component, how the VAE decodes (nothing: plainly), and what is done
     to the weights, the attention and the blocks of components (nothing: they stay as they are)."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     placement: Mapping[str, str]
     decode: tuple[str, ...] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -102,8 +93,6 @@ class Projected:
     """The price of a candidate in short: bytes, seconds, what most of a step is spent on, and the basis of the
     weakest number."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     vram_allocated_bytes: int
     vram_reserved_bytes: int
     ram_bytes: int
@@ -112,17 +101,15 @@ class Projected:
     seconds_per_step: float
     seconds_per_call: float
     bottleneck: Bottleneck
-    basis: Literal["measured", "simulated", "derived", "assumed"]
+    basis: Basis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Considered:
     """A candidate and what became of it."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     settings: Settings
-    verdict: Literal["chosen", "fits", "rejected"]
+    verdict: Verdict
     reason: str
     projected: Projected
 

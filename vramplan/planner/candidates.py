@@ -26,8 +26,6 @@ ComponentPlacements = Mapping[str, Placement]
 class Refused:
     """A setting that cannot be, and why."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     setting: str
     component: str
     reason: str

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from math import inf
 
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import CandidatePool, CandidateRow, Refused, rows
-from vramplan.planner.demand import Demand, Pricer
+from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
-from vramplan.planner.order import Prefer, order, rounded
+from vramplan.planner.order import Prefer, Verdict, order, rounded
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
-from vramplan.units import MIB, format_bytes
+from vramplan.units import MIB, format_bytes, format_seconds
 from vramplan.workload import Workload
-
-Verdict = Literal["chosen", "fits", "rejected"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +130,10 @@ def decide(
         if chosen is not None:
             others = [_told(item, chosen, limit, chooser) for _, item in pool if item is not chosen]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
-            told = _choose(chosen, others, lambda demand: unlocks(demand, budget, workload, accelerator))
+            if prefer == "memory":
+                told = _smallest(chosen, chooser.seconds_of_fastest(found, limit))
+            else:
+                told = _choose(chosen, others, lambda demand: unlocks(demand, budget, spec, workload, accelerator))
             return Outcome(decisions=(told, *others), refused=tuple(refused))
     raise NothingFitsError(_nothing_fits([item for _, item in pool], allow))
 
@@ -160,6 +161,12 @@ class _Chooser:
         best = (self._best_of(pool, pricer, row.decode, budget) for pool in row.pools)
         judged = (_judge(row, placement, pricer(placement, row.decode), budget) for placement in best)
         return min(judged, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
+
+    def seconds_of_fastest(self, among: Iterable[CandidateRow], limit: Quality) -> float:
+        """Seconds of a call of the fastest candidate that fits by its price and is allowed."""
+        best = map(replace(self, prefer="speed").best, among)
+        able = (item for item in best if not item.deficit_bytes and self.asks_for(item) <= QUALITIES.index(limit))
+        return min((item.demand.seconds_per_call for item in able), default=inf)
 
     def _best_of(
         self, pool: CandidatePool, pricer: Pricer, decode: tuple[Decode, ...], budget: Budget
@@ -295,7 +302,7 @@ def _below(
 
 
 def _judge(row: CandidateRow, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
-    short = _shortage(demand, budget)
+    short = shortage(demand, budget)
     return Decision(
         placement=placement,
         decode=row.decode,
@@ -305,31 +312,6 @@ def _judge(row: CandidateRow, placement: Mapping[str, Placement], demand: Demand
         verdict="rejected" if short else "fits",
         reason=short[1] if short else "",
         deficit_bytes=short[0] if short else 0,
-    )
-
-
-def _shortage(demand: Demand, budget: Budget) -> tuple[int, str] | None:
-    """By how much the candidate is short in all, and the sentences that say so with both numbers."""
-    found = []
-    if budget.vram_bytes is not None and demand.vram_reserved_bytes > budget.vram_bytes:
-        phase = max(demand.phases, key=lambda item: item.reserved_bytes)
-        where = f"{phase.name} ({phase.component})"
-        found.append(_short(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
-    if demand.ram_bytes > budget.ram_bytes:
-        load = demand.load
-        loading = load is not None and load.ram_bytes == demand.ram_bytes
-        where = f"loading {load.component}" if load is not None and loading else "the plan"
-        found.append(_short(where, "RAM", demand.ram_bytes, budget.ram_bytes))
-    if budget.disk_bytes is not None and demand.disk_bytes > budget.disk_bytes:
-        found.append(_short("the plan", "disk", demand.disk_bytes, budget.disk_bytes))
-    return (sum(size for size, _ in found), "; ".join(text for _, text in found)) if found else None
-
-
-def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]:
-    deficit = needed - usable
-    return deficit, (
-        f"{where} needs {format_bytes(needed)} of {memory}, {format_bytes(usable)} may be used: "
-        f"short by {format_bytes(deficit)}"
     )
 
 
@@ -378,6 +360,16 @@ def _choose(chosen: Decision, others: Sequence[Decision], changes: Callable[[Dem
         ways = " or ".join(changes(demand))
         told += f"; {seconds / max(demand.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
     return _with(chosen, "chosen", told)
+
+
+def _smallest(chosen: Decision, fastest: float) -> Decision:
+    """The chosen decision where memory is preferred, with how much slower it is than the fastest that fits."""
+    slower = chosen.demand.seconds_per_call / max(fastest, 1e-9)
+    time = "none that fits is faster"
+    if rounded(slower, 3) > 1:
+        more = max(1, round((slower - 1) * 100))
+        time = f"{more}% slower than the fastest that fits ({format_seconds(fastest)} a call)"
+    return _with(chosen, "chosen", f"takes the least memory of all that fit; {time}")
 
 
 def _with(item: Decision, verdict: Verdict, reason: str) -> Decision:

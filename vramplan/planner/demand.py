@@ -21,8 +21,6 @@ from vramplan.workload import Workload
 class PhaseDemand:
     """The highest moment of one phase on the device, in bytes: what runs, and what is there with it."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: PhaseName
     component: str
     on_device: tuple[str, ...]
@@ -45,8 +43,6 @@ class Demand:
     `bottleneck` is what most of a step is spent on. `ram_bytes` is the most of running and loading; `load` is the
     highest moment of loading, None for a pipeline that is loaded already or stays on the CPU.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     vram_allocated_bytes: int
     vram_reserved_bytes: int
@@ -75,19 +71,6 @@ class ComponentPrice:
     load: Load | None
     extra_bytes: int | None
     seconds: float
-
-
-def price(
-    spec: PipelineSpec,
-    workload: Workload,
-    placement: Mapping[str, Placement],
-    decode: Sequence[Decode],
-    *,
-    footprint: Footprint,
-    accelerator: Accelerator | None,
-) -> Demand:
-    """The demand of one candidate. On the CPU everything is charged to RAM and nothing moves."""
-    return Pricer(spec, workload, footprint, accelerator)(placement, tuple(decode))
 
 
 class Pricer:
@@ -255,3 +238,28 @@ def fits_sentence(demand: Demand, budget: Budget) -> str:
         free = "" if budget.disk_bytes is None else f" of {format_bytes(budget.disk_bytes)}"
         parts.append(f"{format_bytes(demand.disk_bytes)}{free} disk")
     return f"needs {' and '.join([', '.join(parts[:-1]), parts[-1]] if parts[1:] else parts)}"
+
+
+def shortage(demand: Demand, budget: Budget) -> tuple[int, str] | None:
+    """By how much the candidate is short in all, and the sentences that say so with both numbers."""
+    found = []
+    if budget.vram_bytes is not None and demand.vram_reserved_bytes > budget.vram_bytes:
+        phase = max(demand.phases, key=lambda item: item.reserved_bytes)
+        where = f"{phase.name} ({phase.component})"
+        found.append(_short(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
+    if demand.ram_bytes > budget.ram_bytes:
+        load = demand.load
+        loading = load is not None and load.ram_bytes == demand.ram_bytes
+        where = f"loading {load.component}" if load is not None and loading else "the plan"
+        found.append(_short(where, "RAM", demand.ram_bytes, budget.ram_bytes))
+    if budget.disk_bytes is not None and demand.disk_bytes > budget.disk_bytes:
+        found.append(_short("the plan", "disk", demand.disk_bytes, budget.disk_bytes))
+    return (sum(size for size, _ in found), "; ".join(text for _, text in found)) if found else None
+
+
+def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]:
+    deficit = needed - usable
+    return deficit, (
+        f"{where} needs {format_bytes(needed)} of {memory}, {format_bytes(usable)} may be used: "
+        f"short by {format_bytes(deficit)}"
+    )

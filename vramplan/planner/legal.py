@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import isqrt, lcm
 from typing import Any, Literal, get_args
 
 from vramplan.errors import UsageError
-from vramplan.pipeline.latents import patch_of, vae_scale
+from vramplan.pipeline.latents import size_step, vae_scale
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.workload import Workload
 
@@ -20,7 +19,6 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 _SMALLEST_SIDE, _LARGEST_SIDE = 1 / 8, 4
 _MOST_FRAMES = 16
 _MOST_PICTURES = 64
-_TRANSFORMER_STEP = 16
 
 
 def legal_workloads(
@@ -43,16 +41,6 @@ def legal_workloads(
     if dimension == "batch":
         return tuple(replace(work, num_images_per_prompt=count) for count in range(1, _MOST_PICTURES + 1))
     return tuple(replace(work, height=height, width=width) for height, width in _sizes(spec, work))
-
-
-def size_step(spec: PipelineSpec) -> int:
-    """The pixels that sides are multiples of: a patch of the first denoiser's; of a transformer's 16 at least, as all
-    pair latents and some do not say so in their configuration (Z-Image, FLUX.1-Fill; diffusers 0.42)."""
-    vae = next(iter(spec.vaes), None)
-    config = next((component.config for component in spec.components if component.role == "denoiser"), {})
-    area, _ = patch_of(config, vae)
-    step = vae_scale(vae)[0] * isqrt(area)
-    return step if "block_out_channels" in config else lcm(step, _TRANSFORMER_STEP)
 
 
 def _sizes(spec: PipelineSpec, work: Workload) -> Iterator[tuple[int, int]]:

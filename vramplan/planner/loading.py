@@ -25,8 +25,6 @@ class LoadDemand:
     `order` are all components in the order they are loaded; empty in plans of before it was kept.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     component: str
     ram_bytes: int
     order: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 Prefer = Literal["speed", "memory"]
+Verdict = Literal["chosen", "fits", "rejected"]
 # Digits that times count to: what differs by less than the third is equally fast, and then, of plans that are equally
 # simple, the fifth counts, so that no memory is left idle that would save anything.
 _DIGITS, _FINER = 3, 5

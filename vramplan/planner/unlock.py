@@ -6,22 +6,25 @@ from collections.abc import Iterator
 from math import sqrt
 
 from vramplan.hardware.types import Accelerator, Budget
+from vramplan.pipeline.latents import smaller_size
+from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.demand import Demand
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
-# Pictures have sides of whole patches of latents.
-_SIDE = 16
 # A picture of less than this share of the pixels is another picture.
 _LEAST_PIXELS = 0.25
 
 
-def unlocks(demand: Demand, budget: Budget, workload: Workload, accelerator: Accelerator | None) -> list[str]:
+def unlocks(
+    demand: Demand, budget: Budget, spec: PipelineSpec, workload: Workload, accelerator: Accelerator | None
+) -> list[str]:
     """Changes that would each let a candidate of this demand fit, as phrases; none where nothing is short.
 
     A smaller picture is told from the peak alone, whose activations are taken to shrink with its pixels.
     """
-    found = list(_vram(demand, budget.vram_bytes, workload, accelerator)) if budget.vram_bytes is not None else []
+    limit = budget.vram_bytes
+    found = list(_vram(demand, limit, spec, workload, accelerator)) if limit is not None else []
     short = demand.ram_bytes - budget.ram_bytes
     if short > 0:
         more = f"{format_bytes(short)} more RAM"
@@ -29,11 +32,13 @@ def unlocks(demand: Demand, budget: Budget, workload: Workload, accelerator: Acc
     return found
 
 
-def _vram(demand: Demand, limit: int, workload: Workload, accelerator: Accelerator | None) -> Iterator[str]:
+def _vram(
+    demand: Demand, limit: int, spec: PipelineSpec, workload: Workload, accelerator: Accelerator | None
+) -> Iterator[str]:
     short = demand.vram_reserved_bytes - limit
     if short <= 0:
         return
-    size = _smaller(demand, limit, workload)
+    size = _smaller(demand, limit, spec, workload)
     if size is not None:
         yield size
     if accelerator is not None and accelerator.free_bytes is not None and not accelerator.unified:
@@ -43,7 +48,7 @@ def _vram(demand: Demand, limit: int, workload: Workload, accelerator: Accelerat
     yield f"{format_bytes(short)} more VRAM"
 
 
-def _smaller(demand: Demand, limit: int, workload: Workload) -> str | None:
+def _smaller(demand: Demand, limit: int, spec: PipelineSpec, workload: Workload) -> str | None:
     """The largest picture of the same shape whose activations leave enough, in the phases that are short."""
     share = 1.0
     for phase in demand.phases:
@@ -53,8 +58,8 @@ def _smaller(demand: Demand, limit: int, workload: Workload) -> str | None:
             share = min(share, room / activations if activations else 0)
     if not _LEAST_PIXELS < share < 1:
         return None
-    width, height = (int(side * sqrt(share)) // _SIDE * _SIDE for side in (workload.width, workload.height))
-    if not width or not height:  # sound has no size, and the smallest picture no smaller one
+    size = smaller_size(spec, workload, sqrt(share))
+    if size is None:  # sound has no size, and the smallest picture no smaller one
         return None
     frames = f" x {workload.num_frames} frames" if workload.num_frames > 1 else ""
-    return f"{width} x {height}{frames}"
+    return f"{size[1]} x {size[0]}{frames}"

@@ -50,8 +50,6 @@ class WorkloadProfile:
     `guidance_scale` is None if the pipeline's call has no such argument, or no default for it.
     """
 
-    __pydantic_config__ = _STRICT
-
     height: int
     width: int
     num_frames: int | None = None
@@ -109,8 +107,6 @@ class PipelineProfile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
     """The PCI Express link between a device and its host."""
-
-    __pydantic_config__ = _STRICT
 
     generation: PcieGeneration
     lanes: Count

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.planfile.types import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+def seeded_generator(seed: int = 0) -> torch.Generator:
+    """The random numbers of a call: drawn on the CPU, so that they are the same whatever device it runs on."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def call_arguments(
@@ -12,8 +22,6 @@ def call_arguments(
 ) -> dict[str, Any]:
     """The arguments of a call that is the plan's workload, as far as this pipeline's call takes them."""
     import inspect
-
-    import torch
 
     work = plan.workload
     takes = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
@@ -27,6 +35,6 @@ def call_arguments(
         "num_videos_per_prompt": work.num_images_per_prompt,
         "num_inference_steps": work.num_inference_steps,
         "guidance_scale": work.guidance_scale,
-        "generator": torch.Generator("cpu").manual_seed(seed),
+        "generator": seeded_generator(seed),
     }
     return {name: value for name, value in wanted.items() if value is not None and name in takes}

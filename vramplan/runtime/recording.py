@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -67,11 +69,13 @@ def _decoding(pipe: Any) -> Any:
 def last_measured(plan: Plan) -> CallRecord | None:
     """The last call on this plan's device under its settings and of its size that this machine has measured."""
     card = plan.machine.accelerator
-    wanted = (card.name if card else "cpu", plan.model.class_name, settings_text(plan.settings), _shape(plan))
+    device, key, words = card.name if card else "cpu", _key(plan), (settings_text(plan.settings), _shape(plan))
     found = (
         item
         for item in reversed(read_store().records)
-        if isinstance(item, CallRecord) and (item.device, item.pipeline, item.settings, item.shape) == wanted
+        if isinstance(item, CallRecord)
+        and (item.device, item.pipeline) == (device, plan.model.class_name)
+        and item.is_of(key, *words)
     )
     return next(found, None)
 
@@ -86,6 +90,7 @@ def record_of(applied: Applied, took: Measured) -> CallRecord:
         pipeline=plan.model.class_name,
         settings=settings_text(plan.settings),
         shape=_shape(plan),
+        plan=_key(plan),
         basis=projected.basis,
         projected=Usage(
             vram_allocated_bytes=projected.vram_allocated_bytes if card else None,
@@ -115,6 +120,14 @@ def where(accelerator: Accelerator | None) -> dict[str, Any]:
         "driver": accelerator.driver if accelerator else None,
         "versions": versions(),
     }
+
+
+def _key(plan: Plan) -> str:
+    """A hash of the settings and of the size of what is generated, as the plan file spells them."""
+    settings = {axis: value for axis, value in asdict(plan.settings).items() if value}
+    work = asdict(plan.workload)
+    size = [work[name] for name in ("height", "width", "num_frames", "num_images_per_prompt")]
+    return hashlib.sha256(json.dumps([settings, size], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shape(plan: Plan) -> str:

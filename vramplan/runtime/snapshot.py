@@ -18,18 +18,24 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from vramplan.pipeline.component import device_of
 from vramplan.pipeline.modules import modules_of, pipes_of
-from vramplan.strategies.base import Execution, Placed
+from vramplan.strategies import DECODES, PLACEMENTS, REGISTRY, WEIGHTS
+from vramplan.strategies.base import ON_PIPE, Execution, Placed
 from vramplan.strategies.disk import bring_back
 from vramplan.strategies.kernel_state import KernelState
 
 if TYPE_CHECKING:
     import torch
 
-# What offload calls leave on a pipeline object (diffusers 0.42, pipeline_utils.py), and a chunk size.
-_PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "decode_latents")
-# What hooks leave on a module: diffusers' registry, accelerate's hook and the forward both put in place of the class's.
-_HOOK_ATTRIBUTES = ("_diffusers_hook", "_hf_hook", "_old_forward", "forward")
-_DECODE_ATTRIBUTES = ("tile_", "use_tiling", "use_slicing", "use_framewise")
+
+def _left_by(*strategies: type[Any], on_pipe: bool = False) -> tuple[str, ...]:
+    """The attributes that settings of these strategies leave on modules, or on the pipeline, as each says itself."""
+    names = {name: None for cls in strategies for name in getattr(cls, "leaves", ())}
+    return tuple(name.removeprefix(ON_PIPE) for name in names if name.startswith(ON_PIPE) == on_pipe)
+
+
+_PIPE_ATTRIBUTES = _left_by(*REGISTRY, on_pipe=True)
+_HOOK_ATTRIBUTES = _left_by(*WEIGHTS, *PLACEMENTS)
+_DECODE_ATTRIBUTES = _left_by(*DECODES)
 _ABSENT = object()
 
 

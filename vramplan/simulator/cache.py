@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vramplan.common.files import cache_folder
+from vramplan.common.files import cache_folder, write_text
+from vramplan.errors import VramplanError
 from vramplan.simulator.types import Simulation
+
+# The imports of the package's own modules, wherever they stand in a file: the style has no other form of them.
+_IMPORT = re.compile(r"^ *from (vramplan[\w.]*) import (?:\(([^)]*)\)|(.*))$", re.MULTILINE)
 
 
 def cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
@@ -35,10 +40,28 @@ def cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
 def _code() -> str:
     """The digest of the code that simulates, so that a change of it is a change of version."""
     found = hashlib.sha256()
-    for folder in ("simulator", "strategies", "pipeline"):
-        for path in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
-            found.update(path.read_bytes())
+    for path in simulating_files(Path(__file__).parent.parent):
+        found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def simulating_files(package: Path) -> list[Path]:
+    """The package's files that a simulation imports, wherever in a file the import stands; read, and not executed."""
+    files = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: set[str] = set()
+    waiting = ["vramplan.simulator.model"]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in files:
+            continue
+        found.add(name)
+        for module, several, one in _IMPORT.findall(files[name].read_text(encoding="utf-8")):
+            names = (f"{module}.{part}" for part in re.findall(r"\w+", several or one))
+            waiting += {inner if inner in files else module for inner in names}
+    return [files[name] for name in sorted(found)]
 
 
 def _digest(key: Any) -> str:
@@ -58,9 +81,6 @@ def _read(path: Path) -> Simulation | None:
 
 
 def _write(path: Path, simulation: Simulation) -> None:
-    from vramplan.common.files import write_text
-    from vramplan.errors import VramplanError
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asdict(simulation)))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from vramplan.simulator.ledger import Block, Ledger
+from vramplan.simulator.shapes import aten
 from vramplan.units import MIB
 
-aten = torch.ops.aten
 _MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # The simulated device is always this one: what it stands for is a matter of capacity and kernels.
 DEVICE = "cuda:0"
-_ROOM = 1 << 50
 
 
 def simulated_footprint(

@@ -15,8 +15,6 @@ SimulatedPhaseName = Literal["load", "encode", "denoise", "decode"]
 class SimulatedPhase:
     """The peak of a phase, in bytes, and the component, module and operation that reached it."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: SimulatedPhaseName
     peak_allocated_bytes: int
     weights_bytes: int
@@ -36,8 +34,6 @@ class SimulatedUse:
     pipeline's own code between its components.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     phase: str
     component: str
     need_bytes: int
@@ -51,8 +47,6 @@ class SimulatedUse:
 class SimulatedModule:
     """The work of one module in the call, without its submodules; `name` is empty for the pipeline's own code."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     name: str
     flops: float
     traffic_bytes: int
@@ -62,8 +56,6 @@ class SimulatedModule:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedLatents:
     """The latents given to a VAE: shape, strides in elements, torch dtype name, and the number of frames if given."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     component: str
     shape: tuple[int, ...]
@@ -80,8 +72,6 @@ class Moment:
     on the device; `reserved_bytes` is held by the allocator for them. `host_bytes` are in RAM, `pinned_bytes` of them
     page-locked.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     tick: int
     phase: SimulatedPhaseName
@@ -104,8 +94,6 @@ class Moment:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """The memory over a call in which blocks were allocated or freed `ticks` times: a sample that holds every peak."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     components: tuple[str, ...]
     ticks: int

@@ -258,6 +258,10 @@ class Decode(Protocol):
         """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
 
 
+# A strategy whose settings leave attributes behind names them in a class variable `leaves`, for undoing: of modules the
+# name, or what several names begin with; of the pipeline the name after this.
+ON_PIPE = "pipe."
+
 # Settings with the components each is for, in the order to apply them: see `settings.grouped`.
 Placed = Sequence[tuple[Weights | Placement | Execution, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
@@ -336,6 +340,10 @@ def unpinned(placed: Placed) -> Placed:
     return [(setting.unpinned() if isinstance(setting, Placement) else setting, names) for setting, names in placed]
 
 
+# What diffusers' hooks leave on a module: their registry, and a forward in place of the class's.
+DIFFUSERS_HOOK = ("_diffusers_hook", "forward")
+
+
 def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
     """Take diffusers' group offloading hooks off; it has no public call for it (0.42)."""
     from diffusers.hooks import HookRegistry
@@ -348,7 +356,7 @@ def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
 
 
 class WithoutOptions:
-    """What a placement without options has in common with others: one variant, and nothing to fill in."""
+    """A placement of which there is one variant where it does not list others, and that has nothing to fill in."""
 
     __slots__ = ()
 

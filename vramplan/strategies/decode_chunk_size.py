@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from vramplan.pipeline.types import Component
-from vramplan.strategies.base import Axis, Picture, Quality
+from vramplan.strategies.base import ON_PIPE, Axis, Picture, Quality
 from vramplan.workload import Workload
 
 # VAEs whose pipelines decode in chunks when they are told how large (diffusers 0.42: Stable Video Diffusion's).
@@ -25,6 +25,7 @@ class DecodeChunkSize:
     name: ClassVar[str] = "decode_chunk_size"
     axis: ClassVar[Axis] = "decode"
     quality: ClassVar[Quality] = "near_lossless"
+    leaves: ClassVar[tuple[str, ...]] = (ON_PIPE + "decode_latents",)
 
     frames: int = 8
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.strategies.base import Axis, Hold, Placement, Quality
+from vramplan.strategies.base import Axis, Hold, Placement, Quality, WithoutOptions
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.resident import Resident
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeFirst:
+class EncodeFirst(WithoutOptions):
     """The encoder is on the device while nothing else is, then nowhere.
 
     With `leaf` it stays in RAM until then and comes to the device a leaf at a time: for one larger than the device.
@@ -25,13 +25,9 @@ class EncodeFirst:
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = True
+    leaves: ClassVar[tuple[str, ...]] = GroupOffload.leaves
 
     leaf: bool = False
-
-    @property
-    def ladder(self) -> str:
-        """None."""
-        return ""
 
     @property
     def direct(self) -> bool:
@@ -47,14 +43,6 @@ class EncodeFirst:
     def variants(cls, component: Component) -> Iterable[Self]:
         """Whole, and a leaf at a time; of a text encoder only."""
         return (cls(), cls(leaf=True)) if component.role == "text_encoder" else ()
-
-    def complete(self, component: Component) -> Self:
-        """The setting as it is."""
-        return self
-
-    def unpinned(self) -> Self:
-        """The setting as it is."""
-        return self
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """A pipeline that is loaded already, one that does not take its prompt encoded, and what `leaf` cannot do."""

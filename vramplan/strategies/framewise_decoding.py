@@ -36,6 +36,7 @@ class FramewiseDecoding:
     name: ClassVar[str] = "framewise_decoding"
     axis: ClassVar[Axis] = "decode"
     quality: ClassVar[Quality] = "near_lossless"
+    leaves: ClassVar[tuple[str, ...]] = ("tile_", "use_framewise")
 
     frames: int = 8
 

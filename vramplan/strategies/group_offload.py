@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec
 from vramplan.strategies import disk
-from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal, remove_group_hooks
+from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Hold, Quality, offload_refusal, remove_group_hooks
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE
 from vramplan.units import GIB
 
@@ -37,6 +37,7 @@ class GroupOffload:
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False
     direct: ClassVar[bool] = False
+    leaves: ClassVar[tuple[str, ...]] = DIFFUSERS_HOOK
 
     type: Literal["block", "leaf"] = "block"
     blocks: int = 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from vramplan.pipeline.types import Component
-from vramplan.strategies.base import Axis, Quality
+from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Quality
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ class LayerwiseCasting:
     axis: ClassVar[Axis] = "weights"
     quality: ClassVar[Quality] = "lossy"
     quantized: ClassVar[str] = ""
+    leaves: ClassVar[tuple[str, ...]] = DIFFUSERS_HOOK
 
     storage: Literal["float8_e4m3fn", "float8_e5m2"] = "float8_e4m3fn"
 

@@ -9,7 +9,11 @@ from typing import Any, ClassVar
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.modules import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
+from vramplan.strategies.base import ON_PIPE, Axis, Hold, Quality, WithoutOptions, offload_refusal
+
+# What accelerate's hooks leave on modules, and the calls that set them on the pipeline (diffusers 0.42).
+_CALL = tuple(ON_PIPE + name for name in ("_all_hooks", "_offload_device", "_offload_gpu_id"))
+ACCELERATE_HOOK = ("_hf_hook", "_old_forward", "forward", *_CALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,7 @@ class ModelCpuOffload(WithoutOptions):
     whole_pipeline: ClassVar[bool] = True
     freed: ClassVar[bool] = False
     direct: ClassVar[bool] = False
+    leaves: ClassVar[tuple[str, ...]] = ACCELERATE_HOOK
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What `enable_model_cpu_offload` would raise, and what it would let pass to no good."""

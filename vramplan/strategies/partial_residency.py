@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies import disk as files
-from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal, remove_group_hooks
+from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Hold, Quality, offload_refusal, remove_group_hooks
 from vramplan.strategies.group_offload import LOW_CPU_MEM_RATE, WORTH_A_FILE
 from vramplan.units import GIB
 
@@ -46,6 +46,7 @@ class PartialResidency:
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False
     direct: ClassVar[bool] = False
+    leaves: ClassVar[tuple[str, ...]] = DIFFUSERS_HOOK
 
     streamed: int = 0
     low_cpu_mem_usage: bool = False

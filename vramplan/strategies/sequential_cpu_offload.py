@@ -11,7 +11,7 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.modules import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
-from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE, forget_device
+from vramplan.strategies.model_cpu_offload import ACCELERATE_HOOK, PAGEABLE_RATE, forget_device
 
 # A third of what group offload without streams reaches for each byte: FLUX.1 with 68.4 s against 47.7 s
 # though it moves half as much, of which 6.6 s are compute (diffusers pull request 11682).
@@ -28,6 +28,7 @@ class SequentialCpuOffload(WithoutOptions):
     whole_pipeline: ClassVar[bool] = True
     freed: ClassVar[bool] = False
     direct: ClassVar[bool] = False
+    leaves: ClassVar[tuple[str, ...]] = ACCELERATE_HOOK
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
         """What `enable_sequential_cpu_offload` would raise, and weights its hooks would never load."""

@@ -22,6 +22,7 @@ class VaeSlicing:
     name: ClassVar[str] = "vae_slicing"
     axis: ClassVar[Axis] = "decode"
     quality: ClassVar[Quality] = "lossless"
+    leaves: ClassVar[tuple[str, ...]] = ("use_slicing",)
 
     @classmethod
     def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:

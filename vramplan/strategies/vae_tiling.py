@@ -28,6 +28,7 @@ class VaeTiling:
     name: ClassVar[str] = "vae_tiling"
     axis: ClassVar[Axis] = "decode"
     quality: ClassVar[Quality] = "near_lossless"
+    leaves: ClassVar[tuple[str, ...]] = ("tile_", "use_tiling")
 
     tile: int = 0
 

@@ -14,6 +14,7 @@ from vramplan.api.request import PlanRequest
 from vramplan.common.arguments import respelled
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware
+from vramplan.pipeline.latents import smaller_size
 from vramplan.planfile.types import Plan
 from vramplan.profiles.catalogue import DeviceProfile, device_profiles
 from vramplan.strategies.base import QUALITIES
@@ -172,8 +173,9 @@ def _suggestions(selection: Selection) -> Iterator[str]:
     ram = next((size for size in _RAM if fits(ram=size)), None)
     if ram is not None:
         yield f"{ram.removesuffix('GiB')} GiB of RAM"
-    smaller = replace(work, height=work.height // 32 * 16, width=work.width // 32 * 16)
-    if min(smaller.height, smaller.width) > 0 and fits(smaller):
+    size = smaller_size(subject.spec, work, 1 / 2)
+    smaller = replace(work, height=size[0], width=size[1]) if size else work
+    if size and fits(smaller):
         yield workload_text(smaller)
     if selection.device and request.vram and fits(device=selection.device, vram=None):
         yield "all of the card's memory"

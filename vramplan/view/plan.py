@@ -97,13 +97,6 @@ def _phase_rows(plan: Plan) -> list[Sequence[str]]:
     ]
 
 
-def explain_text(plan: Plan) -> str:
-    """Every candidate, as plain text."""
-    from vramplan.view.terminal import as_text
-
-    return as_text(explain_view(plan))
-
-
 def explain_view(plan: Plan) -> RenderableType:
     """Every candidate in three lines: verdict, memory, times and bottleneck; the settings; the reason."""
     from rich.text import Text
