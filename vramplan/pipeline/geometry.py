@@ -20,11 +20,29 @@ _LARGEST_UNIT = 1 / 16
 
 
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Every parameter and buffer, each tied tensor once."""
-    seen: dict[int, torch.Tensor] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        seen.setdefault(id(tensor), tensor)
-    return list(seen.values())
+    """Every parameter and buffer, parameters first, each tied tensor once.
+
+    Without `parameters()` and `buffers()`, which join names: they took most of the time of a description.
+    """
+    return _held_by(_modules_within(module))
+
+
+def _held_by(modules: list[torch.nn.Module]) -> list[torch.Tensor]:
+    """The tensors that these modules hold themselves."""
+    held = [*(module._parameters for module in modules), *(module._buffers for module in modules)]
+    return list({id(one): one for own in held for one in own.values() if one is not None}.values())
+
+
+def _modules_within(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The module and all within it, in the order of `modules()`."""
+    found: dict[int, torch.nn.Module] = {}
+    left = [module]
+    while left:
+        one = left.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            left += [child for child in reversed(one._modules.values()) if child is not None]
+    return list(found.values())
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -139,7 +157,7 @@ def _is_list(module: torch.nn.Module) -> bool:
 
 def _own_bytes(module: torch.nn.Module) -> int:
     """What the module holds itself, its submodules left out: one group of leaf-level offloading."""
-    return sum(map(tensor_bytes, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
+    return sum(map(tensor_bytes, _held_by([module])))
 
 
 def _with_parents(module: torch.nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vramplan.pipeline.classes import class_facts
 from vramplan.pipeline.component import describe_component
@@ -10,9 +10,6 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.prompt import encode_refusal
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.pipeline.uses import uses_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def spec_from_pipeline(pipe: Any) -> PipelineSpec:
