@@ -117,7 +117,7 @@ def test_the_largest_fits_and_the_next_does_not(small_folder, dimension: str, gi
         vramplan.plan(name, **options, **larger)
 
 
-def test_the_largest_is_simulated_within_the_budget(small_folder) -> None:
+def test_the_largest_is_simulated_within_the_budget(small_folder) -> None:  # 10 s: batches are searched by simulating
     name = str(small_folder("sd15-small"))
     found = vramplan.fit(name, device=machine(GIB), vram="96MiB", largest="batch", **SMALL)
     (row,), (beyond,) = found.rows, found.largest
