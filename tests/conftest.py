@@ -26,8 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Through a pipe nothing is wrapped; xdist tells its workers how wide its own terminal is.
 os.environ.pop("COLUMNS", None)
-# Simulations are kept for the session, never in the cache of whoever runs the tests.
-os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
+# Simulations are kept for the session, never in the cache of whoever runs the tests. Workers of xdist inherit the
+# variable and share them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 # Nor does what was measured on this machine play a part, or what tests measure.
 os.environ["VRAMPLAN_CALIBRATION"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 # The profiles of whoever runs the tests would stand in for bundled ones.
@@ -93,9 +95,22 @@ def _quiet_libraries() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    # Loading and undoing collect garbage, which looks at all that libraries have made: 0.2 s each time.
-    gc.collect()
-    gc.freeze()
+
+
+_imported = 0
+
+
+@pytest.fixture(autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """Collecting garbage passes over all that libraries made when they were imported, before this test.
+
+    Loading and undoing collect it, and so do tests of what is left over: 0.2 s and more each time.
+    """
+    global _imported  # noqa: PLW0603
+    if len(sys.modules) > _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

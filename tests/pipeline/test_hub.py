@@ -120,7 +120,7 @@ class TestReading:
         shards = {"transformer": 3, "text_encoder_2": 2}
         name = "black-forest-labs/FLUX.1-dev"
         online.repositories[name] = save_sparse("flux.1-dev", tmp_path / "flux", lambda part: shards.get(part, 1))
-        plan = vramplan.plan(name, device="rtx-4070")
+        plan = vramplan.plan(name, device="rtx-4070", height=256, width=256, steps=2)
         assert plan.model.source == f"hub:{name}@{COMMIT}"
         assert sum(record.weight_bytes for record in plan.model.components) > 33e9
         assert not [note for note in plan.notes if "its files hold" in note]

@@ -22,7 +22,7 @@ import vramplan
 from vramplan.errors import VramplanError
 from vramplan.planfile.file import dump_plan, load_plan
 
-COUNT = int(os.environ.get("VRAMPLAN_FUZZ", "600"))
+COUNT = int(os.environ.get("VRAMPLAN_FUZZ", "200"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import linecache
 import os
 import shutil
@@ -339,8 +340,10 @@ def test_without_pinned_weights_nothing_is_tried_again(subject, monkeypatch):
 
 
 CHILD = """
-import os, signal, sys
+import json, os, signal, sys, traceback
 sys.path[:0] = sys.argv[1].split(os.pathsep)
+from dataclasses import replace
+from types import SimpleNamespace
 import diffusers.hooks.group_offloading as offloading
 import torch
 import vramplan
@@ -357,43 +360,39 @@ pipe = build("flux-small")
 pipe.set_progress_bar_config(disable=True)
 sizes = {"height": 64, "width": 64, "simulate": False}
 plan = vramplan.plan(pipe, device="cpu", **sizes)
-texts = dict.fromkeys(plan.settings.placement, "resident") | %(placement)s
-plan = vramplan.runtime.applied.replace(plan, settings=vramplan.runtime.applied.replace(plan.settings, placement=texts))
+disk = {"text_encoder_2": "group_offload:disk=true", "transformer": "group_offload:blocks=1"}
+texts = dict.fromkeys(plan.settings.placement, "resident") | disk
+plan = replace(plan, settings=replace(plan.settings, placement=texts))
 card = vramplan.hardware.Accelerator(kind="cuda", index=0, name="x", total_bytes=1 << 33, free_bytes=1 << 33)
 vramplan.runtime.applied.planned_accelerator = lambda *_: card
 plain = output_tensor(pipe(**call_kwargs("flux-small")))
-%(fault)s
-try:
-    vramplan.apply_plan(pipe, plan, device="cpu")
-except BaseException as error:
-    print(type(error).__name__, error)
-assert applied_to(pipe) is None, applied_to(pipe).calls
-assert not any(map(hooks_of, modules_of(pipe).values()))
-assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), plain)
-print("as it was, files:", sum(len(files) for _, _, files in os.walk(os.environ["VRAMPLAN_OFFLOAD"])))
+
+def meet(fault):
+    exec(fault, globals())
+    try:
+        vramplan.apply_plan(pipe, plan, device="cpu")
+    except BaseException as error:
+        print(type(error).__name__, error)
+    assert applied_to(pipe) is None, applied_to(pipe).calls
+    assert not any(map(hooks_of, modules_of(pipe).values()))
+    assert torch.equal(output_tensor(pipe(**call_kwargs("flux-small"))), plain)
+    print("as it was, files:", sum(len(files) for _, _, files in os.walk(os.environ["VRAMPLAN_OFFLOAD"])))
+
+for folder, fault in json.load(sys.stdin):
+    process = os.fork()
+    if process:
+        os.waitpid(process, 0)
+        continue
+    os.environ["VRAMPLAN_OFFLOAD"] = folder
+    sys.stdout = open(folder + ".out", "w")
+    try:
+        meet(fault)
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+    sys.stdout.flush()
+    os._exit(0)
 """
-
-
-def in_a_child(tmp_path, placement, fault, *before):
-    """What a process prints that applies the plan while the fault happens to it, and goes on.
-
-    `before` is a command that runs another.
-    """
-    top = Path(__file__).parents[2]
-    paths = os.pathsep.join(map(str, (top, top / "examples")))
-    script = CHILD % {"placement": placement, "fault": fault}
-    env = os.environ | {"VRAMPLAN_OFFLOAD": str(tmp_path / "offload")}
-    run = [*before, sys.executable, "-c", script, paths]
-    found = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
-
-
-DISK = {"text_encoder_2": "group_offload:disk=true", "transformer": "group_offload:blocks=1"}
-
-
-def test_ctrl_c_twice_while_it_is_put_on(tmp_path):
-    fault = """
+CTRL_C_TWICE = """
 real, count = offloading.ModuleGroup.offload_, [0]
 def offload_(self):
     real(self)
@@ -408,64 +407,93 @@ def impatient(self):
     print("put back whole")
 vramplan.runtime.snapshot.Snapshot.put_back = impatient
 """
-    assert in_a_child(tmp_path, DISK, fault).splitlines() == [
+SHORT_FILES = """
+import resource
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+"""
+ROOM_WHEN_ASKED = "vramplan.strategies.disk.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40)"
+FILE_SIZES = [60_000, 20_000] if ALL else [60_000]
+DISK_SIZES = ["256k", "64k"] if ALL else ["256k"]
+FAULTS = {
+    "ctrl-c": CTRL_C_TWICE,
+    **{f"files of {size}": SHORT_FILES.format(size=size) for size in FILE_SIZES},
+    **{f"full at {size}": ROOM_WHEN_ASKED for size in DISK_SIZES},
+    "small": "",
+    "read-only": "",
+}
+# A disk of its own for each of these, seen by nobody else.
+MOUNTED = {
+    **{f"full at {size}": f"size={size}" for size in DISK_SIZES},
+    "small": "size=256k",
+    "read-only": "size=30g,ro",
+}
+
+
+@pytest.fixture(scope="module")
+def told_of(tmp_path_factory):
+    """The lines of a process that applies the plan while this fault happens to it, and goes on.
+
+    One process makes the pipeline, and a copy of it meets each fault.
+    """
+    top = tmp_path_factory.mktemp("faults")
+    folders = {name: str(top / f"offload-{number}") for number, name in enumerate(FAULTS)}
+    for name in MOUNTED:
+        Path(folders[name]).mkdir()
+    mounts = [f"mount -t tmpfs -o {options} none {folders[name]}" for name, options in MOUNTED.items()]
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
+    can_mount = shutil.which("unshare") is not None and not subprocess.run([*alone, "true"], check=False).returncode
+    faults_met = {name: fault for name, fault in FAULTS.items() if can_mount or name not in MOUNTED}
+    project = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (project, project / "examples")))
+    run = [*(alone if can_mount else ()), sys.executable, "-c", CHILD, paths]
+    given = json.dumps([(folders[name], fault) for name, fault in faults_met.items()])
+    done = subprocess.run(run, input=given, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    def lines(name):
+        if name not in faults_met:
+            pytest.skip("no disk may be mounted here")
+        return Path(folders[name] + ".out").read_text(encoding="utf-8").splitlines()
+
+    return lines
+
+
+def test_ctrl_c_twice_while_it_is_put_on(told_of):
+    assert told_of("ctrl-c") == [
         "put back whole",
         "KeyboardInterrupt ",
         "as it was, files: 0",
     ]
 
 
-@pytest.mark.parametrize("size", [60_000, 20_000] if ALL else [60_000])
-def test_a_disk_that_takes_no_more_of_a_file(tmp_path, size):
-    fault = f"""
-import resource
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-"""
-    told = in_a_child(tmp_path, DISK, fault).splitlines()
+@pytest.mark.parametrize("size", FILE_SIZES)
+def test_a_disk_that_takes_no_more_of_a_file(told_of, size):
+    told = told_of(f"files of {size}")
     assert told[0].startswith("VramplanError")
     assert "text_encoder_2 cannot be offloaded there" in told[0]
     assert "File too large" in told[0]
     assert told[1:] == ["as it was, files: 0"]
 
 
-def mounted(tmp_path, options):
-    """A command that runs another with the offload folder on a disk of its own, seen by nobody else."""
-    folder = tmp_path / "offload"
-    folder.mkdir()
-    mount = f'mount -t tmpfs -o {options} none {folder} && exec "$@"'
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*command, "true"], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("no disk may be mounted here")
-    return command
-
-
-@pytest.mark.parametrize("size", ["256k", "64k"] if ALL else ["256k"])
-def test_a_disk_that_is_full_though_there_was_room_when_it_was_asked(tmp_path, size):
-    fault = """
-from types import SimpleNamespace
-from typing import NamedTuple
-vramplan.strategies.disk.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40)
-"""
-    told = in_a_child(tmp_path, DISK, fault, *mounted(tmp_path, f"size={size}")).splitlines()
+@pytest.mark.parametrize("size", DISK_SIZES)
+def test_a_disk_that_is_full_though_there_was_room_when_it_was_asked(told_of, size):
+    told = told_of(f"full at {size}")
     assert told[0].startswith("VramplanError")
     assert "text_encoder_2 cannot be offloaded there" in told[0]
     assert "No space left on device" in told[0]
     assert told[1:] == ["as it was, files: 0"]
 
 
-def test_a_disk_that_is_too_small_is_told_before_a_weight_is_moved(tmp_path):
-    told = in_a_child(tmp_path, DISK, "", *mounted(tmp_path, "size=256k")).splitlines()
+def test_a_disk_that_is_too_small_is_told_before_a_weight_is_moved(told_of):
+    told = told_of("small")
     assert "256 KiB free on the disk" in told[0]
     assert "VRAMPLAN_OFFLOAD" in told[0]
     assert told[1:] == ["as it was, files: 0"]
 
 
-def test_a_folder_that_is_read_only(tmp_path):
-    told = in_a_child(tmp_path, DISK, "", *mounted(tmp_path, "size=30g,ro")).splitlines()
+def test_a_folder_that_is_read_only(told_of):
+    told = told_of("read-only")
     assert told[0].startswith("VramplanError")
     assert "offloaded there: Read-only file system" in told[0]
     assert told[1:] == ["as it was, files: 0"]

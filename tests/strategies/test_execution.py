@@ -225,7 +225,7 @@ def test_compiling_beside_sequential_offload_is_refused_with_the_reason() -> Non
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's Inductor needs a C++ compiler to run on the CPU")
-def test_compiled_blocks_compute_the_same_and_are_given_up_again() -> None:
+def test_compiled_blocks_compute_the_same_and_are_given_up_again() -> None:  # 10 s: Inductor compiles C++
     flux = tiny_flux()
     made = torch.Generator().manual_seed(1)
     given = {
