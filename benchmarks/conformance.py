@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance_bits import BITS, outcomes
+from conformance_machine import accelerator
 
 STRATEGIES = ("resident", "model", "sequential", "group", "block", "disk", "partial")
 _SECONDS = 180  # of the CPU, for one call
@@ -319,15 +320,6 @@ def _spec(pipe: Any) -> Any:
     from vramplan.pipeline.live import spec_from_pipeline
 
     return spec_from_pipeline(pipe)
-
-
-def accelerator() -> Any:
-    """A card that nothing is too large for."""
-    from vramplan.hardware.types import Accelerator
-
-    fields = inspect.signature(Accelerator).parameters
-    wanted = {"kind": "cuda", "index": 0, "name": "simulated", "total_bytes": 1 << 40, "free_bytes": 1 << 40}
-    return Accelerator(**{key: value for key, value in wanted.items() if key in fields})
 
 
 def _places() -> dict[str, Callable[[Any], Place]]:

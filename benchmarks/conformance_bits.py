@@ -202,7 +202,7 @@ def _registry(child: Any) -> Any:
 
 def _plan(pipe: Any, placement: str) -> Any:
     """The plan that places every component so that can be, the others resident; or why none can."""
-    from conformance import accelerator
+    from conformance_machine import accelerator
 
     from vramplan import plan
     from vramplan.errors import VramplanError
