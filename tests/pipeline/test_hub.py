@@ -50,9 +50,9 @@ def online(monkeypatch, tmp_path):
         monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(hub_http, "RETRY_PAUSE_S", 0.0)
         monkeypatch.chdir(tmp_path)
-        hub_module._opened.cache_clear()
+        hub_module._repository_at.cache_clear()
         yield hub
-        hub_module._opened.cache_clear()
+        hub_module._repository_at.cache_clear()
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def offline(monkeypatch):
 
     def go():
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        hub_module._opened.cache_clear()
+        hub_module._repository_at.cache_clear()
 
     return go
 
@@ -217,7 +217,7 @@ class TestCaches:
 
     def test_a_commit_is_asked_for_once(self, repository):
         first = quick()
-        hub_module._opened.cache_clear()
+        hub_module._repository_at.cache_clear()
         repository.asked.clear()
         assert quick(first.model.source).model == first.model
         assert repository.asked == []
@@ -225,14 +225,14 @@ class TestCaches:
     def test_a_hub_that_is_gone_is_no_reason_to_fail(self, repository):
         first = quick()
         repository.faults["/"] = 503
-        hub_module._opened.cache_clear()
+        hub_module._repository_at.cache_clear()
         assert quick().model == first.model
 
     def test_a_damaged_entry_is_read_again(self, repository, tmp_path):
         first = quick()
         for path in (tmp_path / "cache" / "hub").iterdir():
             path.write_text('{"start": 5')
-        hub_module._opened.cache_clear()
+        hub_module._repository_at.cache_clear()
         assert quick().model == first.model
 
     def test_the_hubs_own_cache_serves_too(self, online, folder, tmp_path, offline):
