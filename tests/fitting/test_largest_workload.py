@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -81,8 +82,7 @@ def test_the_way_to_decode_is_kept_but_for_what_is_too_small_for_it() -> None:
     asked: list[tuple[int, int, object]] = []
 
     class Subject:
-        def least_memory(self, work: Workload, *_: object) -> LeastMemory | None:
-            decode = _[3] if len(_) > 3 else None
+        def least_memory(self, work: Workload, *_: object, decode: Any = None) -> LeastMemory | None:
             asked.append((work.height, work.num_images_per_prompt, decode))
             if decode is not None and work.height < 512:
                 raise UsageError("no larger than a tile")
