@@ -132,7 +132,7 @@ class TestLoading:
         monkeypatch.setattr(
             "vramplan.runtime.snapshot._move", lambda tensor, device: moved.setdefault(id(tensor), device)
         )
-        options = {"placed": first._placed, "decodes": [], "still": [], "devices": told}
+        options = {"placed": first._placed, "decodes": [], "remaining": [], "devices": told}
         pipe = finish_applying(first.pipe, plan, "cpu", **options).undo()
         for part, module in modules_of(pipe).items():
             tensors = [*module.parameters(), *module.buffers()]
