@@ -279,7 +279,7 @@ def test_encoders_that_are_gone_are_not_planned_for_again(
     pipe = loaded.applied.pipe
     fails(pipe.components.get("unet") or pipe.transformer, 1, monkeypatch)
     told: list[str] = []
-    with loaded.watched():
+    with loaded.checking_encodings():
         result = recovering_call(pipe, loaded.arguments, say=told.append)
     assert torch.equal(output_tensor(result), plain)
     assert told[0].startswith("out of memory")

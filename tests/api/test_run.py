@@ -217,7 +217,7 @@ class TestRunPlan:
         assert ran.written == (tmp_path / "a-0.png", tmp_path / "a-1.png")
         assert (ran.plan, ran.notes) == (plan, ())
         assert 'pipe.vae.to("cpu")' in ran.calls
-        assert ran.took.seconds > 0
+        assert ran.measured.seconds > 0
 
     def test_the_same_seed_gives_the_same_picture(self, small_folder, tmp_path):
         plan = make_plan(small_folder("sd15-small"), device="cpu")

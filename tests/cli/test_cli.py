@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from vramplan._version import __version__
 from vramplan.cli.main import main
-from vramplan.cli.shared import in_flags
+from vramplan.cli.shared import spell_flags
 from vramplan.planfile.file import load_plan, parse_plan
 
 SMALL = ("--height", "64", "--width", "64", "--steps", "2")
@@ -314,7 +314,7 @@ class TestExplain:
         text = ok("explain", card_plan).stdout
         assert text.startswith(f"{len(plan.candidates)} candidates for StableDiffusionPipeline")
         for item in plan.candidates:
-            assert in_flags(item.reason, main) in text
+            assert spell_flags(item.reason, main) in text
 
     def test_json(self, card_plan):
         data = json.loads(ok("explain", card_plan, "--json").stdout)

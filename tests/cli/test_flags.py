@@ -11,7 +11,7 @@ import pytest
 
 import vramplan
 from vramplan.cli.main import main
-from vramplan.cli.shared import flags, in_flags
+from vramplan.cli.shared import option_names, spell_flags
 from vramplan.common.arguments import _ARGUMENT, respelled
 from vramplan.planfile.file import load_plan
 from vramplan.view.plan import explain_view
@@ -50,7 +50,7 @@ def test_no_text_outside_the_terminal_spells_a_flag(path: Path) -> None:
 
 
 def test_every_argument_that_a_message_names_is_an_option() -> None:
-    known = flags(main)
+    known = option_names(main)
     named = {found[1] for path in FILES for text in texts(path, docstrings=False) for found in _ARGUMENT.finditer(text)}
     assert named - COMMANDS <= known.keys()
     assert {"allow", "allow_pickle", "device", "margin", "model", "num_frames", "prompt", "replan", "settings"} <= named
@@ -58,7 +58,7 @@ def test_every_argument_that_a_message_names_is_an_option() -> None:
 
 def test_every_option_exists() -> None:
     taken = {opt for command in main.commands.values() for item in command.params for opt in item.opts}
-    for name, typed in flags(main).items():
+    for name, typed in option_names(main).items():
         first, *words = typed.split()
         if first == "vramplan":
             command = main.commands[words[0]]
@@ -89,12 +89,12 @@ def test_every_option_exists() -> None:
     ],
 )
 def test_an_argument_is_typed_as_a_flag(text: str, typed: str) -> None:
-    assert in_flags(text, main) == typed
+    assert spell_flags(text, main) == typed
 
 
 def test_all_of_a_plan_is_respelled_and_else_unchanged() -> None:
     plan = load_plan(Path(__file__).parent.parent / "view" / "snapshots" / "plan.yaml")
-    told = in_flags(plan, main)
+    told = spell_flags(plan, main)
     assert '`allow="near_lossless"`' in as_text(explain_view(plan))
     assert "only near lossless: --allow near_lossless" in as_text(explain_view(told))
     assert respelled(told, lambda name, value: None) == told

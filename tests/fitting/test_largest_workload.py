@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vramplan.api.fit import _need
-from vramplan.api.plan import Least
+from vramplan.api.fit import _shortfall_function
+from vramplan.api.plan import LeastMemory
 from vramplan.errors import UsageError
 from vramplan.fitting.largest_workload import last_fitting, last_within_limit, pixel_count
 from vramplan.hardware.types import Hardware, Host
@@ -81,16 +82,15 @@ def test_the_way_to_decode_is_kept_but_for_what_is_too_small_for_it() -> None:
     asked: list[tuple[int, int, object]] = []
 
     class Subject:
-        def least(self, work: Workload, *_: object) -> Least | None:
-            decode = _[3] if len(_) > 3 else None
+        def least_memory(self, work: Workload, *_: object, decode: Any = None) -> LeastMemory | None:
             asked.append((work.height, work.num_images_per_prompt, decode))
             if decode is not None and work.height < 512:
                 raise UsageError("no larger than a tile")
             tiles = ("tiles", work.num_images_per_prompt)
-            return Least(vram_bytes=work.height, limit_bytes=1000, decode=tiles) if work.height < 4096 else None
+            return LeastMemory(vram_bytes=work.height, limit_bytes=1000, decode=tiles) if work.height < 4096 else None
 
     machine = Hardware(accelerators=(), host=Host(total_bytes=1, available_bytes=1))
-    short = _need(Subject(), machine, None, lambda text: None)
+    short = _shortfall_function(Subject(), machine, None, lambda text: None)
     works = [Workload(height=height, width=8) for height in (1024, 2048, 256, 4096)]
     assert [short(work) for work in works] == [24, 1048, -744, None]
     assert [decode for _, _, decode in asked] == [None, ("tiles", 1), ("tiles", 1), None, ("tiles", 1)]

@@ -132,7 +132,7 @@ class TestLoading:
         monkeypatch.setattr(
             "vramplan.runtime.snapshot._move", lambda tensor, device: moved.setdefault(id(tensor), device)
         )
-        options = {"placed": first._placed, "decodes": [], "still": [], "devices": told}
+        options = {"placed": first._placed, "decodes": [], "remaining": [], "devices": told}
         pipe = finish_applying(first.pipe, plan, "cpu", **options).undo()
         for part, module in modules_of(pipe).items():
             tensors = [*module.parameters(), *module.buffers()]
@@ -242,7 +242,7 @@ class TestEncodeFirst:
         ran = run_plan(on_cpu, prompt=PROMPT, output=str(tmp_path / "a.png"), say=said.append)
         assert "encoding the prompt on cpu" in said
         assert (tmp_path / "a.png").stat().st_size > 50
-        assert ran.took.seconds > 0
+        assert ran.measured.seconds > 0
 
     def test_embeddings_that_the_call_would_change_are_not_used(self, small_pipeline) -> None:
         pipe = small_pipeline("sd15-small")

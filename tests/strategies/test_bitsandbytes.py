@@ -25,7 +25,7 @@ from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.runtime.load import assemble_pipeline, load_component
-from vramplan.runtime.staged import load_applied, stages_of
+from vramplan.runtime.staged import load_applied, load_stages
 from vramplan.simulator.alternatives import converted_copy
 from vramplan.strategies.bitsandbytes import Bitsandbytes
 from vramplan.units import GIB
@@ -104,7 +104,7 @@ def folder_plan(folder: Path, **settings: str) -> Any:
 
 def load_pipeline(plan: Any, folder: Path) -> Any:
     """The plan's pipeline as it is loaded, before anything is placed."""
-    stages = stages_of(plan, folder, "cpu")
+    stages = load_stages(plan, folder, "cpu")
     modules = {
         part.name: load_component(
             folder,
@@ -166,7 +166,7 @@ def test_each_library_gets_its_own_configuration(small_folder: Any) -> None:
     folder = small_folder("flux-small")
     names = {"weights.transformer": "bitsandbytes:type=int8", "weights.text_encoder_2": "bitsandbytes"}
     plan = folder_plan(folder, **names)
-    stages = stages_of(plan, folder, "cpu")
+    stages = load_stages(plan, folder, "cpu")
     mapping = {name: stages.options(name)["quantization_config"] for name in ("transformer", "text_encoder_2")}
     assert stages.options("vae") == {}
     assert type(mapping["transformer"]) is diffusers.BitsAndBytesConfig

@@ -95,7 +95,7 @@ def test_by_hand_it_is_taken_and_applied_and_not_undone() -> None:
     assert not torch.equal(cast, plain)
     assert torch.allclose(cast, plain, atol=0.2)
     assert vramplan.apply_plan(pipe, plan, device="cpu") is applied
-    with pytest.raises(VramplanError, match="cannot be undone: load the pipeline anew"):
+    with pytest.raises(VramplanError, match="cannot be undone: load the pipeline again"):
         applied.undo()
     with pytest.raises(VramplanError, match="cannot be undone"):
         vramplan.apply_plan(pipe, stored, device="cpu")

@@ -90,14 +90,16 @@ RAN = RunResult(
     ),
     notes=("weights are pinned on the fly",),
     written=(Path("panda.png"),),
-    took=TOOK,
+    measured=TOOK,
 )
 VIEWS = {
     "plan": plan_view(PLAN),
     "explain": explain_view(PLAN),
     "simulate": simulation_view(SIMULATION),
     "apply": apply_view(RAN),
-    "applied": apply_view(replace(RAN, took=None, written=(), notes=(*RAN.notes, "nothing generated: give `prompt`"))),
+    "applied": apply_view(
+        replace(RAN, measured=None, written=(), notes=(*RAN.notes, "nothing generated: give `prompt`"))
+    ),
     "fit": fits_view(FITS),
     "detect": hardware_view(Hardware(accelerators=(CARD,), host=HOST, notes=("a note",)), BUDGET),
 }
@@ -184,7 +186,7 @@ def test_measured_and_projected_are_on_one_scale() -> None:
 
 def test_a_call_that_took_more_than_was_planned_goes_into_the_margin() -> None:
     limit = PLAN.machine.budget.vram_bytes + 50 * MIB
-    over = replace(RAN, took=replace(TOOK, vram_reserved_bytes=limit))
+    over = replace(RAN, measured=replace(TOOK, vram_reserved_bytes=limit))
     text = as_text(apply_view(over))
     measured = text[text.index("measured  [") : text.index("VRAM reserved")]
     assert "headroom" not in measured

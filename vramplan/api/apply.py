@@ -1,4 +1,4 @@
-"""`auto_configure` and `apply_plan`: a plan on a live pipeline."""
+"""`auto_configure` and `apply_plan`: apply a plan to a live pipeline."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vramplan.runtime.applied import Applied, applied_to, apply_unchecked, check
 def auto_configure(
     pipe: Any, request: PlanRequest | None = None, *, recover: bool = False, **options: Unpack[PlanOptions]
 ) -> Plan:
-    """Detect, plan and apply in one call on a live pipeline; returns the plan, which prints itself.
+    """Detect the machine, plan and apply in one call on a live pipeline; return the plan, which prints itself.
 
     `request` and `options` are those of `vramplan.plan`. A plan that vramplan applied before is replaced. With
-    `recover` the pipeline's own call is made as `vramplan.recovering_call` makes it, until the plan is undone.
+    `recover` the pipeline's own call retries like `vramplan.recovering_call` until the plan is undone.
 
     Raises:
         NothingFitsError: no candidate fits; the pipeline is untouched.
@@ -34,32 +34,32 @@ def auto_configure(
         plan = subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))
         applied = apply_unchecked(pipe, plan, spec=subject.spec)
         if recover:
-            from vramplan.api.recover import recovering
+            from vramplan.api.recover import make_recovering
 
-            recovering(pipe)
+            make_recovering(pipe)
     return replace(plan, notes=(*plan.notes, *applied.notes)) if applied.notes else plan
 
 
 def apply_plan(pipe: Any, plan: Plan, *, device: str | None = None) -> Applied:
-    """Make the plan so on a live pipeline. Applying it twice is the same as once; another one replaces it.
+    """Apply the plan to a live pipeline. Applying it twice has no further effect; another plan replaces it.
 
     `device` overrides the torch device of the plan; `cpu` runs the offload hooks without an accelerator. Where weights
-    cannot be pinned, the plan is put on without pinned copies, and `notes` of what is returned tell so.
+    cannot be page-locked (pinned), the plan is applied without pinned copies, and `notes` of the result say so.
 
     Raises:
-        MismatchError: the plan is for another pipeline, for a device that is not here, or no longer fits. What else has
-            changed since it was planned is a warning.
-        UsageError: an edited setting that cannot be. In each case the pipeline is as it was.
+        MismatchError: the plan is for another pipeline, for a device that is not here, or no longer fits. Any other
+            change since it was planned is a warning.
+        UsageError: an edited setting is not possible. In each case the pipeline is unchanged.
     """
     spec = None
     if device is None and applied_to(pipe) is None:
         check_device(plan.machine.device, plan)
         spec = spec_from_pipeline(pipe)
-        _warn_of_drift(plan, spec)
+        _warn_about_drift(plan, spec)
     return apply_unchecked(pipe, plan, device=device, spec=spec)
 
 
-def _warn_of_drift(plan: Plan, spec: PipelineSpec) -> None:
+def _warn_about_drift(plan: Plan, spec: PipelineSpec) -> None:
     from vramplan.api.check import drift_of
 
     found = drift_of(plan, spec)

@@ -1,4 +1,4 @@
-"""`vramplan calibrate`: measure a device on purpose, and keep what was found for the plans to come."""
+"""`vramplan calibrate`: measure a device and store the measurements for later plans."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import detect
 from vramplan.hardware.types import Accelerator
 from vramplan.planfile.types import Plan
-from vramplan.runtime.recording import where
+from vramplan.runtime.recording import measurement_context
 
-Report = Callable[[Plan, Measured], None]  # called with each plan of the small pipeline and what its call took
+Report = Callable[[Plan, Measured], None]  # called with each plan of the small pipeline and its measured call
 
 
 def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = print, report: Report) -> ProbeRecord:
-    """What was measured of a device of this machine; it is in the store then, and so are the calls of a small pipeline.
+    """Measure a device of this machine, and the calls of a small pipeline; store and return the measurements.
 
     Raises:
         VramplanError: this machine has no accelerator, or torch cannot use it.
-        UsageError: the device is not one of this machine's, or there is nowhere to keep what is measured.
+        UsageError: the device is not one of this machine's, or storing measurements is switched off.
     """
     if store_folder() is None:
         raise UsageError("VRAMPLAN_CALIBRATION=0 keeps nothing: unset it, or name a folder")
@@ -37,7 +37,7 @@ def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = pr
             f"device {device}: {accelerator.name} is not in this machine, and only what is here is measured"
         )
     _check_torch(accelerator)
-    record = probed(accelerator, say=say)
+    record = run_probes(accelerator, say=say)
     note = append(record)
     if note is not None:
         raise VramplanError(note)
@@ -46,8 +46,8 @@ def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = pr
     return record
 
 
-def probed(accelerator: Accelerator, *, say: Say) -> ProbeRecord:
-    """Every probe; one that fails is left out, with the reason as a note."""
+def run_probes(accelerator: Accelerator, *, say: Say) -> ProbeRecord:
+    """Run every probe; one that fails is left out, with the reason as a note."""
     found: dict[str, Any] = {}
     notes: dict[str, str] = {}
 
@@ -60,12 +60,12 @@ def probed(accelerator: Accelerator, *, say: Say) -> ProbeRecord:
             return
         found.update(value if isinstance(value, dict) else {name: value})
 
-    # The context first: it cannot be told apart any more once torch holds memory.
+    # The context first: it cannot be separated any more once torch holds memory.
     probe("context_bytes", lambda: context_bytes(accelerator))
     probe("link", lambda: link_rates(accelerator.device))
     probe("memory_bytes_per_s", lambda: memory_rate(accelerator.device))
     probe("half_flops_per_s", lambda: product_rate(accelerator.device))
-    return ProbeRecord(**where(accelerator), **found, notes=notes)
+    return ProbeRecord(**measurement_context(accelerator), **found, notes=notes)
 
 
 def _check_torch(accelerator: Accelerator) -> None:
@@ -81,8 +81,8 @@ def _run_sample(accelerator: Accelerator, say: Say, report: Report) -> None:
 
     say(f"making {MODEL} with random weights")
     pipe = sample_pipeline(accelerator.device)
-    for plan, took in measured_plans(pipe, accelerator.device):
-        if plan is None or isinstance(took, str):
-            say(f"not measured: {took}")
+    for plan, measured in measured_plans(pipe, accelerator.device):
+        if plan is None or isinstance(measured, str):
+            say(f"not measured: {measured}")
         else:
-            report(plan, took)
+            report(plan, measured)

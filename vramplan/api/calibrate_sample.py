@@ -1,4 +1,4 @@
-"""A real pipeline of random weights, run under a few plans: what they were projected to take against what they did."""
+"""A real pipeline with random weights, run under a few plans to compare projected with measured memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vramplan.units import format_bytes
 
 # The lightest of the bundled pipelines that has every part: two gigabytes in half precision.
 MODEL = "stable-diffusion-1.5"
-# Random weights find nothing unsafe, or everything.
-_LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+# With random weights the safety checker flags nothing, or everything.
+_OMITTED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
 _PLACEMENTS = (
     "resident",
     "model_cpu_offload",
@@ -28,31 +28,31 @@ _PLACEMENTS = (
 
 
 def sample_pipeline(device: str, name: str = MODEL) -> Any:
-    """The profile's pipeline with small random weights, on the CPU. Nothing is downloaded.
+    """Build the profile's pipeline with small random weights, on the CPU. Nothing is downloaded.
 
-    Weights are filled on the device, which is quicker.
+    Weights are filled on the device, which is faster.
     """
     import torch
 
     from vramplan.simulator.parts import parts_from_profile
 
     parts = parts_from_profile(name)
-    takes = inspect.signature(parts.cls.__init__).parameters  # type: ignore[misc]
-    modules = {part: module for part, module in parts.modules.items() if part not in _LEFT_OUT}
+    accepted = inspect.signature(parts.cls.__init__).parameters  # type: ignore[misc]
+    modules = {part: module for part, module in parts.modules.items() if part not in _OMITTED}
     for module in modules.values():
         module.to_empty(device=device)
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
         module.to("cpu").eval()
-    given = dict(parts.others) | _LEFT_OUT | modules
-    pipe = parts.cls(**{key: value for key, value in given.items() if key in takes})
+    given = dict(parts.others) | _OMITTED | modules
+    pipe = parts.cls(**{key: value for key, value in given.items() if key in accepted})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def measured_plans(pipe: Any, device: str | None, **workload: Any) -> Iterator[tuple[Plan | None, Measured | str]]:
-    """What each of a few plans took, kept in the store; or a sentence on why one was not run."""
+    """Run a few plans: yield and store the measurement of each, or yield the reason why one was not run."""
     import torch
 
     from vramplan.api.apply import apply_plan
@@ -68,9 +68,9 @@ def measured_plans(pipe: Any, device: str | None, **workload: Any) -> Iterator[t
             continue
         try:
             inputs = call_inputs(pipe, plan.workload) | {"generator": seeded_generator()}
-            with calibrating(pipe) as took:
+            with calibrating(pipe) as measured:
                 pipe(**inputs)
-            yield plan, took
+            yield plan, measured
         except torch.OutOfMemoryError:
             yield plan, f"{placement}: out of memory, projected at {format_bytes(plan.projected.vram_reserved_bytes)}"
         finally:

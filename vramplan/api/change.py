@@ -1,4 +1,4 @@
-"""Changing a pipeline that has a plan on it: loading a LoRA or an IP-Adapter, exchanging a component."""
+"""Change a pipeline under an applied plan: load a LoRA or an IP-Adapter, exchange a component."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from vramplan.runtime.applied import applied_to, apply_unchecked, without_earlie
 
 @contextmanager
 def changing(pipe: Any, **options: Any) -> Iterator[None]:
-    """Inside the block the plan is off; after it a new one is on, made for what the pipeline is by then.
+    """Context manager: undo the plan for the block, then apply a new one made for the changed pipeline.
 
-    The new plan is for the machine, workload and wishes of the old one, with the added weights charged; `options` are
-    those of `vramplan.plan` and win over that. If the block fails, or nothing fits any more, the old plan is on again.
+    The new plan keeps the machine, workload and preferences of the old one and counts the added weights; `options` are
+    those of `vramplan.plan` and take precedence. If the block fails, or nothing fits, the old plan is applied again.
 
-    Loading a LoRA with a plan on goes wrong in silence: diffusers 0.42 takes its group offloading off and puts it on
-    again, which makes plain groups of partial residency, loses weights that are in files, and gives a LoRA the 8 bits
-    of a cast layer.
+    Loading a LoRA under an applied plan fails silently: diffusers 0.42 removes its group offloading and adds it again,
+    which turns partial residency into plain groups, loses weights kept in files, and casts a LoRA to a layer's 8 bits.
 
     Raises:
-        VramplanError: vramplan has applied nothing to this pipeline, or what cannot be taken off.
-        NothingFitsError: no plan fits the pipeline as it has become.
+        VramplanError: vramplan has applied nothing to this pipeline, or a plan that cannot be undone.
+        NothingFitsError: no plan fits the changed pipeline.
     """
     applied = applied_to(pipe)
     if applied is None:
         raise VramplanError("vramplan has applied no plan to this pipeline: change it, then apply one")
     with without_earlier_plan(pipe):
         yield
-        apply_unchecked(pipe, planned_anew(pipe, applied.plan, **options), device=applied.device)
+        apply_unchecked(pipe, plan_again(pipe, applied.plan, **options), device=applied.device)
 
 
-def planned_anew(pipe: Any, plan: Plan, **options: Any) -> Plan:
-    """Plan for a pipeline as it is now: on the machine, within the memory and by the preferences of an earlier plan."""
+def plan_again(pipe: Any, plan: Plan, **options: Any) -> Plan:
+    """Plan for a pipeline as it is now, with the machine, memory budget and preferences of an earlier plan."""
     machine, budget = plan.machine, plan.machine.budget
     hardware = Hardware(accelerators=(machine.accelerator,) if machine.accelerator else (), host=machine.host)
     request = request_of(plan)
-    gone = {record.name for record in plan.model.components} - modules_of(pipe).keys()  # encoders that ran first
+    removed = {record.name for record in plan.model.components} - modules_of(pipe).keys()  # encoders already freed
     given: dict[str, Any] = {
         "device": hardware,
         "vram": None if budget.vram_bytes is None else str(budget.vram_bytes),
@@ -52,7 +51,7 @@ def planned_anew(pipe: Any, plan: Plan, **options: Any) -> Plan:
         "margin": request.margin,
         "allow": request.allow,
         "prefer": request.prefer,
-        "settings": {key: text for key, text in request.settings.items() if key.partition(".")[2] not in gone},
+        "settings": {key: text for key, text in request.settings.items() if key.partition(".")[2] not in removed},
         **request.workload,
     }
     made = make_plan(pipe, **(given | options))

@@ -1,4 +1,4 @@
-"""What is different now from when a plan was made; and a new plan, for the same wishes, where it no longer holds."""
+"""Compare a plan with the machine now; where it no longer holds, make a new plan for the same request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vramplan.planfile.types import Plan, load_options, settings_text
 from vramplan.planner.demand import fits_sentence
 from vramplan.units import format_bytes
 
-# Free memory is never twice the same; less by no more than this share of what was planned with is not told. Assumed.
+# Free memory always varies; a decrease by at most this share of the planned amount is not reported. Assumed.
 _NOTICED = 0.05
 
 
@@ -38,8 +38,9 @@ _ADVISED: frozenset[DriftKind] = frozenset({"another device", "short", "changed 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """`sentence` says how the plan fits now, `broken` why it cannot be applied any more, None where it can; `kind` is
-    the reason as a value. `changes` are what is worth knowing all the same, each with both numbers."""
+    """The difference between a plan and the machine now. `sentence` says how the plan fits, `broken` why it cannot be
+    applied any more (None if it can), `kind` the same as a value; `changes` are other differences, each with both
+    numbers."""
 
     sentence: str
     kind: DriftKind = "holds"
@@ -48,9 +49,9 @@ class Drift:
 
 
 def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
-    """The plan held against this machine now, and against a live pipeline, whose own weights do not count as used.
+    """Compare the plan with this machine now. Weights of a live pipeline (`spec`) do not count as used memory.
 
-    A plan for the CPU is held against RAM, one for an accelerator against the one of that device here.
+    A plan for the CPU is compared with the RAM, a plan for an accelerator with the device of that name here.
     """
     hardware = detect()
     planned, device = plan.machine.accelerator, plan.machine.device
@@ -81,12 +82,12 @@ def current_plan(
     allow_pickle: bool = False,
     say: Say = print,
 ) -> Plan:
-    """The plan where it still holds, after saying what has changed; else, with `replan`, a new one like it.
+    """Return the plan if it still holds, reporting changes through `say`; otherwise, with `replan`, a new one like it.
 
     `describe_folder` describes the folder to load from; a caller that needs its result too gives one that keeps it.
 
     Raises:
-        MismatchError: it does not hold any more. NothingFitsError: nor does any other.
+        MismatchError: the plan no longer holds. NothingFitsError: no other plan fits either.
     """
     describe_folder = describe_folder or partial(described_folder, plan, model, allow_pickle=allow_pickle)
     found = drift_of(plan)
@@ -109,7 +110,7 @@ def current_plan(
 def replanned(
     plan: Plan, model: str | None = None, *, allow_pickle: bool = False, described: Model | None = None
 ) -> Plan:
-    """Plan again for this machine now: the same model, workload and preferences, settings fixed by hand included."""
+    """Plan again for this machine now: same model, workload and preferences, settings fixed by hand included."""
     devices = {item.device for item in detect().accelerators} | {"cpu"}
     device = plan.machine.device if plan.machine.device in devices else None
     request = replace(request_of(plan), device=device, allow_pickle=allow_pickle)
@@ -118,9 +119,9 @@ def replanned(
 
 
 def described_folder(plan: Plan, model: str | None = None, *, allow_pickle: bool = False) -> Model | None:
-    """The folder to load the plan's pipeline from, described before its weights are loaded.
+    """Describe the folder to load the plan's pipeline from, before its weights are loaded.
 
-    None where it is not a folder, and where the plan loads a mix of dtypes, which only the loaded pipeline shows.
+    Return None if it is not a folder, or if the plan loads a mix of dtypes, which only the loaded pipeline shows.
     """
     folder = Folder(Path(model)) if model else plan.model.origin
     options = load_options(plan)
@@ -134,7 +135,7 @@ def _broken(kind: DriftKind, sentence: str) -> Drift:
 
 
 def _budget(plan: Plan, hardware: Hardware, here: Accelerator | None, held: Mapping[str, int]) -> Budget:
-    """As it was asked for, and no more than is free: an amount given by hand says nothing of other programs."""
+    """The budget as requested, capped at what is free now: a given amount does not account for other programs."""
     asked = plan.asked
     amounts = {"vram": asked.vram if here else None, "ram": asked.ram, "margin": asked.margin, **held}
     budget = known_budget(hardware, here, amounts, basis=plan.projected.basis, pipeline=plan.model.class_name)
@@ -154,7 +155,7 @@ def _short(plan: Plan, budget: Budget) -> bool:
 
 
 def _less(plan: Plan, budget: Budget) -> Iterator[str]:
-    """Memory that is no longer free."""
+    """Yield a sentence for each kind of memory of which less may be used now."""
     before = plan.machine.budget
     for name, planned, now in (
         ("VRAM", before.vram_bytes, budget.vram_bytes),
@@ -165,7 +166,7 @@ def _less(plan: Plan, budget: Budget) -> Iterator[str]:
 
 
 def _software(plan: Plan, here: Accelerator | None) -> Iterator[str]:
-    """What may make the same settings take another amount of memory."""
+    """Yield a sentence for each changed version or driver: the same settings may use a different amount of memory."""
     installed = versions()
     for name, planned in plan.machine.software.items():
         if installed.get(name) != planned:

@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 
 def plan_code(plan: Plan) -> str:
-    """The plan as a script of plain diffusers calls, its loading included.
+    """The plan as a script of plain diffusers calls, including loading.
 
     Raises:
         UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
-        VramplanError: a name in the plan cannot stand in code.
+        VramplanError: a name in the plan is not a valid Python identifier.
     """
     from vramplan.planfile.match import parse_settings
     from vramplan.planfile.script import Script
 
-    _check_words(plan)
+    _check_identifiers(plan)
     placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
     budget = plan.machine.budget
     limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
-    source, vaes = _origin(plan)
-    encoded = _hollow_encoded(plan, placed)
+    source, vaes = _load_source(plan)
+    encoded = _encode_weightless(plan, placed)
     script = Script(plan=plan, source=source, placed=placed, decodes=decodes, vaes=vaes, encoded=encoded)
     return "\n".join([f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}", *script.lines()])
 
 
-def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
-    """What encoding the prompt is given and gives in this plan, read off a pipeline without weights."""
+def _encode_weightless(plan: Plan, placed: Placed) -> Encoded | None:
+    """Arguments and results of encoding the prompt, from a pipeline without weights; None if not encoded first."""
     from vramplan.pipeline.describe import describe
     from vramplan.planfile.script import PROMPT
     from vramplan.planfile.types import load_options
@@ -52,8 +52,8 @@ def _hollow_encoded(plan: Plan, placed: Placed) -> Encoded | None:
     return run_encode(SimulatedModel(spec).parts, lambda pipe: call_arguments(pipe, plan, PROMPT), first)
 
 
-def _origin(plan: Plan) -> tuple[Source, dict[str, Any]]:
-    """Where to load the pipeline from, and its VAEs without weights, whose tile attributes the code names.
+def _load_source(plan: Plan) -> tuple[Source, dict[str, Any]]:
+    """Return the source to load the pipeline from, and its VAEs without weights, whose tile attributes the code names.
 
     Raises:
         UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
@@ -84,15 +84,15 @@ def _origin(plan: Plan) -> tuple[Source, dict[str, Any]]:
     }
 
 
-def _check_words(plan: Plan) -> None:
-    """Raises VramplanError where a name of the plan would become other code than a name."""
-    words = [
+def _check_identifiers(plan: Plan) -> None:
+    """Raise VramplanError if a name in the plan is not a Python identifier and could become other code."""
+    names = [
         plan.model.class_name,
-        *(word for record in plan.model.components for word in (record.class_name, record.library)),
-        *(word for row in AXES.values() if row.by_component for word in getattr(plan.settings, row.name)),
+        *(name for record in plan.model.components for name in (record.class_name, record.library)),
+        *(name for row in AXES.values() if row.by_component for name in getattr(plan.settings, row.name)),
         plan.machine.device.replace(":", "_"),
     ]
-    words += [word for record in plan.model.components for word in (record.name, record.dtype, record.library)]
-    for word in words:
-        if not word.isidentifier():
-            raise VramplanError(f"the plan names {word!r}, which cannot stand in Python code")
+    names += [name for record in plan.model.components for name in (record.name, record.dtype, record.library)]
+    for name in names:
+        if not name.isidentifier():
+            raise VramplanError(f"the plan names {name!r}, which cannot stand in Python code")

@@ -1,4 +1,4 @@
-"""The question turned round: which card a model runs on, how much of it a card can make, which models a card runs."""
+"""Find the cards a model runs on, the models a card runs, or the largest workload that fits."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from vramplan.workload import Workload
 def fit(
     models: Any, request: PlanRequest | None = None, *, largest: Dimension | None = None, **options: Unpack[PlanOptions]
 ) -> Fits:
-    """Find what fits, of one model or of a list of them. `request` and `options` are those of `vramplan.plan`.
+    """Find what fits, for one model or a list of models. `request` and `options` are those of `vramplan.plan`.
 
-    Without `device` and `vram`: the cards each model runs on, of all device profiles, by the size of their memory.
-    With one of them: which of the models that card runs, the most faithful and fastest first. With `largest` (`size`,
-    `frames` or `batch`): the most of that which each model can make there, by default on this machine.
+    Without `device` and `vram`: the cards each model runs on, among all device profiles, by memory size.
+    With one of them: the models that this card runs, the most faithful and fastest first. With `largest` (`size`,
+    `frames` or `batch`): the largest value that each model can make there, by default on this machine.
 
     Raises:
-        UsageError: an argument that makes no sense.
-        VramplanError: a model that cannot be read.
+        UsageError: an argument is not valid.
+        VramplanError: a model cannot be read.
     """
     request = request or make_request(options)
     names = list(models) if isinstance(models, list | tuple) else [models]
@@ -45,41 +45,41 @@ def fit(
         raise UsageError("name at least one model")
     subjects = [Subject(model, request) for model in names]
     works = [subject.workload() for subject in subjects]
-    tries = [_try(subject, _called(model)) for subject, model in zip(subjects, names, strict=True)]
+    tries = [_row_planner(subject, _model_name(model)) for subject, model in zip(subjects, names, strict=True)]
     device = request.device
-    with step_progress("fit") as told:
+    with step_progress("fit") as show_step:
         if largest is None and device is None and request.vram is None:
-            return _cards(list(zip(subjects, tries, works, strict=True)), request, told)
+            return _fit_cards(list(zip(subjects, tries, works, strict=True)), request, show_step)
         hardware, accelerator = choose_machine(device, vram=request.vram)
-        at = [_on(attempt, hardware, accelerator, device, told) for attempt in tries]
+        attempts = [_bind_card(attempt, hardware, accelerator, device, show_step) for attempt in tries]
         if largest is None:
-            rows = [attempt(work) for attempt, work in zip(at, works, strict=True)]
-            return _answer("models", request, sorted(rows, key=_merit))
-        needs = [_need(subject, hardware, accelerator, told) for subject in subjects]
-        found = [_largest(largest, *case) for case in zip(subjects, at, needs, works, strict=True)]
-    beyond = tuple(Largest(dimension=largest, next=following) for _, following in found)
-    return _answer("largest", request, [row for row, _ in found], largest=beyond)
+            rows = [attempt(work) for attempt, work in zip(attempts, works, strict=True)]
+            return _make_fits("models", request, sorted(rows, key=_ranking_key))
+        shortfalls = [_shortfall_function(subject, hardware, accelerator, show_step) for subject in subjects]
+        found = [_largest_rows(largest, *case) for case in zip(subjects, attempts, shortfalls, works, strict=True)]
+    next_rows = tuple(Largest(dimension=largest, next=following) for _, following in found)
+    return _make_fits("largest", request, [row for row, _ in found], largest=next_rows)
 
 
-def _answer(question: Question, request: PlanRequest, rows: Sequence[Row], **more: Any) -> Fits:
+def _make_fits(question: Question, request: PlanRequest, rows: Sequence[Row], **more: Any) -> Fits:
     return Fits(
         question=question, asked=request.preferences, fits=any(row.fits for row in rows), rows=tuple(rows), **more
     )
 
 
-def _called(model: Any) -> str:
+def _model_name(model: Any) -> str:
     return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
-def _merit(row: Row) -> tuple[bool, int, float]:
-    """Lower is better: what fits, then what changes the picture least, then what is fastest."""
+def _ranking_key(row: Row) -> tuple[bool, int, float]:
+    """A sort key, lower is better: rows that fit first, then by quality, then by speed."""
     if row.quality is None or row.projected is None:
         return True, 0, 0.0
     return False, QUALITIES.index(row.quality), row.projected.seconds_per_call
 
 
-def _try(subject: Subject, model: str) -> Try:
-    """What makes a row of a workload and a card."""
+def _row_planner(subject: Subject, model: str) -> Try:
+    """Return a function that plans the model for a workload and a card, and returns the row."""
 
     def attempt(
         work: Workload,
@@ -107,12 +107,12 @@ def _try(subject: Subject, model: str) -> Try:
             if strict and isinstance(error, UsageError):
                 raise
             return replace(base, reason=str(error))
-        return _filled(base, plan, confirm=confirm)
+        return _fitting_row(base, plan, confirm=confirm)
 
     return attempt
 
 
-def _filled(row: Row, plan: Plan, *, confirm: bool) -> Row:
+def _fitting_row(row: Row, plan: Plan, *, confirm: bool) -> Row:
     price = plan.projected
     return replace(
         row,
@@ -126,100 +126,100 @@ def _filled(row: Row, plan: Plan, *, confirm: bool) -> Row:
     )
 
 
-def _on(
-    attempt: Try, hardware: Hardware, accelerator: Accelerator | None, device: Any, told: Callable[[str], object]
+def _bind_card(
+    attempt: Try, hardware: Hardware, accelerator: Accelerator | None, device: Any, show_step: Callable[[str], object]
 ) -> Try:
-    """The same for one card."""
+    """Bind the planning function to one card, so that it takes a workload only."""
     from vramplan.workload import workload_text
 
-    called = device if isinstance(device, str) else None
+    name = device if isinstance(device, str) else None
 
     def try_at(work: Workload, **options: Any) -> Row:
-        told(workload_text(work))
-        return attempt(work, hardware, accelerator, device=called, **options)
+        show_step(workload_text(work))
+        return attempt(work, hardware, accelerator, device=name, **options)
 
     return try_at
 
 
-def _largest(
-    dimension: Dimension, subject: Subject, attempt: Try, need: Shortfall, work: Workload
+def _largest_rows(
+    dimension: Dimension, subject: Subject, attempt: Try, shortfall: Shortfall, work: Workload
 ) -> tuple[Row, Row | None]:
-    """The last workload that fits, or the first one where none does; and the next one, with what it lacks.
+    """The last workload that fits (or the first one if none does), and the next one with its shortfall.
 
-    Looked for by price first, decoded in what takes least, going up from the usual workload; then that place and the
-    next are planned for in full and simulated, and those beside them where they are not the last and the first.
+    The first search is by price, with the smallest decode, up from the given workload. The place found and the next
+    are then planned in full and simulated, and their neighbours too if the limit is not between them.
     """
     ladder = legal_workloads(dimension, subject.spec, subject.described.defaults, work)
     amounts = [pixel_count(item) for item in ladder]
-    usual = max(0, bisect_right(amounts, pixel_count(work)) - 1)
-    priced = last_within_limit(amounts, lambda place: need(ladder[place]), 0, usual)
+    start = max(0, bisect_right(amounts, pixel_count(work)) - 1)
+    priced = last_within_limit(amounts, lambda place: shortfall(ladder[place]), 0, start)
 
     @cache
-    def tried(place: int) -> Row:
+    def row_at(place: int) -> Row:
         return attempt(ladder[place])
 
-    top = last_fitting(len(ladder), lambda place: tried(place).fits, priced)
-    return tried(max(top, 0)), None if top + 1 == len(ladder) else tried(top + 1)
+    top = last_fitting(len(ladder), lambda place: row_at(place).fits, priced)
+    return row_at(max(top, 0)), None if top + 1 == len(ladder) else row_at(top + 1)
 
 
-def _need(
+def _shortfall_function(
     subject: Subject,
     hardware: Hardware,
     accelerator: Accelerator | None,
-    told: Callable[[str], object],
+    show_step: Callable[[str], object],
 ) -> Shortfall:
-    """How much VRAM a workload is short of; less than nothing where it fits, None where the RAM is what lacks.
+    """Return a function for the VRAM a workload is short of, in bytes: not positive if it fits, None if RAM is short.
 
-    How to decode in least is found for the first one asked for, of one picture and of several, and taken for others.
+    The smallest decode is found for the first workload with one picture and with several, then reused for others.
     """
     from vramplan.workload import workload_text
 
-    known: dict[bool, tuple[Decode, ...]] = {}
+    decodes: dict[bool, tuple[Decode, ...]] = {}
 
     def short(work: Workload) -> float | None:
-        told(workload_text(work))
+        show_step(workload_text(work))
         several = work.num_images_per_prompt > 1
         try:
-            least = subject.least(work, hardware, accelerator, decode=known.get(several))
+            least = subject.least_memory(work, hardware, accelerator, decode=decodes.get(several))
         except UsageError:
-            if several not in known:
+            if several not in decodes:
                 raise
-            least = subject.least(work, hardware, accelerator)  # too small to be decoded so
+            least = subject.least_memory(work, hardware, accelerator)  # too small to be decoded so
         if least is None:
             return None
-        known.setdefault(several, least.decode)
+        decodes.setdefault(several, least.decode)
         return 0 if least.limit_bytes is None else least.vram_bytes - least.limit_bytes
 
     return short
 
 
-def _cards(
-    subjects: Sequence[tuple[Subject, Try, Workload]], request: PlanRequest, told: Callable[[str], object]
+def _fit_cards(
+    subjects: Sequence[tuple[Subject, Try, Workload]], request: PlanRequest, show_step: Callable[[str], object]
 ) -> Fits:
-    """A row for each size of card and model, by price, and the smallest card at each quality, simulated."""
+    """A row for each model and card size, by price, and the smallest card at each quality, simulated."""
     sizes = card_sizes()
     rows: list[Row] = []
     smallest: list[Smallest] = []
     for subject, attempt, work in subjects:
-        cards = [_card(subject, attempt, work, size, told) for size in sizes]
-        cards[-1].attempt(confirm=False, strict=True)  # what makes no sense on the largest is a mistake in the question
+        cards = [_make_card(subject, attempt, work, size, show_step) for size in sizes]
+        cards[-1].attempt(confirm=False, strict=True)  # an argument not valid on the largest card is a usage error
         priced = rows_by_size(cards)
         rows += [row for _, row in priced]
         smallest += smallest_cards(priced, rows[-1].model, request.allow)
-    return _answer("cards", request, rows, smallest=tuple(smallest))
+    return _make_fits("cards", request, rows, smallest=tuple(smallest))
 
 
-def _card(subject: Subject, attempt: Try, work: Workload, size: CardSize, told: Callable[[str], object]) -> Card:
-    """The least card of a size; one with no memory left to use is a card that is too small."""
+def _make_card(subject: Subject, attempt: Try, work: Workload, size: CardSize, show_step: Callable[[str], Any]) -> Card:
+    """The least card of a size; a card with no usable memory counts as too small."""
     hardware, accelerator = choose_machine(size.name)
 
     def try_at(**options: Any) -> Row:
-        told(f"{subject.spec.family or subject.spec.class_name} on {size.name}")
+        show_step(f"{subject.spec.family or subject.spec.class_name} on {size.name}")
         given = {"strict": False, "device": size.name, "alike": size.alike} | options
         return attempt(work, hardware, accelerator, **given)
 
     def least(allow: Quality | None) -> int | None:
-        found = subject.least(work, hardware, accelerator, replace(subject.request, allow=allow))
+        found = subject.least_memory(work, hardware, accelerator, replace(subject.request, allow=allow))
         return found.vram_bytes if found else None
 
     return Card(size=size, attempt=cache(try_at), least=cache(least))

@@ -1,4 +1,4 @@
-"""Which machine a plan is for: this one, a card of it, or one that a profile or a file describes."""
+"""Choose the machine to plan for: this one, one of its cards, or one from a profile or a file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vramplan.units import format_bytes, parse_amount
 
 
 def choose_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
-    """The machine to plan for and the accelerator of it that is used, None for the CPU.
+    """Return the machine to plan for and its accelerator to use, None for the CPU.
 
-    The accelerator has the rates that are known of it: measured on this machine, or its profile's with the link that
-    was read where it stands. Whose programs use it is left out, as a plan may be passed on.
+    The accelerator has its known rates: measured on this machine, or from its profile with the link speed read in the
+    machine. The programs that use it are left out, since plans may be shared.
 
     Raises:
         UsageError: a device that this machine does not have and no profile describes.
@@ -29,13 +29,13 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
     if accelerator is None or isinstance(device, Hardware):
         return hardware, accelerator
     here = not (isinstance(device, str) and is_hardware_file(device))
-    return hardware, _rated(replace(accelerator, others=None), here=here)
+    return hardware, _with_rates(replace(accelerator, others=None), here=here)
 
 
 def find_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
-    """The same as it was found, without looking for rates, which takes longer than detection itself.
+    """Return the machine and accelerator as detected, without rates: their lookup takes longer than detection itself.
 
-    Without a device, on a machine that has none, an absolute `vram` stands for a card of that size.
+    On a machine without accelerators, if no device is given, an absolute `vram` stands for a card of that size.
 
     Raises:
         UsageError: a device that this machine does not have and no profile describes.
@@ -49,20 +49,20 @@ def find_machine(device: str | Hardware | None, *, vram: str | None = None) -> t
     if device == "cpu":
         return replace(hardware, accelerators=()), None
     if device is None and not hardware.accelerators and vram is not None:
-        card = _any_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
+        card = _generic_card(parse_amount(vram, free_bytes=None, total_bytes=None, name="vram"))
         hardware = replace(hardware, accelerators=(card,))
     if device is None:
         return _with_store_notes(hardware), next(iter(hardware.accelerators), None)
     for accelerator in hardware.accelerators:
         if device.casefold() in _names(accelerator):
             return _with_store_notes(hardware), accelerator
-    return _elsewhere(device, hardware)
+    return _profiled_machine(device, hardware)
 
 
 def _names(accelerator: Accelerator) -> tuple[str, ...]:
-    """What it may be called by: `cuda:0`, `mps:0`, its kind, its identifier; the first of each kind `cuda` as well."""
-    room = accelerator.device.partition(":")[0]
-    names = (accelerator.device, f"{room}:{accelerator.index}", accelerator.kind, room, accelerator.uuid or "")
+    """The names it may be given by: `cuda:0`, `mps:0`, its kind, its identifier, or `cuda` for the first match."""
+    backend = accelerator.device.partition(":")[0]
+    names = (accelerator.device, f"{backend}:{accelerator.index}", accelerator.kind, backend, accelerator.uuid or "")
     return tuple(name.casefold() for name in names if name)
 
 
@@ -74,7 +74,7 @@ def known_budget(
     basis: Basis = "simulated",
     pipeline: str | None = None,
 ) -> Budget:
-    """The budget for plans of this basis, with what was measured on this machine; `amounts` are `make_budget`'s.
+    """The budget for plans of this basis, from measurements of this machine; `amounts` are `make_budget`'s arguments.
 
     Raises:
         UsageError, NothingFitsError: as `make_budget` does.
@@ -88,7 +88,7 @@ def known_budget(
 
 
 def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: str | None) -> Hardware:
-    """The machine with its speed, measured now or before.
+    """Return the machine with its speed, measured now or before.
 
     Raises:
         UsageError: the device is not in this machine, so that nothing can be measured.
@@ -101,34 +101,34 @@ def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: st
     return measure_machine(hardware, accelerator)
 
 
-def _any_card(size: int) -> Accelerator:
+def _generic_card(size: int) -> Accelerator:
     name = f"a CUDA device of {format_bytes(size)}"
     return Accelerator(kind="cuda", index=0, name=name, total_bytes=size, free_bytes=size)
 
 
-def _elsewhere(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
-    """A card this machine does not hold, with the host memory of this machine, or the one it shares with its own."""
+def _profiled_machine(device: str, hardware: Hardware) -> tuple[Hardware, Accelerator]:
+    """The machine with the profile's card in place of its own, and this host's RAM unless the card shares memory."""
     from vramplan.profiles.catalogue import device_accelerator, device_host, load_device_profile
 
     if device.partition(":")[0] in ("cuda", "xpu", "mps", "rocm"):
         names = ", ".join(item.device for item in hardware.accelerators) or "no accelerator"
-        told = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that does not answer
+        notes = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that does not answer
         advice = "any card can be planned for by its name, as rtx-4070 (vramplan profiles list)"
-        raise UsageError(f"device {device}: this machine has {names}{told}; {advice}")
+        raise UsageError(f"device {device}: this machine has {names}{notes}; {advice}")
     profile = load_device_profile(device)
     accelerator = device_accelerator(profile)
     return replace(hardware, accelerators=(accelerator,), host=device_host(profile, hardware.host)), accelerator
 
 
 def _with_store_notes(hardware: Hardware) -> Hardware:
-    """The machine with what could not be read of earlier measurements; without an accelerator there are none."""
+    """The machine with notes on unreadable stored measurements, if it has an accelerator."""
     from vramplan.calibration.store import read_store
 
     return replace(hardware, notes=(*hardware.notes, *read_store().notes)) if hardware.accelerators else hardware
 
 
-def _rated(accelerator: Accelerator, *, here: bool) -> Accelerator:
-    """The accelerator with what is known of its speed; what was measured counts `here`, where it was."""
+def _with_rates(accelerator: Accelerator, *, here: bool) -> Accelerator:
+    """The accelerator with its known rates. Rates measured on this machine are used only if it is `here`."""
     from vramplan.profiles.catalogue import rates_for, with_link
 
     if accelerator.rates is not None:

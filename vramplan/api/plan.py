@@ -1,4 +1,4 @@
-"""From a model and a machine to a plan: the whole flow, nothing applied."""
+"""Plan for a model and a machine: the whole flow. Nothing is applied."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
     """Choose the fastest plan that fits `model` on a machine.
 
     `model` is a live pipeline, a folder, a repository of the hub (`owner/name`; its configurations and safetensors
-    headers are read, no weight), or a bundled profile's name. What running it needs is read off a simulation of the
-    pipeline, and the chosen plan is simulated within the budget before it is returned.
+    headers are read, no weights), or a bundled profile's name. Memory needs come from a simulation of the pipeline,
+    and the chosen plan is simulated within the budget before it is returned.
 
     Args:
         model: the pipeline to plan for.
@@ -38,19 +38,19 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
         options: any of these.
             `device`: `cpu`, a torch device of this machine (`cuda:1`), a device profile's name, or a `Hardware`; by
             default this machine's first accelerator.
-            `vram`, `ram`, `margin`: amounts (`12GiB`, `-1GiB` for all that is free but one, `85%`).
+            `vram`, `ram`, `margin`: amounts (`12GiB`, `-1GiB` for all free memory but 1 GiB, `85%`).
             `allow`: the least faithful setting that may be chosen (`lossless`, `near_lossless`, `lossy`).
             `prefer`: `speed` or `memory`.
             `settings`: choices fixed by hand, by axis and component (`{"placement.vae": "resident"}`).
             `dtype`: the one to load in. `variant`: the files to load, as `fp16`. `revision`: of a repository.
             `allow_pickle`: accept pickled weights.
-            `simulate`: False takes rules of thumb instead of a simulation, at once.
-            All others are the workload's, named as in the pipeline's own call: `height`, `width`, `num_frames`,
+            `simulate`: False uses rules of thumb instead of a simulation, which is immediate.
+            All others describe the workload, named as in the pipeline's own call: `height`, `width`, `num_frames`,
             `num_images_per_prompt`, `num_inference_steps`, `guidance_scale`.
 
     Raises:
         NothingFitsError: no candidate fits.
-        UsageError: an argument that makes no sense.
+        UsageError: an argument is not valid.
         VramplanError: the model cannot be read.
     """
     request = request or make_request(options)
@@ -59,8 +59,8 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Least:
-    """The least VRAM that a candidate needs, what may be used (None on the CPU), and how that candidate decodes."""
+class LeastMemory:
+    """The least VRAM that any candidate needs, the VRAM budget (None on the CPU), and that candidate's decode."""
 
     vram_bytes: int
     limit_bytes: int | None
@@ -68,14 +68,14 @@ class Least:
 
 
 class Subject:
-    """A model with a request, to plan for any number of times.
+    """A model and a request, to be planned for any number of times.
 
-    It is described once, and simulated once for each workload and kind of kernels: a simulation depends on nothing else
-    of a machine.
+    The model is described once, and simulated once for each workload and set of kernels: nothing else of a machine
+    affects a simulation.
     """
 
     def __init__(self, model: Any, request: PlanRequest, *, described: Model | None = None) -> None:
-        """Describe the model, unless that is `described` already."""
+        """Describe the model, unless its description is given as `described`."""
         from vramplan.simulator.model import SimulatedModel
 
         self.request = request
@@ -83,13 +83,13 @@ class Subject:
         self.spec = self.described.spec
         self.simulated = SimulatedModel(self.spec)
         self._alternatives = Alternatives(self.simulated)
-        self._known: dict[Any, CostModel] = {}
+        self._cost_models: dict[Any, CostModel] = {}
 
     def workload(self, given: Mapping[str, Any] | None = None) -> Workload:
-        """The workload as given, by default as the request has it, completed by the pipeline's own defaults.
+        """The given workload (by default the request's), completed by the pipeline's own defaults.
 
         Raises:
-            UsageError: one that this pipeline cannot make.
+            UsageError: this pipeline cannot make it.
         """
         given = self.request.workload if given is None else given
         work = make_workload(self.described.defaults, given)
@@ -108,23 +108,23 @@ class Subject:
         *,
         confirm: bool = True,
     ) -> Plan:
-        """The plan for this workload and machine, and for another `request` where one is given.
+        """Return the plan for this workload and machine; `request` replaces the subject's own.
 
-        Without `confirm` it rests on prices alone and is not simulated.
+        Without `confirm` the plan is based on prices alone and is not simulated.
         """
         spec, request = self.spec, request or self.request
-        fixed, known, budget = self._question(work, hardware, accelerator, request)
+        fixed, costs, budget = self._planner_inputs(work, hardware, accelerator, request)
         outcome = decide(
             spec,
             work,
             budget,
             accelerator=accelerator,
-            footprint=known.footprint,
+            footprint=costs.footprint,
             fixed=fixed,
             allow=request.allow,
             prefer=request.prefer,
-            confirm=known.confirm(budget) if confirm else None,
-            alternatives=known.alternatives,
+            confirm=costs.confirm(budget) if confirm else None,
+            alternatives=costs.alternatives,
         )
         machine = MachineRecord(
             device=accelerator.device if accelerator else "cpu",
@@ -133,10 +133,10 @@ class Subject:
             budget=budget,
             software=versions(),
         )
-        notes = (*_notes(spec, accelerator, hardware), *known.notes)
+        notes = (*_notes(spec, accelerator, hardware), *costs.notes)
         return plan_record(spec, work, machine, outcome, notes, request.preferences)
 
-    def least(
+    def least_memory(
         self,
         work: Workload,
         hardware: Hardware,
@@ -144,32 +144,32 @@ class Subject:
         request: PlanRequest | None = None,
         *,
         decode: tuple[Decode, ...] | None = None,
-    ) -> Least | None:
-        """The least memory this workload can be brought down to, by price, with every setting `plan` would resort to.
+    ) -> LeastMemory | None:
+        """Return the least memory that this workload needs, by price, with every setting `plan` could fall back to.
 
-        `decode` fixes how it is decoded. None where RAM is too small for any candidate.
+        `decode` fixes the decode settings. None if RAM is too small for any candidate.
         """
         request = request or self.request
-        fixed, known, budget = self._question(work, hardware, accelerator, request)
-        resort: Quality = "lossy" if fixed.weights else "near_lossless"
+        fixed, costs, budget = self._planner_inputs(work, hardware, accelerator, request)
+        fallback: Quality = "lossy" if fixed.weights else "near_lossless"
         try:
             outcome = decide(
                 self.spec,
                 work,
                 replace(budget, vram_bytes=None),
                 accelerator=accelerator,
-                footprint=known.footprint,
+                footprint=costs.footprint,
                 fixed=fixed if decode is None else replace(fixed, decode=decode),
-                allow=request.allow or resort,
+                allow=request.allow or fallback,
                 prefer="memory",
-                alternatives=known.alternatives,
+                alternatives=costs.alternatives,
             )
         except NothingFitsError:
             return None
-        chosen = outcome.chosen
-        return Least(vram_bytes=chosen.demand.vram_reserved_bytes, limit_bytes=budget.vram_bytes, decode=chosen.decode)
+        demand, decode = outcome.chosen.demand, outcome.chosen.decode
+        return LeastMemory(vram_bytes=demand.vram_reserved_bytes, limit_bytes=budget.vram_bytes, decode=decode)
 
-    def _question(
+    def _planner_inputs(
         self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, request: PlanRequest
     ) -> tuple[Fixed, CostModel, Budget]:
         """The settings fixed by hand, the cost model, and the budget."""
@@ -178,20 +178,20 @@ class Subject:
         amounts = {**request.amounts, **held_bytes(spec)}
         known_budget(hardware, accelerator, amounts)  # refuse an impossible amount before anything is simulated
         fixed = parse_fixed(request.settings, spec, accelerator)
-        known = self._cost_model(work, accelerator if request.simulate else None, request, fixed)
-        basis = known.basis(spec)
-        return fixed, known, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
+        costs = self._cost_model(work, accelerator if request.simulate else None, request, fixed)
+        basis = costs.basis(spec)
+        return fixed, costs, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
 
     def _cost_model(
         self, work: Workload, accelerator: Accelerator | None, request: PlanRequest, fixed: Fixed
     ) -> CostModel:
-        """The cost model for these kernels, made once."""
+        """The cost model for these kernels, built once."""
         kernels = None if accelerator is None else tuple(self.simulated.kernels(accelerator).values())
         key = work, kernels, request.allow, tuple(request.settings.items())
-        if key not in self._known:
+        if key not in self._cost_models:
             weights = weight_settings(self.spec, fixed, request.allow)
-            self._known[key] = cost_model(self._alternatives, work, accelerator, weights, fixed)
-        return self._known[key]
+            self._cost_models[key] = cost_model(self._alternatives, work, accelerator, weights, fixed)
+        return self._cost_models[key]
 
 
 def _notes(spec: PipelineSpec, accelerator: Accelerator | None, hardware: Hardware) -> tuple[str, ...]:

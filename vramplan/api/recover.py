@@ -1,7 +1,7 @@
-"""Out of memory in the middle of a call: step down to a smaller plan and make the call again.
+"""Retry a call that runs out of memory, under a smaller plan.
 
-A decode that runs out is made again in smaller pieces where it stands: the denoising before it is not lost. Anything
-else starts the call anew, with its random numbers from the start, under the fastest plan for less memory.
+A decode that runs out of memory is retried in smaller pieces, so the denoising before it is not lost. Otherwise the
+whole call is retried with the same random numbers, under the fastest plan for less memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import partial, wraps
 from itertools import chain
 from typing import Any
 
-from vramplan.api.change import planned_anew
 from vramplan.common.progress import Say
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
@@ -28,19 +27,19 @@ from vramplan.strategies.settings import format_setting
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
-# What a plan that ran out is cut by, each time.
-_STEP = 0.9
-_MOST_STEPS = 5
+# After each failure the VRAM limit is multiplied by this.
+_SHRINK_FACTOR = 0.9
+_MAX_RETRIES = 5
 
 
 def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print) -> Any:
-    """`pipe(**arguments)` under the plan that is applied to it, and under smaller ones where memory runs out.
+    """Call `pipe(**arguments)` under its applied plan, and retry under smaller plans if memory runs out.
 
-    Each step down is told. The last plan stays applied.
+    `say` is called at each retry. The last plan stays applied.
 
     Raises:
         NothingFitsError: no smaller plan is left; the message says what the smallest one needs.
-        VramplanError: vramplan has applied nothing to this pipeline, or what cannot be taken off again.
+        VramplanError: vramplan has applied nothing to this pipeline, or a plan that cannot be undone.
     """
     applied, call = applied_to(pipe), plain_class(pipe).__call__
     if applied is None:
@@ -49,35 +48,35 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         warnings.warn(applied.changed, stacklevel=2)
     first, device = applied.plan, applied.device
     limit = first.projected.vram_reserved_bytes
-    rewinds = _rewinds(arguments)
-    for step in range(_MOST_STEPS + 1):
+    restorers = _random_state_restorers(arguments)
+    for attempt in range(_MAX_RETRIES + 1):
         try:
-            with _decodes_again(pipe, first.workload, vae_names(first), say):
+            with _retry_decodes(pipe, first.workload, vae_names(first), say):
                 return call(pipe, **arguments)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0]
-        if step == _MOST_STEPS:
+        if attempt == _MAX_RETRIES:
             break
-        limit = int(limit * _STEP)
+        limit = int(limit * _SHRINK_FACTOR)
         say(f"out of memory ({reason}); again within {format_bytes(limit)}")
         applied.undo()
         release_memory()
-        smaller = planned_anew(pipe, first, vram=str(limit))
+        smaller = plan_again(pipe, first, vram=str(limit))
         applied = apply_unchecked(pipe, smaller, device=device)
         say(f"now {_settings(smaller)}")
-        for rewind in rewinds:
-            rewind()
-    tried = f"{_MOST_STEPS + 1} plans, the last within {format_bytes(limit)}"
+        for restore in restorers:
+            restore()
+    tried = f"{_MAX_RETRIES + 1} plans, the last within {format_bytes(limit)}"
     raise NothingFitsError(f"out of memory under {tried}: {reason}")
 
 
-def recovering(pipe: Any, *, say: Say = print) -> None:
-    """From now on the pipeline's own call is a `recovering_call`, until the plan that is applied to it is undone.
+def make_recovering(pipe: Any, *, say: Say = print) -> None:
+    """Make the pipeline's own call a `recovering_call`, until its applied plan is undone.
 
-    Python looks a call up on the class: this one object gets a class of its own, derived from the one it has and of
-    the same name. No class that others use is touched.
+    Python looks up `__call__` on the class, so this object gets its own class, derived from its present one and with
+    the same name. Classes of other objects are not changed.
     """
     plain = plain_class(pipe)
 
@@ -86,9 +85,9 @@ def recovering(pipe: Any, *, say: Say = print) -> None:
         if applied_to(self) is None:  # a copy of the pipeline, or its parts in a simulation
             return plain.__call__(self, *args, **kwargs)
         try:
-            return recovering_call(self, _by_name(plain, self, args, kwargs), say=say)
+            return recovering_call(self, _named_arguments(plain, self, args, kwargs), say=say)
         finally:
-            if applied_to(self) is not None:  # stepping down has undone the plan that was on
+            if applied_to(self) is not None:  # a retry has undone the earlier plan
                 self.__class__ = own
 
     names = {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__, PLAIN_CLASS: plain}
@@ -96,8 +95,8 @@ def recovering(pipe: Any, *, say: Say = print) -> None:
     pipe.__class__ = own
 
 
-def _by_name(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, all by name."""
+def _named_arguments(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call, all by name."""
     names = list(inspect.signature(cls.__call__).bind_partial(pipe, *args).arguments)[1:]
     return dict(zip(names, args, strict=True)) | dict(kwargs)
 
@@ -107,8 +106,8 @@ def _settings(plan: Plan) -> str:
 
 
 @contextmanager
-def _decodes_again(pipe: Any, workload: Workload, names: list[str], say: Say) -> Iterator[None]:
-    """While entered, a VAE that runs out of memory decodes the same latents again, in smaller and smaller pieces."""
+def _retry_decodes(pipe: Any, workload: Workload, names: list[str], say: Say) -> Iterator[None]:
+    """Context manager: a VAE that runs out of memory decodes the same latents again, in ever smaller pieces."""
     with ExitStack() as stack:
         for name in names:
             vae = pipe.components.get(name)
@@ -121,33 +120,33 @@ def _decodes_again(pipe: Any, workload: Workload, names: list[str], say: Say) ->
 def _retry_smaller(
     pipe: Any, name: str, decode: Callable[..., Any], workload: Workload, say: Say
 ) -> Callable[..., Any]:
-    def again(*args: Any, **kwargs: Any) -> Any:
-        pieces = iter(_pieces(pipe.components[name], name, workload))
+    def retry(*args: Any, **kwargs: Any) -> Any:
+        smaller_decodes = iter(_smaller_decodes(pipe.components[name], name, workload))
         while True:
             try:
                 return decode(*args, **kwargs)
             except Exception as error:
                 if not _is_out_of_memory(error):
                     raise
-                setting = next(pieces, None)
+                setting = next(smaller_decodes, None)
                 if setting is None:
                     raise
             release_memory()
             say(f"out of memory while decoding; the same latents again with {format_setting(setting)}")
             setting.apply(pipe, [name])
 
-    return again
+    return retry
 
 
-def _pieces(vae: Any, name: str, workload: Workload) -> Iterator[Decode]:
-    """Every way of decoding less at once, the largest pieces first."""
+def _smaller_decodes(vae: Any, name: str, workload: Workload) -> Iterator[Decode]:
+    """Yield all settings that decode in smaller pieces, the largest pieces first."""
     component = describe_component(name, vae)
     settings = chain.from_iterable(cls.variants(component, workload) for cls in DECODES)
     return (setting for setting in settings if setting.refusal(component, workload) is None)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA, ROCm and XPU raise OutOfMemoryError; Metal a RuntimeError that says so."""
+    """Whether memory ran out: CUDA, ROCm and XPU raise OutOfMemoryError, Metal a RuntimeError with its message."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -155,8 +154,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _rewinds(arguments: Mapping[str, Any]) -> list[Callable[[], object]]:
-    """What puts every source of random numbers back to where it is now: the call's own, and torch's without one."""
+def _random_state_restorers(arguments: Mapping[str, Any]) -> list[Callable[[], object]]:
+    """Return functions that restore the present state of the call's generators and of torch's global ones."""
     import torch
 
     given = arguments.get("generator")

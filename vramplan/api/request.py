@@ -1,4 +1,4 @@
-"""The request for a plan: everything a user gives in addition to the model."""
+"""The request for a plan: everything a user specifies in addition to the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PlanOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest(Preferences):
-    """The preferences, the machine, how to load the model, and the workload as given."""
+    """The preferences, the machine, the loading options, and the workload as given."""
 
     device: str | Hardware | None = None
     dtype: str | None = None
@@ -53,17 +53,17 @@ class PlanRequest(Preferences):
 
     @property
     def preferences(self) -> Preferences:
-        """The part that a plan file keeps."""
+        """The preferences alone, which a plan file stores."""
         return Preferences(**{item.name: getattr(self, item.name) for item in fields(Preferences)})
 
     @property
     def loading(self) -> dict[str, Any]:
-        """The arguments of `describe`."""
+        """The loading options, as arguments of `describe`."""
         return {name: getattr(self, name) for name in ("dtype", "variant", "revision", "allow_pickle")}
 
     @property
     def amounts(self) -> dict[str, str | None]:
-        """The memory as given, by `make_budget`'s names."""
+        """The memory amounts as given, as arguments of `make_budget`."""
         return {"vram": self.vram, "ram": self.ram, "margin": self.margin}
 
 
@@ -71,7 +71,7 @@ _OWN = {item.name for item in fields(PlanRequest)} - {"workload"}
 
 
 def make_request(options: Mapping[str, Any]) -> PlanRequest:
-    """The request of these keyword arguments. A name that is none of its own is the workload's."""
+    """Make a request from keyword arguments. Names that are not fields of a request belong to the workload."""
     own = {name: value for name, value in options.items() if name in _OWN}
     own["settings"] = {
         key: (value,) if isinstance(value, str) else tuple(value) for key, value in (own.get("settings") or {}).items()
@@ -80,9 +80,9 @@ def make_request(options: Mapping[str, Any]) -> PlanRequest:
 
 
 def request_of(plan: Plan) -> PlanRequest:
-    """The request a plan was made for, its workload included, on the machine's first device."""
+    """Return the request a plan was made for, including its workload, on the machine's first device."""
     preferences = {item.name: getattr(plan.asked, item.name) for item in fields(Preferences)}
-    # A plan of before preferences were recorded may be lossy only because that was allowed.
+    # An older plan without recorded preferences can be lossy only if that was allowed.
     preferences["allow"] = plan.asked.allow or ("lossy" if plan.quality == "lossy" else None)
     workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
     return PlanRequest(**preferences, **load_options(plan), workload=workload)

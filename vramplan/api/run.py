@@ -1,4 +1,4 @@
-"""What `vramplan apply` does around applying: load, generate, write the result, compare."""
+"""Run a plan, for `vramplan apply`: load, apply, generate, write the result, measure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """What `vramplan apply` did: the plan that was on at the end, its diffusers calls, and notes where it had to be
-    done otherwise; the files written; and what the call took, None where none was made."""
+    """The result of `vramplan apply`: the plan applied at the end, its diffusers calls, and notes on differences from
+    the plan; the files written; and the measured call, None if no call was made."""
 
     plan: Plan
     calls: Sequence[str]
     notes: Sequence[str]
     written: Sequence[Path] = ()
-    took: Measured | None = None
+    measured: Measured | None = None
 
 
 def run_plan(
@@ -45,10 +45,10 @@ def run_plan(
     bars: bool = True,
     say: Say = print,
 ) -> RunResult:
-    """Load, apply, generate when there is a prompt; what was done and what it took.
+    """Load the pipeline, apply the plan, and generate if there is a prompt; return the result with its measured call.
 
-    `described` is the folder to load from, where the caller has described it. With `recover` a call that runs out of
-    memory is made again under a smaller plan. `bars` shows progress in a terminal or a notebook.
+    `described` is the description of the folder to load from, if the caller has one. With `recover` a call that runs
+    out of memory is retried under a smaller plan. `bars` shows progress in a terminal or a notebook.
 
     Raises:
         VramplanError: the pipeline cannot be loaded or the result not written.
@@ -62,9 +62,9 @@ def run_plan(
 
     folder = model_folder(plan, model)
     say(f"loading {folder}")
-    before = current_rss_bytes()
-    shown = bars and can_show_progress()
-    if not shown:
+    ram_before = current_rss_bytes()
+    show_bars = bars and can_show_progress()
+    if not show_bars:
         hide_bars()
 
     def arguments(pipe: Any) -> dict[str, Any]:
@@ -79,32 +79,32 @@ def run_plan(
         say=say,
     )
     applied, pipe = loaded.applied, loaded.applied.pipe
-    pipe.set_progress_bar_config(disable=not shown)
+    pipe.set_progress_bar_config(disable=not show_bars)
     if prompt is None:
         notes = (*applied.notes, "nothing generated: give `prompt` to generate and measure")
         return RunResult(plan=applied.plan, calls=applied.calls, notes=notes)
     say(f"generating on {applied.device}")
-    with calibrating(pipe, ram_before_bytes=before, say=say) as took, loaded.watched():
+    with calibrating(pipe, ram_before_bytes=ram_before, say=say) as measured, loaded.checking_encodings():
         result = recovering_call(pipe, loaded.arguments, say=say) if recover else pipe(**loaded.arguments)
     written = write_result(result, Path(output)) if output else []
     last = applied_to(pipe) or applied
-    return RunResult(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), took=took)
+    return RunResult(plan=last.plan, calls=last.calls, notes=last.notes, written=tuple(written), measured=measured)
 
 
 def model_folder(plan: Plan, given: str | None) -> Path:
-    """The folder to load from: the one given, else the one planned for, or its snapshot in the hub's cache.
+    """Return the folder to load from: the one given, else the planned one, or its snapshot in the hub's cache.
 
     Raises:
-        UsageError: a plan made from a profile or a live pipeline has no folder of its own.
+        UsageError: the plan was made from a profile or a live pipeline, which has no folder.
         VramplanError: the repository planned for is not on this machine; the message says how to download it.
     """
-    from vramplan.runtime.download import downloaded
+    from vramplan.runtime.download import downloaded_snapshot
 
     source = plan.model.origin
     if given is not None:
         return Path(given)
     if isinstance(source, Hub):
-        return downloaded(plan, source)
+        return downloaded_snapshot(plan, source)
     if isinstance(source, Folder):
         return source.path
     raise UsageError(f"the plan was made from {source}: give `model=FOLDER`, where the weights are")

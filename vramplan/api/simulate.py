@@ -1,4 +1,4 @@
-"""Simulate a model: under a plan, under the plan that would be made for it, or all resident."""
+"""Simulate a model: under a given plan, under the plan the planner would choose, or all resident."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def simulate(
     revision: str | None = None,
     timeline: bool = False,
 ) -> Simulation:
-    """Run the whole call of `model` with the plan's settings on a simulated device.
+    """Simulate the whole call of `model` with the plan's settings on a device without real memory.
 
-    `model` is a live pipeline (only read), a folder, a repository of the hub or a bundled profile's name. Without
-    a plan everything is resident; without a workload the plan's, or the pipeline's own, is taken.
-    `capacity_bytes` limits the device; by default nothing does. `dtype`, `variant` and `revision` are those to
-    load, for a model that is not loaded yet. With `timeline` the memory over the call is kept, for a picture of it.
+    `model` is a live pipeline (only read), a folder, a repository of the hub or a bundled profile's name. Without a
+    plan everything is resident. The default workload is the plan's, or the pipeline's own. `capacity_bytes` is the
+    device's memory, unlimited by default. `dtype`, `variant` and `revision` choose what to load if the model is not
+    loaded yet. With `timeline` the result keeps the memory over the call, for a plot.
 
     Raises:
-        SimulationError: the call needs something a pipeline without weights cannot give; the message names where.
+        SimulationError: the call needs data that a pipeline without weights cannot give; the message names the place.
         MismatchError: the plan was made for another pipeline.
-        VramplanError: the model cannot be read, or the plan's settings cannot be.
+        VramplanError: the model or the plan's settings cannot be read.
     """
     described = describe(model, dtype=dtype, variant=variant, revision=revision)
     work = workload or (plan.workload if plan else make_workload(described.defaults, {}))
@@ -67,8 +67,8 @@ def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:
     """Simulate a plan file's pipeline under its own settings, within its own budget.
 
     Raises:
-        VramplanError: not a plan, or one made from a live pipeline, which is gone.
-        MismatchError: the folder or profile is no longer what was planned for.
+        VramplanError: the file is not a plan, or its plan was made from a live pipeline, which is gone.
+        MismatchError: the folder or profile has changed since it was planned for.
     """
     plan = load_plan(path)
     source = plan.model.origin
@@ -79,10 +79,10 @@ def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:
 
 
 def simulate_model(model: Any, request: PlanRequest, *, timeline: bool = False) -> Simulation:
-    """Simulate a model within a machine's memory, under the plan that would be made for it.
+    """Simulate a model within a machine's memory, under the plan the planner would choose for it.
 
-    Settings fixed by hand are simulated whether they fit or not, and so is a model for which nothing fits: as it
-    would run on a machine with enough memory. Without an accelerator nothing is limited.
+    Settings fixed by hand are simulated whether they fit or not. If nothing fits, the plan for a machine with enough
+    memory is simulated. Without an accelerator the memory is unlimited.
     """
     hardware, accelerator = choose_machine(request.device, vram=request.vram)
     subject = Subject(model, request)

@@ -1,1 +1,1 @@
-"""The commands, those of a kind in a file."""
+"""The commands of the terminal, grouped by file."""

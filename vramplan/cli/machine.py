@@ -1,4 +1,4 @@
-"""What this machine is: detect, calibrate."""
+"""Commands on this machine: detect, calibrate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vramplan.cli.options import FORMAT_HELP, FORMATS, Option, format_options, json_option, machine_options
-from vramplan.cli.shared import in_flags, say, show_result, write_file
+from vramplan.cli.shared import say, show_result, spell_flags, write_file
 from vramplan.errors import NothingFitsError
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def detect(
     try:
         budget = known_budget(hardware, accelerator, machine)
     except NothingFitsError as error:
-        full = error  # a machine with nothing left is still to be shown: who uses it is what one wants to know
+        full = error  # show a full machine too: the user wants to see which programs use its memory
     content = hardware_dict(hardware, budget)
     if output:
         write_file(output, to_yaml(content) + "\n")
-    hardware, budget = in_flags((hardware, budget))
+    hardware, budget = spell_flags((hardware, budget))
     if form == "markdown":
         click.echo(hardware_markdown(hardware, budget))
     else:
@@ -67,8 +67,8 @@ def calibrate(device: str | None, form: str, *, pipeline: bool, as_json: bool) -
     from vramplan.view.machine import probe_dict, probe_text
     from vramplan.view.run import measured_text
 
-    def report(plan: Plan, took: Measured) -> None:
-        say(f"{settings_text(plan.settings)}\n{measured_text(plan, took)}")
+    def report(plan: Plan, measured: Measured) -> None:
+        say(f"{settings_text(plan.settings)}\n{measured_text(plan, measured)}")
 
     record = measure(device, pipeline=pipeline, say=say, report=report)
     show_result(probe_dict(record), lambda: probe_text(record), form, as_json=as_json)

@@ -1,4 +1,4 @@
-"""The command line: parse, call, report. Data goes to stdout, talk to stderr."""
+"""The command line: parse, call, report. Data goes to stdout, messages to stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vramplan.cli.machine import calibrate, detect
 from vramplan.cli.plans import check, code, explain, fit, plan
 from vramplan.cli.profiles import profiles
 from vramplan.cli.running import apply, simulate
-from vramplan.cli.shared import in_flags
+from vramplan.cli.shared import spell_flags
 from vramplan.cli.ui import ui
 from vramplan.common.progress import CHATTY_LOGGERS
 from vramplan.errors import VramplanError
@@ -26,37 +26,37 @@ _VERBOSE = "Show the libraries' own messages."
 _QUIET = "No talk on stderr but errors."
 
 
-def _talk(context: click.Context, option: click.Parameter, given: bool) -> None:
-    """-v and -q wherever they stand; set before diffusers and transformers are imported."""
-    told = context.find_root().ensure_object(dict)
-    told[option.name] = told.get(option.name, False) or given
-    if option.name == "verbose" and not told["verbose"]:
-        # Their warnings are about their own interfaces, not about the plan.
+def _set_verbosity(context: click.Context, option: click.Parameter, given: bool) -> None:
+    """Apply -v and -q at any position, before diffusers and transformers are imported."""
+    flags = context.find_root().ensure_object(dict)
+    flags[option.name] = flags.get(option.name, False) or given
+    if option.name == "verbose" and not flags["verbose"]:
+        # Their warnings concern their own interfaces, not the plan.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         warnings.simplefilter("ignore", FutureWarning)
-        _libraries_say(logging.ERROR)
+        _set_library_level(logging.ERROR)
     elif option.name == "verbose":
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.pop(name, None)
         warnings.simplefilter("default", FutureWarning)
-        _libraries_say(logging.NOTSET)
+        _set_library_level(logging.NOTSET)
 
 
-def _libraries_say(level: int) -> None:
+def _set_library_level(level: int) -> None:
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(level)
 
 
 class _Group(click.Group):
-    """Turns every failure into one line and the documented exit code."""
+    """A group that turns every failure into one line and the documented exit code."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Every command takes -v and -q, before its own name or after it."""
+        """Add a command with the options -v and -q, which may stand before or after its name."""
         super().add_command(cmd, name)
         cmd.params += [
-            click.Option(["-v", "--verbose"], is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE),
-            click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_talk, help=_QUIET),
+            click.Option(["-v", "--verbose"], is_flag=True, expose_value=False, callback=_set_verbosity, help=_VERBOSE),
+            click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_verbosity, help=_QUIET),
         ]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ class _Group(click.Group):
         except click.Abort as error:
             _fail("interrupted", 130, error)
         except VramplanError as error:
-            _fail(in_flags(str(error), self), error.exit_code, error)
+            _fail(spell_flags(str(error), self), error.exit_code, error)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)
@@ -88,8 +88,8 @@ def _fail(message: str, code: int, error: BaseException) -> None:
 
 @click.group(cls=_Group, context_settings={"auto_envvar_prefix": "VRAMPLAN", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vramplan")
-@click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_talk, help=_VERBOSE)
-@click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_talk, help=_QUIET)
+@click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbosity, help=_VERBOSE)
+@click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_set_verbosity, help=_QUIET)
 def main() -> None:
     """Plan, apply and check the memory settings of a diffusers pipeline.
 

@@ -1,4 +1,4 @@
-"""Options that several commands take, each said once."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ FORMATS = ("auto", "human", "json", "yaml")
 
 
 class Option(click.Option):
-    """Its variable goes by what people type, `VRAMPLAN_PLAN_SET`, and not by the argument's name in Python."""
+    """An option whose environment variable is named after the flag (`VRAMPLAN_PLAN_SET`), not the Python argument."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """What the variable says; None where it is not set, or empty."""
-        word = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
-        return os.environ.get(f"{ctx.auto_envvar_prefix}_{word}") or None
+        """The value of the environment variable; None if it is unset or empty."""
+        suffix = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
+        return os.environ.get(f"{ctx.auto_envvar_prefix}_{suffix}") or None
 
 
-def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """One decorator for several options, in the order of the help."""
+def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Combine several options into one decorator, in the order of the help."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -34,24 +34,24 @@ def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 FORMAT_HELP = "How to print."
 json_option = click.option("--json", "as_json", cls=Option, is_flag=True, help="Short for --format json.")
-format_options = combined(
+format_options = combine_options(
     click.option("--format", "form", cls=Option, type=click.Choice(FORMATS), default="auto", help=FORMAT_HELP),
     json_option,
 )
-machine_options = combined(
+machine_options = combine_options(
     click.option("--device", help="cpu, a device here (cuda:1), a device profile (rtx-4070), or a hardware.yaml."),
     click.option("--vram", help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
     click.option("--ram", help="RAM that may be used, likewise."),
     click.option("--margin", help="VRAM kept free on purpose."),
 )
-workload_options = combined(
+workload_options = combine_options(
     click.option("--height", type=int, help="Pixels."),
     click.option("--width", type=int, help="Pixels."),
     click.option("--frames", type=int, help="Frames of a video."),
     click.option("--batch", type=int, help="Pictures per prompt."),
     click.option("--steps", type=int, help="Denoising steps."),
 )
-loading_options = combined(
+loading_options = combine_options(
     click.option("--dtype", help="Load in float32, float16 or bfloat16 instead of the stored dtype."),
     click.option("--variant", help="Load the weight files of this variant, as fp16."),
     click.option("--revision", help="A branch, tag or commit of a hub repository; its main branch where left out."),
@@ -60,7 +60,7 @@ loading_options = combined(
 _ALLOW = (
     "The least faithful setting that may be chosen. Left out: lossless, and VAE tiling where nothing lossless fits."
 )
-choice_options = combined(
+choice_options = combine_options(
     click.option("--allow", type=click.Choice(("lossless", "near_lossless", "lossy")), help=_ALLOW),
     click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True),
 )

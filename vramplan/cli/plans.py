@@ -1,4 +1,4 @@
-"""What to do on a machine, and what a plan says: plan, fit, explain, check, code."""
+"""Commands that make and read plans: plan, fit, explain, check, code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, in_flags, is_quiet, show_result, write_file
+from vramplan.cli.shared import is_quiet, parse_fixed, save_plot, show_result, spell_flags, write_file
 from vramplan.errors import MismatchError, NothingFitsError
 
 
@@ -41,11 +41,11 @@ def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any
     from vramplan.view.plan import plan_view
 
     form, as_json = given.pop("form"), given.pop("as_json")
-    made = make_plan(model, make_request({"settings": fixed_by_hand(fixed), **given}))
+    made = make_plan(model, make_request({"settings": parse_fixed(fixed), **given}))
     if output:
         write_file(output, dump_plan(made))
     yaml = partial(dump_plan, made)
-    show_result(plan_to_dict(made), lambda: plan_view(in_flags(made)), form, as_json=as_json, yaml=yaml)
+    show_result(plan_to_dict(made), lambda: plan_view(spell_flags(made)), form, as_json=as_json, yaml=yaml)
 
 
 @click.command()
@@ -74,8 +74,8 @@ def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: 
     if is_quiet():
         hide_bars()
     largest = given.pop("largest")
-    found = find(models, make_request({"settings": fixed_by_hand(fixed), **given}), largest=largest)
-    show_result(fits_dict(found), lambda: fits_view(in_flags(found)), form, as_json=as_json)
+    found = find(models, make_request({"settings": parse_fixed(fixed), **given}), largest=largest)
+    show_result(fits_dict(found), lambda: fits_view(spell_flags(found)), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)
 
@@ -94,10 +94,10 @@ def explain(plan_file: str, plot: str | None, form: str, *, as_json: bool) -> No
         check_picture(plot)
     loaded = load_plan(plan_file)
     if plot:
-        draw(plot, loaded, loaded)
+        save_plot(plot, loaded, loaded)
     content = plan_to_dict(loaded)
     shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
-    show_result(shown, lambda: explain_view(in_flags(loaded)), form, as_json=as_json)
+    show_result(shown, lambda: explain_view(spell_flags(loaded)), form, as_json=as_json)
 
 
 @click.command()

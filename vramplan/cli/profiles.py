@@ -1,4 +1,4 @@
-"""The facts about pipelines and devices: profiles list, show, check."""
+"""Commands on profiles of pipelines and devices: profiles list, show, check."""
 
 from __future__ import annotations
 

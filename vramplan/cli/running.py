@@ -1,4 +1,4 @@
-"""Run a plan: apply for real, simulate on an accelerator that is not there."""
+"""Commands that run a plan: apply on a real pipeline, simulate on a simulated accelerator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import draw, fixed_by_hand, in_flags, is_quiet, say, show_result
+from vramplan.cli.shared import is_quiet, parse_fixed, save_plot, say, show_result, spell_flags
 from vramplan.errors import NothingFitsError, UsageError
 
 
@@ -53,7 +53,7 @@ def apply(plan_file: str, output: str | None, *, replan: bool, **given: Any) -> 
     folder = cache(partial(described_folder, loaded, model, allow_pickle=allow_pickle))
     current = current_plan(loaded, model, describe_folder=folder, replan=replan, allow_pickle=allow_pickle, say=say)
     ran = run_plan(current, described=folder(), output=output, bars=not is_quiet(), say=say, **given)
-    show(apply_view(in_flags(ran)))
+    show(apply_view(spell_flags(ran)))
 
 
 @click.command()
@@ -77,16 +77,16 @@ def simulate(*, model: str, plot: str | None, form: str, as_json: bool, **given:
 
     if plot:
         check_picture(plot)
-    given["settings"] = fixed_by_hand(given.pop("fixed"))
+    given["settings"] = parse_fixed(given.pop("fixed"))
     if Path(model).is_file():
-        told = next((name for name, value in given.items() if value), None)
-        if told is not None:
-            raise UsageError(f"`{told}`: a plan file says that already; edit it or plan again")
+        argument = next((name for name, value in given.items() if value), None)
+        if argument is not None:
+            raise UsageError(f"`{argument}`: a plan file says that already; edit it or plan again")
         result = simulate_plan(model, timeline=bool(plot))
     else:
         result = simulate_model(model, make_request(given), timeline=bool(plot))
     if plot:
-        draw(plot, result, load_plan(model) if Path(model).is_file() else None)
-    show_result(simulation_dict(result), lambda: simulation_view(in_flags(result)), form, as_json=as_json)
+        save_plot(plot, result, load_plan(model) if Path(model).is_file() else None)
+    show_result(simulation_dict(result), lambda: simulation_view(spell_flags(result)), form, as_json=as_json)
     if result.fits is False:
         raise NothingFitsError(result.stopped or "it does not fit")

@@ -1,4 +1,4 @@
-"""What several commands do: print, name arguments as flags, draw, write."""
+"""Functions shared by commands: print, spell arguments as flags, save plots, write files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def is_quiet() -> bool:
     return bool(click.get_current_context().find_root().ensure_object(dict)["quiet"])
 
 
-def flags(group: Any) -> dict[str, str]:
-    """The option of each argument, by its name in Python, and the commands that messages name."""
+def option_names(group: Any) -> dict[str, str]:
+    """Map each Python argument to its option, and each function named in messages to its command."""
     options = [item for command in group.commands.values() for item in command.params if isinstance(item, click.Option)]
     found = {str(option.name): max(option.opts, key=len) for option in options}
     found |= {name: found[short] for short, name in SHORT_NAMES.items()} | {"settings": found["fixed"]}
@@ -32,23 +32,23 @@ def flags(group: Any) -> dict[str, str]:
     return found | {"vramplan.plan": plan, "vramplan.dump_plan": f"{plan} -o FILE", "vramplan detect": machine}
 
 
-def in_flags(value: Any, group: Any = None) -> Any:
-    """The value with the arguments in its texts as people type them; `group` is the running one where left out."""
-    known = flags(group or click.get_current_context().find_root().command)
-    return respelled(value, lambda name, told: f"{known[name]} {told}".rstrip() if name in known else None)
+def spell_flags(value: Any, group: Any = None) -> Any:
+    """Return the value with the arguments in its texts as flags. `group` defaults to the running command group."""
+    names = option_names(group or click.get_current_context().find_root().command)
+    return respelled(value, lambda name, setting: f"{names[name]} {setting}".rstrip() if name in names else None)
 
 
 def say(text: str) -> None:
-    """Print it on stderr, nothing under -q."""
+    """Print the text on stderr, unless -q is given."""
     if not is_quiet():
-        click.echo(in_flags(text), err=True)
+        click.echo(spell_flags(text), err=True)
 
 
-def fixed_by_hand(texts: tuple[str, ...]) -> dict[str, list[str]]:
-    """The settings of `--set` by axis and component.
+def parse_fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:
+    """Parse the settings given with `--set`, by axis and component.
 
     Raises:
-        UsageError: one that is no `AXIS=SETTING`.
+        UsageError: a text is not of the form `AXIS=SETTING`.
     """
     found: dict[str, list[str]] = {}
     for text in texts:
@@ -67,7 +67,7 @@ def show_result(
     as_json: bool = False,
     yaml: Callable[[], str] | None = None,
 ) -> None:
-    """Print the content as JSON or YAML, or what a person is to see."""
+    """Print the content as JSON or YAML, or the human-readable view."""
     from vramplan.view.shared import to_json, to_yaml
 
     if as_json or form == "json":
@@ -80,18 +80,18 @@ def show_result(
         show(human())
 
 
-def draw(path: str, shown: Any, plan: Plan | None) -> None:
-    """Save a picture of it, with what was measured of this plan here, and say so."""
+def save_plot(path: str, shown: Any, plan: Plan | None) -> None:
+    """Save a plot of the value, with this machine's last measurement of the plan, and print the path."""
     from vramplan.runtime.recording import last_measured
     from vramplan.view.plot.save import save_picture
 
     record = None if plan is None else last_measured(plan)
-    save_picture(path, in_flags(shown), None if record is None else record.measured)
+    save_picture(path, spell_flags(shown), None if record is None else record.measured)
     say(f"wrote {path}")
 
 
 def write_file(path: str, text: str) -> None:
-    """Write the file whole or not at all, and say so.
+    """Write the file whole or not at all, and print its path.
 
     Raises:
         UsageError: its folder does not exist.

@@ -1,4 +1,4 @@
-"""The page: ui."""
+"""The command that opens the page: ui."""
 
 from __future__ import annotations
 

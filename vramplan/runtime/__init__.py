@@ -1,1 +1,1 @@
-"""A plan on a real pipeline: load it, apply it, undo it, measure it."""
+"""Plans on a real pipeline: load, apply, undo, measure."""

@@ -1,4 +1,4 @@
-"""From a plan to a live pipeline, and back. Either the whole plan is on it, or it is as it was."""
+"""Apply a plan to a live pipeline and undo it. If applying fails, the pipeline is left unchanged."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from vramplan.runtime.snapshot import Before, Snapshot, uninterrupted
 from vramplan.strategies.base import Decodes, Placed, apply_settings, unpinned
 
 _MARK = "_vramplan_applied"
-# On the class of a pipeline whose own call recovers: the class it had before.
+# An attribute of the class of a pipeline whose own call recovers: its class before.
 PLAIN_CLASS = "_vramplan_plain_class"
 
 
 @dataclass(slots=True, kw_only=True)
 class Applied:
-    """A plan on a live pipeline. `calls` are the diffusers calls that were made, as lines of Python.
+    """A plan applied to a live pipeline. `calls` are the diffusers calls that were made, as lines of Python.
 
-    `notes` tell where it had to be done otherwise than planned.
+    `notes` say where applying had to differ from the plan.
     """
 
     pipe: Any
@@ -45,17 +45,17 @@ class Applied:
 
     @property
     def changed(self) -> str | None:
-        """What was done to the pipeline behind the plan's back, as loading a LoRA is; None for nothing."""
+        """A sentence on what was changed in the pipeline since, such as a LoRA loaded; None if nothing was."""
         return change_since(self.pipe, self._state)
 
     def undo(self) -> Any:
-        """The pipeline as it was before: hooks off, weights where they were, VAE settings back.
+        """Restore the pipeline: remove hooks, move weights to where they were, restore VAE settings. Return it.
 
-        Ctrl-C waits until it is done. If it fails, as for want of RAM, no weight is lost and the plan still counts as
-        applied: call it again.
+        Ctrl-C waits until it is done. If it fails, for example for lack of RAM, no weight is lost and the plan still
+        counts as applied: call it again.
 
         Raises:
-            VramplanError: the plan rounded weights, which nothing can put back; the pipeline stays as it is.
+            VramplanError: the plan rounded weights, which cannot be restored; the pipeline stays as it is.
         """
         self._refuse_rounded()
         with uninterrupted():
@@ -68,32 +68,32 @@ class Applied:
     def _refuse_rounded(self) -> None:
         rounded = [setting.name for setting, _ in self._placed if setting.axis == "weights"]
         if rounded:
-            raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline anew")
+            raise VramplanError(f"{rounded[0]} has rounded weights, which cannot be undone: load the pipeline again")
 
-    def _put_on_again(self) -> None:
-        """After an undo that nothing came of, whole or half done."""
+    def _reapply(self) -> None:
+        """Apply this plan again after an undo, complete or partial, whose replacement failed."""
         with uninterrupted():
             self._before.restore(self.pipe, self._placed)
             self.pipe.__dict__.pop(_MARK, None)
-            with _all_or_nothing(self.pipe, self._placed):
-                _put_on(self.pipe, self._placed, self._decodes, self.device)
+            with _restore_on_error(self.pipe, self._placed):
+                _apply_with_progress(self.pipe, self._placed, self._decodes, self.device)
                 self.pipe.__dict__[_MARK] = self
 
 
 def plain_class(pipe: Any) -> type:
-    """The pipeline's class as diffusers has it, also while its own call recovers."""
+    """The pipeline's class in diffusers, also while its own call recovers."""
     return getattr(type(pipe), PLAIN_CLASS, type(pipe))
 
 
 def applied_to(pipe: Any) -> Applied | None:
-    """What vramplan has applied to this pipeline, None for nothing."""
+    """Return the plan that vramplan has applied to this pipeline, as `Applied`, or None."""
     return getattr(pipe, "__dict__", {}).get(_MARK)
 
 
 def apply_unchecked(pipe: Any, plan: Plan, *, device: str | None = None, spec: PipelineSpec | None = None) -> Applied:
     """Apply the plan to a live pipeline as `apply_plan` does, without checking that it still fits.
 
-    `spec` describes the pipeline without a plan, where the caller has described it already.
+    `spec` describes the pipeline without a plan, if the caller has described it already.
     """
     earlier = applied_to(pipe)
     target = device or plan.machine.device
@@ -101,12 +101,12 @@ def apply_unchecked(pipe: Any, plan: Plan, *, device: str | None = None, spec: P
         return earlier
     check_device(target, plan)
     with without_earlier_plan(pipe):
-        return _applied_anew(pipe, plan, target, spec or spec_from_pipeline(pipe))
+        return _check_and_apply(pipe, plan, target, spec or spec_from_pipeline(pipe))
 
 
 @contextmanager
 def without_earlier_plan(pipe: Any) -> Iterator[None]:
-    """What vramplan had applied is off inside the block, and on again if the block fails."""
+    """Context manager: undo an applied plan for the block, and apply it again if the block fails."""
     earlier, cls = applied_to(pipe), type(pipe)
     if earlier is None:
         yield
@@ -117,15 +117,15 @@ def without_earlier_plan(pipe: Any) -> Iterator[None]:
         yield
     except BaseException:
         now = applied_to(pipe)
-        if now is None or now is earlier:  # and not the new one, where it was all on already
-            earlier._put_on_again()
+        if now is None or now is earlier:  # not if a new plan is fully applied already
+            earlier._reapply()
             pipe.__class__ = cls
         raise
 
 
 @contextmanager
-def _all_or_nothing(pipe: Any, placed: Placed) -> Iterator[None]:
-    """The pipeline is as it was, object by object, if the block fails."""
+def _restore_on_error(pipe: Any, placed: Placed) -> Iterator[None]:
+    """Context manager: restore the pipeline, object by object, if the block fails."""
     rounded = [name for setting, names in placed if setting.axis == "weights" for name in names]
     snapshot = Snapshot.of(pipe, rounded)
     try:
@@ -136,20 +136,20 @@ def _all_or_nothing(pipe: Any, placed: Placed) -> Iterator[None]:
         raise
 
 
-def _applied_anew(pipe: Any, plan: Plan, target: str, spec: PipelineSpec) -> Applied:
-    """The plan on a pipeline that has none, checked first; the pipeline as it was if anything fails."""
+def _check_and_apply(pipe: Any, plan: Plan, target: str, spec: PipelineSpec) -> Applied:
+    """Check the plan and apply it to a pipeline without one; if anything fails, the pipeline is left unchanged."""
     check_match(spec, plan)
     refuse_hooked(spec)
     placed, decodes = parse_settings(plan, spec, planned_accelerator(plan, target))
     try:
-        return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, still=placed)
+        return finish_applying(pipe, plan, target, placed=placed, decodes=decodes, remaining=placed)
     except (RuntimeError, MemoryError) as error:
-        lighter = unpinned(placed)
-        if lighter == placed or applied_to(pipe) is not None:  # where it is all on, pinning was not what failed
+        fallback = unpinned(placed)
+        if fallback == placed or applied_to(pipe) is not None:  # once fully applied, pinning was not what failed
             raise
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     note = f"weights are pinned on the fly (low_cpu_mem_usage=true), which is slower: they could not be once ({reason})"
-    return finish_applying(pipe, plan, target, placed=lighter, decodes=decodes, still=lighter, notes=(note,))
+    return finish_applying(pipe, plan, target, placed=fallback, decodes=decodes, remaining=fallback, notes=(note,))
 
 
 def finish_applying(
@@ -159,13 +159,13 @@ def finish_applying(
     *,
     placed: Placed,
     decodes: Decodes,
-    still: Placed,
+    remaining: Placed,
     devices: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Applied:
-    """Put on a checked pipeline what is `still` to be put of the settings `placed`, and all of `decodes`.
+    """Apply the settings in `remaining`, the part of `placed` not applied yet, and all `decodes` to a checked pipeline.
 
-    `devices` says where components go back to when it is undone, of a pipeline that was placed while it was loaded.
+    `devices` gives the device that undoing returns each component to, for a pipeline placed while it was loaded.
     """
     rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
     applied = Applied(
@@ -178,26 +178,26 @@ def finish_applying(
         _placed=placed,
         _decodes=decodes,
     )
-    with _all_or_nothing(pipe, still):
-        _put_on(pipe, still, decodes, target)
+    with _restore_on_error(pipe, remaining):
+        _apply_with_progress(pipe, remaining, decodes, target)
         applied._state = state_of(pipe)
         pipe.__dict__[_MARK] = applied
     return applied
 
 
-def _put_on(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
-    """The settings on a live pipeline, whose weights may take long to be moved and rounded."""
+def _apply_with_progress(pipe: Any, placed: Placed, decodes: Decodes, device: str) -> None:
+    """Apply the settings with a progress bar: moving and rounding weights may take long."""
     sizes = {name: module_bytes(module) for name, module in modules_of(pipe).items()}
 
     def size(names: Iterable[str]) -> int:
         return sum(sizes[name] for name in names)
 
-    with byte_progress("applying the plan", sum(size(names) for _, names in placed)) as moved:
-        apply_settings(pipe, placed, decodes, device, done=lambda names: moved(size(names)))
+    with byte_progress("applying the plan", sum(size(names) for _, names in placed)) as advance:
+        apply_settings(pipe, placed, decodes, device, done=lambda names: advance(size(names)))
 
 
 def check_device(device: str, plan: Plan) -> None:
-    """Raises MismatchError where torch has no such device here."""
+    """Raise MismatchError if torch has no such device here."""
     import torch
 
     kind, _, index = device.partition(":")
@@ -213,7 +213,7 @@ def check_device(device: str, plan: Plan) -> None:
 
 
 def planned_accelerator(plan: Plan, device: str) -> Accelerator | None:
-    """What settings are checked against: the planned card, or the CPU standing in for one on request."""
+    """The accelerator that settings are checked against: the planned card, or a stand-in if `device` is the CPU."""
     planned = plan.machine.accelerator
     if planned is None or device.partition(":")[0] != "cpu":
         return planned

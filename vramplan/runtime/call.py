@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's own call, for a workload."""
+"""Build the arguments of a pipeline's call for a workload."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seeded_generator(seed: int = 0) -> torch.Generator:
 def call_arguments(
     pipe: Any, plan: Plan, prompt: str, negative_prompt: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """The arguments of a call that is the plan's workload, as far as this pipeline's call takes them."""
+    """Return the arguments of a call for the plan's workload, limited to those this pipeline's call accepts."""
     import inspect
 
     work = plan.workload

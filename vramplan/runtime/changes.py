@@ -1,4 +1,4 @@
-"""Whether a pipeline is still what a plan was put on."""
+"""Detect changes to a pipeline since a plan was applied to it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from vramplan.pipeline.modules import modules_of
 if TYPE_CHECKING:
     import torch
 
-# Of a component: which object it is, how many tensors it has, how many of its modules have an offload hook.
+# A component's object id, its number of tensors, and its number of modules with an offload hook.
 State = tuple[int, int, int]
 
 
 def state_of(pipe: Any) -> dict[str, State]:
-    """What of each component an adapter or another module in its place would change; no weight is read or held."""
-    return {name: _state(module) for name, module in modules_of(pipe).items()}
+    """The state of each component, which an adapter or a replaced module changes; no weight is read or held."""
+    return {name: _module_state(module) for name, module in modules_of(pipe).items()}
 
 
 def change_since(pipe: Any, before: Mapping[str, State]) -> str | None:
-    """What has been done to the pipeline behind the plan's back, and what to do about it; None for nothing.
+    """A sentence on how the pipeline was changed since, and what to do about it; None if it was not changed.
 
-    diffusers 0.42 puts group offloading on anew when a LoRA is loaded, all of it alike: partial residency is then none
-    any more, also once the LoRA is gone.
+    diffusers 0.42 adds plain group offloading again when a LoRA is loaded. This ends partial residency, also after the
+    LoRA is removed.
     """
     now = state_of(pipe)
-    other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if not other:
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not changed:
         return None
-    told = _told(other[0], before.get(other[0]), now.get(other[0]))
+    text = _change_text(changed[0], before.get(changed[0]), now.get(changed[0]))
     return (
-        f"{told} since the plan was applied, which no longer describes it: change a pipeline inside "
+        f"{text} since the plan was applied, which no longer describes it: change a pipeline inside "
         "`with vramplan.changing(pipe):`, or plan again by vramplan.auto_configure(pipe)"
     )
 
 
-def _told(name: str, before: State | None, now: State | None) -> str:
+def _change_text(name: str, before: State | None, now: State | None) -> str:
     if before is None or now is None:
         return f"{name} was {'added' if before is None else 'taken out'}"
     if before[1] != now[1]:
@@ -46,7 +46,7 @@ def _told(name: str, before: State | None, now: State | None) -> str:
     return f"{name} was replaced"
 
 
-def _state(module: torch.nn.Module) -> State:
+def _module_state(module: torch.nn.Module) -> State:
     children = list(module.modules())
     tensors = sum(len(child._parameters) + len(child._buffers) for child in children)
     return id(module), tensors, sum(map(_is_hooked, children))

@@ -1,4 +1,4 @@
-"""Where a plan's repository lies on this machine, or how to get it there. Nothing is downloaded."""
+"""Find a plan's repository on this machine, or the command that downloads it. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vramplan.pipeline.sources import Hub
 from vramplan.planfile.types import Plan
 
 
-def downloaded(plan: Plan, source: Hub) -> Path:
-    """The snapshot of the plan's repository in the hub's cache, at the plan's commit and complete.
+def downloaded_snapshot(plan: Plan, source: Hub) -> Path:
+    """Return the complete snapshot of the plan's repository in the hub's cache, at the plan's commit.
 
     Raises:
-        VramplanError: it is not there, or not all of it; the message is the command that downloads it.
+        VramplanError: it is missing or incomplete; the message has the command that downloads it.
     """
     folder = cached_snapshot(source.repo_id, source.revision or "main")
     if folder is None:
@@ -31,7 +31,7 @@ def downloaded(plan: Plan, source: Hub) -> Path:
 
 
 def download_command(plan: Plan, source: Hub) -> str:
-    """The command that downloads what loading the plan's pipeline takes: weights, configurations, tokenizers."""
+    """The command that downloads all files needed to load the plan's pipeline: weights, configurations, tokenizers."""
     weights = [
         f"{record.name}/*{f'.{record.variant}*' if record.variant else ''}.safetensors"
         for record in plan.model.components
@@ -50,7 +50,7 @@ def download_command(plan: Plan, source: Hub) -> str:
 
 
 def _missing(plan: Plan, folder: Path) -> Iterator[str]:
-    """What of the pipeline is not in the folder: the first part of it, in a few words."""
+    """Yield a few words for each part of the pipeline that is missing in the folder."""
     repository = FolderRepository(folder)
     for name, entry in read_index(repository).items():
         if isinstance(entry, list) and None not in entry and not name.startswith("_") and not repository.names(name):

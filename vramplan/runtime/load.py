@@ -1,6 +1,6 @@
 """Load a plan's pipeline from its folder: one component at a time, each placed before the next is loaded.
 
-A failed or interrupted load leaves nothing: what was loaded is held by nobody else, and the error names the component.
+A failed or interrupted load leaves nothing in memory, since nothing else holds the components; the error names the one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vramplan.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Staged:
-    """A plan's settings in the order they are made so while loading.
+class LoadStages:
+    """A plan's settings, staged by when they apply during loading.
 
-    `loads` are the components in the order they are loaded. `whole` are settings of the pipeline as one.
+    `loads` are the components in loading order.
     """
 
     spec: PipelineSpec
@@ -35,7 +35,7 @@ class Staged:
 
     @property
     def first(self) -> list[str]:
-        """The components that encode the prompt and are gone before the others are loaded."""
+        """The components that encode the prompt and are freed before the others are loaded."""
         return [name for name, load in self.loads.items() if load.freed]
 
     @property
@@ -44,22 +44,22 @@ class Staged:
         return [name for name in self.loads if name not in self.first]
 
     @property
-    def late(self) -> Placed:
-        """The settings to put on once all of it is loaded: those of the pipeline as one, and those that take no memory.
+    def deferred(self) -> Placed:
+        """The settings to apply once all is loaded: those of the whole pipeline, and those that take no memory.
 
-        Undoing puts back what was before them, so that they come when that can be read.
+        Undoing restores the state before them, so they are applied when that state can be read.
         """
         if any(isinstance(setting, Placement) and setting.whole_pipeline for setting, _ in self.placed):
             return self.placed
         return [(setting, names) for setting, names in self.placed if isinstance(setting, Execution)]
 
-    def of(self, name: str) -> Iterable[Weights | Placement | Execution]:
-        """The settings to put on a component as soon as it is loaded."""
-        late = [setting for setting, _ in self.late]
-        return (setting for setting, names in self.placed if name in names and setting not in late)
+    def settings_of(self, name: str) -> Iterable[Weights | Placement | Execution]:
+        """The settings to apply to a component as soon as it is loaded."""
+        deferred = [setting for setting, _ in self.deferred]
+        return (setting for setting, names in self.placed if name in names and setting not in deferred)
 
     def options(self, name: str) -> dict[str, Any]:
-        """What its weights have to be loaded with.
+        """Additional arguments for loading the component's weights.
 
         Raises:
             UsageError: a package that a setting needs is not installed.
@@ -71,7 +71,7 @@ class Staged:
         return setting.load(self.spec.component(name)) if setting else {}
 
     def source(self, name: str) -> Path | None:
-        """The file that its weights are loaded from, None where that is its own folder's."""
+        """The file to load its weights from; None for the component's own folder."""
         setting = self._at_load(name)
         return setting.source if setting else None
 
@@ -80,8 +80,8 @@ class Staged:
         return next(found, None)
 
 
-def staged(spec: PipelineSpec, placed: Placed, decodes: Decodes) -> Staged:
-    """The settings of a pipeline that is still to be loaded, in the order to load and place them."""
+def stage_settings(spec: PipelineSpec, placed: Placed, decodes: Decodes) -> LoadStages:
+    """Stage the settings of a pipeline not loaded yet, in the order to load and place them."""
     cast = {name for setting, names in placed if setting.axis == "weights" for name in names}
     loads = {}
     for setting, names in placed:
@@ -92,11 +92,11 @@ def staged(spec: PipelineSpec, placed: Placed, decodes: Decodes) -> Staged:
             load = load_of(component, setting, setting.hold(component, spec))
             loads[name] = load if name not in cast else _through_host(load, component.weight_bytes)
     order = load_order(loads)
-    return Staged(spec=spec, placed=placed, decodes=decodes, loads={name: loads[name] for name in order})
+    return LoadStages(spec=spec, placed=placed, decodes=decodes, loads={name: loads[name] for name in order})
 
 
 def _through_host(load: Load, size: int) -> Load:
-    """What is done to weights once they are loaded is done in RAM."""
+    """The load with its weights in RAM first, where they are changed after loading."""
     return Load(peak_bytes=max(load.peak_bytes, size), kept_bytes=load.kept_bytes, direct=False, freed=load.freed)
 
 
@@ -112,9 +112,9 @@ def load_component(
     source: Path | None = None,
     allow_pickle: bool = False,
 ) -> Any:
-    """One component from its own folder in this dtype: on the device where one is given, else in RAM.
+    """Load one component from its own folder in this dtype, onto the device if one is given, else into RAM.
 
-    `options` are more arguments for its `from_pretrained`, or for `from_single_file` where its weights are in `source`.
+    `options` are passed to its `from_pretrained`, or to `from_single_file` if its weights are in `source`.
 
     Raises:
         VramplanError: its files are damaged or missing; the message names the component.
@@ -132,7 +132,7 @@ def load_component(
         where = {"device_map": {"": device}} if device else {}
         return cls.from_pretrained(str(folder / name), use_safetensors=None if allow_pickle else True, **where, **given)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        if _out_of_memory(error):
+        if _is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
         raise VramplanError(
@@ -140,7 +140,7 @@ def load_component(
         ) from error
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
@@ -148,26 +148,26 @@ def _out_of_memory(error: Exception) -> bool:
 
 def load_components(
     folder: Path,
-    stages: Staged,
+    stages: LoadStages,
     names: Sequence[str],
     device: str,
     *,
     allow_pickle: bool = False,
     say: Say,
 ) -> dict[str, Any]:
-    """The components of these names, in the order of the stages, each placed before the next is loaded."""
+    """Load the named components in the given order, each placed before the next is loaded."""
     modules: dict[str, Any] = {}
     sizes = {name: stages.spec.component(name).weight_bytes for name in names}
-    tell = say_above_bars(say)
-    with byte_progress("loading", sum(sizes.values())) as moved:
+    log = say_above_bars(say)
+    with byte_progress("loading", sum(sizes.values())) as advance:
         for name in names:
-            modules[name] = _load_placed(folder, stages, name, device, allow_pickle=allow_pickle, say=tell)
-            moved(sizes[name])
+            modules[name] = _load_placed(folder, stages, name, device, allow_pickle=allow_pickle, say=log)
+            advance(sizes[name])
     return modules
 
 
-def _load_placed(folder: Path, stages: Staged, name: str, device: str, *, allow_pickle: bool, say: Say) -> Any:
-    """One component with the settings it is to have."""
+def _load_placed(folder: Path, stages: LoadStages, name: str, device: str, *, allow_pickle: bool, say: Say) -> Any:
+    """Load one component and apply its settings."""
     record = stages.spec.component(name)
     direct = stages.loads[name].direct and device.partition(":")[0] != "cpu"
     where = f" to {device}" if direct else ""
@@ -184,17 +184,17 @@ def _load_placed(folder: Path, stages: Staged, name: str, device: str, *, allow_
         allow_pickle=allow_pickle,
     )
     stand_in = SimpleNamespace(components={name: module})
-    for setting in stages.of(name):
+    for setting in stages.settings_of(name):
         setting.apply(stand_in, [name], device)
     release_memory()
     return module
 
 
 def assemble_pipeline(folder: Path, modules: Mapping[str, Any]) -> Any:
-    """The pipeline of these modules; tokenizers, schedulers and the like from the folder.
+    """Assemble the pipeline from these modules; tokenizers, schedulers and the like come from the folder.
 
     Raises:
-        VramplanError: the folder is not that pipeline, or a part of it is damaged.
+        VramplanError: the folder does not hold that pipeline, or a part of it is damaged.
     """
     import diffusers
 
@@ -210,8 +210,8 @@ def assemble_pipeline(folder: Path, modules: Mapping[str, Any]) -> Any:
         raise VramplanError(f"{folder}: diffusers {diffusers.__version__} cannot load it: {reason}") from error
 
 
-def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[str, Any]:
-    """Modules without weights, in place of those that are not loaded yet."""
+def weightless_modules(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[str, Any]:
+    """Build modules without weights, in place of those not loaded yet."""
     from vramplan.pipeline.folder import weightless_component
     from vramplan.pipeline.repository import FolderRepository
 
@@ -225,16 +225,16 @@ def weightless(folder: Path, spec: PipelineSpec, names: Iterable[str]) -> dict[s
     }
 
 
-def check_prompt(stages: Staged, prompt: object) -> None:
-    """Raises UsageError where the plan encodes a prompt first and there is none."""
+def check_prompt(stages: LoadStages, prompt: object) -> None:
+    """Raise UsageError if the plan encodes the prompt first and none is given."""
     if stages.first and prompt is None:
         raise UsageError(f"the plan encodes the prompt first and drops {', '.join(stages.first)}: give `prompt`")
 
 
 def release_memory() -> None:
-    """Give back the memory of what nobody holds any more.
+    """Return unreferenced memory to the system and the device.
 
-    glibc keeps what it freed: 1.2 GiB of it after converting a 3.2 GiB UNet to float32 (measured), 0.05 GiB once told.
+    glibc keeps freed memory: 1.2 GiB after converting a 3.2 GiB UNet to float32 (measured), 0.05 GiB after a trim.
     """
     import ctypes
 

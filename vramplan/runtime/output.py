@@ -1,4 +1,4 @@
-"""Write what a pipeline returned: pictures, videos, sound."""
+"""Write the pictures or videos that a pipeline returned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VIDEOS = (".mp4", ".gif")
 
 
 def check_output(path: str, plan: Plan) -> None:
-    """Raises UsageError where the result could not be written, before anything is loaded."""
+    """Raise UsageError if the result could not be written, before anything is loaded."""
     target = Path(path)
     allowed = _VIDEOS if plan.workload.num_frames > 1 else _PICTURES
     if target.suffix.lower() not in allowed:
@@ -25,16 +25,16 @@ def check_output(path: str, plan: Plan) -> None:
 
 
 def write_result(result: Any, path: Path) -> list[Path]:
-    """Write every picture or video, each whole or not at all; several get a number each. The files written."""
+    """Write every picture or video, each whole or not at all, numbered if several. Return the files written."""
     results = result.frames if hasattr(result, "frames") else result.images
     targets = [path.with_stem(f"{path.stem}-{place}") for place in range(len(results))] if len(results) > 1 else [path]
     for target, item in zip(targets, results, strict=True):
-        _whole(target, partial(_write_one, item))
+        _write_atomically(target, partial(_write_one, item))
     return targets
 
 
 def _write_one(item: Any, path: Path) -> None:
-    """A picture, a video, or the one frame of a video as a picture."""
+    """Write a picture, a video, or a video's only frame as a picture."""
     if path.suffix.lower() in _VIDEOS:
         _write_video(item, path)
     else:
@@ -52,7 +52,7 @@ def _write_video(frames: Any, path: Path) -> None:
     export_to_video(frames, str(path), fps=8)
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_stem(f".{path.stem}.part")
     try:
         write(temporary)

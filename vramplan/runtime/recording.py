@@ -1,4 +1,4 @@
-"""Measure a call under an applied plan and keep what it took, beside what was projected."""
+"""Measure a call under an applied plan and store the measurement with the projection."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from vramplan.runtime.snapshot import decode_settings
 
 @contextmanager
 def calibrating(pipe: Any, *, ram_before_bytes: int | None = None, say: Say = print) -> Iterator[Measured]:
-    """Measures the one call that is made in the block, and keeps it for the plans to come.
+    """Context manager: measure the one call made in the block, and store it for later plans.
 
-    The yielded value is filled when the block ends. `ram_before_bytes` is what the process held before the pipeline
-    was loaded; RAM is counted from the start of the block where it is left out. Nothing is kept of a block that
-    fails, that changes the plan, or that ran on another device than the plan is for; where it could not be kept,
-    `say` is told. The device's peak statistics are reset wherever a phase ends.
+    The yielded value is filled when the block ends. `ram_before_bytes` is the RAM that the process held before the
+    pipeline was loaded; by default RAM is counted from the start of the block. Nothing is stored if the block fails,
+    changes the plan, or runs on another device than the planned one; `say` reports a call that could not be stored.
+    The device's peak statistics are reset at the end of each phase.
 
     Raises:
         VramplanError: vramplan has applied nothing to this pipeline.
@@ -41,35 +41,35 @@ def calibrating(pipe: Any, *, ram_before_bytes: int | None = None, say: Say = pr
         raise VramplanError("vramplan has applied no plan to this pipeline: there is no projection to hold it against")
     changed = applied.changed
     before = current_rss_bytes() if ram_before_bytes is None else ram_before_bytes
-    decoding = _decoding(pipe)
-    with measure_call(applied.device) as took, _steps_watched(pipe, applied.device, took) as steps:
-        yield took
-    took.ram_bytes = max(0, took.ram_bytes - before)
-    took.seconds_per_step = steps.seconds
-    if not steps.count:
-        took.phases.clear()  # where denoising ended was not seen
+    decoding = _decode_state(pipe)
+    with measure_call(applied.device) as measured, _time_steps(pipe, applied.device, measured) as timer:
+        yield measured
+    measured.ram_bytes = max(0, measured.ram_bytes - before)
+    measured.seconds_per_step = timer.seconds
+    if not timer.count:
+        measured.phases.clear()  # the end of denoising was not seen
     if any(getattr(pipe, name, None) is None for name in applied.plan.settings.placement):
-        took.phases.pop("encode", None)  # the prompt was encoded before, by encoders that are gone
+        measured.phases.pop("encode", None)  # the prompt was encoded before, by encoders freed since
     if changed is not None:
         say(f"not kept for later plans: {changed}")
-    elif applied_to(pipe) is not applied or _decoding(pipe) != decoding:
-        took.phases.clear()  # of several calls
+    elif applied_to(pipe) is not applied or _decode_state(pipe) != decoding:
+        measured.phases.clear()  # they cover several calls
         say("not kept for later plans: the call ran out of memory, and not all of it ran under the plan")
     elif applied.device == applied.plan.machine.device:
-        note = append(record_of(applied, took))
+        note = append(record_of(applied, measured))
         if note is not None:
             say(note)
 
 
-def _decoding(pipe: Any) -> Any:
-    """How its components decode now: a decode that runs out of memory is made again in smaller pieces."""
+def _decode_state(pipe: Any) -> Any:
+    """The decode settings of its components now; a retry after running out of memory changes them."""
     return {name: decode_settings(module) for name, module in modules_of(pipe).items()}
 
 
 def last_measured(plan: Plan) -> CallRecord | None:
-    """The last call on this plan's device under its settings and of its size that this machine has measured."""
+    """Return the last call stored on this machine with the plan's device, settings and workload size, or None."""
     card = plan.machine.accelerator
-    device, key, words = card.name if card else "cpu", _key(plan), (settings_text(plan.settings), _shape(plan))
+    device, key, words = card.name if card else "cpu", _key(plan), (settings_text(plan.settings), _workload_shape(plan))
     found = (
         item
         for item in reversed(read_store().records)
@@ -80,16 +80,16 @@ def last_measured(plan: Plan) -> CallRecord | None:
     return next(found, None)
 
 
-def record_of(applied: Applied, took: Measured) -> CallRecord:
-    """What is kept of a call."""
+def record_of(applied: Applied, measured: Measured) -> CallRecord:
+    """Make the record of a measured call, with the plan's projection."""
     plan = applied.plan
     card = plan.machine.accelerator
     projected = plan.projected
     return CallRecord(
-        **where(card),
+        **measurement_context(card),
         pipeline=plan.model.class_name,
         settings=settings_text(plan.settings),
-        shape=_shape(plan),
+        shape=_workload_shape(plan),
         plan=_key(plan),
         basis=projected.basis,
         projected=Usage(
@@ -100,18 +100,18 @@ def record_of(applied: Applied, took: Measured) -> CallRecord:
             seconds_per_call=projected.seconds_per_call,
         ),
         measured=Usage(
-            vram_allocated_bytes=took.vram_allocated_bytes,
-            vram_reserved_bytes=took.vram_reserved_bytes,
-            ram_bytes=took.ram_bytes,
-            seconds_per_step=took.seconds_per_step,
-            seconds_per_call=took.seconds,
-            phases=took.phases,
+            vram_allocated_bytes=measured.vram_allocated_bytes,
+            vram_reserved_bytes=measured.vram_reserved_bytes,
+            ram_bytes=measured.ram_bytes,
+            seconds_per_step=measured.seconds_per_step,
+            seconds_per_call=measured.seconds,
+            phases=measured.phases,
         ),
     )
 
 
-def where(accelerator: Accelerator | None) -> dict[str, Any]:
-    """When, on which device and with which software something was measured; its serial number only as a hash."""
+def measurement_context(accelerator: Accelerator | None) -> dict[str, Any]:
+    """The time, device and software versions of a measurement; the device's serial number only as a hash."""
     uuid = accelerator.uuid if accelerator else None
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -130,28 +130,28 @@ def _key(plan: Plan) -> str:
     return hashlib.sha256(json.dumps([settings, size], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _shape(plan: Plan) -> str:
+def _workload_shape(plan: Plan) -> str:
     work = plan.workload
     return f"{work.width} x {work.height} x {work.num_frames} frames, {work.num_images_per_prompt} per prompt"
 
 
-class _Steps:
-    """When denoising steps ended, `count` of them: `seconds` each took on average, None for fewer than two."""
+class _StepTimer:
+    """A timer of `count` denoising steps. `seconds` is the average per step, None for fewer than two."""
 
-    def __init__(self, device: str, took: Measured) -> None:
-        self._device, self._took = device, took
-        self._wait = _waiting(device)
+    def __init__(self, device: str, measured: Measured) -> None:
+        self._device, self._measured = device, measured
+        self._wait = _synchronizer(device)
         self._first = self._last = 0.0
         self.count = 0
-        self._began = False
+        self._started = False
 
     def start(self) -> None:
-        end_phase(self._took, self._device, "denoise" if self._began else "encode")
-        self._began = True
+        end_phase(self._measured, self._device, "denoise" if self._started else "encode")
+        self._started = True
         self.count = 0
 
-    def ended(self) -> None:
-        end_phase(self._took, self._device, "denoise")
+    def end_step(self) -> None:
+        end_phase(self._measured, self._device, "denoise")
         self._wait()
         self._last = time.perf_counter()
         self._first = self._last if not self.count else self._first
@@ -163,48 +163,48 @@ class _Steps:
 
 
 @contextmanager
-def _steps_watched(pipe: Any, device: str, took: Measured) -> Iterator[_Steps]:
-    """Watches the steps of the call in the block by the progress bar, which every pipeline makes before the first and
-    moves at the end of each, or goes through: times them, and tells what is before and after them apart.
+def _time_steps(pipe: Any, device: str, measured: Measured) -> Iterator[_StepTimer]:
+    """Context manager: time the denoising steps of the call in the block, and separate the phases before and after.
 
-    Not by a callback, which is an argument of somebody else's call, and not at the scheduler, which some pipelines
-    copy. The first step, which also warms up, is left out; waiting for the device keeps the host from running ahead.
+    Steps are seen through the progress bar, which every pipeline makes before the first step and updates after each
+    one, or iterates over. A callback would be an argument of the user's call, and some pipelines copy the scheduler.
+    The first step (warm-up) is left out; waiting for the device keeps the host from running ahead.
     """
-    steps = _Steps(device, took)
-    real = getattr(pipe, "progress_bar", None)
-    if real is None:
-        yield steps
+    timer = _StepTimer(device, measured)
+    progress_bar = getattr(pipe, "progress_bar", None)
+    if progress_bar is None:
+        yield timer
         return
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        bar = real(*args, **kwargs)
-        steps.start()
+    def timed_bar(*args: Any, **kwargs: Any) -> Any:
+        bar = progress_bar(*args, **kwargs)
+        timer.start()
         if bar.iterable is not None:
-            bar.iterable = _each(bar.iterable, steps.ended)
+            bar.iterable = _call_after_each(bar.iterable, timer.end_step)
             return bar
         update = bar.update
 
-        def moved(*values: Any) -> Any:
-            steps.ended()
+        def timed_update(*values: Any) -> Any:
+            timer.end_step()
             return update(*values)
 
-        bar.update = moved
+        bar.update = timed_update
         return bar
 
-    pipe.__dict__["progress_bar"] = watched
+    pipe.__dict__["progress_bar"] = timed_bar
     try:
-        yield steps
+        yield timer
     finally:
         pipe.__dict__.pop("progress_bar", None)
 
 
-def _each(items: Iterable[Any], ended: Callable[[], None]) -> Iterator[Any]:
+def _call_after_each(items: Iterable[Any], end_step: Callable[[], None]) -> Iterator[Any]:
     for item in items:
         yield item
-        ended()
+        end_step()
 
 
-def _waiting(device: str) -> Callable[[], None]:
+def _synchronizer(device: str) -> Callable[[], None]:
     if device.startswith("cpu"):
         return lambda: None
     import torch

@@ -1,4 +1,4 @@
-"""Make a plan so while its pipeline is loaded: encode first where it says so, then load and place the rest."""
+"""Apply a plan while loading its pipeline: encode first if the plan says so, then load and place the rest."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
 from vramplan.runtime.applied import Applied, check_device, finish_applying, planned_accelerator
 from vramplan.runtime.load import (
-    Staged,
+    LoadStages,
     assemble_pipeline,
     check_prompt,
     load_components,
     release_memory,
-    staged,
-    weightless,
+    stage_settings,
+    weightless_modules,
 )
 from vramplan.strategies.base import freed_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A pipeline under its plan, and the call that is to be made, its prompt encoded where the plan says so."""
+class LoadedPipeline:
+    """A pipeline under its plan, and the arguments of its call, with the prompt encoded if the plan encodes first."""
 
     applied: Applied
     arguments: Mapping[str, Any]
     encoded: Encoded | None = None
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While entered, the pipeline must take the embeddings as it would have made them, or its call fails."""
+    def checking_encodings(self) -> Iterator[None]:
+        """Context manager: the call fails if the pipeline uses other embeddings than it would have made itself."""
         with check_encodings(self.applied.pipe, self.encoded) if self.encoded else nullcontext():
             yield
 
     def __call__(self) -> Any:
-        """The call's result."""
-        with self.watched():
+        """Call the pipeline and return its result."""
+        with self.checking_encodings():
             return self.applied.pipe(**self.arguments)
 
 
-def stages_of(
+def load_stages(
     plan: Plan, folder: Path, device: str, *, spec: PipelineSpec | None = None, allow_pickle: bool = False
-) -> Staged:
-    """The plan's settings for the pipeline in this folder, of which only configurations and headers are read.
+) -> LoadStages:
+    """Stage the plan's settings for the pipeline in this folder; only configurations and headers are read.
 
     Raises:
-        MismatchError: the folder holds another pipeline. UsageError: an edited setting that cannot be.
+        MismatchError: the folder holds another pipeline. UsageError: an edited setting is not possible.
     """
     spec = spec or spec_from_folder(folder, allow_pickle=allow_pickle, **load_options(plan))
     check_match(spec, plan)
-    return staged(spec, *parse_settings(plan, spec, planned_accelerator(plan, device)))
+    return stage_settings(spec, *parse_settings(plan, spec, planned_accelerator(plan, device)))
 
 
 def load_applied(
@@ -69,9 +69,9 @@ def load_applied(
     device: str | None = None,
     allow_pickle: bool = False,
     say: Say,
-) -> Loaded:
-    """The plan's pipeline, loaded from the folder with the plan on it. `arguments` makes those of the call;
-    `spec` describes the folder, where the caller has described it.
+) -> LoadedPipeline:
+    """Load the plan's pipeline from the folder and apply the plan. `arguments` makes the arguments of the call;
+    `spec` describes the folder, if the caller has described it.
 
     Raises:
         VramplanError: a component cannot be loaded; nothing stays loaded.
@@ -79,11 +79,11 @@ def load_applied(
     """
     target = device or plan.machine.device
     check_device(target, plan)
-    stages = stages_of(plan, folder, target, spec=spec, allow_pickle=allow_pickle)
+    stages = load_stages(plan, folder, target, spec=spec, allow_pickle=allow_pickle)
     check_prompt(stages, arguments)
     encoded = None
     if stages.first and arguments is not None:
-        encoded = _encoded(folder, stages, target, arguments, allow_pickle=allow_pickle, say=say)
+        encoded = _encode_prompt(folder, stages, target, arguments, allow_pickle=allow_pickle, say=say)
         release_memory()
     modules: dict[str, Any] = dict.fromkeys(stages.first)
     modules |= load_components(folder, stages, stages.rest, target, allow_pickle=allow_pickle, say=say)
@@ -96,24 +96,24 @@ def load_applied(
         target,
         placed=placed,
         decodes=stages.decodes,
-        still=stages.late,
+        remaining=stages.deferred,
         devices=devices,
     )
     given = encoded.arguments if encoded else arguments(pipe) if arguments else {}
-    return Loaded(applied=applied, arguments=given, encoded=encoded)
+    return LoadedPipeline(applied=applied, arguments=given, encoded=encoded)
 
 
-def _encoded(
+def _encode_prompt(
     folder: Path,
-    stages: Staged,
+    stages: LoadStages,
     device: str,
     arguments: Callable[[Any], Mapping[str, Any]],
     *,
     allow_pickle: bool,
     say: Say,
 ) -> Encoded:
-    """The call with its prompt encoded by encoders that are loaded for it and nothing else."""
-    modules = weightless(folder, stages.spec, stages.rest)
+    """Encode the prompt of the call, with only the encoders loaded."""
+    modules = weightless_modules(folder, stages.spec, stages.rest)
     modules |= load_components(folder, stages, stages.first, device, allow_pickle=allow_pickle, say=say)
     pipe = assemble_pipeline(folder, modules)
     pipe.set_progress_bar_config(disable=True)

@@ -26,24 +26,24 @@ def apply_view(ran: RunResult) -> RenderableType:
     from vramplan.view.terminal import hang, stack
 
     views = [hang(f"{name:<9} {text}", 10) for name, text in _rows(ran)]
-    if ran.took is None:
+    if ran.measured is None:
         bar = plan_bar(ran.plan)
         views += ["", bar] if bar else []
     else:
-        for part in comparison_bars(ran.plan, ran.took):
+        for part in comparison_bars(ran.plan, ran.measured):
             views += ["", part]
-        views += ["", measured_view(ran.plan, ran.took)]
+        views += ["", measured_view(ran.plan, ran.measured)]
     views += ["", "applied to the pipeline", *(hang(f"  {call}", 2) for call in ran.calls), *notes_view(ran.notes)]
     return stack(views)
 
 
 def _rows(ran: RunResult) -> Iterator[tuple[str, str]]:
     rows = plan_rows(ran.plan)
-    if ran.took is None:
+    if ran.measured is None:
         yield from rows
         return
     yield from rows[:4]
-    yield "took", _usage_text(ran.plan, ran.took)
+    yield "took", _usage_text(ran.plan, ran.measured)
     yield from (("wrote", str(path)) for path in ran.written)
     yield from (row for row in rows[4:] if row[0] not in _PROJECTED)
 
