@@ -14,6 +14,7 @@ from functools import partial, wraps
 from itertools import chain
 from typing import Any
 
+from vramplan.api.change import plan_again
 from vramplan.common.progress import Say
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
