@@ -111,10 +111,10 @@ def test_whether_the_sentence_itself_says_to_plan_again_is_no_matter_of_its_word
     machine(monkeypatch, replace(CARD, name=name))
     plan = planned(folder)
     machine(monkeypatch, None)
-    with pytest.raises(MismatchError, match="does not have; --replan makes another"):
+    with pytest.raises(MismatchError, match="does not have; `replan=True` makes another"):
         current_plan(plan)
     machine(monkeypatch, CARD if name != CARD.name else replace(CARD, name="another card"))
-    with pytest.raises(MismatchError, match=r"make a plan for it \(--replan does so\)"):
+    with pytest.raises(MismatchError, match=r"make a plan for it \(`replan=True` does so\)"):
         current_plan(plan)
 
 
@@ -174,7 +174,7 @@ def test_another_pipeline_in_the_folder_is_told_before_it_is_loaded(monkeypatch,
         current_plan(plan, str(small_folder("sdxl-small")))
     parts = plan.model.components
     changed = replace(plan.model, fingerprint="x", components=(replace(parts[0], class_name="Another"), *parts[1:]))
-    with pytest.raises(MismatchError, match=r"make the plan again \(--replan does so\)"):
+    with pytest.raises(MismatchError, match=r"make the plan again \(`replan=True` does so\)"):
         current_plan(replace(plan, model=changed))
     made = current_plan(plan, str(small_folder("sdxl-small")), replan=True, say=lambda text: None)
     assert made.model.class_name == "StableDiffusionXLPipeline"

@@ -189,7 +189,7 @@ def test_a_profile_weighs_as_many_parameters_as_published(name: str) -> None:
     counts = {part: told.parameters for part, told in profile.components.items() if told.parameters is not None}
     assert {component.name: component.parameter_count for component in spec.components} == counts
     assert spec.weight_bytes >= 2 * sum(counts.values())
-    assert (spec.family, spec.source) == (name, f"profile:{name}")
+    assert (spec.family, str(spec.source)) == (name, f"profile:{name}")
 
 
 @pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("torch.half", "float16"), ("FP32", "float32")])

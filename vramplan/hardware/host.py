@@ -23,6 +23,9 @@ _WINDOWS_PINNED_SHARE = 0.4
 # (FlashML-org/FreeToken#233). The smallest reported.
 _WSL_PINNED = 500 * 1000**2
 
+# Kept free on the disk that weights are offloaded to, in bytes. Assumed.
+DISK_LEFT_FREE = 1 * GIB
+
 
 def read_host(device_nodes: frozenset[int] = frozenset()) -> Host:
     """Read the host as it is now, in bytes. Limits may change while the program runs, so do not cache it.

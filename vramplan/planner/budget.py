@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from vramplan.errors import NothingFitsError, UsageError
+from vramplan.hardware.host import DISK_LEFT_FREE
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
 from vramplan.planner.residuals import ProjectionError
-from vramplan.strategies.disk import DISK_LEFT_FREE
 from vramplan.units import GIB, MIB, format_bytes, parse_amount, parse_bytes
 
 # What a driver takes for its own context and the kernels it loads, once torch first uses the card. Assumed: it

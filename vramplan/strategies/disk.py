@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import VramplanError
-from vramplan.hardware.host import offload_folder
-from vramplan.units import GIB, format_bytes
+from vramplan.hardware.host import DISK_LEFT_FREE, offload_folder
+from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-# Kept free on the disk that weights are offloaded to. Assumed.
-DISK_LEFT_FREE = 1 * GIB
 
 # What the directories are called: containers that share a disk have each their own process numbers, and names.
 _OURS = "vramplan-"
