@@ -12,7 +12,7 @@ from vramplan.hardware.disk import offload_folder, read_disk
 from vramplan.hardware.sysroot import parse_number, read_table, read_text, system_path
 from vramplan.hardware.system import is_windows, is_wsl, system_name
 from vramplan.hardware.types import Host
-from vramplan.units import KIB, MIB
+from vramplan.units import GIB, KIB, MIB
 
 __all__ = ["host_notes", "offload_folder", "read_host"]
 
