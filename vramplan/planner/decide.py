@@ -70,7 +70,7 @@ _WORTH_TRYING = 0.99
 # The smallest difference in bytes worth a simulation: the size of a segment of torch's allocator.
 _STEP_BYTES = 20 * MIB
 # The qualities tried in turn if the user allowed none.
-_DEFAULT_QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless")
+_DEFAULT: tuple[Quality, ...] = ("lossless", "near_lossless")
 
 
 def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) -> Quality:
@@ -125,7 +125,7 @@ def decide(
         raise UsageError(_impossible(refused, fixed))
     chooser = _Chooser(pricers, budget, prefer, fixed)
     entries = [(row, chooser.best(row)) for row in found]
-    default = (*_DEFAULT_QUALITIES, "lossy") if fixed.weights else _DEFAULT_QUALITIES  # fixed settings are allowed
+    default = (*_DEFAULT, "lossy") if fixed.weights else _DEFAULT  # fixed settings are allowed
     for limit in (allow,) if allow else default:
         search = _Search(entries, limit, chooser, confirm)
         chosen, entries = search.run(), [*search.simulated, *search.waiting]
