@@ -40,10 +40,10 @@ class CandidatePool:
     @property
     def placements(self) -> Iterable[ComponentPlacements]:
         """Every combination, the last axis changing fastest."""
-        return (self.mix(chosen) for chosen in product(*self.axes))
+        return (self.merge(chosen) for chosen in product(*self.axes))
 
     @staticmethod
-    def mix(chosen: Iterable[ComponentPlacements]) -> dict[str, Placement]:
+    def merge(chosen: Iterable[ComponentPlacements]) -> dict[str, Placement]:
         """Merge one choice from each axis into one placement."""
         return {name: setting for placed in chosen for name, setting in placed.items()}
 
@@ -216,7 +216,7 @@ def _decodes(
         return [(), *joined]
     alone = [(setting,) for settings in usable for setting in settings]
     if workload.num_images_per_prompt == 1:  # slicing a single picture changes nothing
-        return [(), *(mix for mix in alone if mix[0].quality != "lossless")]
+        return [(), *(combination for combination in alone if combination[0].quality != "lossless")]
     return list(dict.fromkeys([(), *alone, *joined]))
 
 
@@ -226,14 +226,14 @@ def _combined(usable: Sequence[Sequence[Decode]]) -> list[tuple[Decode, ...]]:
     changing: list[tuple[Decode, ...]] = [
         (setting,) for settings in usable for setting in settings if setting.quality != "lossless"
     ]
-    return [(*mix, *last) for last in changing or [()] for mix in product(*lossless)] if any(usable) else []
+    return [(*first, *last) for last in changing or [()] for first in product(*lossless)] if any(usable) else []
 
 
 def _tiled(
     found: Sequence[tuple[Decode, ...]], vae: Component, refused: dict[tuple[str, str], Refused]
 ) -> list[tuple[Decode, ...]]:
     """Keep the combinations with tiling, for a VAE that decodes in tiles or not at all."""
-    kept = [mix for mix in found if any(isinstance(setting, VaeTiling) for setting in mix)]
+    kept = [combination for combination in found if any(isinstance(setting, VaeTiling) for setting in combination)]
     plain = AXES["decode"].nothing
     if len(kept) < len(found):
         reason = f"{vae.class_name} decodes in tiles or not at all: keep {VaeTiling.name}"

@@ -63,43 +63,43 @@ class Clock:
     holds: Mapping[str, Hold]
     rates: Rates
 
-    def time(self, moments: Sequence[ReplayedUse], steps: int) -> tuple[float, float]:
+    def time(self, uses: Sequence[ReplayedUse], steps: int) -> tuple[float, float]:
         """Return the seconds of a denoising step, and of a call with this many steps."""
-        first = sum(self._seconds(moment) for moment in moments if moment.use.in_loop and not moment.repeat)
-        step = sum(self._seconds(moment) for moment in moments if moment.repeat)
-        rest = sum(self._seconds(moment) for moment in moments if not moment.use.in_loop)
+        first = sum(self._seconds(replayed) for replayed in uses if replayed.use.in_loop and not replayed.repeat)
+        step = sum(self._seconds(replayed) for replayed in uses if replayed.repeat)
+        rest = sum(self._seconds(replayed) for replayed in uses if not replayed.use.in_loop)
         read = sum(hold.read_bytes for hold in self.holds.values()) / DISK_BYTES_PER_S
-        left = sum(moment.loaded_bytes - moment.sent_back_bytes for moment in moments)
+        left = sum(replayed.loaded_bytes - replayed.sent_back_bytes for replayed in uses)
         freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
         return step, rest + first + step * (steps - 1) + freed + read
 
-    def transfer(self, moment: ReplayedUse) -> float:
+    def transfer(self, replayed: ReplayedUse) -> float:
         """Return the seconds of moving weights for this use, without the waits between transfers."""
-        hold, forwards = self.holds[moment.use.component], self.costs[moment.use].forwards
+        hold, forwards = self.holds[replayed.use.component], self.costs[replayed.use].forwards
         moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
-        whole = moment.loaded_bytes + moment.sent_back_bytes
+        whole = replayed.loaded_bytes + replayed.sent_back_bytes
         read = forwards * hold.disk_bytes / DISK_BYTES_PER_S
         return read + (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
 
-    def bottleneck(self, moments: Sequence[ReplayedUse]) -> Bottleneck:
+    def bottleneck(self, uses: Sequence[ReplayedUse]) -> Bottleneck:
         """Return the longest part of a step (of a call, for a pipeline without a loop)."""
-        step = [moment for moment in moments if moment.repeat] or moments
+        step = [replayed for replayed in uses if replayed.repeat] or uses
         seconds: dict[Bottleneck, float] = {
-            "compute": sum(self.costs[moment.use].kernels for moment in step),
-            "transfer": sum(self.transfer(moment) + self._pauses(moment) for moment in step),
-            "launch": sum(self.costs[moment.use].launches for moment in step),
+            "compute": sum(self.costs[replayed.use].kernels for replayed in step),
+            "transfer": sum(self.transfer(replayed) + self._pauses(replayed) for replayed in step),
+            "launch": sum(self.costs[replayed.use].launches for replayed in step),
         }
         return max(seconds, key=lambda name: seconds[name])
 
-    def _seconds(self, moment: ReplayedUse) -> float:
-        hold, cost = self.holds[moment.use.component], self.costs[moment.use]
+    def _seconds(self, replayed: ReplayedUse) -> float:
+        hold, cost = self.holds[replayed.use.component], self.costs[replayed.use]
         busy = max(cost.kernels, cost.launches)
-        moved = self.transfer(moment) + self._pauses(moment)
+        moved = self.transfer(replayed) + self._pauses(replayed)
         if not hold.overlapped:
             return busy + moved
         waited = cost.forwards * hold.waited_bytes / (self.rates.link_bytes_per_s * hold.rate)
         hidden = moved - waited
         return max(busy, hidden) + _OVERLAP_COST * min(busy, hidden) + waited
 
-    def _pauses(self, moment: ReplayedUse) -> float:
-        return self.costs[moment.use].forwards * self.holds[moment.use.component].pauses * PAUSE_SECONDS
+    def _pauses(self, replayed: ReplayedUse) -> float:
+        return self.costs[replayed.use].forwards * self.holds[replayed.use.component].pauses * PAUSE_SECONDS

@@ -176,7 +176,7 @@ class _Chooser:
     ) -> Mapping[str, Placement]:
         """Return the best placement of a pool: its only one, or the best of a table that is built once."""
         if all(len(axis) == 1 for axis in pool.axes):
-            return pool.mix(axis[0] for axis in pool.axes)
+            return pool.merge(axis[0] for axis in pool.axes)
         key = id(pool), id(pricer)
         if key not in self.tables:
             self.tables[key] = Table(pool, pricer, decode)

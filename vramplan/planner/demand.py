@@ -95,12 +95,12 @@ class Pricer:
         """Return the demand of one candidate."""
         needs = self._needs(decode)
         holds = {name: self._hold(name, setting) for name, setting in placement.items()}
-        moments = replay(self.spec, holds)
+        replayed_uses = replay(self.spec, holds)
         skipped = replay(self.spec, holds, skip_optional=True) if self._skips else []
-        demands = [self._demand(moment, needs[moment.use]) for moment in (*moments, *skipped)]
+        demands = [self._demand(replayed, needs[replayed.use]) for replayed in (*replayed_uses, *skipped)]
         phases = _phase_peaks(demands)
         clock = Clock(needs, holds, self.rates)
-        step, call = clock.time(moments, self.steps)
+        step, call = clock.time(replayed_uses, self.steps)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
@@ -114,8 +114,8 @@ class Pricer:
             disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
             seconds_per_step=step,
             seconds_per_call=call,
-            transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
-            bottleneck=clock.bottleneck(moments),
+            transfer_seconds_per_step=sum(clock.transfer(replayed) for replayed in replayed_uses if replayed.repeat),
+            bottleneck=clock.bottleneck(replayed_uses),
             basis=weakest_basis(need.activation.basis for need in needs.values()),
             phases=phases,
             load=load,
@@ -137,7 +137,7 @@ class Pricer:
     def _component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
         needs, hold = self._needs(decode), self._hold(name, setting)
         uses = [use for use in self.spec.uses if use.component == name]
-        moments = [
+        replayed_uses = [
             ReplayedUse(use=use, weights_bytes=0, on_device=(), repeat=repeat)
             for use, repeat in schedule(uses, skip_optional=False)
         ]
@@ -147,7 +147,7 @@ class Pricer:
             hold=hold,
             load=None if self.loaded else self._load_of(name, setting),
             extra_bytes=max(extra, default=None),
-            seconds=clock.time(moments, self.steps)[1],
+            seconds=clock.time(replayed_uses, self.steps)[1],
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:
@@ -169,16 +169,16 @@ class Pricer:
             found = self._holds[name, setting] = setting.hold(self._components[name], self.spec)
         return found
 
-    def _demand(self, moment: ReplayedUse, need: UseCost) -> PhaseDemand:
+    def _demand(self, replayed: ReplayedUse, need: UseCost) -> PhaseDemand:
         workspace = self.workspace_bytes
         return PhaseDemand(
-            name=moment.use.phase,
-            component=moment.use.component,
-            on_device=moment.on_device,
-            weights_bytes=moment.weights_bytes,
+            name=replayed.use.phase,
+            component=replayed.use.component,
+            on_device=replayed.on_device,
+            weights_bytes=replayed.weights_bytes,
             activation_bytes=need.activation.size_bytes,
             workspace_bytes=workspace,
-            reserved_bytes=moment.weights_bytes + workspace + need.activation.reserved_bytes,
+            reserved_bytes=replayed.weights_bytes + workspace + need.activation.reserved_bytes,
         )
 
     def _load(self, placement: Mapping[str, Placement]) -> LoadDemand | None:

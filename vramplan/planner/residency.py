@@ -38,7 +38,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
     idle = {name: hold.idle_bytes for name, hold in holds.items()}
     there = {freed: sum(idle[name] for name in holds if holds[name].freed == freed) for freed in (True, False)}
     present: dict[str, int] = {}
-    moments = []
+    replayed_uses = []
     for use, repeat in schedule(spec.uses, skip_optional=skip_optional):
         hold = holds[use.component]
         loaded = sent_back = 0
@@ -49,7 +49,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
         weights = there[hold.freed] + sum(present.values())
         if not hold.lingers:
             weights += hold.running_bytes - idle[use.component]
-        moments.append(
+        replayed_uses.append(
             ReplayedUse(
                 use=use,
                 weights_bytes=weights,
@@ -59,7 +59,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
                 repeat=repeat,
             )
         )
-    return moments
+    return replayed_uses
 
 
 def schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use, int]]:

@@ -92,7 +92,7 @@ class Table:
         for values, digits in ordered:
             kept = _lowest(values, kept, digits) if len(kept) > 1 else kept
         place = np.unravel_index(int(kept[0]), self.lengths)
-        return self.pool.mix(axis[int(index)] for axis, index in zip(self.pool.axes, place, strict=True))
+        return self.pool.merge(axis[int(index)] for axis, index in zip(self.pool.axes, place, strict=True))
 
     def vram_and_seconds(self, decode: tuple[Decode, ...]) -> tuple[Array, Array]:
         """Return the reserved device memory in bytes, and the seconds per call."""
@@ -154,15 +154,15 @@ def _loading(stage: Sequence[_Column]) -> Array:
     kept = [column.of_loads(lambda load: load.kept_bytes) for column in stage]
     peak = [column.of_loads(lambda load: load.peak_bytes) for column in stage]
     rest = [one - two for one, two in zip(kept, peak, strict=True)]
-    moments = []
+    totals = []
     for place, own in enumerate(rest):
         before = (
             np.where(other < own if later > place else other <= own, kept[later], 0)
             for later, other in enumerate(rest)
             if later != place
         )
-        moments.append(peak[place] + _sum(before))
-    return _largest(moments)
+        totals.append(peak[place] + _sum(before))
+    return _largest(totals)
 
 
 def _quality(setting: Placement) -> int:

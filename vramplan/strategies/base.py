@@ -192,7 +192,7 @@ class AtLoad(Weights, Protocol):
         """The file that replaces the component's own weights; None without one."""
 
     def load(self, record: LoadRecord) -> dict[str, Any]:
-        """Return extra arguments for the component's `from_pretrained`, or `from_single_file` if there is a `source`."""
+        """Return extra arguments for the component's `from_pretrained`, or `from_single_file` with a `source`."""
 
     def load_code(self, record: LoadRecord) -> tuple[str, str]:
         """Return an import line, and the same arguments as text, each after a comma."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Bitsandbytes:
     """`BitsAndBytesConfig` of diffusers or transformers, for the component that is loaded with it.
 
-    int8 (LLM.int8(), Dettmers et al. 2022: "without performance degradation") is considered near lossless; nf4 is lossy,
+    int8 (LLM.int8(), Dettmers et al. 2022: "without performance degradation") is considered near lossless, nf4 lossy
     with 16 values for the weights of a block. A live pipeline cannot take this setting.
     """
 

@@ -122,7 +122,7 @@ def _hooked_groups(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _unhooked_groups(folder: Path) -> list[Any]:
-    """Return the groups with files in the folder whose hook is not registered yet; an error's traceback keeps them alive.
+    """Return the groups with files in the folder whose hook is not registered yet; the traceback keeps them alive.
 
     A group empties its weights before its hook is registered (diffusers 0.42, `GroupOffloadingHook.initialize_hook`):
     in between the module has no reference to the file. A group that was interrupted may lack the attribute.

@@ -10,12 +10,12 @@ from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Axis, Picture, Quality
 from vramplan.workload import Workload
 
-# VAEs whose stretches can be shorter and still join to the same video (diffusers 0.42): the class's frames per stretch,
-# the overlap of two, and the frames of a latent. HunyuanVideo decodes frame-wise by default.
+# VAEs whose stretches can be shorter and still join to the same video (diffusers 0.42): frames per stretch,
+# frames that two share, and frames of a latent. HunyuanVideo decodes frame-wise by default.
 _CLASSES = {"AutoencoderKLHunyuanVideo": (16, 4, 4)}
 _LATE = "joins its stretches one frame late: from the first seam on every frame comes after its time"
-# Reasons against VAEs that have the attributes or decode frame-wise anyway (diffusers 0.42, each tried on a small VAE of
-# the class: tests/strategies/test_framewise_decoding.py).
+# Reasons against VAEs that have the attributes or decode frame-wise anyway (diffusers 0.42, each tried on a small VAE
+# of the class: tests/strategies/test_framewise_decoding.py).
 _REASONS = {
     "AutoencoderKLLTXVideo": _LATE,
     "AutoencoderKLLTX2Video": _LATE,

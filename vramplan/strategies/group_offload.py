@@ -208,7 +208,7 @@ class GroupOffload:
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
         options = ", ".join(f"{key}={value!r}" for key, value in self._options().items())
-        folder = ', offload_to_disk_path="offload/{}"' if self.disk else ""
+        folder = ', offload_to_disk_path="offload/{}"' if self.disk else ""  # must be empty or of this component
         calls = [
             f'apply_group_offloading(pipe.{name}, torch.device("{device}"), {options}{folder.format(name)})'
             for name in names

@@ -70,7 +70,7 @@ class ModelCpuOffload(WithoutOptions):
         return [f'pipe.enable_model_cpu_offload(device="{device}")']
 
 
-# Copies from pageable memory pass through a small page-locked buffer of the driver, usually at half the page-locked rate
+# Copies from pageable memory pass through a small page-locked buffer of the driver, usually at half the direct rate
 # (NVIDIA, "How to Optimize Data Transfers in CUDA C/C++", bandwidthTest figures).
 PAGEABLE_RATE = 0.5
 
@@ -78,7 +78,7 @@ PAGEABLE_RATE = 0.5
 def forget_device(pipe: Any) -> None:
     """Delete the device that an earlier offload call left behind.
 
-    diffusers 0.42 takes `gpu_id or device.index or self._offload_gpu_id`: index 0 counts as not given, so a pipeline once
-    offloaded to device 1 would always go there.
+    diffusers 0.42 takes `gpu_id or device.index or self._offload_gpu_id`: index 0 counts as not given, so a pipeline
+    once offloaded to device 1 would always go there.
     """
     pipe.__dict__.pop("_offload_gpu_id", None)

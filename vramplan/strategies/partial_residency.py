@@ -90,7 +90,7 @@ class PartialResidency:
         return _LEAST_IN_FILES if self.disk else _LEAST
 
     def _saved_bytes(self, sizes: Sequence[int], chosen: Sequence[int]) -> int:
-        """Return the bytes not on the device while it runs: the streamed blocks except the largest two in sequence; with
+        """Return the bytes off the device while it runs: the streamed blocks except the largest two in sequence; with
         files, except the largest one."""
         moved = sum(sizes[place] for place in chosen)
         if self.disk:
@@ -172,11 +172,8 @@ class PartialResidency:
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
-        options = [", ".join(f"{key}={value!r}" for key, value in self._options(name).items()) for name in names]
-        calls = [
-            f'apply_partial_residency(pipe.{name}, "{device}", {given})'
-            for name, given in zip(names, options, strict=True)
-        ]
+        options = {name: ", ".join(f"{key}={item!r}" for key, item in self._options(name).items()) for name in names}
+        calls = [f'apply_partial_residency(pipe.{name}, "{device}", {given})' for name, given in options.items()]
         return [f"from {__name__} import apply_partial_residency", *calls]
 
     def _options(self, name: str) -> dict[str, Any]:

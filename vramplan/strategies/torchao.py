@@ -20,7 +20,7 @@ class Torchao:
     """`torchao.quantization.quantize_(component, Int8WeightOnlyConfig())`, on the pipeline as it is loaded.
 
     int8 is considered near lossless, float8 lossy: a weight is off by 0.4 % of the largest in its row with 8 bits in
-    even steps, and by up to 6 % of itself with the 3 mantissa bits of float8_e4m3fn. (Pictures of FLUX.1-dev under both:
+    even steps, and by up to 6 % of itself with the 3 mantissa bits of float8_e4m3fn. (Pictures of FLUX.1-dev with both:
     Hugging Face blog diffusers-quantization, May 2025.) Rounded weights cannot be restored.
     """
 

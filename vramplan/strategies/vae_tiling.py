@@ -21,8 +21,8 @@ _SHARES = (1, 1 / 2)
 class VaeTiling:
     """`vae.enable_tiling()` after the tile has been set to `tile` pixels on its shorter side.
 
-    Blending changes pixels near the seams a little, and each tile is normalized separately: near lossless. `tile=0` keeps
-    the tile of the VAE's class.
+    Blending changes pixels near the seams a little, and each tile is normalized separately: near lossless. `tile=0`
+    keeps the tile of the VAE's class.
     """
 
     name: ClassVar[str] = "vae_tiling"
