@@ -62,7 +62,7 @@ def simulated_gib(row: Row) -> float:
     from vramplan.pipeline.describe import describe
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
-    from vramplan.simulator.model import placing
+    from vramplan.simulator.model import settings_applier
     from vramplan.simulator.run import call_inputs, simulate_call
     from vramplan.strategies.settings import grouped, parse_decode, parse_placement
     from vramplan.units import MIB
@@ -72,7 +72,7 @@ def simulated_gib(row: Row) -> float:
     told = row["placement"]
     texts = {part.name: told if isinstance(told, str) else told[part.name] for part in described.spec.components}
     placed = {name: parse_placement(text).complete(described.spec.component(name)) for name, text in texts.items()}
-    put_on = placing(grouped(placed), [(parse_decode(text), ["vae"]) for text in row.get("decode", ())])
+    put_on = settings_applier(grouped(placed), [(parse_decode(text), ["vae"]) for text in row.get("decode", ())])
     work = make_workload(described.defaults, row.get("workload", {}))
 
     def place(pipe: Any) -> None:

@@ -30,7 +30,7 @@ import torch
 from vramplan.calibration.peaks import current_rss_bytes, peak_rss_bytes
 from vramplan.common.files import write_text
 from vramplan.pipeline.describe import describe
-from vramplan.simulator.model import SimulatedModel, placing
+from vramplan.simulator.model import SimulatedModel, settings_applier
 from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
@@ -184,7 +184,7 @@ def measure(models: Models, placed: Any, decodes: Any, work: Workload) -> dict[s
     times: list[float] = []
     try:
         rss = current_rss_bytes()
-        placing(placed, decodes)(pipe)
+        settings_applier(placed, decodes)(pipe)
         torch.cuda.synchronize()
         loaded = torch.cuda.memory_allocated()
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Describe a model from any source: a live pipeline, a folder, the hub, a bundled profile, a single file."""
+"""Describe a model from any source: a live pipeline, a folder, the hub, a profile, a single file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.latents import vae_scale
-from vramplan.pipeline.sources import Folder, Hub, Live, SingleFile, is_repo_id, refusing, source_of
+from vramplan.pipeline.sources import Folder, Hub, Live, SingleFile, is_repo_id, refuse_options, source_of
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.workload import call_defaults
 
@@ -36,11 +36,11 @@ def describe(
 ) -> Model:
     """Describe the model: its spec, and the defaults of its workload.
 
-    `model` is a `Source`, or anything `source_of` makes one of. A repository of the hub that cannot be read is
-    described by the bundled profile that lists it.
+    `model` is a `Source`, or a value that `source_of` accepts. A repository of the hub that cannot be read is described
+    by the profile that lists it.
 
     Raises:
-        VramplanError: not a saved pipeline, or one that cannot be read. UsageError: an unknown name.
+        VramplanError: not a pipeline, or one that cannot be read. UsageError: an unknown name.
     """
     from vramplan.pipeline.dtypes import load_dtype
     from vramplan.pipeline.hub import open_repository
@@ -49,16 +49,16 @@ def describe(
     stored: dict[str, Any] = {"dtype": wanted, "variant": variant, "allow_pickle": allow_pickle}
     source = source_of(model, revision)
     if isinstance(source, Live):
-        refusing("a pipeline that is loaded already", source, variant=variant)
+        refuse_options("a pipeline that is loaded already", source, variant=variant)
         return _describe_live(source, wanted)
     if isinstance(source, SingleFile):
-        refusing("a single file", source, variant=variant)
+        refuse_options("a single file", source, variant=variant)
         return _describe_single(source, wanted)
     if isinstance(source, Folder):
         return _describe_stored(open_repository(source), **stored)
     if isinstance(source, Hub):
         return _describe_hub(source, stored)
-    refusing("a profile", source, variant=variant)
+    refuse_options("a profile", source, variant=variant)
     return _describe_profile(source.name, wanted)
 
 
@@ -74,21 +74,21 @@ def _describe_single(source: SingleFile, dtype: str | None) -> Model:
         )
     path, repo_id = Path(name).expanduser(), "/".join(name.split("/")[:2])
     if path.is_file() or not is_repo_id(repo_id) or name.count("/") < 2:
-        refusing("a file on this machine", source, revision=source.revision)
+        refuse_options("a file on this machine", source, revision=source.revision)
         checkpoint = read_checkpoint(open_repository(Folder(path.parent)), path.name)
     else:
         repository = open_repository(Hub(repo_id, source.revision))
         checkpoint = read_checkpoint(repository, name.removeprefix(f"{repo_id}/"))
     described = _describe_profile(checkpoint.profile.name, dtype or checkpoint.load_dtype)
-    return _noted(described, checkpoint.note)
+    return _with_note(described, checkpoint.note)
 
 
-def _noted(described: Model, note: str) -> Model:
+def _with_note(described: Model, note: str) -> Model:
     return replace(described, spec=replace(described.spec, notes=(*described.spec.notes, note)))
 
 
 def _describe_hub(source: Hub, stored: Mapping[str, Any]) -> Model:
-    """Describe a repository, else the profile that lists it."""
+    """Describe a repository, or the profile that lists it if the hub cannot be read."""
     from vramplan.pipeline.hub import open_repository
     from vramplan.pipeline.hub_http import HubError, is_offline
 
@@ -101,7 +101,7 @@ def _describe_hub(source: Hub, stored: Mapping[str, Any]) -> Model:
         if profile is None or source.revision is not None or stored["variant"] is not None:
             raise
         note = f"sizes are those of profile {profile.name}; the repository was not read: {error}"
-        return _noted(_describe_profile(profile.name, stored["dtype"]), note)
+        return _with_note(_describe_profile(profile.name, stored["dtype"]), note)
     described = _describe_stored(repository, **stored)
     return replace(described, defaults={**described.defaults, **(_workload(profile) if profile else {})})
 

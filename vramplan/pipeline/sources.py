@@ -16,7 +16,7 @@ _LIVE, _HUB, _PROFILE = "live", "hub:", "profile:"
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A pipeline in this process. `pipe` is None where a plan file names it: the object is gone then."""
+    """A pipeline in this process. `pipe` is None if read from a plan file."""
 
     pipe: Any = field(default=None, compare=False, repr=False)
 
@@ -36,8 +36,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """A repository of the Hugging Face hub. `revision` is a branch, tag or commit, None for the main branch; a plan
-    names the commit."""
+    """A repository of the Hugging Face hub. `revision` is a branch, tag or commit (in a plan), None for main."""
 
     repo_id: str
     revision: str | None = None
@@ -71,34 +70,34 @@ Source = Live | Folder | Hub | Profile | SingleFile
 
 
 def source_of(model: Any, revision: str | None = None) -> Source:
-    """The source that a user means by `model`: a pipeline object, a path, a repository's or a profile's name.
+    """Return the source of `model`: a pipeline object, a path, or the name of a repository or profile.
 
     Raises:
-        UsageError: a `revision` of something other than a repository, or `hub:` with no repository after it.
+        UsageError: a `revision` without a repository, or `hub:` not followed by a repository.
     """
     if isinstance(model, Source):
         return model
     if not isinstance(model, str | Path):
-        return refusing("a pipeline that is loaded already", Live(model), revision=revision)
+        return refuse_options("a pipeline that is loaded already", Live(model), revision=revision)
     name = str(model)
     if name.endswith((".safetensors", ".gguf")):
         return SingleFile(name, revision)
     if Path(model).exists() or name.startswith((".", "/", "~")):
-        return refusing("a local folder", Folder(Path(model).expanduser()), revision=revision)
+        return refuse_options("a local folder", Folder(Path(model).expanduser()), revision=revision)
     return _named(name, revision)
 
 
 def _named(name: str, revision: str | None) -> Source:
     if name.startswith(_HUB):
         return _parse_hub(name)
-    return Hub(name, revision) if is_repo_id(name) else refusing("a profile", Profile(name), revision=revision)
+    return Hub(name, revision) if is_repo_id(name) else refuse_options("a profile", Profile(name), revision=revision)
 
 
 def parse_source(text: str) -> Source:
-    """The source that a plan file names: `live`, a folder, `profile:NAME` or `hub:owner/name@commit`.
+    """Parse the source in a plan file: `live`, a folder, `profile:NAME` or `hub:owner/name@commit`.
 
     Raises:
-        UsageError: `hub:` with no repository and commit after it.
+        UsageError: `hub:` not followed by a repository and a commit.
     """
     if text == _LIVE:
         return Live()
@@ -115,7 +114,7 @@ def _parse_hub(text: str) -> Hub:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name can be one of a repository: `owner/name`."""
+    """Whether a name has the form of a repository: `owner/name`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -126,9 +125,9 @@ def is_repo_id(name: str) -> bool:
     return "/" in name
 
 
-def refusing(what: str, source: Source, **given: str | None) -> Source:
-    """The source. Raises UsageError where an argument is `given` that this kind of source does not have."""
+def refuse_options(kind: str, source: Source, **given: str | None) -> Source:
+    """Return the source. Raises UsageError if an option is `given` that this kind of source does not have."""
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"{name} {value}: {what} has none to choose from")
+            raise UsageError(f"{name} {value}: {kind} has none to choose from")
     return source

@@ -1,4 +1,4 @@
-"""A plan as YAML text: written readably, read strictly."""
+"""Write a plan as readable YAML, and read it strictly."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _HEADER = """\
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as plain mappings, lists, numbers and text."""
+    """Convert the plan to plain mappings, lists, numbers and text."""
     return asdict(plan)
 
 
 def dump_plan(plan: Plan) -> str:
-    """The plan as YAML: one line for each candidate, and sizes repeated in GiB as comments."""
+    """Format the plan as YAML, with one line for each candidate and sizes in GiB as comments."""
     import yaml
 
     content = _plain(plan_to_dict(plan))
@@ -42,10 +42,10 @@ def dump_plan(plan: Plan) -> str:
 
 
 def parse_plan(text: str, *, name: str = "plan") -> Plan:
-    """The plan that YAML text holds. No tag can make code run: only plain YAML is read.
+    """Parse a plan from YAML text. Only plain YAML is read: no tag can run code.
 
     Raises:
-        VramplanError: not YAML, another schema, an unknown key or a wrong type; the message says where.
+        VramplanError: not YAML, another schema, an unknown key or a wrong type; the message names the place.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -64,7 +64,7 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """The plan in a file. Raises VramplanError where it cannot be read or is no plan."""
+    """Read a plan from a file. Raises VramplanError if it cannot be read or is not a plan."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(_MOST_CHARACTERS + 1)
@@ -89,7 +89,7 @@ def _check_schema(content: Any, name: str) -> None:
 
 
 def _plain(value: Any, name: str = "") -> Any:
-    """Tuples as lists and seconds to four digits: what YAML shows people."""
+    """Convert tuples to lists, and round seconds to four digits."""
     if isinstance(value, dict):
         return {str(key): _plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A plan's settings, held against the pipeline they are for."""
+"""Check a plan's settings against the pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vramplan.strategies.settings import format_setting, grouped, parse_setting
 
 
 def check_match(spec: PipelineSpec, plan: Plan) -> None:
-    """Raises MismatchError where the plan was made for another pipeline; the message says what differs."""
+    """Raise MismatchError if the plan was made for another pipeline; the message names the difference."""
     if spec.class_name != plan.model.class_name:
         raise MismatchError(f"the plan is for a {plan.model.class_name}, this is a {spec.class_name}")
     if fingerprint(spec) == plan.model.fingerprint:
@@ -27,7 +27,7 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
     planned = {record.name: record for record in plan.model.components}
     here = {component.name: component for component in spec.components}
     weights = _by_component(AXES["weights"], plan)
-    loaded = {name for name, setting in weights.items() if name in here and _is_so(setting, here[name])}
+    loaded = {name for name, setting in weights.items() if name in here and _already_applied(setting, here[name])}
     for name in sorted(planned.keys() | here.keys()):
         if name not in here or name not in planned:
             where = "in the plan, not in this pipeline" if name in planned else "in this pipeline, not in the plan"
@@ -45,20 +45,15 @@ def check_match(spec: PipelineSpec, plan: Plan) -> None:
         raise MismatchError("the pipeline is not the one the plan was made for; make the plan again")
 
 
-def _is_so(setting: Weights, component: Component) -> bool:
-    """Whether a component already has the form that a setting of weights would give it.
-
-    Where that depends on a file, any form of its library's.
-    """
+def _already_applied(setting: Weights, component: Component) -> bool:
+    """Whether a component already has the form of a weights setting; for a setting with a file, any of that library."""
     return bool(setting.quantized) and f"{component.quantized} ".startswith(f"{setting.quantized} ")
 
 
 def parse_settings(
     plan: Plan, spec: PipelineSpec | None, accelerator: Accelerator | None
 ) -> tuple[list[tuple[Weights | Placement | Execution, list[str]]], list[tuple[Decode, list[str]]]]:
-    """The plan's settings with the components each is for, in the order to apply them.
-
-    With a `spec` every setting is checked against it, and refused if it cannot be.
+    """Return the plan's settings with their components, in the order to apply them, checked against `spec` if given.
 
     Raises:
         UsageError: an unknown or impossible setting, or a component without one; names the place in the plan.
@@ -73,26 +68,25 @@ def parse_settings(
         raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
     if spec is not None:
-        there = {component.name: component for component in spec.components}
-        weights = {
-            name: setting for name, setting in weights.items() if name not in there or not _is_so(setting, there[name])
-        }
+        here = {component.name: component for component in spec.components}
+        done = [name for name, setting in weights.items() if name in here and _already_applied(setting, here[name])]
+        weights = {name: setting for name, setting in weights.items() if name not in done}
         _check("weights", weights, spec, accelerator)
-        placement = _checked(placement, _under(spec, weights), accelerator)
+        placement = _checked_placement(placement, _with_weights(spec, weights), accelerator)
         for axis, settings in executions.items():
             _check(axis, settings, spec, accelerator, placement)
     return grouped(placement, weights, by_component(executions)), [
-        (setting, _able(setting, names, spec, plan)) for setting in decode
+        (setting, _vaes_for(setting, names, spec, plan)) for setting in decode
     ]
 
 
 def vae_names(plan: Plan) -> list[str]:
-    """The components of the plan that are VAEs."""
+    """Return the names of the plan's VAEs."""
     return [r.name for r in plan.model.components if role_of(r.name, r.library, r.class_name) == "vae"]
 
 
 def calls_of(placed: Placed, decodes: Decodes, device: str, modules: Mapping[str, Any]) -> Iterable[str]:
-    """The settings as lines of Python on an object called `pipe`, each import once."""
+    """Return the settings as lines of Python on an object called `pipe`, each line once."""
     lines = [line for decode, names in decodes for line in decode.code(names, modules)]
     lines += [line for setting, names in placed for line in setting.code(names, device)]
     return dict.fromkeys(lines)
@@ -106,7 +100,7 @@ def _parsed(axis: Axis, text: str, component: str | None = None) -> Any:
 
 
 def _by_component(row: AxisRow, plan: Plan) -> dict[str, Any]:
-    """The plan's settings on an axis, read."""
+    """Parse the plan's settings on an axis."""
     return {name: _parsed(row.name, text, name) for name, text in getattr(plan.settings, row.name).items()}
 
 
@@ -117,44 +111,43 @@ def _check(
     accelerator: Accelerator | None,
     placement: Mapping[str, Placement] | None = None,
 ) -> None:
-    """Raises UsageError where a component cannot take its setting, or cannot under its placement."""
-    there = {component.name: component for component in spec.components}
+    """Raise UsageError if a component cannot take its setting, alone or with its placement."""
+    here = {component.name: component for component in spec.components}
     for name, setting in settings.items():
         reason: str | None = f"{spec.class_name} has no such component"
-        if name in there:
+        if name in here:
             conflict = setting.conflict_with(placement[name]) if placement else None
-            reason = refusal_of(setting, there[name], accelerator) or conflict
+            reason = refusal_of(setting, here[name], accelerator) or conflict
         if reason is not None:
             raise UsageError(f"settings.{axis}.{name}: {reason}")
 
 
-def _under(spec: PipelineSpec, weights: Mapping[str, Weights]) -> PipelineSpec:
-    """The pipeline once these settings are on it, as far as placements ask."""
+def _with_weights(spec: PipelineSpec, weights: Mapping[str, Weights]) -> PipelineSpec:
+    """Return the spec under these settings, as far as placements depend on it."""
     kinds = {name: setting.quantized for name, setting in weights.items()}
     return replace(spec, components=tuple(mark_quantized(part, kinds.get(part.name, "")) for part in spec.components))
 
 
-def _checked(
+def _checked_placement(
     placement: Mapping[str, Placement], spec: PipelineSpec, accelerator: Accelerator | None
 ) -> dict[str, Placement]:
     names = {component.name for component in spec.components}
     for name in sorted(names ^ set(placement)):
-        told = f"{name} is not placed" if name in names else f"{spec.class_name} has no such component"
-        raise UsageError(f"settings.placement.{name}: {told}")
+        reason = f"{name} is not placed" if name in names else f"{spec.class_name} has no such component"
+        raise UsageError(f"settings.placement.{name}: {reason}")
     completed = {name: setting.complete(spec.component(name)) for name, setting in placement.items()}
-    torn = half_freed(completed, spec.components)
-    if torn is not None:
-        (one, other), setting_name = torn
+    if (partial := half_freed(completed, spec.components)) is not None:
+        (one, other), setting_name = partial
         raise UsageError(f"settings.placement.{one}: {setting_name} must be on {other} too, or on neither")
     for name, setting in completed.items():
-        reason = setting.refusal(spec.component(name), spec, accelerator)
-        if reason is not None and (accelerator is not None or setting.name != "resident"):
-            raise UsageError(f"settings.placement.{name}: {reason}")
+        refusal = setting.refusal(spec.component(name), spec, accelerator)
+        if refusal is not None and (accelerator is not None or setting.name != "resident"):
+            raise UsageError(f"settings.placement.{name}: {refusal}")
     return completed
 
 
-def _able(setting: Decode, names: Sequence[str], spec: PipelineSpec | None, plan: Plan) -> list[str]:
-    """The VAEs that can take the setting; refused where none can."""
+def _vaes_for(setting: Decode, names: Sequence[str], spec: PipelineSpec | None, plan: Plan) -> list[str]:
+    """Return the VAEs that can take the setting. Raises UsageError if none can."""
     if spec is None:
         return list(names)
     reasons = {name: setting.refusal(spec.component(name), plan.workload) for name in names}

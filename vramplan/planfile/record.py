@@ -1,8 +1,9 @@
-"""A decision's settings as a plan keeps them."""
+"""Record the outcome of planning as a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from vramplan._version import __version__
@@ -28,7 +29,7 @@ from vramplan.workload import Workload
 
 
 def settings_of(decision: Decision) -> Settings:
-    """The settings as text, by axis and component."""
+    """Return the settings as text, by axis and component."""
     return Settings(**{row.name: _texts(decision, row) for row in AXES.values()})
 
 
@@ -49,7 +50,7 @@ def plan_record(
     notes: tuple[str, ...],
     asked: Preferences,
 ) -> Plan:
-    """The outcome as a plan."""
+    """Return the outcome as a plan."""
     chosen = outcome.chosen
     unknown = [setting.unknown for settings in chosen.execution.values() for setting in settings]
     return Plan(
@@ -64,7 +65,7 @@ def plan_record(
         projected=chosen.demand,
         reason=chosen.reason,
         notes=tuple(dict.fromkeys((*notes, *filter(None, unknown)))),
-        refused=_once(outcome.refused),
+        refused=_one_per_reason(outcome.refused),
         candidates=tuple(_considered(decision) for decision in outcome.decisions),
     )
 
@@ -74,17 +75,7 @@ def _model_record(spec: PipelineSpec) -> ModelRecord:
         source=str(spec.source),
         class_name=spec.class_name,
         fingerprint=fingerprint(spec),
-        components=tuple(
-            ComponentRecord(
-                name=component.name,
-                class_name=component.class_name,
-                library=component.library,
-                dtype=component.dtype,
-                weight_bytes=component.weight_bytes,
-                variant=component.variant,
-            )
-            for component in spec.components
-        ),
+        components=tuple(ComponentRecord(**_fields(component, ComponentRecord)) for component in spec.components),
     )
 
 
@@ -98,20 +89,14 @@ def _considered(decision: Decision) -> Considered:
 
 
 def projected(demand: Demand) -> Projected:
-    """A demand without its phases."""
-    return Projected(
-        vram_allocated_bytes=demand.vram_allocated_bytes,
-        vram_reserved_bytes=demand.vram_reserved_bytes,
-        ram_bytes=demand.ram_bytes,
-        pinned_bytes=demand.pinned_bytes,
-        disk_bytes=demand.disk_bytes,
-        seconds_per_step=demand.seconds_per_step,
-        seconds_per_call=demand.seconds_per_call,
-        bottleneck=demand.bottleneck,
-        basis=demand.basis,
-    )
+    """Return a demand without phases and loading."""
+    return Projected(**_fields(demand, Projected))
 
 
-def _once(refused: Sequence[Refused]) -> tuple[Refused, ...]:
-    """Each reason once: the same refusal for every number of blocks tells nobody anything."""
+def _fields(source: object, kind: Any) -> dict[str, Any]:
+    return {item.name: getattr(source, item.name) for item in fields(kind)}
+
+
+def _one_per_reason(refused: Sequence[Refused]) -> tuple[Refused, ...]:
+    """Keep the first refusal with each reason: they repeat for every number of blocks."""
     return tuple({item.reason: item for item in reversed(refused)}.values())[::-1]

@@ -1,4 +1,4 @@
-"""A plan as a script of plain diffusers calls, its loading and, where it encodes first, its call included."""
+"""Write a plan as a script of plain diffusers calls that load the pipeline and, if it encodes first, call it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PROMPT = "a photo of a red fox in the snow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a script is made of. `source` is what to load from, `vaes` are weightless.
+    """The contents of a script. `source` is the pipeline to load, `vaes` are weightless.
 
-    `encoded` is the call of the plan's workload with its prompt encoded, hollow; None where nothing is encoded first.
+    `encoded` is the plan's call with the prompt encoded, without data; None if nothing is encoded first.
     """
 
     plan: Plan
@@ -31,7 +31,7 @@ class Script:
     encoded: Encoded | None
 
     def lines(self) -> Iterator[str]:
-        """The script's lines, imports first."""
+        """Yield the lines of the script, imports first."""
         body = list(self._body())
         imports = dict.fromkeys(line for line in body if line.startswith(("import ", "from ")))
         yield from dict.fromkeys([*self._imports(), *imports])
@@ -39,19 +39,19 @@ class Script:
         yield from (line for line in body if line not in imports)
 
     @property
-    def _whole(self) -> Placed:
-        """The placements of the pipeline as one."""
+    def _pipeline_placements(self) -> Placed:
+        """The placements of the pipeline as a whole."""
         return [item for item in self.placed if isinstance(item[0], Placement) and item[0].whole_pipeline]
 
     @property
-    def _at_once(self) -> bool:
-        """Whether all of it is loaded in one line: nothing is done to a component by itself while it is."""
-        return bool(self._whole) and not any(isinstance(setting, AtLoad) for setting, _ in self.placed)
+    def _loads_whole(self) -> bool:
+        """Whether one call loads the pipeline, because no component needs a setting while loading."""
+        return bool(self._pipeline_placements) and not any(isinstance(setting, AtLoad) for setting, _ in self.placed)
 
     def _imports(self) -> Iterator[str]:
         yield "import torch"
         yield f"from diffusers import {self.plan.model.class_name}"
-        if self._at_once:
+        if self._loads_whole:
             return
         for record in self.plan.model.components:
             own = record.library in ("diffusers", "transformers")
@@ -59,7 +59,7 @@ class Script:
             yield f"from {library} import {record.class_name}"
 
     def _body(self) -> Iterator[str]:
-        if self._at_once:
+        if self._loads_whole:
             variant = next((record.variant for record in self.plan.model.components if record.variant), None)
             options = f"dtype={self._dtypes()}{_variant(variant)}"
             yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, {options})"
@@ -67,7 +67,7 @@ class Script:
             for setting, names in self.placed:
                 yield from setting.code(names, self._device)
             return
-        first, rest = freed_first([item for item in self.placed if item not in self._whole])
+        first, rest = freed_first([item for item in self.placed if item not in self._pipeline_placements])
         if first and self.encoded is not None:
             yield from self._encoding(first, self.encoded)
         yield from self._loading(
@@ -76,11 +76,11 @@ class Script:
         gone = "".join(f", {name}=None" for name in _placed_names(first))
         yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, **vars(pipe){gone})"
         yield from self._decode_lines()
-        for setting, names in self._whole:
+        for setting, names in self._pipeline_placements:
             yield from setting.code(names, self._device)
         if first and self.encoded is not None:
             yield ""
-            yield f"result = pipe({_arguments(self.encoded.arguments, _names(self.encoded))})"
+            yield f"result = pipe({_arguments(self.encoded.arguments, _encoded_names(self.encoded))})"
 
     @property
     def _source(self) -> str:
@@ -99,10 +99,10 @@ class Script:
             yield from setting.code(names, self.vaes)
 
     def _loading(self, placed: Placed, wanted: Sequence[str]) -> Iterator[str]:
-        """Each of these loaded and placed, in the order of the plan, on an object that stands in for the pipeline."""
+        """Load and place the wanted components in the plan's order, on an object in place of the pipeline."""
         yield "from types import SimpleNamespace"
         yield "pipe = SimpleNamespace()  # one component after another, each placed before the next is loaded"
-        for record in self._in_order():
+        for record in self._load_order():
             if record.name not in wanted:
                 continue
             settings = [setting for setting, names in placed if record.name in names]
@@ -120,8 +120,8 @@ class Script:
             for setting in (setting for setting in settings if setting not in direct):
                 yield from setting.code([record.name], self._device)
 
-    def _in_order(self) -> list[ComponentRecord]:
-        """The components as they are loaded: in the plan's order, else the largest first."""
+    def _load_order(self) -> list[ComponentRecord]:
+        """Return the components in the order of loading: the plan's, else the largest first."""
         load = self.plan.projected.load
         place = {name: number for number, name in enumerate(load.order if load else ())}
         return sorted(
@@ -140,7 +140,7 @@ class Script:
         return f"from_single_file({str(source)!r}, config={self._source}"
 
     def _encoding(self, first: Placed, encoded: Encoded) -> Iterator[str]:
-        """The encoders loaded alone, the prompt encoded, and all of them dropped."""
+        """Load the encoders, encode the prompt, and drop the encoders."""
         yield "import gc"
         yield f"prompt = {PROMPT!r}"
         encoders = _placed_names(first)
@@ -173,12 +173,12 @@ def _placed_names(placed: Placed) -> list[str]:
     return [name for setting, names in placed if isinstance(setting, Placement) for name in names]
 
 
-def _names(encoded: Encoded) -> set[str]:
+def _encoded_names(encoded: Encoded) -> set[str]:
     return {name for encoding in encoded.encodings for name in encoding.names}
 
 
 def _arguments(given: Mapping[str, Any], variables: Sequence[str] | set[str], device: str = "") -> str:
-    """Arguments as code: those in `variables` by their own name, plain values as they are, all others left out."""
+    """Format arguments as code: those in `variables` by name, plain values by value, others left out."""
     import torch
 
     parts = []

@@ -1,4 +1,4 @@
-"""The plan: a YAML file that a person can read, diff and edit, loaded strictly."""
+"""The types of a plan, which is a YAML file that users can read, diff and edit."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:
-    """A component as it was planned for: its class, weights in bytes, the dtype most of them have, and the variant of
-    the files they are loaded from."""
+    """A component of the plan: class, weights in bytes, the dtype of most weights, and the variant of their files."""
 
     name: str
     class_name: str
@@ -54,8 +53,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineRecord:
-    """The machine a plan is for: the torch device, what it is, what may be used of it, and the versions of the
-    libraries that its memory depends on."""
+    """The machine of a plan: torch device, accelerator, host, budget, and versions of libraries that affect memory."""
 
     device: str
     accelerator: Accelerator | None
@@ -66,7 +64,7 @@ class MachineRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
-    """The preferences a plan was made with, kept when planning again. `settings` are the choices fixed by hand."""
+    """The preferences of the user, kept for planning again. `settings` are those that the user fixed."""
 
     allow: Quality | None = None
     prefer: Prefer = "speed"
@@ -78,8 +76,8 @@ class Preferences:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is to be done: one placement per component, how the VAE decodes (nothing: plainly), and what is done
-    to the weights, the attention and the blocks of components (nothing: they stay as they are)."""
+    """The settings as text: a placement per component, those of the VAE's decode, and those of the weights, attention
+    and compiling of components; without a setting the component is unchanged."""
 
     placement: Mapping[str, str]
     decode: tuple[str, ...] = ()
@@ -90,8 +88,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projected:
-    """The price of a candidate in short: bytes, seconds, what most of a step is spent on, and the basis of the
-    weakest number."""
+    """The price of a candidate in short: bytes, seconds, the longest part of a step, and the weakest basis."""
 
     vram_allocated_bytes: int
     vram_reserved_bytes: int
@@ -106,7 +103,7 @@ class Projected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Considered:
-    """A candidate and what became of it."""
+    """A candidate with its verdict and price."""
 
     settings: Settings
     verdict: Verdict
@@ -116,7 +113,7 @@ class Considered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Shown):
-    """How one pipeline is to run one workload on one machine, and why so."""
+    """The settings for one pipeline, workload and machine, with the projection and the reasons."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -136,14 +133,14 @@ class Plan(Shown):
 
 
 def load_options(plan: Plan) -> dict[str, Any]:
-    """How the plan's pipeline is to be described again: its dtype where that is one, and the variant of its files."""
+    """Return the options to describe the plan's pipeline again: a dtype common to all components, and the variant."""
     dtypes = {record.dtype for record in plan.model.components}
     variants = (record.variant for record in plan.model.components if record.variant)
     return {"dtype": dtypes.pop() if len(dtypes) == 1 else None, "variant": next(variants, None)}
 
 
 def fingerprint(spec: PipelineSpec) -> str:
-    """A short hash of what the plan depends on: classes, weights and dtypes, not the weights' values."""
+    """Return a short hash of the classes, weight sizes and dtypes of a pipeline."""
     facts = [
         spec.class_name,
         *(
@@ -155,7 +152,7 @@ def fingerprint(spec: PipelineSpec) -> str:
 
 
 def settings_text(settings: Settings) -> str:
-    """The settings in a few words: equal placements together, then the decode."""
+    """Format the settings on one line: equal placements together, then the other axes."""
     groups: dict[str, list[str]] = {}
     for name, text in settings.placement.items():
         groups.setdefault(text, []).append(name)

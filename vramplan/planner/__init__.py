@@ -1,1 +1,1 @@
-"""From a described pipeline and a budget to a choice. Pure: the same values give the same plan."""
+"""Choose the settings of a described pipeline within a budget. Pure: the same values give the same plan."""

@@ -1,4 +1,4 @@
-"""From what a machine has to what a plan may use of it. Pure: the same hardware gives the same budget."""
+"""Compute the budget of a plan from the hardware. Pure: the same hardware gives the same budget."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Ho
 from vramplan.planner.residuals import ProjectionError
 from vramplan.units import GIB, MIB, format_bytes, parse_amount, parse_bytes
 
-# What a driver takes for its own context and the kernels it loads, once torch first uses the card. Assumed: it
-# differs by card and release. No figures by card are published for a torch that loads kernels lazily; one tensor and
-# a convolution net take some 300 MiB since CUDA 11.7 (pytorch/pytorch#107667), 1000 and more before
-# (pytorch/pytorch#55277). `vramplan calibrate` measures it.
+# Bytes of the driver's context and its kernels once torch first uses the card. Assumed: it differs by card and release.
+# With lazily loaded kernels (CUDA 11.7) one tensor and a convolution net take some 300 MiB (pytorch/pytorch#107667),
+# 1000 and more before (pytorch/pytorch#55277). `vramplan calibrate` measures it.
 _CONTEXT_BYTES = 512 * MIB
 _CONTEXT_KINDS = ("cuda", "rocm", "xpu")
 
-# What a desktop and a browser may take more of the card they are drawn on while the pipeline runs: what ComfyUI
-# reserves for them (EXTRA_RESERVED_VRAM, model_management.py, 2024 to 2026). Nobody's measurement is known.
+# Bytes that a desktop and a browser may take in addition while the pipeline runs: the reserve of ComfyUI
+# (EXTRA_RESERVED_VRAM, model_management.py, 2024 to 2026). No measurement is known.
 _OTHERS_BYTES = 400 * MIB
-# Where the pool is the host's too, running out takes the machine down and not the process alone
-# (sgl-project/sglang#37811), so more is kept; unsloth keeps the same.
+# On unified memory running out takes down the machine, not only the process (sgl-project/sglang#37811), so more is kept
+# free; unsloth keeps the same.
 _UNIFIED_SHARE, _UNIFIED_LEAST = 0.20, 2 * GIB
 # Cards give programs up to a tenth less than the size in their name: 14.56 GiB of a T4's 16 (its profile).
 _NOMINAL_EXCESS = 1.1
@@ -42,24 +41,25 @@ def make_budget(
     held_vram_bytes: int = 0,
     held_ram_bytes: int = 0,
 ) -> Budget:
-    """What a plan may use of this machine, in bytes, and what was taken off to get there.
+    """Return the memory that a plan may use on this machine, in bytes, with the deductions that led to it.
 
-    What is free (the total, where that is not known) less every `vram` deduction is `vram_bytes`; the same
-    holds for `ram`. An amount the user gives is taken as it is, with nothing deducted; `margin` then plays no
-    part. On unified memory `vram_bytes` and `ram_bytes` are two views of one pool: they do not add up.
+    `vram_bytes` is the free memory (the total, if free is unknown) less every `vram` deduction; `ram_bytes` likewise.
+    An amount that the user gives is used unchanged, without deductions or margin. On unified memory `vram_bytes` and
+    `ram_bytes` are two views of one pool: they do not add up.
 
-    The margin is what projections may be too low by: a projection within `vram_bytes` that is as far off is still
-    within what is free. What other programs may take is apart from it.
+    The margin covers the error of projections: a projection within `vram_bytes` that is too low by as much is still
+    within the free memory. The reserve for other programs is a separate deduction.
 
     Args:
         hardware: the machine.
-        accelerator: the device to plan for; the machine's first one where not given.
-        vram: how much device memory may be used: `12GiB`, `-1GiB` (free less that), `85%` (of the total).
+        accelerator: the device to plan for; by default the machine's first.
+        vram: device memory that may be used: `12GiB`, `-1GiB` (free less that), `85%` (of the total).
         ram: the same for host memory.
-        margin: how much device memory to keep free: `2GiB`, `10%`, `0`. Nothing is kept for other programs then.
-        error: how far projections of the plan's kind may be too low; simulated ones where not given.
-        context_bytes: what the driver takes for itself, where that was measured.
-        held_vram_bytes: what the pipeline that is being placed holds already, which is given back; likewise in RAM.
+        margin: device memory to keep free: `2GiB`, `10%`, `0`. It replaces the reserve for other programs.
+        error: the bound on how far projections are too low.
+        context_bytes: the size of the driver context, if measured.
+        held_vram_bytes: device memory that the pipeline to be placed holds already; it counts as free.
+        held_ram_bytes: the same for host memory.
 
     Raises:
         UsageError: not an amount, or more than the device has.
@@ -97,7 +97,7 @@ def _vram_bytes(device: Accelerator, host: Host, amount: str | None, taken: list
 
 
 def _nominal(amount: str, excess: int, device: Accelerator) -> Deduction:
-    """What the name of a card promises and its driver keeps."""
+    """The difference between the nominal size of a card and its usable total."""
     reason = f"{device.name} has {format_bytes(device.total_bytes)} of the {amount} asked for"
     return Deduction(memory="vram", name="not there", size_bytes=excess, reason=reason)
 
@@ -110,22 +110,18 @@ def _ram_bytes(host: Host, amount: str | None, taken: list[Deduction]) -> int:
 
 
 def _disk_bytes(host: Host) -> int | None:
-    """What is free, less what offloading leaves free; nothing where the disk is RAM in truth."""
+    """The free disk space, less the part that offloading leaves free; 0 if the disk is in RAM."""
     if host.disk_in_memory:
         return 0
     return None if host.disk_free_bytes is None else max(0, host.disk_free_bytes - DISK_LEFT_FREE)
 
 
 def _rest(memory: str, owner: str, start: int, taken: list[Deduction]) -> int:
-    """What the deductions leave of the start.
-
-    Raises:
-        NothingFitsError: nothing, with every number.
-    """
-    ours = [item for item in taken if item.memory == memory]
-    rest = start - _sum(ours)
+    """Subtract the deductions from the start. Raises NothingFitsError with every number if nothing is left."""
+    deductions = [item for item in taken if item.memory == memory]
+    rest = start - _sum(deductions)
     if rest <= 0:
-        terms = ", ".join(f"{item.name} {format_bytes(item.size_bytes)}" for item in ours)
+        terms = ", ".join(f"{item.name} {format_bytes(item.size_bytes)}" for item in deductions)
         message = f"no {memory.upper()} is left to use: {owner} has {format_bytes(start)} free, less {terms}"
         raise NothingFitsError(f"{message}; close other programs, or say how much may be used with `{memory}`")
     return rest
@@ -144,9 +140,8 @@ def _present(items: list[Deduction | None]) -> list[Deduction]:
 
 
 def _vram_deductions(device: Accelerator, host: Host, context_bytes: int | None, held_bytes: int) -> list[Deduction]:
-    given = _given_back("vram", held_bytes)
-    shared = [_unknown_free(device), _host_share(device, host)]
-    return _present([*shared, _context(device, context_bytes), given])
+    held = _given_back("vram", held_bytes)
+    return _present([_unknown_free(device), _host_share(device, host), _context(device, context_bytes), held])
 
 
 def _given_back(memory: Literal["vram", "ram"], held_bytes: int) -> Deduction | None:
@@ -157,7 +152,7 @@ def _given_back(memory: Literal["vram", "ram"], held_bytes: int) -> Deduction | 
 
 
 def _unknown_free(device: Accelerator) -> Deduction | None:
-    """A deduction of nothing, so that the missing number is seen."""
+    """A deduction of 0 that shows that the free memory is unknown."""
     if device.free_bytes is not None:
         return None
     reason = "the driver does not say how much is free: all of it is taken to be"
@@ -165,7 +160,7 @@ def _unknown_free(device: Accelerator) -> Deduction | None:
 
 
 def _host_share(device: Accelerator, host: Host) -> Deduction | None:
-    """What the device calls free of a shared pool, but the host cannot give any more."""
+    """The part of a shared pool that the device reports as free, but the host does not."""
     excess = _free(device) - host.available_bytes
     if not device.unified or excess <= 0:
         return None
@@ -174,9 +169,9 @@ def _host_share(device: Accelerator, host: Host) -> Deduction | None:
 
 
 def _process_limit(device: Accelerator, held_bytes: int, rest: int) -> Deduction | None:
-    """What would be free but torch may not take, by the share of the total that the program set for itself.
+    """Free memory above the share of the total that the program set for torch.
 
-    What the driver and other programs take does not count towards the share, so they come first.
+    The driver context and other programs do not count towards that share, so they are deducted first.
     """
     if device.own is None or device.own.fraction >= 1:
         return None
@@ -199,8 +194,7 @@ def _context(device: Accelerator, measured_bytes: int | None) -> Deduction | Non
 def _kept_free(
     device: Accelerator, margin: str | None, error: ProjectionError, held_bytes: int, taken_bytes: int
 ) -> Iterator[Deduction]:
-    """Of what is left: what other programs may take, what torch may not, and what projections may be too low by, or
-    what was asked for."""
+    """Deduct from the rest: the reserve for other programs, the process limit, and the margin."""
     rest = _free(device) - taken_bytes
     others = None if margin is not None or device.unified else _others(device)
     if others is not None:
@@ -226,7 +220,7 @@ def _margin(device: Accelerator, margin: str | None, error: ProjectionError, res
 
 
 def _others(device: Accelerator) -> Deduction | None:
-    """What a desktop may take more of; nothing on a card that draws none."""
+    """The reserve for a desktop and other programs; None on a card without a display."""
     if device.display is False:
         return None
     drawn = "a desktop is drawn on this card" if device.display else "whether it draws a desktop is not known"
@@ -235,7 +229,7 @@ def _others(device: Accelerator) -> Deduction | None:
 
 
 def _margin_bytes(amount: str, total_bytes: int) -> int:
-    """A margin may be nothing at all, which an amount to use may not."""
+    """Parse a margin, which may be 0, unlike an amount to use."""
     if amount.strip() == "0%":
         return 0
     if amount.strip().endswith("%"):

@@ -1,4 +1,4 @@
-"""Enumerate candidates: one setting per axis, nothing that a strategy refuses."""
+"""Enumerate candidates: one setting per axis, without those that a strategy refuses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vramplan.strategies.settings import format_setting
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.workload import Workload
 
-# Settings for one component, or for several that are placed together.
+# Placements of one component, or of several that are placed together.
 ComponentPlacements = Mapping[str, Placement]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A setting that cannot be, and why."""
+    """An impossible setting, and the reason."""
 
     setting: str
     component: str
@@ -33,24 +33,24 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidatePool:
-    """Candidates: every mix of one choice from each axis."""
+    """Candidates: every combination of one choice from each axis."""
 
     axes: tuple[tuple[ComponentPlacements, ...], ...]
 
     @property
     def placements(self) -> Iterable[ComponentPlacements]:
-        """Every mix, the last axis changing fastest."""
-        return (self.mix(chosen) for chosen in product(*self.axes))
+        """Every combination, the last axis changing fastest."""
+        return (self.merge(chosen) for chosen in product(*self.axes))
 
     @staticmethod
-    def mix(chosen: Iterable[ComponentPlacements]) -> dict[str, Placement]:
-        """One choice from each axis as one placement."""
+    def merge(chosen: Iterable[ComponentPlacements]) -> dict[str, Placement]:
+        """Merge one choice from each axis into one placement."""
         return {name: setting for placed in chosen for name, setting in placed.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateRow:
-    """Candidates of one kind of setting for the denoiser: one line of an explanation."""
+    """Candidates with one kind of setting for the denoiser: one row of an explanation."""
 
     pools: tuple[CandidatePool, ...]
     decode: tuple[Decode, ...]
@@ -59,14 +59,14 @@ class CandidateRow:
 
     @property
     def placements(self) -> tuple[ComponentPlacements, ...]:
-        """Every candidate of every pool."""
+        """All candidates of all pools."""
         return tuple(placement for pool in self.pools for placement in pool.placements)
 
 
 def weight_settings(spec: PipelineSpec, fixed: Fixed, allow: Quality | None) -> list[dict[str, Weights]]:
-    """What may be done to weights: just what was fixed by hand where it was, else what `allow` names.
+    """Return the settings of weights to consider: those the user fixed, else those within `allow`.
 
-    The same is done to every denoiser, or to those and to every text encoder that is worth it.
+    One setting is for every denoiser, or for those and every large text encoder.
     """
     if fixed.weights is not None:
         return [dict(fixed.weights)] if fixed.weights else []
@@ -78,20 +78,20 @@ def weight_settings(spec: PipelineSpec, fixed: Fixed, allow: Quality | None) -> 
                     able.setdefault(setting, []).append(component)
     found: list[dict[str, Weights]] = []
     for setting, components in able.items():
-        heads = {component.name: setting for component in components if component.role != "text_encoder"}
-        found += [form for form in (heads, {c.name: setting for c in components}) if form and form not in found]
+        denoisers = {component.name: setting for component in components if component.role != "text_encoder"}
+        found += [form for form in (denoisers, {c.name: setting for c in components}) if form and form not in found]
     return found
 
 
 def is_allowed(quality: Quality, allow: Quality | None) -> bool:
-    """Whether the user let weights be changed this much: without a word, not at all."""
+    """Whether the user allows this quality of weights; with None, no change at all."""
     return allow is not None and QUALITIES.index(quality) <= QUALITIES.index(allow)
 
 
 def execution_settings(
     spec: PipelineSpec, fixed: Fixed, accelerator: Accelerator | None
 ) -> list[dict[str, tuple[Execution, ...]]]:
-    """What may be tried unasked: the same for every denoiser, beside what was fixed; nothing on an axis that was."""
+    """Return the settings to try in addition to the fixed ones, the same for every denoiser, on axes that are open."""
     if fixed.weights or accelerator is None:
         return []
     by_setting: dict[Execution, dict[str, Execution]] = {}
@@ -105,7 +105,7 @@ def execution_settings(
 def rows(
     spec: PipelineSpec, workload: Workload, fixed: Fixed, accelerator: Accelerator | None
 ) -> tuple[list[CandidateRow], list[Refused]]:
-    """The candidates, and the settings that were refused with the reason for each."""
+    """Return the candidates, and the refused settings with a reason each."""
     refused: dict[tuple[str, str], Refused] = {}
     groups = _placement_groups(spec, fixed, accelerator, refused)
     decodes = _decodes(spec, workload, fixed, refused)
@@ -121,8 +121,8 @@ def _placement_groups(
 ) -> Iterable[list[CandidatePool]]:
     def allowed(component: Component, setting: Placement) -> bool:
         reason = setting.refusal(component, spec, accelerator)
-        beside = (other.conflict_with(setting) for other in fixed.execution.get(component.name, ()))
-        reason = reason or next(filter(None, beside), None)
+        conflicts = (other.conflict_with(setting) for other in fixed.execution.get(component.name, ()))
+        reason = reason or next(filter(None, conflicts), None)
         if reason is not None:
             text = format_setting(setting)
             refused.setdefault((text, reason), Refused(setting=text, component=component.name, reason=reason))
@@ -130,19 +130,19 @@ def _placement_groups(
 
     if accelerator is None:
         _refuse_offload_on_cpu(fixed)
-        yield [_alone(spec, Resident())]
+        yield [_uniform(spec, Resident())]
         return
     for cls in PLACEMENTS:
         setting = fixed.everywhere or cls()
         if cls.whole_pipeline and isinstance(setting, cls) and not fixed.placement:
             verdicts = [allowed(component, setting) for component in spec.components]
-            yield [_alone(spec, setting)] if all(verdicts) else []
+            yield [_uniform(spec, setting)] if all(verdicts) else []
     if fixed.everywhere is None or not fixed.everywhere.whole_pipeline:
         yield from _mixed(spec, fixed, allowed)
 
 
-def _alone(spec: PipelineSpec, setting: Placement) -> CandidatePool:
-    """One setting for all components, as the only candidate."""
+def _uniform(spec: PipelineSpec, setting: Placement) -> CandidatePool:
+    """A pool whose only candidate has one setting for all components."""
     return CandidatePool(axes=((dict.fromkeys((component.name for component in spec.components), setting),),))
 
 
@@ -156,32 +156,32 @@ def _refuse_offload_on_cpu(fixed: Fixed) -> None:
 def _mixed(
     spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]
 ) -> Iterable[list[CandidatePool]]:
-    """Component by component: the denoisers share one setting, their companions take every mix."""
-    heads = [component for component in spec.components if component.role in ("denoiser", "control")]
-    heads = heads or list(spec.components[:1])
+    """Place component by component: the denoisers share one setting, the others take every combination."""
+    denoisers = [component for component in spec.components if component.role in ("denoiser", "control")]
+    denoisers = denoisers or list(spec.components[:1])
 
     def options(component: Component) -> list[Placement]:
         chosen = fixed.placement.get(component.name) or fixed.everywhere
         wanted = [chosen.complete(component)] if chosen else _variants(component)
         usable = [setting for setting in wanted if allowed(component, setting)]
-        # A setting for all components is for those that can take it: no VAE can be grouped by block.
-        if not usable and component.name not in fixed.placement and component not in heads:
+        # A setting for all components applies where it is possible: no VAE can be grouped by block.
+        if not usable and component.name not in fixed.placement and component not in denoisers:
             usable = [setting for setting in _variants(component) if allowed(component, setting)]
         return usable
 
-    companions = [component for component in spec.components if component not in heads]
-    pools = other_placements([(component, options(component)) for component in companions], spec)
-    pools = [axes for axes in pools if all(axes)]  # of a component that can take nothing there is no candidate
-    per_head = {component.name: options(component) for component in heads}
-    for leading in ladders_of(per_head[heads[0].name]):
-        rungs = [placed for setting in leading if (placed := _all_heads(setting, per_head)) is not None]
+    others = [component for component in spec.components if component not in denoisers]
+    pools = other_placements([(component, options(component)) for component in others], spec)
+    pools = [axes for axes in pools if all(axes)]  # a component without any possible placement leaves no candidate
+    choices = {component.name: options(component) for component in denoisers}
+    for leading in ladders_of(choices[denoisers[0].name]):
+        rungs = [placed for setting in leading if (placed := _all_denoisers(setting, choices)) is not None]
         if rungs:
             yield [CandidatePool(axes=(tuple(rungs), *axes)) for axes in pools]
 
 
-def _all_heads(leading: Placement, per_head: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:
-    """Every denoiser under the leading one's setting, None where one of them cannot be."""
-    placed = {name: _matching(leading, choices) for name, choices in per_head.items()}
+def _all_denoisers(leading: Placement, choices: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:
+    """Place every denoiser as the first one; None if one of them cannot be."""
+    placed = {name: _matching(leading, settings) for name, settings in choices.items()}
     return None if None in placed.values() else placed  # type: ignore[return-value]
 
 
@@ -190,7 +190,7 @@ def _variants(component: Component) -> list[Placement]:
 
 
 def _matching(leading: Placement, choices: Sequence[Placement]) -> Placement | None:
-    """The same setting for another denoiser, or its only one where it was set by hand or differs in detail."""
+    """Return the same setting for another denoiser, or its only choice if that is fixed or differs in detail."""
     if leading in choices:
         return leading
     return choices[0] if len(choices) == 1 else None
@@ -199,7 +199,7 @@ def _matching(leading: Placement, choices: Sequence[Placement]) -> Placement | N
 def _decodes(
     spec: PipelineSpec, workload: Workload, fixed: Fixed, refused: dict[tuple[str, str], Refused]
 ) -> list[tuple[Decode, ...]]:
-    """Plain first. Videos take slicing and tiling together, pictures each alone and both."""
+    """Return the decode settings, plain first. Videos combine slicing and tiling, pictures take each alone and both."""
     if not spec.vaes:
         return [()]
     vae = next((component for component in spec.vaes if component.name == "vae"), spec.vaes[0])
@@ -207,34 +207,33 @@ def _decodes(
     if fixed.decode is not None:
         found = [fixed.decode] if not _decode_refusals(fixed.decode, vae, workload, refused) else []
         return _tiled(found, vae, refused) if must_tile else found
-    found = [()]
     options = [list(cls.variants(vae, workload)) for cls in DECODES]
     usable = [[s for s in settings if not _decode_refusals((s,), vae, workload, refused)] for settings in options]
-    joined = _together(usable)
+    joined = _combined(usable)
     if must_tile:
         return _tiled(joined, vae, refused)
     if spec.video:
-        return found + joined
+        return [(), *joined]
     alone = [(setting,) for settings in usable for setting in settings]
     if workload.num_images_per_prompt == 1:  # slicing a single picture changes nothing
-        return found + [mix for mix in alone if mix[0].quality != "lossless"]
-    return found + list(dict.fromkeys([*alone, *joined]))
+        return [(), *(combination for combination in alone if combination[0].quality != "lossless")]
+    return list(dict.fromkeys([(), *alone, *joined]))
 
 
-def _together(usable: Sequence[Sequence[Decode]]) -> list[tuple[Decode, ...]]:
-    """One setting of each lossless strategy, with one setting of one that is not: a second one would save little."""
+def _combined(usable: Sequence[Sequence[Decode]]) -> list[tuple[Decode, ...]]:
+    """Combine one setting of each lossless strategy with one lossy setting: a second one would save little."""
     lossless = [settings for settings in usable if settings and settings[0].quality == "lossless"]
     changing: list[tuple[Decode, ...]] = [
         (setting,) for settings in usable for setting in settings if setting.quality != "lossless"
     ]
-    return [(*mix, *last) for last in changing or [()] for mix in product(*lossless)] if any(usable) else []
+    return [(*first, *last) for last in changing or [()] for first in product(*lossless)] if any(usable) else []
 
 
 def _tiled(
     found: Sequence[tuple[Decode, ...]], vae: Component, refused: dict[tuple[str, str], Refused]
 ) -> list[tuple[Decode, ...]]:
-    """Those with tiling, for a VAE that decodes in tiles or not at all."""
-    kept = [mix for mix in found if any(isinstance(setting, VaeTiling) for setting in mix)]
+    """Keep the combinations with tiling, for a VAE that decodes in tiles or not at all."""
+    kept = [combination for combination in found if any(isinstance(setting, VaeTiling) for setting in combination)]
     plain = AXES["decode"].nothing
     if len(kept) < len(found):
         reason = f"{vae.class_name} decodes in tiles or not at all: keep {VaeTiling.name}"

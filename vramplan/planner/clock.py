@@ -1,4 +1,4 @@
-"""How long a call takes: computing and launching, and bytes over the link, hidden behind them or waited for."""
+"""Estimate the time of a call: compute, kernel launches, and transfers, hidden behind those or waited for."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from vramplan.planner.footprint import Estimate, Work
 from vramplan.planner.residency import ReplayedUse
 from vramplan.strategies.base import Hold
 
-# The share of the memory's peak rate that kernels without products reach. Assumed.
+# The share of the memory's peak rate that kernels without matrix products reach. Assumed.
 _TRAFFIC_EFFICIENCY = 0.85
-# What Python and the driver take to launch one kernel, which the device waits for where kernels are small. Assumed.
+# Seconds that Python and the driver take to launch one kernel. Assumed.
 _LAUNCH_SECONDS = 6e-6
-# What a disk reads, in bytes per second: an NVMe drive of a laptop on PCIe 3.0. Assumed.
+# Read rate of a disk: an NVMe drive of a laptop on PCIe 3.0. Assumed.
 DISK_BYTES_PER_S = 2e9
-# The share of what is hidden behind something longer that is paid all the same: copies take memory bandwidth, and a
-# link may be slower than it is taken to be. Assumed.
+# The share of hidden time that is paid nevertheless: copies take memory bandwidth, and the link may be slower. Assumed.
 _OVERLAP_COST = 0.05
-# What waiting for one transfer costs beside the transfer: a synchronisation and a launch. Assumed.
+# Seconds to wait for one transfer, in addition to the transfer: a synchronisation and a launch. Assumed.
 PAUSE_SECONDS = 1e-4
-# Where neither a profile nor a measurement says: a PCIe 3.0 x16 card of the 12 GiB class.
+# Without a profile or a measurement: a PCIe 3.0 x16 card of the 12 GiB class.
 DEFAULT_RATES = Rates(
     memory_bytes_per_s=360e9,
     link_bytes_per_s=12e9,
@@ -44,7 +43,7 @@ Bottleneck = Literal["compute", "transfer", "launch"]
 
 
 class UseCost:
-    """What a use needs whatever the placement: activations, seconds of compute and of launching, forwards."""
+    """The cost of a use under any placement: activations, seconds of compute and of kernel launches, forwards."""
 
     __slots__ = ("activation", "forwards", "kernels", "launches")
 
@@ -58,49 +57,49 @@ class UseCost:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Turns moments into seconds: computing and launching, whichever is longer, and bytes over the link."""
+    """Turns replayed uses into seconds: the longer of compute and kernel launches, and transfers."""
 
-    needs: Mapping[Use, UseCost]
+    costs: Mapping[Use, UseCost]
     holds: Mapping[str, Hold]
     rates: Rates
 
-    def time(self, moments: Sequence[ReplayedUse], steps: int) -> tuple[float, float]:
-        """Seconds per denoising step, and per call with this many steps."""
-        first = sum(self._seconds(moment) for moment in moments if moment.use.in_loop and not moment.repeat)
-        step = sum(self._seconds(moment) for moment in moments if moment.repeat)
-        rest = sum(self._seconds(moment) for moment in moments if not moment.use.in_loop)
+    def time(self, uses: Sequence[ReplayedUse], steps: int) -> tuple[float, float]:
+        """Return the seconds of a denoising step, and of a call with this many steps."""
+        first = sum(self._seconds(replayed) for replayed in uses if replayed.use.in_loop and not replayed.repeat)
+        step = sum(self._seconds(replayed) for replayed in uses if replayed.repeat)
+        rest = sum(self._seconds(replayed) for replayed in uses if not replayed.use.in_loop)
         read = sum(hold.read_bytes for hold in self.holds.values()) / DISK_BYTES_PER_S
-        left = sum(moment.loaded_bytes - moment.sent_back_bytes for moment in moments)
+        left = sum(replayed.loaded_bytes - replayed.sent_back_bytes for replayed in uses)
         freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
         return step, rest + first + step * (steps - 1) + freed + read
 
-    def transfer(self, moment: ReplayedUse) -> float:
-        """Seconds of moving weights for this use, waits between the transfers left out."""
-        hold, forwards = self.holds[moment.use.component], self.needs[moment.use].forwards
+    def transfer(self, replayed: ReplayedUse) -> float:
+        """Return the seconds of moving weights for this use, without the waits between transfers."""
+        hold, forwards = self.holds[replayed.use.component], self.costs[replayed.use].forwards
         moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
-        whole = moment.loaded_bytes + moment.sent_back_bytes
+        whole = replayed.loaded_bytes + replayed.sent_back_bytes
         read = forwards * hold.disk_bytes / DISK_BYTES_PER_S
         return read + (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
 
-    def bottleneck(self, moments: Sequence[ReplayedUse]) -> Bottleneck:
-        """What takes longest in a step (in a call, for a pipeline without a loop)."""
-        step = [moment for moment in moments if moment.repeat] or moments
-        took: dict[Bottleneck, float] = {
-            "compute": sum(self.needs[moment.use].kernels for moment in step),
-            "transfer": sum(self.transfer(moment) + self._pauses(moment) for moment in step),
-            "launch": sum(self.needs[moment.use].launches for moment in step),
+    def bottleneck(self, uses: Sequence[ReplayedUse]) -> Bottleneck:
+        """Return the longest part of a step (of a call, for a pipeline without a loop)."""
+        step = [replayed for replayed in uses if replayed.repeat] or uses
+        seconds: dict[Bottleneck, float] = {
+            "compute": sum(self.costs[replayed.use].kernels for replayed in step),
+            "transfer": sum(self.transfer(replayed) + self._pauses(replayed) for replayed in step),
+            "launch": sum(self.costs[replayed.use].launches for replayed in step),
         }
-        return max(took, key=lambda name: took[name])
+        return max(seconds, key=lambda name: seconds[name])
 
-    def _seconds(self, moment: ReplayedUse) -> float:
-        hold, need = self.holds[moment.use.component], self.needs[moment.use]
-        busy = max(need.kernels, need.launches)
-        moved = self.transfer(moment) + self._pauses(moment)
+    def _seconds(self, replayed: ReplayedUse) -> float:
+        hold, cost = self.holds[replayed.use.component], self.costs[replayed.use]
+        busy = max(cost.kernels, cost.launches)
+        moved = self.transfer(replayed) + self._pauses(replayed)
         if not hold.overlapped:
             return busy + moved
-        waited = need.forwards * hold.waited_bytes / (self.rates.link_bytes_per_s * hold.rate)
+        waited = cost.forwards * hold.waited_bytes / (self.rates.link_bytes_per_s * hold.rate)
         hidden = moved - waited
         return max(busy, hidden) + _OVERLAP_COST * min(busy, hidden) + waited
 
-    def _pauses(self, moment: ReplayedUse) -> float:
-        return self.needs[moment.use].forwards * self.holds[moment.use.component].pauses * PAUSE_SECONDS
+    def _pauses(self, replayed: ReplayedUse) -> float:
+        return self.costs[replayed.use].forwards * self.holds[replayed.use.component].pauses * PAUSE_SECONDS

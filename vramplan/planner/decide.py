@@ -1,9 +1,10 @@
-"""Keep the fastest candidate that fits, and a sentence on why each other one was not taken."""
+"""Choose the best candidate that fits, and give a reason for each of the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 
 from vramplan.errors import NothingFitsError, UsageError
@@ -25,7 +26,7 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """A candidate, its price, and what became of it. `deficit_bytes` is 0 where it fits."""
+    """A candidate with its price and verdict. `deficit_bytes` is 0 if it fits."""
 
     placement: Mapping[str, Placement]
     decode: tuple[Decode, ...]
@@ -38,45 +39,48 @@ class Decision:
 
     @property
     def quality(self) -> Quality:
-        """That of its least faithful setting."""
-        return self.quality_beside({})
+        """Quality of the least faithful setting."""
+        return self.quality_without({})
 
-    def quality_beside(self, told: Mapping[str, tuple[Execution, ...]]) -> Quality:
-        """That of its least faithful setting, what was told of attention and compiling by hand left out."""
-        execution = [item for name, items in self.execution.items() for item in items if item not in told.get(name, ())]
+    def quality_without(self, fixed: Mapping[str, tuple[Execution, ...]]) -> Quality:
+        """Quality of the least faithful setting, ignoring attention and compile settings the user fixed."""
+        execution = [
+            item for name in self.execution for item in self.execution[name] if item not in fixed.get(name, ())
+        ]
         return worst_quality([*self.weights.values(), *execution, *self.placement.values(), *self.decode])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Every decision, the chosen one first, and the settings that could not be candidates at all."""
+    """All decisions, the chosen one first, and the refused settings."""
 
     decisions: tuple[Decision, ...]
     refused: tuple[Refused, ...]
 
     @property
     def chosen(self) -> Decision:
-        """The decision the plan is made of."""
+        """The decision that the plan records."""
         return self.decisions[0]
 
 
 Confirm = Callable[[Decision], Decision]
-# One more simulation is made for a plan that would take at most this share of the time.
-_WORTH_A_TRY = 0.99
-# Candidates nearer to one another than this are not told apart: the least that torch's allocator takes for more.
+Entry = tuple[CandidateRow, Decision]
+# A faster plan is worth one more simulation if it takes at most this share of the time.
+_WORTH_TRYING = 0.99
+# The smallest difference in bytes worth a simulation: the size of a segment of torch's allocator.
 _STEP_BYTES = 20 * MIB
-# What may be chosen when the user said nothing: the second only where the first has nothing that fits.
-_LAST_RESORT: tuple[Quality, ...] = ("lossless", "near_lossless")
+# The qualities tried in turn if the user allowed none.
+_DEFAULT: tuple[Quality, ...] = ("lossless", "near_lossless")
 
 
 def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) -> Quality:
-    """The least faithful quality among settings."""
+    """Return the least faithful quality among settings."""
     return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """The pipeline with something done to its weights or attention: that, its components then, what they need."""
+    """The pipeline under other settings of weights or attention: the settings, its spec, and its footprint."""
 
     weights: Mapping[str, Weights]
     execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
@@ -99,43 +103,42 @@ def decide(
 ) -> Outcome:
     """Price every candidate and choose.
 
-    `alternatives` are other forms of the pipeline's weights and attention to consider; where `fixed` names weights, the
-    only ones.
-
-    With `allow` None only lossless candidates are taken, and tiling where no lossless one fits: a decode
-    that cannot be tiled cannot be run at all. With `allow` given, the fastest up to that quality is.
-    `confirm` has the last word on a candidate that fits by its price: it returns the decision with what it
-    found, with a deficit where it does not fit after all. Assumed prices are not worth confirming.
+    `alternatives` are further forms of the pipeline; if `fixed` names weights, they are the only forms considered.
+    With `allow`, the best candidate up to that quality is taken. With None only lossless ones are, and near lossless
+    ones (tiling) if no lossless one fits. `confirm` checks a candidate that fits by its price: it returns the decision
+    with simulated figures, or rejected. Assumed prices are not confirmed.
 
     Raises:
-        NothingFitsError: with the deficit of the nearest candidate.
-        UsageError: a setting fixed by hand that cannot be.
+        NothingFitsError: nothing fits; gives the deficit of the nearest candidate.
+        UsageError: a setting that the user fixed is impossible.
     """
     stored = Alternative(weights={}, execution=fixed.execution, spec=spec, footprint=footprint)
     found: list[CandidateRow] = []
     refused: list[Refused] = []
     pricers = []
     for form in alternatives if fixed.weights else (stored, *alternatives):
-        ours, not_ours = rows(form.spec, workload, fixed, accelerator)
-        found += [replace(row, weights=form.weights, execution=form.execution) for row in ours]
-        refused += [item for item in not_ours if item not in refused]
+        possible, impossible = rows(form.spec, workload, fixed, accelerator)
+        found += [replace(row, weights=form.weights, execution=form.execution) for row in possible]
+        refused += [item for item in impossible if item not in refused]
         pricers.append((form, Pricer(form.spec, workload, form.footprint, accelerator)))
     if not found:
         raise UsageError(_impossible(refused, fixed))
     chooser = _Chooser(pricers, budget, prefer, fixed)
-    pool = [(row, chooser.best(row)) for row in found]
-    default = (*_LAST_RESORT, "lossy") if fixed.weights else _LAST_RESORT  # what is set by hand is allowed
+    entries = [(row, chooser.best(row)) for row in found]
+    default = (*_DEFAULT, "lossy") if fixed.weights else _DEFAULT  # fixed settings are allowed
     for limit in (allow,) if allow else default:
-        chosen, pool = _first_confirmed(pool, limit, chooser, confirm)
+        search = _Search(entries, limit, chooser, confirm)
+        chosen, entries = search.run(), [*search.simulated, *search.waiting]
         if chosen is not None:
-            others = [_told(item, chosen, limit, chooser) for _, item in pool if item is not chosen]
+            others = [_explain_other(item, chosen, limit, chooser) for _, item in entries if item is not chosen]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
             if prefer == "memory":
-                told = _smallest(chosen, chooser.seconds_of_fastest(found, limit))
+                chosen = _explain_smallest(chosen, chooser.seconds_of_fastest(found, limit))
             else:
-                told = _choose(chosen, others, lambda demand: unlocks(demand, budget, spec, workload, accelerator))
-            return Outcome(decisions=(told, *others), refused=tuple(refused))
-    raise NothingFitsError(_nothing_fits([item for _, item in pool], allow))
+                unlocking = partial(unlocks, budget=budget, spec=spec, workload=workload, accelerator=accelerator)
+                chosen = _explain_fastest(chosen, others, unlocking)
+            return Outcome(decisions=(chosen, *others), refused=tuple(refused))
+    raise NothingFitsError(_nothing_fits([item for _, item in entries], allow))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,32 +151,32 @@ class _Chooser:
     fixed: Fixed
     tables: dict[tuple[int, int], Table] = field(default_factory=dict)
 
-    def asks_for(self, item: Decision) -> int:
-        """The place of the quality that has to be allowed for it: what was set by hand is."""
-        return QUALITIES.index(item.quality_beside(self.fixed.execution))
+    def is_allowed(self, item: Decision, limit: Quality) -> bool:
+        """Whether the decision is within the quality limit; settings that the user fixed always are."""
+        return QUALITIES.index(item.quality_without(self.fixed.execution)) <= QUALITIES.index(limit)
 
     def best(self, row: CandidateRow, vram_bytes: int | None = None) -> Decision:
-        """The best of the row, within less VRAM than the budget's where that is given."""
+        """Return the best candidate of the row, within `vram_bytes` in place of the budget's VRAM if given."""
         limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
         budget = replace(self.budget, vram_bytes=limit)
-        of_row = ((form.weights, form.execution) == (row.weights, row.execution) for form, _ in self.pricers)
-        pricer = next(pricer for (_, pricer), its in zip(self.pricers, of_row, strict=True) if its)
+        form = row.weights, row.execution
+        pricer = next(pricer for other, pricer in self.pricers if (other.weights, other.execution) == form)
         best = (self._best_of(pool, pricer, row.decode, budget) for pool in row.pools)
         judged = (_judge(row, placement, pricer(placement, row.decode), budget) for placement in best)
         return min(judged, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
 
     def seconds_of_fastest(self, among: Iterable[CandidateRow], limit: Quality) -> float:
-        """Seconds of a call of the fastest candidate that fits by its price and is allowed."""
+        """Return the seconds per call of the fastest allowed candidate that fits by its price."""
         best = map(replace(self, prefer="speed").best, among)
-        able = (item for item in best if not item.deficit_bytes and self.asks_for(item) <= QUALITIES.index(limit))
+        able = (item for item in best if not item.deficit_bytes and self.is_allowed(item, limit))
         return min((item.demand.seconds_per_call for item in able), default=inf)
 
     def _best_of(
         self, pool: CandidatePool, pricer: Pricer, decode: tuple[Decode, ...], budget: Budget
     ) -> Mapping[str, Placement]:
-        """The best placement of a pool: its only one, or that of a table of all, made when it is first asked for."""
+        """Return the best placement of a pool: its only one, or the best of a table that is built once."""
         if all(len(axis) == 1 for axis in pool.axes):
-            return pool.mix(axis[0] for axis in pool.axes)
+            return pool.merge(axis[0] for axis in pool.axes)
         key = id(pool), id(pricer)
         if key not in self.tables:
             self.tables[key] = Table(pool, pricer, decode)
@@ -181,142 +184,153 @@ class _Chooser:
 
 
 def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
-    """Why nothing is left: the reasons against what was set by hand, or all of them where nothing was."""
-    told = [fixed.everywhere, *fixed.placement.values(), *(fixed.decode or ())]
-    texts = {format_setting(setting) for setting in told if setting is not None}
-    ours = [item for item in refused if item.setting in texts] or refused
-    reasons = dict.fromkeys(f"{item.setting}: {item.reason}" for item in ours)
+    """Give the reasons against the settings that the user fixed, or all reasons if none concerns those."""
+    given = [fixed.everywhere, *fixed.placement.values(), *(fixed.decode or ())]
+    texts = {format_setting(setting) for setting in given if setting is not None}
+    concerned = [item for item in refused if item.setting in texts] or refused
+    reasons = dict.fromkeys(f"{item.setting}: {item.reason}" for item in concerned)
     return "; ".join(reasons) or "no combination of these settings is possible"
 
 
-def _first_confirmed(
-    pool: Sequence[tuple[CandidateRow, Decision]], limit: Quality, chooser: _Chooser, confirm: Confirm | None
-) -> tuple[Decision | None, list[tuple[CandidateRow, Decision]]]:
-    """The best decision that fits and is confirmed, and all of them with what confirming found out.
+class _Search:
+    """The search for the best decision that fits and is confirmed.
 
-    One that is not confirmed gives way to the next best of its row within as much less as it was short by, and so do
-    all that decode alike; those that were priced at as much or more are ruled out with it: they would fare no better.
-    Once something fits, what was passed over is tried as far as it is faster. Where nothing does, every row is tried
-    again from just below what failed, as memory lies in pieces that differ with the kind of placement.
+    A decision that fails is replaced by the next best of its row within less VRAM, by as much as it was short; so are
+    all that decode alike, and those priced as high or higher are rejected with it. Once one is confirmed, faster
+    candidates that were skipped are tried. If none is, every row is retried from just below the price that failed,
+    because fragmentation differs between placements.
     """
-    done: list[tuple[CandidateRow, Decision]] = []
-    waiting = list(pool)
-    every = {id(row): row for row, _ in pool}.values()
-    lowest: dict[tuple[Decode, ...], Decision] = {}  # of those that failed the one priced lowest
-    bold, most = True, QUALITIES.index(limit)
-    while True:
-        able = [entry for entry in waiting if entry[1].verdict == "fits" and chooser.asks_for(entry[1]) <= most]
-        if not able and bold and lowest:
-            bold = False
-            again = [(row, chooser.best(row, _vram(lowest[row.decode]) - 1)) for row in every if row.decode in lowest]
-            again = [entry for entry in again if not entry[1].deficit_bytes]
-            waiting = [entry for entry in waiting if all(entry[0] is not row for row, _ in again)] + again
-            continue
-        if not able:
-            return None, [*done, *waiting]
-        row, item = entry = min(able, key=lambda entry: rank(entry[1], chooser.prefer))
-        if confirm is None or item.demand.basis in ("assumed", "derived"):
-            return item, [*done, *waiting]
-        waiting.remove(entry)
-        found = confirm(item)
-        done.append((row, found))
-        if found.verdict != "rejected":
-            best = _one_more_rung(row, item, found, lowest.get(row.decode), chooser, confirm)
-            for other in every:
-                if other.decode in lowest:
-                    best = _between(other, lowest[other.decode], best, limit, chooser, confirm)
-            return best, [*done, *waiting]
-        if not found.deficit_bytes:
-            continue  # it cannot run at all, which says nothing of its neighbours
-        lowest[row.decode] = item
-        within = _vram(item) - (found.deficit_bytes if bold else 1)
-        waiting = [
-            _below(other, within, found, chooser) if other[0].decode == row.decode else other for other in waiting
+
+    def __init__(self, entries: Sequence[Entry], limit: Quality, chooser: _Chooser, confirm: Confirm | None) -> None:
+        self.limit = limit
+        self.chooser = chooser
+        self.confirm = confirm or (lambda item: item)
+        self.rows = list({id(row): row for row, _ in entries}.values())
+        self.waiting = list(entries)
+        self.simulated: list[Entry] = []
+        self.failed: dict[tuple[Decode, ...], Decision] = {}  # by decode, the failed decision priced lowest
+        self.retried = False
+
+    def run(self) -> Decision | None:
+        """Return the decision found, None if nothing fits."""
+        while (entry := self._next()) is not None:
+            row, priced = entry
+            if priced.demand.basis in ("assumed", "derived"):
+                return priced
+            self.waiting.remove(entry)
+            found = self.confirm(priced)
+            self.simulated.append((row, found))
+            if found.verdict != "rejected":
+                return self._improve(row, priced, found)
+            if found.deficit_bytes:  # without a deficit it cannot run at all, which rules out no other candidate
+                self._exclude(row, priced, found)
+        return None
+
+    def _next(self) -> Entry | None:
+        """Return the best waiting entry that fits and is allowed; if there is none, retry once."""
+        able = [e for e in self.waiting if e[1].verdict == "fits" and self.chooser.is_allowed(e[1], self.limit)]
+        if not able and self.failed and not self.retried:
+            self._retry()
+            return self._next()
+        return min(able, key=lambda entry: rank(entry[1], self.chooser.prefer), default=None)
+
+    def _retry(self) -> None:
+        """Queue every row again, from just below the lowest price that failed with its decode."""
+        self.retried = True
+        rows = [row for row in self.rows if row.decode in self.failed]
+        again = [(row, self.chooser.best(row, _vram(self.failed[row.decode]) - 1)) for row in rows]
+        again = [entry for entry in again if not entry[1].deficit_bytes]
+        self.waiting = [entry for entry in self.waiting if all(entry[0] is not row for row, _ in again)] + again
+
+    def _exclude(self, row: CandidateRow, priced: Decision, found: Decision) -> None:
+        """Lower the limit of all entries that decode as the failed one does, and queue the next best of its row."""
+        self.failed[row.decode] = priced
+        limit = _vram(priced) - (1 if self.retried else found.deficit_bytes)
+        self.waiting = [
+            self._lowered(entry, limit, found) if entry[0].decode == row.decode else entry for entry in self.waiting
         ]
-        smaller = chooser.best(row, _vram(item) - found.deficit_bytes)
-        waiting += [(row, smaller)] if not smaller.deficit_bytes else []
+        smaller = self.chooser.best(row, _vram(priced) - found.deficit_bytes)
+        self.waiting += [(row, smaller)] if not smaller.deficit_bytes else []
+
+    def _lowered(self, entry: Entry, limit: int, failed: Decision) -> Entry:
+        """Return the entry if it is within the limit, else the best of its row that is, else the entry rejected."""
+        row, item = entry
+        if item.deficit_bytes or _vram(item) <= limit:
+            return entry
+        smaller = self.chooser.best(row, limit)
+        if not smaller.deficit_bytes:
+            return row, smaller
+        reason = (
+            f"projected at {format_bytes(_vram(item))} of VRAM, and one that was projected at"
+            f" {format_bytes(_vram(failed))} was short by {format_bytes(failed.deficit_bytes)} when it was simulated"
+        )
+        short = failed.deficit_bytes + max(0, _vram(item) - _vram(failed))
+        return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=short)
+
+    def _improve(self, row: CandidateRow, priced: Decision, found: Decision) -> Decision:
+        """Return a faster decision if one of those skipped is confirmed, else the one found."""
+        found = self._one_step_up(row, priced, found)
+        for other in self.rows:
+            if other.decode in self.failed:
+                found = self._bisect(other, self.failed[other.decode], found)
+        return found
+
+    def _one_step_up(self, row: CandidateRow, priced: Decision, found: Decision) -> Decision:
+        """Try a faster candidate of the row, if the simulation needed less than the price."""
+        spare, limit, failed = _vram(priced) - _vram(found), self.chooser.budget.vram_bytes, self.failed.get(row.decode)
+        if spare <= 0 or limit is None:
+            return found
+        higher = self.chooser.best(row, limit + spare)
+        if not _worth_trying(higher, found) or (failed is not None and _vram(higher) >= _vram(failed)):
+            return found
+        tried = self.confirm(higher)
+        return found if tried.verdict == "rejected" else tried
+
+    def _bisect(self, row: CandidateRow, failed: Decision, found: Decision) -> Decision:
+        """Bisect the row for a candidate priced below the failed one that is faster than the one found."""
+        low, high = 0, _vram(failed)
+        while True:
+            top = self.chooser.best(row, high - 1)
+            if not _worth_trying(top, found) or _vram(top) <= low or not self.chooser.is_allowed(top, self.limit):
+                return found
+            half = (low + _vram(top)) // 2
+            middle = self.chooser.best(row, half)
+            if not _worth_trying(middle, found):
+                if _vram(top) - low > _STEP_BYTES:
+                    low = half
+                    continue
+                middle = top
+            tried = self.confirm(middle)
+            if tried.verdict == "rejected":
+                high = _vram(middle)
+            else:
+                found, low = tried, _vram(middle)
 
 
 def _vram(item: Decision) -> int:
     return item.demand.vram_reserved_bytes
 
 
-def _one_more_rung(
-    row: CandidateRow, priced: Decision, found: Decision, failed: Decision | None, chooser: _Chooser, confirm: Confirm
-) -> Decision:
-    """A faster one of the row that fits after all, where simulating found less than was priced; else what was found."""
-    spare = _vram(priced) - _vram(found)
-    limit = chooser.budget.vram_bytes
-    if spare <= 0 or limit is None:
-        return found
-    higher = chooser.best(row, limit + spare)
-    if not _worth_a_try(higher, found) or (failed is not None and _vram(higher) >= _vram(failed)):
-        return found
-    tried = confirm(higher)
-    return found if tried.verdict == "rejected" else tried
-
-
-def _between(
-    row: CandidateRow, failed: Decision, found: Decision, limit: Quality, chooser: _Chooser, confirm: Confirm
-) -> Decision:
-    """One of the row that was priced at less than what failed and is faster than what was found, by halving."""
-    low, high = 0, _vram(failed)
-    while True:
-        top = chooser.best(row, high - 1)
-        if not _worth_a_try(top, found) or _vram(top) <= low or chooser.asks_for(top) > QUALITIES.index(limit):
-            return found
-        half = (low + _vram(top)) // 2
-        middle = chooser.best(row, half)
-        if not _worth_a_try(middle, found):
-            if _vram(top) - low > _STEP_BYTES:
-                low = half
-                continue
-            middle = top
-        tried = confirm(middle)
-        if tried.verdict == "rejected":
-            high = _vram(middle)
-        else:
-            found, low = tried, _vram(middle)
-
-
-def _worth_a_try(other: Decision, found: Decision) -> bool:
-    return not other.deficit_bytes and other.demand.seconds_per_call <= found.demand.seconds_per_call * _WORTH_A_TRY
-
-
-def _below(
-    entry: tuple[CandidateRow, Decision], vram_bytes: int, failed: Decision, chooser: _Chooser
-) -> tuple[CandidateRow, Decision]:
-    """The entry where it needs no more than that, else the best of its row that does, else the entry ruled out."""
-    row, item = entry
-    if item.deficit_bytes or _vram(item) <= vram_bytes:
-        return entry
-    smaller = chooser.best(row, vram_bytes)
-    if not smaller.deficit_bytes:
-        return row, smaller
-    reason = (
-        f"projected at {format_bytes(_vram(item))} of VRAM, and one that was projected at {format_bytes(_vram(failed))}"
-        f" was short by {format_bytes(failed.deficit_bytes)} when it was simulated"
-    )
-    short = failed.deficit_bytes + max(0, _vram(item) - _vram(failed))
-    return row, replace(item, verdict="rejected", reason=reason, deficit_bytes=short)
+def _worth_trying(other: Decision, found: Decision) -> bool:
+    return not other.deficit_bytes and other.demand.seconds_per_call <= found.demand.seconds_per_call * _WORTH_TRYING
 
 
 def _judge(row: CandidateRow, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
-    short = shortage(demand, budget)
+    short = shortage(demand, budget) or (0, "")
     return Decision(
         placement=placement,
         decode=row.decode,
         weights=row.weights,
         execution=row.execution,
         demand=demand,
-        verdict="rejected" if short else "fits",
-        reason=short[1] if short else "",
-        deficit_bytes=short[0] if short else 0,
+        verdict="rejected" if short[0] else "fits",
+        deficit_bytes=short[0],
+        reason=short[1],
     )
 
 
 def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Lower is better (`order`)."""
+    """Return the values that candidates are ordered by (`order`); lower is better."""
     demand = decision.demand
     compared = order(
         prefer,
@@ -330,49 +344,51 @@ def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     return tuple(rounded(value, digits) for value, digits in compared)
 
 
-def _told(item: Decision, chosen: Decision, limit: Quality, chooser: _Chooser) -> Decision:
-    """A candidate that was not chosen, with the reason."""
+def _explain_other(item: Decision, chosen: Decision, limit: Quality, chooser: _Chooser) -> Decision:
+    """Return a candidate that was not chosen, with the reason."""
     if item.verdict == "rejected":
         return item
-    if chooser.asks_for(item) > QUALITIES.index(limit):
+    if not chooser.is_allowed(item, limit):
         gain = chosen.demand.seconds_per_call / max(item.demand.seconds_per_call, 1e-9)
         buys = f", {gain:.1f}x as fast" if gain > 1.05 else ""
-        words = item.quality.replace("_", " ")
-        return _with(item, "rejected", f'fits{buys}, but is only {words}: `allow="{item.quality}"`')
+        reason = f'fits{buys}, but is only {item.quality.replace("_", " ")}: `allow="{item.quality}"`'
+        return _with_verdict(item, "rejected", reason)
     if chooser.prefer == "memory":
-        more = item.demand.vram_reserved_bytes - chosen.demand.vram_reserved_bytes
-        return _with(item, "fits", f"{format_bytes(max(0, more))} more memory than the chosen one")
+        more = max(0, _vram(item) - _vram(chosen))
+        return _with_verdict(item, "fits", f"{format_bytes(more)} more memory than the chosen one")
     slower = item.demand.seconds_per_call / max(chosen.demand.seconds_per_call, 1e-9)
-    return _with(item, "fits", f"{slower:.2f}x the time of the chosen one")
+    return _with_verdict(item, "fits", f"{slower:.2f}x the time of the chosen one")
 
 
-def _choose(chosen: Decision, others: Sequence[Decision], changes: Callable[[Demand], list[str]]) -> Decision:
-    """The chosen decision, told: what it is best at, what the next faster one lacks, and what would give it that."""
+def _explain_fastest(
+    chosen: Decision, others: Sequence[Decision], unlocking: Callable[[Demand], list[str]]
+) -> Decision:
+    """Return the chosen decision with its reason: why the next faster one does not fit, and what would change that."""
     seconds = chosen.demand.seconds_per_call
     faster = [item for item in others if item.verdict == "rejected" and item.demand.seconds_per_call < seconds * 0.95]
     if not faster:
-        return _with(chosen, "chosen", "the fastest of all candidates, and it fits")
+        return _with_verdict(chosen, "chosen", "the fastest of all candidates, and it fits")
     nearest = min(faster, key=lambda item: item.deficit_bytes)
     short = [item for item in faster if item.deficit_bytes]
-    told = f"the fastest that fits; a faster one: {nearest.reason}"
+    reason = f"the fastest that fits; a faster one: {nearest.reason}"
     if short:
         demand = min(short, key=lambda item: item.deficit_bytes).demand
-        ways = " or ".join(changes(demand))
-        told += f"; {seconds / max(demand.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
-    return _with(chosen, "chosen", told)
+        ways = " or ".join(unlocking(demand))
+        reason += f"; {seconds / max(demand.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
+    return _with_verdict(chosen, "chosen", reason)
 
 
-def _smallest(chosen: Decision, fastest: float) -> Decision:
-    """The chosen decision where memory is preferred, with how much slower it is than the fastest that fits."""
+def _explain_smallest(chosen: Decision, fastest: float) -> Decision:
+    """Return the decision chosen for memory, with its slowdown against the fastest that fits, in seconds per call."""
     slower = chosen.demand.seconds_per_call / max(fastest, 1e-9)
     time = "none that fits is faster"
     if rounded(slower, 3) > 1:
         more = max(1, round((slower - 1) * 100))
         time = f"{more}% slower than the fastest that fits ({format_seconds(fastest)} a call)"
-    return _with(chosen, "chosen", f"takes the least memory of all that fit; {time}")
+    return _with_verdict(chosen, "chosen", f"takes the least memory of all that fit; {time}")
 
 
-def _with(item: Decision, verdict: Verdict, reason: str) -> Decision:
+def _with_verdict(item: Decision, verdict: Verdict, reason: str) -> Decision:
     return replace(item, verdict=verdict, reason=reason)
 
 

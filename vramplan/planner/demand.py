@@ -1,4 +1,4 @@
-"""What a candidate asks of the machine: memory by phase, RAM, and time."""
+"""The price of a candidate: device memory by phase, RAM, disk, and time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseDemand:
-    """The highest moment of one phase on the device, in bytes: what runs, and what is there with it."""
+    """The peak of one phase on the device, in bytes: the component that runs, and those on the device with it."""
 
     name: PhaseName
     component: str
@@ -31,17 +31,17 @@ class PhaseDemand:
 
     @property
     def allocated_bytes(self) -> int:
-        """All of it together; `reserved_bytes` is what the caching allocator takes from the device for it."""
+        """All tensors together; `reserved_bytes` is the memory that the caching allocator takes for them."""
         return self.weights_bytes + self.activation_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """The price of a candidate. `basis` is that of its weakest number; weights are always derived.
+    """The price of a candidate. `basis` is the basis of its weakest number; weights are always derived.
 
-    `transfer_seconds_per_step` is what moving weights takes, whether or not it hides behind compute;
-    `bottleneck` is what most of a step is spent on. `ram_bytes` is the most of running and loading; `load` is the
-    highest moment of loading, None for a pipeline that is loaded already or stays on the CPU.
+    `transfer_seconds_per_step` is the time of moving weights, hidden behind compute or not; `bottleneck` is the longest
+    part of a step. `ram_bytes` is the higher of running and loading; `load` is the peak of loading, None for a pipeline
+    that is loaded already or stays on the CPU.
     """
 
     vram_allocated_bytes: int
@@ -60,11 +60,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentPrice:
-    """What one component adds to the price of a candidate of which nothing lingers on the device.
+    """The share of one component in the price of a candidate, if no component lingers on the device.
 
-    `hold` and `load` as they are, None for a component that is loaded already. `extra_bytes` is what is reserved at
-    the component's highest moment beside the idle weights of all, None for one that is never used. `seconds` are those
-    of a call.
+    `load` is None for a component that is loaded already. `extra_bytes` is reserved at the component's peak in addition
+    to the idle weights of all, None for one that is never used. `seconds` are per call.
     """
 
     hold: Hold
@@ -74,7 +73,7 @@ class ComponentPrice:
 
 
 class Pricer:
-    """Prices candidates of one pipeline, workload and device; what they share is worked out once."""
+    """Prices candidates of one pipeline, workload and device; shared parts are computed once."""
 
     def __init__(
         self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
@@ -84,30 +83,29 @@ class Pricer:
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
-        # A pipeline any part of which is loaded already is not loaded again.
         self.loaded = any(component.device is not None for component in spec.components)
         self._components = {component.name: component for component in spec.components}
         self._skips = any(use.optional for use in spec.uses)
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
         self._decodes: dict[tuple[Decode, ...], dict[Use, UseCost]] = {}
-        self._parts: dict[tuple[str, Placement, tuple[Decode, ...]], ComponentPrice] = {}
+        self._prices: dict[tuple[str, Placement, tuple[Decode, ...]], ComponentPrice] = {}
 
     def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
-        """The demand of one candidate."""
+        """Return the demand of one candidate."""
         needs = self._needs(decode)
         holds = {name: self._hold(name, setting) for name, setting in placement.items()}
-        moments = replay(self.spec, holds)
+        replayed_uses = replay(self.spec, holds)
         skipped = replay(self.spec, holds, skip_optional=True) if self._skips else []
-        demands = [self._demand(moment, needs[moment.use]) for moment in (*moments, *skipped)]
-        phases = _highest(demands)
+        demands = [self._demand(replayed, needs[replayed.use]) for replayed in (*replayed_uses, *skipped)]
+        phases = _phase_peaks(demands)
         clock = Clock(needs, holds, self.rates)
-        step, call = clock.time(moments, self.steps)
+        step, call = clock.time(replayed_uses, self.steps)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
         load = self._load(placement) if here else None
-        ram, pinned = _host(holds, applying=load is None)
+        ram, pinned = _host_bytes(holds, applying=load is None)
         return Demand(
             vram_allocated_bytes=allocated if here else 0,
             vram_reserved_bytes=reserved if here else 0,
@@ -116,8 +114,8 @@ class Pricer:
             disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
             seconds_per_step=step,
             seconds_per_call=call,
-            transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
-            bottleneck=clock.bottleneck(moments),
+            transfer_seconds_per_step=sum(clock.transfer(replayed) for replayed in replayed_uses if replayed.repeat),
+            bottleneck=clock.bottleneck(replayed_uses),
             basis=weakest_basis(need.activation.basis for need in needs.values()),
             phases=phases,
             load=load,
@@ -125,31 +123,31 @@ class Pricer:
 
     @property
     def workspace_bytes(self) -> int:
-        """What matrix products hold on the device all along, where activations do not contain it."""
+        """Bytes that matrix products hold on the device throughout; 0 if activations contain them."""
         return self.footprint.workspace_bytes if self.accelerator is not None else 0
 
-    def part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
-        """What one component adds to the price, by this setting and decode."""
+    def component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
+        """Return the share of one component in the price, under this setting and decode."""
         key = name, setting, decode
-        found = self._parts.get(key)
+        found = self._prices.get(key)
         if found is None:
-            found = self._parts[key] = self._part(name, setting, decode)
+            found = self._prices[key] = self._component_price(name, setting, decode)
         return found
 
-    def _part(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
+    def _component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
         needs, hold = self._needs(decode), self._hold(name, setting)
         uses = [use for use in self.spec.uses if use.component == name]
-        moments = [
+        replayed_uses = [
             ReplayedUse(use=use, weights_bytes=0, on_device=(), repeat=repeat)
             for use, repeat in schedule(uses, skip_optional=False)
         ]
         clock = Clock(needs, {name: hold}, self.rates)
-        beside = [hold.running_bytes - hold.idle_bytes + needs[use].activation.reserved_bytes for use in uses]
+        extra = [hold.running_bytes - hold.idle_bytes + needs[use].activation.reserved_bytes for use in uses]
         return ComponentPrice(
             hold=hold,
             load=None if self.loaded else self._load_of(name, setting),
-            extra_bytes=max(beside, default=None),
-            seconds=clock.time(moments, self.steps)[1],
+            extra_bytes=max(extra, default=None),
+            seconds=clock.time(replayed_uses, self.steps)[1],
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:
@@ -171,16 +169,16 @@ class Pricer:
             found = self._holds[name, setting] = setting.hold(self._components[name], self.spec)
         return found
 
-    def _demand(self, moment: ReplayedUse, need: UseCost) -> PhaseDemand:
+    def _demand(self, replayed: ReplayedUse, need: UseCost) -> PhaseDemand:
         workspace = self.workspace_bytes
         return PhaseDemand(
-            name=moment.use.phase,
-            component=moment.use.component,
-            on_device=moment.on_device,
-            weights_bytes=moment.weights_bytes,
+            name=replayed.use.phase,
+            component=replayed.use.component,
+            on_device=replayed.on_device,
+            weights_bytes=replayed.weights_bytes,
             activation_bytes=need.activation.size_bytes,
             workspace_bytes=workspace,
-            reserved_bytes=moment.weights_bytes + workspace + need.activation.reserved_bytes,
+            reserved_bytes=replayed.weights_bytes + workspace + need.activation.reserved_bytes,
         )
 
     def _load(self, placement: Mapping[str, Placement]) -> LoadDemand | None:
@@ -196,10 +194,10 @@ class Pricer:
         return found
 
 
-def _host(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
-    """RAM and the pinned part of it, at the higher of two times: while what goes first encodes, and from then on.
+def _host_bytes(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
+    """Return the RAM and its page-locked part, each the higher of encoding first and of the rest of the call.
 
-    With `applying`, what that takes beside, of the component that takes most; what is on disk is read all along.
+    With `applying`, RAM includes the largest transient of applying a plan; reading from disk has one in any case.
     """
     held, pinned = [0, 0], [0, 0]
     transient = 0
@@ -211,8 +209,8 @@ def _host(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
     return max(held) + transient, max(pinned)
 
 
-def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
-    """The highest moment of each phase, in the order of the call: by what is reserved, which is what must fit."""
+def _phase_peaks(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
+    """Return the peak of each phase in the order of the call, by reserved memory, which has to fit."""
     found: dict[PhaseName, PhaseDemand] = {}
     for demand in demands:
         before = found.get(demand.name)
@@ -222,18 +220,17 @@ def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
 
 
 def weakest_basis(bases: Iterable[Basis]) -> Basis:
-    """What the least known of several numbers rests on; weights alone are derived."""
+    """Return the weakest of several bases; `derived` if there are none, as for weights."""
     order: tuple[Basis, ...] = ("assumed", "derived", "simulated", "measured")
     found = set(bases)
     return next((basis for basis in order if basis in found), "derived")
 
 
 def fits_sentence(demand: Demand, budget: Budget) -> str:
-    """How near the limit the demand is: `needs 9.80 GiB of 11.20 GiB VRAM and 15.00 GiB of 40.00 GiB RAM`."""
+    """Compare the demand with the budget: `needs 9.80 GiB of 11.20 GiB VRAM and 15.00 GiB of 40.00 GiB RAM`."""
     parts = [f"{format_bytes(demand.ram_bytes)} of {format_bytes(budget.ram_bytes)} RAM"]
     if budget.vram_bytes is not None:
-        vram = f"{format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM"
-        parts.insert(0, vram)
+        parts.insert(0, f"{format_bytes(demand.vram_reserved_bytes)} of {format_bytes(budget.vram_bytes)} VRAM")
     if demand.disk_bytes:
         free = "" if budget.disk_bytes is None else f" of {format_bytes(budget.disk_bytes)}"
         parts.append(f"{format_bytes(demand.disk_bytes)}{free} disk")
@@ -241,23 +238,23 @@ def fits_sentence(demand: Demand, budget: Budget) -> str:
 
 
 def shortage(demand: Demand, budget: Budget) -> tuple[int, str] | None:
-    """By how much the candidate is short in all, and the sentences that say so with both numbers."""
+    """Return the total deficit in bytes and its sentences with both numbers; None if the candidate fits."""
     found = []
     if budget.vram_bytes is not None and demand.vram_reserved_bytes > budget.vram_bytes:
         phase = max(demand.phases, key=lambda item: item.reserved_bytes)
         where = f"{phase.name} ({phase.component})"
-        found.append(_short(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
+        found.append(_deficit(where, "VRAM", demand.vram_reserved_bytes, budget.vram_bytes))
     if demand.ram_bytes > budget.ram_bytes:
         load = demand.load
         loading = load is not None and load.ram_bytes == demand.ram_bytes
         where = f"loading {load.component}" if load is not None and loading else "the plan"
-        found.append(_short(where, "RAM", demand.ram_bytes, budget.ram_bytes))
+        found.append(_deficit(where, "RAM", demand.ram_bytes, budget.ram_bytes))
     if budget.disk_bytes is not None and demand.disk_bytes > budget.disk_bytes:
-        found.append(_short("the plan", "disk", demand.disk_bytes, budget.disk_bytes))
+        found.append(_deficit("the plan", "disk", demand.disk_bytes, budget.disk_bytes))
     return (sum(size for size, _ in found), "; ".join(text for _, text in found)) if found else None
 
 
-def _short(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]:
+def _deficit(where: str, memory: str, needed: int, usable: int) -> tuple[int, str]:
     deficit = needed - usable
     return deficit, (
         f"{where} needs {format_bytes(needed)} of {memory}, {format_bytes(usable)} may be used: "

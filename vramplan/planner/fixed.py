@@ -1,4 +1,4 @@
-"""What the user set by hand: read from text, checked against the pipeline, and kept whatever else is chosen."""
+"""Settings that the user fixed: read from text, checked against the pipeline, and kept by every candidate."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vramplan.strategies.settings import parse_decode, parse_placement, parse_se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """What the user set by hand. `everywhere` is a placement for all components; `decode` None is open, and so are
-    `weights`, and every axis of `executions` that is not there."""
+    """Settings that the user fixed. `everywhere` is a placement for all components; `decode` and `weights` are open if
+    None, and so is every axis missing from `executions`."""
 
     everywhere: Placement | None = None
     placement: Mapping[str, Placement] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Fixed:
 
 
 def by_component(axes: Mapping[Axis, Mapping[str, Execution]]) -> dict[str, tuple[Execution, ...]]:
-    """The settings of several axes, by component."""
+    """Regroup the settings of several axes by component."""
     several = [axes[axis] for axis in AXES if axis in axes]
     names = dict.fromkeys(name for settings in several for name in settings)
     return {name: tuple(settings[name] for settings in several if name in settings) for name in names}
@@ -41,16 +41,16 @@ def by_component(axes: Mapping[Axis, Mapping[str, Execution]]) -> dict[str, tupl
 def parse_fixed(
     settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec, accelerator: Accelerator | None = None
 ) -> Fixed:
-    """`{"placement.transformer": "group_offload:type=leaf", "decode": ["vae_slicing"]}` as settings.
+    """Parse settings such as `{"placement.transformer": "group_offload:type=leaf", "decode": ["vae_slicing"]}`.
 
     Raises:
-        UsageError: an axis or component that does not exist, or a setting that cannot stand there.
+        UsageError: an unknown axis or component, or an impossible setting.
     """
     everywhere: Placement | None = None
     given: dict[Axis, Any] = {}
     for key, value in settings.items():
         texts = [value] if isinstance(value, str) else list(value)
-        row, name = _place(key, texts)
+        row, name = _axis_and_component(key, texts)
         if not row.by_component:
             given[row.name] = _decode_settings(texts)
         elif not name and not row.nothing:
@@ -64,14 +64,14 @@ def parse_fixed(
 
 
 def refusal_of(setting: Weights | Execution, component: Component, accelerator: Accelerator | None) -> str | None:
-    """Why the component cannot take the setting, as a sentence; None when it can."""
+    """Return a sentence on why the component cannot take the setting; None if it can."""
     if isinstance(setting, Execution):
         return setting.refusal(component, accelerator)
     return setting.refusal(component)
 
 
-def _place(key: str, texts: Sequence[str]) -> tuple[AxisRow, str]:
-    """The axis and the component that `AXIS.COMPONENT` names, which is empty where it names none."""
+def _axis_and_component(key: str, texts: Sequence[str]) -> tuple[AxisRow, str]:
+    """Return the axis and the component of `AXIS.COMPONENT`; the component is empty if not named."""
     axis, _, name = key.partition(".")
     row = AXES.get(axis)
     if len(texts) != 1 and (row is None or row.by_component):
@@ -86,7 +86,7 @@ def _place(key: str, texts: Sequence[str]) -> tuple[AxisRow, str]:
 def _component_setting(
     row: AxisRow, name: str, text: str, spec: PipelineSpec, accelerator: Accelerator | None
 ) -> dict[str, Any]:
-    """The setting for one component; the axis's word for nothing, with or without a component, leaves it as it is."""
+    """Return the setting by component; empty for the axis's word for no setting, with or without a component."""
     if row.nothing and text == row.nothing:
         return {}
     names = [component.name for component in spec.components]
@@ -94,14 +94,14 @@ def _component_setting(
         raise UsageError(f"{row.name}.{name}: {spec.class_name} has no {name}, only {', '.join(names)}")
     component, setting = spec.component(name), parse_setting(row.name, text)
     if isinstance(setting, Placement):
-        return {name: _own_placement(setting, component)}
+        return {name: _component_placement(setting, component)}
     reason = refusal_of(setting, component, accelerator)
     if reason is not None:
         raise UsageError(f"{row.name}.{name}: {reason}")
     return {name: setting}
 
 
-def _own_placement(setting: Placement, component: Component) -> Placement:
+def _component_placement(setting: Placement, component: Component) -> Placement:
     if setting.whole_pipeline:
         raise UsageError(
             f"{setting.name} is for the whole pipeline, never for {component.name} alone: set placement={setting.name}"
@@ -110,7 +110,7 @@ def _own_placement(setting: Placement, component: Component) -> Placement:
 
 
 def _decode_settings(texts: Sequence[str]) -> tuple[Decode, ...]:
-    """The settings of the decode axis, each strategy once: two tile sizes cannot both be."""
+    """Parse the settings of the decode axis, of which each strategy may appear once."""
     found = tuple(parse_decode(text) for text in texts if text != AXES["decode"].nothing)
     names = [setting.name for setting in found]
     for name in names:

@@ -1,4 +1,4 @@
-"""What a pipeline can be asked for: pictures of whole patches, frame counts its VAE can make, batches."""
+"""Workloads that a pipeline accepts: pictures of whole patches, frame counts that its VAE can make, batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vramplan.workload import Workload
 Dimension = Literal["size", "frames", "batch"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
-# How far from what is usual is looked, as more is another matter than memory: sides from an eighth to four times,
-# frames up to sixteen times, so many pictures per prompt. Chosen, not measured.
+# The range of the search, as shares of the usual workload: sides from an eighth to four times, frames up to sixteen
+# times; and pictures per prompt. Chosen, not measured.
 _SMALLEST_SIDE, _LARGEST_SIDE = 1 / 8, 4
 _MOST_FRAMES = 16
 _MOST_PICTURES = 64
@@ -24,13 +24,12 @@ _MOST_PICTURES = 64
 def legal_workloads(
     dimension: Dimension, spec: PipelineSpec, defaults: Mapping[str, Any], work: Workload
 ) -> tuple[Workload, ...]:
-    """`work` with every size, frame count or batch that the pipeline takes as it is, smallest first.
+    """Return `work` with every size, frame count or batch that the pipeline accepts unchanged, smallest first.
 
-    Pictures keep the ratio of their sides as nearly as whole patches can. `defaults` are the pipeline's own workload.
+    Pictures keep their aspect ratio as closely as whole patches allow. `defaults` are the pipeline's own workload.
 
     Raises:
-        UsageError: no dimension, frames of a pipeline that makes pictures, or anything but a batch of one that makes
-        sound.
+        UsageError: an unknown dimension, frames for pictures, or a dimension other than the batch for sound.
     """
     if dimension not in DIMENSIONS:
         raise UsageError(f"largest {dimension}: there are {', '.join(DIMENSIONS)}")
@@ -52,8 +51,8 @@ def _sizes(spec: PipelineSpec, work: Workload) -> Iterator[tuple[int, int]]:
 
 
 def _frame_counts(spec: PipelineSpec, defaults: Mapping[str, Any], work: Workload) -> range:
-    """Counts that leave the same rest as the pipeline's own, by the frames of one latent: 81 for Wan, whose VAE makes 1
-    and then 4 at a time; 88 for Allegro, whose VAE makes 4 at a time."""
+    """Return frame counts congruent to the pipeline's own, modulo the frames of one latent: 81 for Wan, whose VAE makes
+    1 frame and then 4 at a time; 88 for Allegro, whose VAE makes 4 at a time."""
     if not spec.video:
         raise UsageError(f"{spec.class_name} makes pictures: ask for the largest size or batch")
     _, step = vae_scale(next(iter(spec.vaes), None))

@@ -1,7 +1,7 @@
-"""What loading takes of RAM: one component at a time, each placed before the next is loaded.
+"""The RAM of loading: one component at a time, each placed before the next is loaded.
 
 Measured (diffusers 0.42, transformers 5.23): weights that keep their dtype stay in pages of their files, which the
-system takes back when it needs them; weights that are converted are memory of the process's own.
+system can reclaim; converted weights are memory of the process.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Hold, Placement
 
-# What converting on the way to the device takes: four tensors at once (transformers 5.23, GLOBAL_WORKERS), and what the
-# C library keeps of those it freed. Measured: 0.64 GiB for the 3.2 GiB of Stable Diffusion's UNet in float32 (glibc).
+# Memory of converting on the way to the device: four tensors at once (transformers 5.23, GLOBAL_WORKERS), and the share
+# that the C library keeps after freeing. Measured: 0.64 GiB for 3.2 GiB, Stable Diffusion's UNet in float32 (glibc).
 _TENSORS_AT_ONCE = 4
 _KEPT_BY_MALLOC = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadDemand:
-    """The highest moment of loading in RAM: while this component is loaded, beside what was loaded before.
+    """The peak of loading in RAM: while this component is loaded, after those before it.
 
-    `order` are all components in the order they are loaded; empty in plans of before it was kept.
+    `order` lists all components in the order of loading; empty in plans written before it was recorded.
     """
 
     component: str
@@ -32,9 +32,9 @@ class LoadDemand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One component's loading: the most RAM it takes until it is placed, and what it keeps from then on, in bytes.
+    """The loading of one component: its peak of RAM until it is placed, and its RAM from then on, in bytes.
 
-    `direct` is one that is loaded straight to the device. One that is `freed` is gone before others are loaded.
+    A `direct` one is loaded straight to the device. A `freed` one is dropped before others are loaded.
     """
 
     peak_bytes: int
@@ -44,7 +44,7 @@ class Load:
 
 
 def load_of(component: Component, setting: Placement, hold: Hold) -> Load:
-    """How a component that is not loaded yet is loaded under this setting."""
+    """Return the loading of a component under this setting."""
     size = component.weight_bytes
     kept = hold.host_bytes + hold.pinned_bytes
     direct = setting.direct and not component.cast_from_bytes
@@ -57,10 +57,8 @@ def load_of(component: Component, setting: Placement, hold: Hold) -> Load:
 
 
 def load_order(loads: Mapping[str, Load]) -> list[str]:
-    """The components in the order that needs the least RAM: those first that are freed, then those that give back most.
-    Of those alike the first by name, in whatever order they are listed.
-
-    Loading one after another, each with a peak of which it keeps a part, is lowest in the order of what they give back.
+    """Return the components in the order that needs the least RAM: freed ones first, then by the RAM they give back
+    after their peak, largest first; ties by name.
     """
     return sorted(
         loads, key=lambda name: (not loads[name].freed, loads[name].kept_bytes - loads[name].peak_bytes, name)
@@ -68,14 +66,14 @@ def load_order(loads: Mapping[str, Load]) -> list[str]:
 
 
 def load_demand(loads: Mapping[str, Load]) -> LoadDemand | None:
-    """The highest moment of loading in that order, None where there is nothing to load."""
-    held, freed, highest = 0, True, None
+    """Return the peak of loading in that order, None without components."""
+    held, freed, peak = 0, True, None
     ordered = tuple(load_order(loads))
     for name in ordered:
         load = loads[name]
         if freed and not load.freed:
             held, freed = 0, False
-        if highest is None or held + load.peak_bytes > highest.ram_bytes:
-            highest = LoadDemand(component=name, ram_bytes=held + load.peak_bytes, order=ordered)
+        if peak is None or held + load.peak_bytes > peak.ram_bytes:
+            peak = LoadDemand(component=name, ram_bytes=held + load.peak_bytes, order=ordered)
         held += load.kept_bytes
-    return highest
+    return peak

@@ -1,4 +1,4 @@
-"""The one order of candidates: by time, or by memory; of equals the plan that changes less and is simpler."""
+"""The order of candidates: by time or by memory; among ties, the plan that changes less and is simpler."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 Prefer = Literal["speed", "memory"]
 Verdict = Literal["chosen", "fits", "rejected"]
-# Digits that times count to: what differs by less than the third is equally fast, and then, of plans that are equally
-# simple, the fifth counts, so that no memory is left idle that would save anything.
+# Significant digits of times: equal up to the third is a tie. Among equally simple plans the fifth counts, so that no
+# memory is left unused that would save time.
 _DIGITS, _FINER = 3, 5
 
 
 def rounded(value: float, digits: int) -> float:
-    """The value up to so many digits, 0 for all of them."""
+    """Round a value to significant digits; 0 keeps all."""
     return float(f"{value:.{digits}g}") if digits else value
 
 
@@ -26,11 +26,11 @@ def order(
     ram_bytes: Any,
     vram_bytes: Any,
 ) -> tuple[tuple[Any, int], ...]:
-    """What is compared, one after the other, lower being better, each with its digits (`rounded`).
+    """Return the values to compare in turn, lower being better, each with its digits (`rounded`).
 
-    Of one candidate, or of many as arrays: seconds of a call; the place of the quality among all; components whose
-    weights are changed, and that are offloaded; bytes. RAM before VRAM: of two that are equally fast the one that
-    offloads less is the simpler.
+    Values are of one candidate, or of many as arrays: seconds per call; the index of the quality; the number of
+    components with changed weights, and of offloaded ones; bytes. RAM comes before VRAM: of two equally fast plans the
+    one that offloads less is the simpler.
     """
     time = seconds, _DIGITS
     simpler = (quality, 0), (changed, 0), (offloaded, 0), (seconds, _FINER), (ram_bytes, 0)

@@ -1,4 +1,4 @@
-"""What the denoisers' companions may take beside them: every mix while there are few, thinned where there are many."""
+"""Placements for the components other than denoisers: every combination, thinned if there are too many."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PlacementList = list[Placement]
 ComponentChoices = Sequence[tuple[Component, PlacementList]]
 Axes = tuple[tuple[dict[str, Placement], ...], ...]
 
-# As many mixes are looked at beside each setting of the denoiser: some 100 of those make arrays of a few megabytes.
-MOST_MIXES = 4096
-# What a long ladder is thinned to, one after the other, where there are more mixes.
+# The most combinations per setting of the denoiser: with some 100 of those, arrays take a few megabytes.
+MOST_COMBINATIONS = 4096
+# Lengths to which ladders are thinned in turn, if there are more combinations.
 _FEWER_RUNGS = (8, 3)
 
 
 def other_placements(wanted: ComponentChoices, spec: PipelineSpec) -> list[Axes]:
-    """What each companion may take: every mix of those that stay, and every mix beside each way of encoding first."""
-    apart = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
-    return [_axes(choices, spec) for choices in (apart, *_freeing(wanted))]
+    """Return the choices of each component, without encoding first, and with each way of encoding first."""
+    kept = [(component, [setting for setting in usable if not setting.freed]) for component, usable in wanted]
+    return [_axes(choices, spec) for choices in (kept, *_encoding_first(wanted))]
 
 
 def _axes(choices: ComponentChoices, spec: PipelineSpec) -> Axes:
@@ -35,8 +35,8 @@ def _axes(choices: ComponentChoices, spec: PipelineSpec) -> Axes:
     )
 
 
-def _freeing(wanted: ComponentChoices) -> Iterable[ComponentChoices]:
-    """For each setting that frees: every component of a role under it, and the choices of all others."""
+def _encoding_first(wanted: ComponentChoices) -> Iterable[ComponentChoices]:
+    """For each setting that frees: assign it to every component of its role, and keep the choices of the others."""
     settings = dict.fromkeys(setting for _, usable in wanted for setting in usable if setting.freed)
     for freeing in settings:
         role = next(component.role for component, usable in wanted if freeing in usable)
@@ -48,7 +48,7 @@ def _freeing(wanted: ComponentChoices) -> Iterable[ComponentChoices]:
 
 
 def ladders_of(settings: Sequence[Placement]) -> list[PlacementList]:
-    """Settings that follow each other on one ladder together, each other one by itself."""
+    """Group neighbouring settings of one ladder; every other setting is a group of one."""
     found: list[PlacementList] = []
     for setting in settings:
         if setting.ladder and found and found[-1][0].ladder == setting.ladder:
@@ -59,9 +59,9 @@ def ladders_of(settings: Sequence[Placement]) -> list[PlacementList]:
 
 
 def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> PlacementList:
-    """Those that no other beats: by what is on the device, in RAM and on disk, and by the time moving it takes.
+    """Return the settings that no other dominates in device memory, RAM, disk, and transfer time.
 
-    Times are equal up to their second digit; of equals the first is kept.
+    Times are equal up to their second digit; of ties the first is kept.
     """
     costs = [_costs(setting.hold(component, spec)) for setting in settings]
     return [
@@ -76,7 +76,7 @@ def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Pl
 
 
 def _costs(hold: Hold) -> tuple[float, ...]:
-    """What a setting takes of each thing there is a budget of, and of time by the rates of a common card."""
+    """Return the bytes of each budgeted memory, and the transfer time at the rates of a common card."""
     moved = hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes
     seconds = moved / (DEFAULT_RATES.link_bytes_per_s * hold.rate) + hold.pauses * PAUSE_SECONDS
     seconds += hold.disk_bytes / DISK_BYTES_PER_S
@@ -85,20 +85,20 @@ def _costs(hold: Hold) -> tuple[float, ...]:
 
 
 def _thinned(choices: ComponentChoices) -> list[PlacementList]:
-    """At most `MOST_MIXES`, the lightest companions thinned first: their ladders, then all but their two ends."""
+    """Thin to `MOST_COMBINATIONS`, the lightest components first: their ladders, then all but the two ends."""
     kept = [settings for _, settings in choices]
     lightest = sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes)
     steps: list[Callable[[PlacementList], PlacementList]] = [partial(_fewer_rungs, most=most) for most in _FEWER_RUNGS]
     for thin in (*steps, _ends):
         for place in lightest:
-            if prod(map(len, kept)) <= MOST_MIXES:
+            if prod(map(len, kept)) <= MOST_COMBINATIONS:
                 return kept
             kept[place] = thin(kept[place])
     return kept
 
 
 def _fewer_rungs(settings: PlacementList, most: int) -> PlacementList:
-    """The settings, with `most` of each ladder that has more: those in the middle of as many equal parts."""
+    """Thin each ladder to at most `most` rungs: the middles of as many equal parts."""
     kept = (
         [rungs[(2 * part + 1) * len(rungs) // (2 * most)] for part in range(most)] if len(rungs) > most else rungs
         for rungs in ladders_of(settings)
@@ -107,5 +107,5 @@ def _fewer_rungs(settings: PlacementList, most: int) -> PlacementList:
 
 
 def _ends(settings: PlacementList) -> PlacementList:
-    """The first and the smallest."""
+    """Return the first and the last setting."""
     return settings[:1] + settings[-1:] if len(settings) > 1 else settings

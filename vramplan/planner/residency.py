@@ -1,9 +1,9 @@
-"""Replay a call: which components are on the device together, and what moves when.
+"""Replay a call: which components are on the device together, and which weights move when.
 
-Model offload does not hold one component at a time. Its chain sends back only the immediate predecessor,
-and only when the successor runs (accelerate 1.15, `CpuOffload.pre_forward`): a VAE that encoded a picture
-stays beside the denoiser, a text encoder whose successor is left out stays for good. Components that are freed once
-the prompt is encoded are never there with others.
+Model offload does not hold one component at a time. Its chain sends back only the immediate predecessor, and only when
+the successor runs (accelerate 1.15, `CpuOffload.pre_forward`): a VAE that encoded a picture stays with the denoiser, a
+text encoder whose successor is skipped stays to the end. Components that are freed once the prompt is encoded are never
+on the device with others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vramplan.strategies.base import Hold
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayedUse:
-    """One use of the replayed call: the weights on the device during it, and what it moved, in bytes.
+    """One use of the replayed call: the weights on the device during it, and the weights it moved, in bytes.
 
-    `on_device` names the components with at least all their weights there. In-loop uses come twice;
-    `repeat` is 1 in the second round, which stands for every later step.
+    `on_device` names the components with weights there. In-loop uses come twice; `repeat` is 1 in the second round,
+    which stands for every later step.
     """
 
     use: Use
@@ -32,12 +32,13 @@ class ReplayedUse:
 
 
 def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool = False) -> list[ReplayedUse]:
-    """The moments of one call under these holds, in order."""
-    predecessor = _predecessors(spec.sequence or ())
+    """Return the uses of one call under these holds, in order."""
+    sequence = spec.sequence or ()
+    predecessor = dict(zip(sequence[1:], sequence[:-1], strict=True))
     idle = {name: hold.idle_bytes for name, hold in holds.items()}
     there = {freed: sum(idle[name] for name in holds if holds[name].freed == freed) for freed in (True, False)}
     present: dict[str, int] = {}
-    moments = []
+    replayed_uses = []
     for use, repeat in schedule(spec.uses, skip_optional=skip_optional):
         hold = holds[use.component]
         loaded = sent_back = 0
@@ -48,7 +49,7 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
         weights = there[hold.freed] + sum(present.values())
         if not hold.lingers:
             weights += hold.running_bytes - idle[use.component]
-        moments.append(
+        replayed_uses.append(
             ReplayedUse(
                 use=use,
                 weights_bytes=weights,
@@ -58,15 +59,11 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
                 repeat=repeat,
             )
         )
-    return moments
-
-
-def _predecessors(sequence: Sequence[str]) -> dict[str, str]:
-    return dict(zip(sequence[1:], sequence[:-1], strict=True))
+    return replayed_uses
 
 
 def schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use, int]]:
-    """The uses of one call in order, each with the round of the loop it is in: those in the loop come twice."""
+    """Yield the uses of one call in order with the round of the loop (0 or 1): in-loop uses come twice."""
     kept = [use for use in uses if not (skip_optional and use.optional)]
     loop = [use for use in kept if use.in_loop]
     first = kept.index(loop[0]) if loop else len(kept)

@@ -1,4 +1,4 @@
-"""By how much projections of a kind have been too low: a bound worked out from measurements, never a round factor."""
+"""Bound how far projections of a kind are too low, from measurements."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Literal
 from vramplan.units import format_bytes
 
 Basis = Literal["measured", "simulated", "derived", "assumed"]
-# The share of calls that are to stay below the bound. A call that does not is made again under a smaller plan
-# (recover.py), so a higher share costs more memory than it saves time; and the nine in ten need only nine measurements.
+# The share of calls to stay below the bound. A call above it is retried with a smaller plan (recover.py), so a higher
+# share would cost more memory than it saves time; and nine in ten need only nine measurements.
 COVERAGE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residual:
-    """A peak as it was projected and as it was measured, in bytes."""
+    """A projected and a measured peak, in bytes."""
 
     projected_bytes: int
     measured_bytes: int
@@ -25,25 +25,25 @@ class Residual:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionError:
-    """How far a projection may be too low: by this share of itself, and by as many bytes at least; and why so."""
+    """The bound on a projection that is too low: a share of it, and a least number of bytes; with the reason."""
 
     share: float
     least_bytes: int
     reason: str
 
     def margin_bytes(self, usable_bytes: int) -> int:
-        """What to keep free of so much memory, so that a projection within the rest is within all of it when it is
-        too low by `share` or `least_bytes`."""
+        """Return the part of the memory to keep free, so that a projection within the rest still fits if it is too low
+        by `share` or `least_bytes`."""
         return max(self.least_bytes, usable_bytes - int(usable_bytes / (1 + self.share)))
 
 
 def needed(coverage: float = COVERAGE) -> int:
-    """How many measurements a bound needs."""
+    """Return the number of measurements that a bound needs."""
     return ceil(coverage / (1 - coverage) - 1e-9)
 
 
 def upper_bound(values: Sequence[float], coverage: float = COVERAGE) -> float | None:
-    """What the next value of the same kind stays below with this probability; None where there are too few.
+    """Return the bound that the next value of the same kind stays below with this probability; None with too few.
 
     The k-th smallest of n, k = ceil((n + 1) x coverage): exact for exchangeable values of any distribution and any n
     (split conformal prediction; Lei et al., JASA 113, 2018, lemma 2; Angelopoulos and Bates, arXiv 2107.07511).
@@ -53,27 +53,29 @@ def upper_bound(values: Sequence[float], coverage: float = COVERAGE) -> float | 
 
 
 def error_of(residuals: Sequence[Residual], basis: Basis, measurements: str) -> ProjectionError | None:
-    """The bound that these measurements give; None where there are too few of them.
+    """Return the bound from these measurements; None with too few.
 
-    The bound on bytes holds where a projection is so small that a share of it is nothing.
+    The bound in bytes covers projections too small for a share.
     """
     share = upper_bound([_share(item) for item in residuals])
     size = upper_bound([item.measured_bytes - item.projected_bytes for item in residuals])
     if share is None or size is None:
         return None
-    return _told(residuals, basis, measurements, max(0.0, share), max(0, int(size)))
+    return _error_with_reason(residuals, basis, measurements, max(0.0, share), max(0, int(size)))
 
 
 def raised(error: ProjectionError, residuals: Sequence[Residual], basis: Basis, measurements: str) -> ProjectionError:
-    """The bound, and no less than the worst of a few measurements that are too few for a bound of their own."""
+    """Raise the bound to the worst of these measurements, which are too few for a bound of their own."""
     share = max(map(_share, residuals), default=0.0)
     size = max((item.measured_bytes - item.projected_bytes for item in residuals), default=0)
     if share <= error.share:
         return error
-    return _told(residuals, basis, measurements, share, max(error.least_bytes, size))
+    return _error_with_reason(residuals, basis, measurements, share, max(error.least_bytes, size))
 
 
-def _told(residuals: Sequence[Residual], basis: str, measurements: str, share: float, size: int) -> ProjectionError:
+def _error_with_reason(
+    residuals: Sequence[Residual], basis: str, measurements: str, share: float, size: int
+) -> ProjectionError:
     within = sum(
         item.measured_bytes <= max(item.projected_bytes * (1 + share) + 1, item.projected_bytes + size)
         for item in residuals

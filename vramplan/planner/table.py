@@ -1,7 +1,7 @@
-"""Every mix of a pool at once: what each needs and takes, as arrays over all of them.
+"""Price all candidates of a pool at once, as arrays over all of them.
 
-Where nothing lingers on the device, each component adds its part to a candidate's price whatever the others are under
-(`Pricer.part`): sums and maxima over axes are the prices that `Pricer` gives one by one, thousands of times faster.
+If no component lingers on the device, each adds its share to a candidate's price independently of the others
+(`Pricer.component_price`): sums and maxima over axes equal the prices of `Pricer`, thousands of times faster.
 """
 
 from __future__ import annotations
@@ -24,43 +24,42 @@ from vramplan.strategies.base import QUALITIES
 from vramplan.strategies.resident import Resident
 
 Array = npt.NDArray[Any]
-_NOTHING: Array = np.zeros((), int)
+_ZERO: Array = np.zeros((), int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Column:
-    """One component over its axis: its setting and part at each place, and how its arrays lie among those of others."""
+    """One component over its axis: setting and price at each index, and the shape of the arrays for broadcasting."""
 
     settings: Sequence[Placement]
-    parts: Sequence[ComponentPrice]
+    prices: Sequence[ComponentPrice]
     shape: tuple[int, ...]
 
     @property
     def freed(self) -> bool:
-        """Whether the component is gone before others are loaded; the same at each place of a pool."""
-        return self.parts[0].hold.freed
+        """Whether the component is freed before others are loaded; the same at each index of a pool."""
+        return self.prices[0].hold.freed
 
-    def over(self, figure: Callable[[ComponentPrice], float]) -> Array:
-        """A figure of each part."""
-        return self._shaped([figure(part) for part in self.parts])
+    def of_prices(self, value: Callable[[ComponentPrice], float]) -> Array:
+        """A value of each price."""
+        return self._shaped([value(price) for price in self.prices])
 
-    def of_loads(self, figure: Callable[[Load], int]) -> Array:
-        """A figure of each part's loading."""
-        return self._shaped([figure(part.load) for part in self.parts if part.load is not None])
+    def of_loads(self, value: Callable[[Load], int]) -> Array:
+        """A value of each loading."""
+        return self._shaped([value(price.load) for price in self.prices if price.load is not None])
 
-    def of_settings(self, figure: Callable[[Placement], int]) -> Array:
-        """A figure of each setting."""
-        return self._shaped([figure(setting) for setting in self.settings])
+    def of_settings(self, value: Callable[[Placement], int]) -> Array:
+        """A value of each setting."""
+        return self._shaped([value(setting) for setting in self.settings])
 
     def _shaped(self, values: Sequence[float]) -> Array:
         return np.array(values).reshape(self.shape)
 
 
 class Table:
-    """The prices of every mix of a pool. Sizes in bytes, times in seconds.
+    """The prices of all candidates of a pool, in bytes and seconds.
 
-    RAM and disk are the same under every decode; the one given is one that is asked for anyway, as to price another
-    could take a simulation.
+    RAM and disk are the same for every decode. `decode` is one that is priced anyway: another might need a simulation.
     """
 
     def __init__(self, pool: CandidatePool, pricer: Pricer, decode: tuple[Decode, ...]) -> None:
@@ -69,23 +68,23 @@ class Table:
         self.lengths = tuple(map(len, pool.axes))
         columns = self._columns(decode)
         self.ram = self._whole(_ram(_stages(columns), loaded=pricer.loaded))
-        self.disk = self._whole(_sum(column.over(lambda part: part.hold.disk_bytes) for column in columns))
+        self.disk = self._whole(_sum(column.of_prices(lambda price: price.hold.disk_bytes) for column in columns))
         self.quality = self._whole(_largest(column.of_settings(_quality) for column in columns))
         self.offloaded = self._whole(_sum(column.of_settings(_offloaded) for column in columns))
-        self._under: dict[tuple[Decode, ...], tuple[Array, Array]] = {}
+        self._by_decode: dict[tuple[Decode, ...], tuple[Array, Array]] = {}
 
     def best(self, decode: tuple[Decode, ...], budget: Budget, prefer: Prefer) -> dict[str, Placement]:
-        """The first in order of those that are short by least, decoded so."""
-        vram, seconds = self.under(decode)
-        short = _over(self.ram, budget.ram_bytes)
+        """Return the first in order among the candidates with the least deficit under this decode."""
+        vram, seconds = self.vram_and_seconds(decode)
+        short = _excess(self.ram, budget.ram_bytes)
         for needed, usable in ((vram, budget.vram_bytes), (self.disk, budget.disk_bytes)):
-            short = short + _over(needed, usable)
+            short = short + _excess(needed, usable)
         kept = _lowest(short, np.arange(len(short)), 0)
         ordered = order(
             prefer,
             seconds=seconds,
             quality=self.quality,
-            changed=np.zeros_like(self.quality),  # all of a pool are of the same form
+            changed=np.zeros_like(self.quality),  # the same for a whole pool
             offloaded=self.offloaded,
             ram_bytes=self.ram,
             vram_bytes=vram,
@@ -93,16 +92,16 @@ class Table:
         for values, digits in ordered:
             kept = _lowest(values, kept, digits) if len(kept) > 1 else kept
         place = np.unravel_index(int(kept[0]), self.lengths)
-        return self.pool.mix(axis[int(index)] for axis, index in zip(self.pool.axes, place, strict=True))
+        return self.pool.merge(axis[int(index)] for axis, index in zip(self.pool.axes, place, strict=True))
 
-    def under(self, decode: tuple[Decode, ...]) -> tuple[Array, Array]:
-        """What is reserved on the device, and the seconds of a call."""
-        found = self._under.get(decode)
+    def vram_and_seconds(self, decode: tuple[Decode, ...]) -> tuple[Array, Array]:
+        """Return the reserved device memory in bytes, and the seconds per call."""
+        found = self._by_decode.get(decode)
         if found is None:
             columns = self._columns(decode)
             vram = _largest(map(_vram, _stages(columns))) + self.pricer.workspace_bytes
-            seconds = _sum(column.over(lambda part: part.seconds) for column in columns)
-            found = self._under[decode] = self._whole(vram), self._whole(seconds)
+            seconds = _sum(column.of_prices(lambda price: price.seconds) for column in columns)
+            found = self._by_decode[decode] = self._whole(vram), self._whole(seconds)
         return found
 
     def _columns(self, decode: tuple[Decode, ...]) -> list[_Column]:
@@ -111,8 +110,8 @@ class Table:
             shape = tuple(len(axis) if other == place else 1 for other in range(len(self.pool.axes)))
             for name in axis[0]:
                 settings = [placed[name] for placed in axis]
-                parts = [self.pricer.part(name, setting, decode) for setting in settings]
-                found.append(_Column(settings=settings, parts=parts, shape=shape))
+                prices = [self.pricer.component_price(name, setting, decode) for setting in settings]
+                found.append(_Column(settings=settings, prices=prices, shape=shape))
         return found
 
     def _whole(self, values: Array) -> Array:
@@ -120,50 +119,50 @@ class Table:
 
 
 def _stages(columns: Sequence[_Column]) -> list[list[_Column]]:
-    """Those that are gone before others are loaded, and the others."""
+    """Split columns into components that are freed before others are loaded, and the others."""
     return [[column for column in columns if column.freed is freed] for freed in (True, False)]
 
 
 def _vram(stage: Sequence[_Column]) -> Array:
-    """What is reserved while these run: what lies idle of them, and the most that one of them takes beside."""
-    used = [column for column in stage if column.parts[0].extra_bytes is not None]
+    """Return the reserved memory while these run: all idle weights, and the largest extra of one component."""
+    used = [column for column in stage if column.prices[0].extra_bytes is not None]
     if not used:
-        return _NOTHING
-    idle = _sum(column.over(lambda part: part.hold.idle_bytes) for column in stage)
-    return idle + _largest(column.over(lambda part: part.extra_bytes or 0) for column in used)
+        return _ZERO
+    idle = _sum(column.of_prices(lambda price: price.hold.idle_bytes) for column in stage)
+    return idle + _largest(column.of_prices(lambda price: price.extra_bytes or 0) for column in used)
 
 
 def _ram(stages: Sequence[Sequence[_Column]], *, loaded: bool) -> Array:
-    """RAM at the highest of three times: while what goes first encodes, from then on, and while loading."""
+    """Return the RAM at the highest of three times: encoding first, the rest of the call, and loading."""
     held = _largest(
-        _sum(column.over(lambda part: part.hold.host_bytes + part.hold.pinned_bytes) for column in stage)
+        _sum(column.of_prices(lambda price: price.hold.host_bytes + price.hold.pinned_bytes) for column in stage)
         for stage in stages
     )
     running = held + _largest(
-        column.over(lambda part: _transient(part, loaded)) for stage in stages for column in stage
+        column.of_prices(lambda price: _transient(price, loaded)) for stage in stages for column in stage
     )
     return running if loaded else _largest([running, *map(_loading, stages)])
 
 
-def _transient(part: ComponentPrice, loaded: bool) -> int:
-    """What a component takes of RAM beside what it holds: while its plan is applied, or whenever files are read."""
-    return part.hold.host_transient_bytes if loaded or part.hold.disk_bytes else 0
+def _transient(price: ComponentPrice, loaded: bool) -> int:
+    """Return the RAM a component needs in addition to its weights while a plan is applied or files are read."""
+    return price.hold.host_transient_bytes if loaded or price.hold.disk_bytes else 0
 
 
 def _loading(stage: Sequence[_Column]) -> Array:
-    """The highest moment of loading these one after another, those first that give back most (`load_order`)."""
+    """Return the peak of loading these in turn, those first that give back most (`load_order`)."""
     kept = [column.of_loads(lambda load: load.kept_bytes) for column in stage]
     peak = [column.of_loads(lambda load: load.peak_bytes) for column in stage]
     rest = [one - two for one, two in zip(kept, peak, strict=True)]
-    moments = []
+    totals = []
     for place, own in enumerate(rest):
         before = (
             np.where(other < own if later > place else other <= own, kept[later], 0)
             for later, other in enumerate(rest)
             if later != place
         )
-        moments.append(peak[place] + _sum(before))
-    return _largest(moments)
+        totals.append(peak[place] + _sum(before))
+    return _largest(totals)
 
 
 def _quality(setting: Placement) -> int:
@@ -175,31 +174,21 @@ def _offloaded(setting: Placement) -> int:
 
 
 def _sum(arrays: Iterable[Array]) -> Array:
-    return reduce(_plus, arrays, _NOTHING)
-
-
-def _plus(one: Array, two: Array) -> Array:
-    total: Array = one + two
-    return total
+    return reduce(np.add, arrays, _ZERO)
 
 
 def _largest(arrays: Iterable[Array]) -> Array:
-    """The largest, element by element; 0 of none. No figure but one of `_vram` is negative, and that never alone."""
+    """Return the element-wise maximum; 0 without arrays."""
     found = list(arrays)
-    return reduce(_larger, found[1:], found[0]) if found else _NOTHING
+    return reduce(np.maximum, found) if found else _ZERO
 
 
-def _larger(one: Array, two: Array) -> Array:
-    larger: Array = np.maximum(one, two)
-    return larger
-
-
-def _over(needed: Array, usable: int | None) -> Array:
-    return _NOTHING if usable is None else _larger(needed - usable, _NOTHING)
+def _excess(needed: Array, usable: int | None) -> Array:
+    return _ZERO if usable is None else _largest([needed - usable, _ZERO])
 
 
 def _lowest(values: Array, kept: Array, digits: int) -> Array:
-    """The places of those kept whose value, up to so many digits, is lowest."""
+    """Return the kept indices with the lowest value, compared to so many digits."""
     found = values[kept]
     if not digits:
         same: Array = kept[found == found.min()]

@@ -1,4 +1,4 @@
-"""What one change would make a faster candidate fit."""
+"""Find the changes that would each make a faster candidate fit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vramplan.planner.demand import Demand
 from vramplan.units import format_bytes
 from vramplan.workload import Workload
 
-# A picture of less than this share of the pixels is another picture.
+# A picture with less than this share of the pixels is not suggested.
 _LEAST_PIXELS = 0.25
 
 
 def unlocks(
     demand: Demand, budget: Budget, spec: PipelineSpec, workload: Workload, accelerator: Accelerator | None
 ) -> list[str]:
-    """Changes that would each let a candidate of this demand fit, as phrases; none where nothing is short.
+    """Return the changes that would each make a candidate with this demand fit, as phrases; empty if it fits.
 
-    A smaller picture is told from the peak alone, whose activations are taken to shrink with its pixels.
+    The smaller picture is derived from the peaks, assuming that activations are proportional to pixels.
     """
     limit = budget.vram_bytes
     found = list(_vram(demand, limit, spec, workload, accelerator)) if limit is not None else []
@@ -49,7 +49,7 @@ def _vram(
 
 
 def _smaller(demand: Demand, limit: int, spec: PipelineSpec, workload: Workload) -> str | None:
-    """The largest picture of the same shape whose activations leave enough, in the phases that are short."""
+    """Return the largest picture of the same shape whose activations fit in the phases with a deficit."""
     share = 1.0
     for phase in demand.phases:
         activations = phase.reserved_bytes - phase.weights_bytes - phase.workspace_bytes
@@ -59,7 +59,7 @@ def _smaller(demand: Demand, limit: int, spec: PipelineSpec, workload: Workload)
     if not _LEAST_PIXELS < share < 1:
         return None
     size = smaller_size(spec, workload, sqrt(share))
-    if size is None:  # sound has no size, and the smallest picture no smaller one
+    if size is None:  # sound, or the smallest picture
         return None
     frames = f" x {workload.num_frames} frames" if workload.num_frames > 1 else ""
     return f"{size[1]} x {size[0]}{frames}"

@@ -26,7 +26,7 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """The planner's costs: from a simulation that can be run again, or from rules of thumb."""
+    """The costs for the planner, from a simulation that can be repeated, or from rules of thumb."""
 
     footprint: Footprint
     alternatives: tuple[Alternative, ...] = ()
@@ -34,12 +34,12 @@ class CostModel:
     notes: tuple[str, ...] = ()
 
     def basis(self, spec: PipelineSpec) -> Basis:
-        """The weakest basis of the prices. Decodes have their own: each is simulated when it is first priced."""
+        """Return the weakest basis of the prices, without decodes, which are simulated when first priced."""
         uses = [use for use in spec.uses if use.phase != "decode"]
         return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
-        """A function that checks a decision by simulating it within this budget; None without a simulation."""
+        """Return a function that checks a decision by simulating it within this budget; None without a simulation."""
         run, capacity = self.simulate, budget.vram_bytes
         if run is None or capacity is None:
             return None
@@ -62,10 +62,10 @@ def cost_model(
     weights: Sequence[Mapping[str, Weights]],
     fixed: Fixed,
 ) -> CostModel:
-    """The cost model for the weights as they are stored, and for each of these settings of `weights`.
+    """Build the cost model for the stored weights, with an alternative for each of these settings of `weights`.
 
-    Settings of attention and compiling that the user fixed apply to all. Another attention is an alternative where it
-    lowers what a denoiser needs.
+    Settings of attention and compiling that the user fixed apply to all. Another attention is an alternative if it
+    lowers the peak of the denoisers.
     """
     from vramplan.simulator.model import simulated_footprint, traced_footprint
     from vramplan.simulator.run import SimulationError
@@ -116,7 +116,7 @@ def cost_model(
 def _assumed(
     alternatives: Alternatives, work: Workload, weights: Sequence[Mapping[str, Weights]], fixed: Fixed
 ) -> CostModel:
-    """Rules of thumb in place of a simulation."""
+    """Build the cost model from rules of thumb."""
     footprint = AssumedFootprint(spec=alternatives.model.spec, workload=work)
     others = [(setting, alternatives.spec(setting)) for setting in weights]
     return CostModel(
@@ -131,9 +131,9 @@ def _assumed(
 def _confirming(
     model: SimulatedModel, work: Workload, accelerator: Accelerator
 ) -> Callable[[Decision, int], Simulation]:
-    """A function that simulates a decision within a capacity in bytes.
+    """Return a function that simulates a decision within a capacity in bytes.
 
-    A call that stops before any VAE runs is simulated once for all ways of decoding.
+    A call that runs out of memory before any VAE runs is simulated once for all decode settings.
     """
     vaes = [component.name for component in model.spec.vaes]
     stopped: dict[Any, Simulation] = {}
@@ -158,7 +158,7 @@ def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
 
 
 def _missing_note(spec: PipelineSpec, simulation: Simulation, condition: str) -> tuple[str, ...]:
-    """A note that names the components without simulated costs, for which rules of thumb are used."""
+    """Return a note that names the components without simulated costs, for which rules of thumb are used."""
     names = {
         use.component: None
         for use in spec.uses
@@ -168,7 +168,7 @@ def _missing_note(spec: PipelineSpec, simulation: Simulation, condition: str) ->
 
 
 def apply_simulation(decision: Decision, simulation: Simulation) -> Decision:
-    """The decision with the peaks of its own simulation, or rejected, with where and by how much it does not fit.
+    """Return the decision with simulated peaks, or rejected with the place and size of the deficit.
 
     A phase that the simulated call did not reach keeps its price.
     """
@@ -193,10 +193,9 @@ def apply_simulation(decision: Decision, simulation: Simulation) -> Decision:
 
 
 def _simulated_phase(priced: PhaseDemand, seen: SimulatedPhase) -> PhaseDemand:
-    return PhaseDemand(
-        name=priced.name,
+    return replace(
+        priced,
         component=seen.component,
-        on_device=priced.on_device,
         weights_bytes=seen.weights_bytes,
         activation_bytes=seen.activation_bytes,
         workspace_bytes=seen.workspace_bytes,

@@ -1,4 +1,4 @@
-"""Simulate a model under a plan, or what the planner needs to know of it."""
+"""Simulate a model under a plan, or for the costs of the planner."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.types import DecodedLatents, Simulation
 from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, apply_settings, freed_first
 from vramplan.strategies.settings import format_setting
+from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.units import MIB
 from vramplan.workload import Workload
 
@@ -24,32 +25,28 @@ if TYPE_CHECKING:
     from vramplan.simulator.memo import Memo
     from vramplan.simulator.parts import Parts
 
-# The simulated device is always this one: what it stands for is a matter of capacity and kernels.
+# The name of every simulated device: capacity and kernels make the difference.
 DEVICE = "cuda:0"
 
 
 def simulated_footprint(
     model: SimulatedModel, workload: Workload, accelerator: Accelerator, unplaced: Placed = ()
 ) -> SimulatedFootprint:
-    """The planner's figures for a model with these settings, none of which is a placement.
+    """Simulate the costs of a model under these settings, none of which is a placement.
 
     Raises:
-        SimulationError: the pipeline cannot be driven.
+        SimulationError: the pipeline cannot be called.
     """
     spec = model.spec
-    vaes = [component.name for component in spec.vaes]
-    must_tile = [vae for vae in spec.vaes if vae.tiling is not None and vae.tiling.required]
-
-    tiled = [(setting, vaes) for setting in _tilings(must_tile)]
+    must_tile = any(vae.tiling is not None and vae.tiling.required for vae in spec.vaes)
+    tiled = [(VaeTiling(), [vae.name for vae in spec.vaes])] if must_tile else []
     plain = model.run(workload, unplaced, tiled, accelerator=accelerator)
-
     return SimulatedFootprint(spec=spec, workload=workload, plain=plain, decode=_decodes(model, plain, accelerator))
 
 
 def traced_footprint(model: SimulatedModel, workload: Workload, accelerator: Accelerator) -> SimulatedFootprint:
-    """The planner's figures from components traced one by one, where the whole call cannot be driven."""
-    plain = model.alone(workload, accelerator=accelerator)
-
+    """Derive the costs from components traced one by one, for a call that cannot be simulated."""
+    plain = model.trace(workload, accelerator=accelerator)
     return SimulatedFootprint(
         spec=model.spec,
         workload=workload,
@@ -63,7 +60,7 @@ def traced_footprint(model: SimulatedModel, workload: Workload, accelerator: Acc
 def _decodes(
     model: SimulatedModel, plain: Simulation, accelerator: Accelerator
 ) -> Callable[[tuple[Decode, ...]], Simulation | None]:
-    """What decodes the latents of a call with other settings, each simulated once."""
+    """Return a function that simulates the decode with other settings, each once."""
     from vramplan.simulator.run import SimulationError
 
     vaes = [component.name for component in model.spec.vaes]
@@ -78,14 +75,8 @@ def _decodes(
     return decode
 
 
-def _tilings(vaes: Sequence[Any]) -> tuple[Decode, ...]:
-    from vramplan.strategies.vae_tiling import VaeTiling
-
-    return (VaeTiling(),) if vaes else ()
-
-
 class SimulatedModel:
-    """A model that can be simulated any number of times. Its parts are put together once, when first needed."""
+    """A model to simulate repeatedly; the parts are built once, when first needed."""
 
     def __init__(self, spec: PipelineSpec) -> None:
         self.spec = spec
@@ -109,9 +100,9 @@ class SimulatedModel:
         capacity_bytes: int | None = None,
         timeline: bool = False,
     ) -> Simulation:
-        """One simulation, from the cache where it was made before. Nothing placed means everything resident.
+        """Simulate a call, or read it from the cache. Without placements everything is resident.
 
-        With `timeline` the memory over the call is in it too.
+        `timeline` adds the memory over the call.
         """
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import First, run_simulation
@@ -121,10 +112,11 @@ class SimulatedModel:
             (setting, names) for setting, names in placed if not isinstance(setting, Execution) or setting.simulated
         ]
         first, rest = freed_first(placed)
+        encoding = First(names=[name for _, names in first for name in names], place=settings_applier(first, ()))
         key = {
             "pipeline": _identity(self.spec),
             "workload": asdict(workload),
-            "placed": [(format_setting(setting), list(names), _stamp(setting)) for setting, names in placed],
+            "placed": [(format_setting(setting), list(names), _file_stamp(setting)) for setting, names in placed],
             "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
             "capacity": capacity_bytes,
             "expandable": expandable_segments(),
@@ -137,10 +129,8 @@ class SimulatedModel:
             return run_simulation(
                 self.parts,
                 workload,
-                placing(rest, decodes),
-                first=First(names=[n for _, names in first for n in names], place=placing(first, ()))
-                if first
-                else None,
+                settings_applier(rest, decodes),
+                first=encoding if first else None,
                 capacity_bytes=capacity_bytes,
                 expandable=expandable_segments(),
                 kernels=Kernels(**kernels),
@@ -151,9 +141,8 @@ class SimulatedModel:
         return cached(key, make)
 
     def kernels(self, accelerator: Accelerator | None) -> dict[str, Any]:
-        """What is known of a card's kernels, as `Kernels` names it, as far as it makes a difference to this model: how
-        a dtype is computed in that none of its components has does not. Where weights are in another dtype than what
-        is computed there is no telling."""
+        """Return the options of `Kernels` for a card that matter to this model: dtypes that no component has are left
+        out, unless weights are stored in another dtype than they are computed in."""
         found = kernels_of(accelerator)
         parts = self.spec.components
         if any(part.quantized or part.hooks for part in parts):
@@ -162,14 +151,14 @@ class SimulatedModel:
         return found | {"math_dtypes": tuple(dtype for dtype in found["math_dtypes"] if dtype in held)}
 
     def _memo(self, kernels: Mapping[str, Any]) -> Memo:
-        """What simulations with these kernels have recorded, whatever cuBLAS holds: that is taken anew in each."""
+        """Return the records of simulations with these kernels; the workspace of cuBLAS is allocated in each."""
         from vramplan.simulator.memo import Memo
 
         key = tuple(value for name, value in kernels.items() if name != "cublas_bytes")
         return self._memos.setdefault(key, Memo())
 
-    def alone(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
-        """One forward of each component by itself, from the cache where that was made before."""
+    def trace(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
+        """Trace one forward of each component separately, or read it from the cache."""
         from vramplan.simulator.component_trace import trace_components
         from vramplan.simulator.kernels import Kernels
 
@@ -180,7 +169,7 @@ class SimulatedModel:
     def decode(
         self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None
     ) -> Simulation:
-        """Only the decode of a call, with these settings; from the cache where it was made before."""
+        """Simulate only the decode of a call under these settings, or read it from the cache."""
         from vramplan.simulator.kernels import Kernels
         from vramplan.simulator.run import run_decode
 
@@ -196,7 +185,7 @@ class SimulatedModel:
 
         def make() -> Simulation:
             return run_decode(
-                self.parts, latents, placing([], here), kernels=Kernels(**kernels), memo=self._memo(kernels)
+                self.parts, latents, settings_applier([], here), kernels=Kernels(**kernels), memo=self._memo(kernels)
             )
 
         return cached(key, make)
@@ -216,8 +205,8 @@ def _parts(spec: PipelineSpec) -> Parts:
     return parts_from_repository(open_repository(source), dtypes)
 
 
-def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
-    """A function that puts the settings on a hollow pipeline through their own diffusers calls."""
+def settings_applier(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
+    """Return a function that applies the settings to a hollow pipeline."""
 
     def place(pipe: Any) -> None:
         apply_settings(pipe, placed, decodes, DEVICE, hollow=True)
@@ -228,24 +217,24 @@ def placing(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
 
 
 def expandable_segments() -> bool:
-    """Whether the environment tells torch's allocator so, for the process that will run the plan too.
+    """Whether the environment enables expandable segments of torch's allocator, for the process that runs the plan too.
 
     Both names are read: PYTORCH_ALLOC_CONF since torch 2.10, PYTORCH_CUDA_ALLOC_CONF before.
     """
-    told = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    return "expandable_segments:true" in told.replace(" ", "").lower()
+    options = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return "expandable_segments:true" in options.replace(" ", "").lower()
 
 
-def _stamp(setting: Any) -> tuple[int, int] | None:
-    """What tells a file of weights from one that stood in its place before."""
+def _file_stamp(setting: Any) -> tuple[int, int] | None:
+    """Return size and modification time of a setting's file, to detect another file with the same name."""
     if not isinstance(setting, AtLoad) or setting.source is None:
         return None
-    about = setting.source.stat()
-    return about.st_size, about.st_mtime_ns
+    stat = setting.source.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _identity(spec: PipelineSpec) -> Any:
-    """All of a pipeline that its memory depends on."""
+    """Return the facts of a pipeline that affect memory."""
     return [
         spec.class_name,
         [
@@ -256,7 +245,7 @@ def _identity(spec: PipelineSpec) -> Any:
 
 
 def kernels_of(accelerator: Accelerator | None) -> dict[str, Any]:
-    """What is known of a card's kernels, as `Kernels` names it: cuBLAS holds 32 MiB on Hopper and later, 8 before."""
+    """Return the options of `Kernels` for a card: cuBLAS holds 32 MiB on Hopper and later, 8 MiB before."""
     from vramplan.profiles.catalogue import compute_capability, math_dtypes
 
     capability = compute_capability(accelerator.name) if accelerator else None

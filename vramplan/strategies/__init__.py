@@ -1,4 +1,4 @@
-"""The levers, one file each, and the axes they are on. `AXES` is the only list of either."""
+"""The strategies, one file each, and their axes. `AXES` is the only list of both."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ DECODES: tuple[type[Decode], ...] = (VaeSlicing, VaeTiling, FramewiseDecoding, D
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisRow:
-    """One axis of a candidate, and the strategies on it, each of which keeps the protocol `kind`.
+    """One axis of a candidate, with its strategies, each of which implements the protocol `kind`.
 
-    A setting is for one component, or, where not `by_component`, for the pipeline, which then takes several at once.
-    `nothing` is the word for no setting; empty where every component needs one. `order` is the place in applying them.
+    A setting is for one component; on an axis that is not `by_component` the pipeline takes several settings at once.
+    `nothing` is the word for no setting, empty if every component needs one. `order` is the position in applying.
     """
 
     name: Axis
@@ -55,12 +55,12 @@ class AxisRow:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The ways to name the axis in `AXIS.COMPONENT=SETTING`."""
+        """The forms of the key in `AXIS.COMPONENT=SETTING`."""
         one = (f"{self.name}.COMPONENT",) if self.by_component else ()
         return one if one and self.nothing else (self.name, *one)
 
     def takes(self, key: str, text: str) -> bool:
-        """Whether `KEY=TEXT` can be set on this axis; the word for no setting needs no component."""
+        """Whether `KEY=TEXT` is valid on this axis; the word for no setting needs no component."""
         if not self.by_component or key == self.name in self.keys:
             return key == self.name
         return bool(key.partition(".")[2] or (self.nothing and text == self.nothing))

@@ -11,17 +11,17 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Axis, Placement, Quality
 
-# Backends of torch itself that run wherever it does (diffusers 0.42, models/attention_dispatch.py).
+# Backends of torch itself, which run on every device (diffusers 0.42, models/attention_dispatch.py).
 _ANYWHERE = ("native", "_native_math", "flex")
-# Those of one device that no accelerator here is.
-_ELSEWHERE = {"_native_npu": "an Ascend NPU", "_native_xla": "a TPU"}
+# Backends for devices that are not supported here.
+_UNSUPPORTED = {"_native_npu": "an Ascend NPU", "_native_xla": "a TPU"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBackend:
-    """`component.set_attention_backend(name)`; `name` is one of diffusers' own.
+    """`component.set_attention_backend(name)`, with a name that diffusers knows.
 
-    Other kernels change the last bits; Sage's round queries and keys to 8 bits.
+    Other kernels change the last bits; Sage's kernels round queries and keys to 8 bits.
     """
 
     name: ClassVar[str] = "attention_backend"
@@ -32,34 +32,37 @@ class AttentionBackend:
 
     @property
     def quality(self) -> Quality:
-        """Lossy where attention is quantized."""
+        """Lossy if attention is quantized."""
         return "lossy" if "sage" in self.backend else "near_lossless"
 
     @property
     def unknown(self) -> str:
-        """Both: no source says what a backend gains on the devices that are planned for."""
+        """Memory and time: no source gives the gain of a backend on these devices."""
         return f"attention backend {self.backend}: memory and time are projected with torch's own attention"
 
     @classmethod
     def variants(cls, component: Component, accelerator: Accelerator) -> Iterable[Self]:
-        """None: by hand only, as long as no measurement says what it gains."""
+        """Empty: without measurements of the gain it is only set by hand."""
         return ()
 
     def refusal(self, component: Component, accelerator: Accelerator | None) -> str | None:
-        """Only processors that ask for the backend, only known ones whose package and device are here."""
+        """Refuse processors that ignore the backend, and backends that are unknown or lack a package or device."""
         if component.attention_backend_refusal is not None:
             return component.attention_backend_refusal
-        return _unknown(self.backend) or _no_device(self.backend, accelerator) or _no_package(self.backend)
+        return (
+            _unknown_backend(self.backend)
+            or _device_refusal(self.backend, accelerator)
+            or _package_refusal(self.backend)
+        )
 
     def conflict_with(self, placement: Placement) -> str | None:
-        """It goes with every placement."""
+        """Compatible with every placement."""
         return None
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """On the component's processors alone.
+        """Set the backend on the component's processors only.
 
-        diffusers' call makes the backend that of every other model of the process too (0.42, issue 14249): that is
-        taken back at once.
+        diffusers' call also sets it for all other models of the process (0.42, issue 14249); that is undone here.
         """
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
@@ -71,7 +74,7 @@ class AttentionBackend:
             Registry.set_active_backend(active)
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """One line for each component, the last one for what the call leaves behind for other models."""
+        """One line for each component, and one that restores the backend of other models."""
         registry = "_AttentionBackendRegistry"
         return [
             f"from diffusers.models.attention_dispatch import {registry}",
@@ -81,7 +84,7 @@ class AttentionBackend:
         ]
 
 
-def _unknown(backend: str) -> str | None:
+def _unknown_backend(backend: str) -> str | None:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     known = [member.value for member in AttentionBackendName]
@@ -92,18 +95,18 @@ def _unknown(backend: str) -> str | None:
     return f"{backend!r} is not an attention backend of this diffusers: {hint}"
 
 
-def _no_device(backend: str, accelerator: Accelerator | None) -> str | None:
+def _device_refusal(backend: str, accelerator: Accelerator | None) -> str | None:
     if backend.endswith("_hub"):
         return f"{backend} downloads code and runs it, which no plan does: install the package of its kernel instead"
-    if backend in _ELSEWHERE:
-        return f"{backend} needs {_ELSEWHERE[backend]}"
+    if backend in _UNSUPPORTED:
+        return f"{backend} needs {_UNSUPPORTED[backend]}"
     if backend in _ANYWHERE or (accelerator is not None and accelerator.device.startswith("cuda")):
         return None
     return f"{backend} needs a CUDA or ROCm device, not {accelerator.name if accelerator else 'the CPU'}"
 
 
-def _no_package(backend: str) -> str | None:
-    """What diffusers would raise when the backend is set: a package is missing or too old."""
+def _package_refusal(backend: str) -> str | None:
+    """Return the error of diffusers for a package that is missing or too old."""
     from diffusers.models import attention_dispatch
 
     try:

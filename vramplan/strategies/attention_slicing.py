@@ -1,4 +1,4 @@
-"""Attention slicing: the scores of a few heads at a time, where a device's attention holds all of them at once."""
+"""Attention slicing: attention scores are computed for a few heads at a time, on devices that hold all at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vramplan.strategies.base import Axis, Placement, Quality
 class AttentionSlicing:
     """`component.set_attention_slice(size)`: half of the heads at a time (`auto`), or one (`max`).
 
-    It takes torch's own attention off and holds scores itself, so that it only saves memory where torch would hold
-    more of them; the sums of another order change the last bits.
+    It replaces torch's own attention and holds scores itself, so it saves memory only on devices where torch holds more
+    of them. Summing in another order changes the last bits.
     """
 
     name: ClassVar[str] = "attention_slicing"
@@ -33,26 +33,26 @@ class AttentionSlicing:
 
     @property
     def unknown(self) -> str:
-        """Nothing: memory and time are those of its own simulation."""
+        """Empty: memory and time come from a simulation with the setting."""
         return ""
 
     @classmethod
     def variants(cls, component: Component, accelerator: Accelerator) -> Iterable[Self]:
-        """Both sizes, where the device's attention holds scores."""
+        """Both sizes, if the device's attention holds scores."""
         if cls().refusal(component, accelerator) is not None or not holds_scores(accelerator, component.dtype):
             return ()
         return (cls(size="auto"), cls(size="max"))
 
     def refusal(self, component: Component, accelerator: Accelerator | None) -> str | None:
-        """Only denoisers with sliced processors, in place of diffusers' own ones."""
+        """Refuse components without sliced processors, and those with custom processors."""
         return component.attention_slicing_refusal
 
     def conflict_with(self, placement: Placement) -> str | None:
-        """It goes with every placement."""
+        """Compatible with every placement."""
         return None
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """On the components themselves: the pipeline's call would slice others too."""
+        """Set it on each component: the pipeline's call would slice others too."""
         for name in names:
             pipe.components[name].set_attention_slice(self.size)
 

@@ -1,7 +1,7 @@
-"""What a strategy is: one way to set one axis, its price in memory, and the diffusers call that makes it so.
+"""The protocols of strategies: one way to set one axis, its price in memory, and the diffusers call that applies it.
 
-A setting is an instance of its strategy's class: the options are its fields. Adding a strategy means
-writing one such class in one file and naming it in the registry.
+A setting is an instance of its strategy's class, with the options as fields. To add a strategy, write one such class in
+one file and name it in the registry.
 """
 
 from __future__ import annotations
@@ -23,26 +23,24 @@ if TYPE_CHECKING:
 Quality = Literal["lossless", "near_lossless", "lossy"]
 QUALITIES: tuple[Quality, ...] = ("lossless", "near_lossless", "lossy")
 Axis = str  # the name of a row of `strategies.AXES`
-# The name of a file as an option of a setting: the last one, which is the rest of the setting's text as it stands.
+# A file name as an option of a setting: the last one, which takes the rest of the text unchanged.
 FileName = NewType("FileName", str)
 NO_FILE = FileName("")
-# Text encoders below weigh little beside any denoiser that has one: CLIP's are 0.2 and 1.3 GiB, T5-XXL 8.9 GiB.
+# Smaller text encoders weigh little next to a denoiser: CLIP's are 0.2 and 1.3 GiB, T5-XXL 8.9 GiB.
 _LARGE_ENCODER = 1 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """Where a component's weights are under a placement, and what has to be moved. All in bytes.
+    """The location of a component's weights under a placement, and the transfers it needs, in bytes.
 
-    `running_bytes` are on the device while the component runs, `idle_bytes` while another one does. One
-    that `lingers` stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM,
-    `pinned_bytes` page-locked RAM, `host_transient_bytes` what is needed beside them while applying.
-    `moved_in_bytes` and `moved_out_bytes` cross the link on each forward, behind its compute where they are
-    `overlapped`; `waited_bytes` cross it with nothing behind; `disk_bytes` are kept in files and read from
-    there on each forward; `pauses` counts the transfers a forward waits
-    for; `rate` is the share of the link's pinned rate those transfers reach. `read_bytes` are read from the model's
-    files anew for each call: all else here then holds only while the component encodes the prompt, with none loaded
-    yet of those that read nothing.
+    `running_bytes` are on the device while the component runs, `idle_bytes` while another one does. One that `lingers`
+    stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM, `pinned_bytes` page-locked
+    RAM, `host_transient_bytes` needed in addition while applying. `moved_in_bytes` and `moved_out_bytes` cross the link
+    on each forward, hidden behind compute if `overlapped`; `waited_bytes` cross it without overlap; `disk_bytes` are
+    kept in files and read on each forward. `pauses` counts the transfers that a forward waits for; `rate` is the share
+    of the link's page-locked rate that transfers reach. `read_bytes` are read from the model's files for each call: all
+    other values then hold only while the prompt is encoded, before components without `read_bytes` are loaded.
     """
 
     running_bytes: int
@@ -62,13 +60,13 @@ class Hold:
 
     @property
     def freed(self) -> bool:
-        """Whether the component is nowhere any more once the prompt is encoded."""
+        """Whether the component is dropped once the prompt is encoded."""
         return self.read_bytes > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """What a VAE has before it at one time: pixels, frames and batch, and the whole it belongs to."""
+    """The part of a picture that a VAE works on at a time: pixels, frames and batch, and the pixels of the whole."""
 
     height: int
     width: int
@@ -78,16 +76,16 @@ class Picture:
 
     @property
     def pixels(self) -> int:
-        """Pixels of all frames and pictures worked on together."""
+        """Pixels of all frames and pictures that are processed together."""
         return self.height * self.width * self.frames * self.batch
 
 
 @runtime_checkable
 class Placement(Protocol):
-    """How much of a component is on the device, and when.
+    """The part of a component on the device, and the time it is there.
 
-    Under one that is `freed` a component is gone, for good, once the prompt is encoded and before others are loaded;
-    it is for all components of a role, or for none of them.
+    A `freed` placement drops the component once the prompt is encoded and before others are loaded; it is for all
+    components of a role, or for none.
     """
 
     name: ClassVar[str]
@@ -102,79 +100,79 @@ class Placement(Protocol):
 
     @property
     def ladder(self) -> str:
-        """The ladder that this is a rung of: each takes more memory and less time. Empty for a setting by itself."""
+        """The ladder of the setting: a higher rung takes more memory and less time. Empty without one."""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """The settings worth trying on this component, the rungs of a ladder from the lowest to the highest."""
+        """Return the settings worth trying on this component, the rungs of a ladder from lowest to highest."""
 
     def complete(self, component: Component) -> Self:
-        """The setting with what the component alone can tell filled in."""
+        """Return the setting with open options filled in from the component."""
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """Why this setting cannot be, as a sentence; None when it can."""
+        """Return a sentence on why this setting is impossible; None if it is possible."""
 
     def unpinned(self) -> Self:
-        """The same without pinned copies of weights; itself where it has none."""
+        """Return the setting without page-locked copies of weights."""
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """Where the component's weights are under this setting."""
+        """Return the location of the component's weights under this setting."""
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Make it so on a live pipeline, through diffusers' own call."""
+        """Apply the setting to a live pipeline, with diffusers' own call."""
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take the hooks off again. Where the weights were before is for the caller to restore."""
+        """Remove the hooks. The caller restores the location of the weights."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """The same as lines of Python on an object called `pipe`."""
+        """Return the same as lines of Python on an object called `pipe`."""
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """How many bytes a component weighs."""
+    """The form of a component's weights."""
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
 
     @property
     def quality(self) -> Quality:
-        """What it does to the picture."""
+        """The effect on the picture."""
 
     @property
     def quantized(self) -> str:
-        """What `Component.quantized` is under this setting; empty where weights stay plain tensors."""
+        """The value of `Component.quantized` under this setting; empty if weights stay plain tensors."""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """The settings worth trying on this component."""
+        """Return the settings worth trying on this component."""
 
     def refusal(self, component: Component) -> str | None:
-        """Why this setting cannot be, as a sentence; None when it can."""
+        """Return a sentence on why this setting is impossible; None if it is possible."""
 
     def lighten(self, module: torch.nn.Module) -> None:
-        """Give a module without data, hollow or on the meta device, the form it has under this setting, in place."""
+        """Convert a module without data, hollow or on the meta device, to its form under this setting, in place."""
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Make it so on a live pipeline, through diffusers' own call."""
+        """Apply the setting to a live pipeline, with diffusers' own call."""
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take it off again, as far as that can be."""
+        """Undo the setting, as far as possible."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """The same as lines of Python on an object called `pipe`."""
+        """Return the same as lines of Python on an object called `pipe`."""
 
 
 class LoadRecord(Protocol):
-    """What is known of a component that is to be loaded: what a plan's record of it says."""
+    """A component to load, as a plan records it."""
 
     @property
     def name(self) -> str:
-        """In the pipeline."""
+        """The component's name in the pipeline."""
 
     @property
     def class_name(self) -> str:
-        """Of the module."""
+        """The class of the module."""
 
     @property
     def library(self) -> str:
@@ -182,27 +180,27 @@ class LoadRecord(Protocol):
 
     @property
     def dtype(self) -> str:
-        """To load in and compute with."""
+        """The dtype to load in and compute with."""
 
 
 @runtime_checkable
 class AtLoad(Weights, Protocol):
-    """Weights that take their form while the pipeline is loaded; a live one cannot be given it."""
+    """Weights that are converted while the pipeline is loaded; a live one cannot take the setting."""
 
     @property
     def source(self) -> Path | None:
-        """The file that is loaded in place of the component's own weights; None where those are."""
+        """The file that replaces the component's own weights; None without one."""
 
     def load(self, record: LoadRecord) -> dict[str, Any]:
-        """More arguments for the component's `from_pretrained`, or for `from_single_file` where there is a `source`."""
+        """Return extra arguments for the component's `from_pretrained`, or `from_single_file` with a `source`."""
 
     def load_code(self, record: LoadRecord) -> tuple[str, str]:
-        """A line to come before, and the same arguments as text, each after a comma."""
+        """Return an import line, and the same arguments as text, each after a comma."""
 
 
 @runtime_checkable
 class Execution(Protocol):
-    """How a component's operations are carried out: the same work, by other kernels."""
+    """The kernels for a component's operations: the same work in another way."""
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
@@ -210,32 +208,32 @@ class Execution(Protocol):
 
     @property
     def quality(self) -> Quality:
-        """What the other kernels do to the picture."""
+        """The effect of the other kernels on the picture."""
 
     @property
     def unknown(self) -> str:
-        """What the figures of a plan leave out of this setting, as a phrase; empty where they leave out nothing."""
+        """The effects of the setting that a plan's figures leave out, as a phrase; empty without any."""
 
     @classmethod
     def variants(cls, component: Component, accelerator: Accelerator) -> Iterable[Self]:
-        """The settings worth trying unasked: only those whose figures are known."""
+        """Return the settings worth trying by default: only those with known figures."""
 
     def refusal(self, component: Component, accelerator: Accelerator | None) -> str | None:
-        """Why this setting cannot be here, as a sentence; None when it can."""
+        """Return a sentence on why this setting is impossible here; None if it is possible."""
 
     def conflict_with(self, placement: Placement) -> str | None:
-        """Why this setting cannot be on a component under that placement; None when it can."""
+        """Return a sentence on why the setting excludes that placement; None if it does not."""
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Make it so on a live pipeline, through diffusers' own call. `kernel_state` is what puts it back."""
+        """Apply the setting to a live pipeline, with diffusers' own call. `kernel_state` undoes it."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """The same as lines of Python on an object called `pipe`."""
+        """Return the same as lines of Python on an object called `pipe`."""
 
 
 @runtime_checkable
 class Decode(Protocol):
-    """How much of a picture the VAE works on at a time."""
+    """The part of a picture that the VAE works on at a time."""
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
@@ -243,26 +241,26 @@ class Decode(Protocol):
 
     @classmethod
     def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:
-        """The settings worth trying on this VAE for this workload."""
+        """Return the settings worth trying on this VAE for this workload."""
 
     def refusal(self, vae: Component, workload: Workload) -> str | None:
-        """Why this setting cannot be or would do nothing, as a sentence; None when it works."""
+        """Return a sentence on why this setting is impossible or has no effect; None if it works."""
 
     def shrink(self, picture: Picture, vae: Component) -> Picture:
-        """What is left before the VAE at one time."""
+        """Return the part of the picture that the VAE works on at a time."""
 
     def apply(self, pipe: Any, names: Sequence[str]) -> None:
-        """Make it so on the live VAEs of these names."""
+        """Apply the setting to the live VAEs with these names."""
 
     def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
-        """The same as lines of Python on an object called `pipe`; `modules` are the VAEs, weightless or live."""
+        """Return the same as lines of Python on an object `pipe`; `modules` are the VAEs, weightless or live."""
 
 
-# A strategy whose settings leave attributes behind names them in a class variable `leaves`, for undoing: of modules the
-# name, or what several names begin with; of the pipeline the name after this.
+# The attributes that a setting leaves behind are listed in the class variable `leaves`, to be undone: names of module
+# attributes or their prefix, and names of pipeline attributes after this prefix.
 ON_PIPE = "pipe."
 
-# Settings with the components each is for, in the order to apply them: see `settings.grouped`.
+# Settings with the names of their components, in the order to apply them: see `settings.grouped`.
 Placed = Sequence[tuple[Weights | Placement | Execution, Sequence[str]]]
 Decodes = Sequence[tuple[Decode, Sequence[str]]]
 
@@ -270,24 +268,21 @@ Decodes = Sequence[tuple[Decode, Sequence[str]]]
 def half_freed(
     placement: Mapping[str, Placement], components: Iterable[Component]
 ) -> tuple[tuple[str, str], str] | None:
-    """Two components of a role of which only the first is freed, and by which setting; None where there are none."""
+    """Return two components of one role of which only the first is freed, and its setting's name; None without any."""
     by_role: dict[str, list[str]] = {}
     for component in components:
         by_role.setdefault(component.role, []).append(component.name)
     for names in by_role.values():
-        told = {name: placement[name] for name in names if name in placement}
-        freed = [name for name, setting in told.items() if setting.freed]
-        others = [name for name in told if name not in freed]
+        placed = [name for name in names if name in placement]
+        freed = [name for name in placed if placement[name].freed]
+        others = [name for name in placed if name not in freed]
         if freed and others:
-            return (freed[0], others[0]), told[freed[0]].name
+            return (freed[0], others[0]), placement[freed[0]].name
     return None
 
 
 def freed_first(placed: Placed) -> tuple[list[Any], list[Any]]:
-    """The settings of components that encode the prompt and are gone before the others are loaded; and all others.
-
-    What is done to the weights of such a component goes with it.
-    """
+    """Split settings into those of components that are freed before the others are loaded, and all others."""
     freed = {name for setting, names in placed if isinstance(setting, Placement) and setting.freed for name in names}
     first = [(setting, [name for name in names if name in freed]) for setting, names in placed]
     rest = [(setting, [name for name in names if name not in freed]) for setting, names in placed]
@@ -303,14 +298,15 @@ def apply_settings(
     hollow: bool = False,
     done: Callable[[Sequence[str]], object] = lambda names: None,
 ) -> None:
-    """Put settings on a pipeline, each through its own diffusers calls; `done` is told of the components each is on.
+    """Apply settings to a pipeline with diffusers' own calls; `done` is called with the components of each.
 
-    A `hollow` one has no data that could be rounded: its weights only take the form they would have.
+    A `hollow` pipeline has no data to round: its weights only take the form under the setting.
     """
     for decode, names in decodes:
         decode.apply(pipe, names)
     for setting, names in placed:
-        for several in [names] if isinstance(setting, Placement) and setting.whole_pipeline else _each(names):
+        whole = isinstance(setting, Placement) and setting.whole_pipeline
+        for several in [names] if whole else [[name] for name in names]:
             if hollow and isinstance(setting, Weights):
                 setting.lighten(pipe.components[several[0]])
             else:
@@ -318,34 +314,30 @@ def apply_settings(
             done(several)
 
 
-def _each(names: Sequence[str]) -> list[Sequence[str]]:
-    return [[name] for name in names]
-
-
 def worth_quantizing(component: Component) -> bool:
-    """Whether rounding the component saves much: denoisers, and text encoders that weigh as much as one."""
+    """Whether quantizing the component saves much: a denoiser, or a large text encoder."""
     large = component.role == "text_encoder" and component.weight_bytes >= _LARGE_ENCODER
     return large or component.role in ("denoiser", "control")
 
 
 def missing_package(name: str) -> str | None:
-    """What to install, where a package that a setting needs is not."""
+    """Return a sentence on how to install a missing package; None if it is installed."""
     if find_spec(name) is None:
         return f"{name} is not installed: pip install {name}, or vramplan[quantization]"
     return None
 
 
 def unpinned(placed: Placed) -> Placed:
-    """The same settings without pinned copies of weights."""
+    """Return the settings without page-locked copies of weights."""
     return [(setting.unpinned() if isinstance(setting, Placement) else setting, names) for setting, names in placed]
 
 
-# What diffusers' hooks leave on a module: their registry, and a forward in place of the class's.
+# Attributes that diffusers' hooks leave on a module: their registry, and a replaced forward.
 DIFFUSERS_HOOK = ("_diffusers_hook", "forward")
 
 
 def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
-    """Take diffusers' group offloading hooks off; it has no public call for it (0.42)."""
+    """Remove diffusers' group offloading hooks, for which it has no public call (0.42)."""
     from diffusers.hooks import HookRegistry
 
     hooks = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
@@ -356,31 +348,31 @@ def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
 
 
 class WithoutOptions:
-    """A placement of which there is one variant where it does not list others, and that has nothing to fill in."""
+    """Base of a placement without ladder or open options, by default with one variant."""
 
     __slots__ = ()
 
     @property
     def ladder(self) -> str:
-        """None."""
+        """Empty: the placement has no ladder."""
         return ""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """One setting."""
+        """Return one setting."""
         return (cls(),)
 
     def complete(self, component: Component) -> Self:
-        """The setting as it is."""
+        """Return the setting unchanged."""
         return self
 
     def unpinned(self) -> Self:
-        """The setting as it is."""
+        """Return the setting unchanged."""
         return self
 
 
 def offload_refusal(component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-    """Why no CPU offload at all can be put on this component; the same for every kind of it."""
+    """Return a sentence on why no kind of CPU offload is possible for this component; None if one is."""
     if spec.device_map is not None:
         return (
             "the pipeline has a device map over several devices, which excludes CPU offload: call "

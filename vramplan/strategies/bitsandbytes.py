@@ -1,4 +1,4 @@
-"""bitsandbytes: the weights of linear layers rounded to 8 or 4 bits while they are loaded."""
+"""bitsandbytes: the weights of linear layers are rounded to 8 or 4 bits while they are loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Bitsandbytes:
     """`BitsAndBytesConfig` of diffusers or transformers, for the component that is loaded with it.
 
-    int8 (LLM.int8(), Dettmers et al. 2022: "without performance degradation") is taken to be nearly lossless, nf4
-    lossy: it has 16 values for the weights of a block. A live pipeline cannot be quantized so.
+    int8 (LLM.int8(), Dettmers et al. 2022: "without performance degradation") is considered near lossless, nf4 lossy
+    with 16 values for the weights of a block. A live pipeline cannot take this setting.
     """
 
     name: ClassVar[str] = "bitsandbytes"
@@ -29,21 +29,21 @@ class Bitsandbytes:
 
     @property
     def quality(self) -> Quality:
-        """By the bits that are left."""
+        """Near lossless for int8, else lossy."""
         return "near_lossless" if self.type == "int8" else "lossy"
 
     @property
     def quantized(self) -> str:
-        """As `Component.quantized`."""
+        """The value of `Component.quantized`."""
         return f"{self.name} {self.type}"
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """nf4, for denoisers and large text encoders: int8 weighs what torchao's does, and takes more to run."""
+        """nf4, for denoisers and large text encoders: int8 weighs as much as torchao's, and needs more to run."""
         return (cls(),) if worth_quantizing(component) else ()
 
     def refusal(self, component: Component) -> str | None:
-        """What is loaded already, whatever it is."""
+        """Refuse a component that is loaded or quantized already, and a missing package."""
         if component.quantization_refusal:
             return component.quantization_refusal
         if component.device is not None:
@@ -54,23 +54,23 @@ class Bitsandbytes:
         return missing_package(self.name)
 
     def lighten(self, module: torch.nn.Module) -> None:
-        """Stand-ins for the layers that the module's library replaces."""
+        """Replace the layers that loading would replace by stand-ins."""
         from vramplan.pipeline.packed_linear import BitsandbytesInt8, BitsandbytesNf4, pack
 
-        pack(module, BitsandbytesInt8 if self.type == "int8" else BitsandbytesNf4, _replaced(module))
+        pack(module, BitsandbytesInt8 if self.type == "int8" else BitsandbytesNf4, _replaced_layers(module))
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Nothing: what was not loaded so was refused."""
+        """Do nothing: the setting takes effect while loading."""
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Nothing can be put back."""
+        """Do nothing: rounded weights cannot be restored."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """Nothing after loading."""
+        """Empty: the setting takes effect while loading."""
         return []
 
     def load(self, record: LoadRecord) -> dict[str, Any]:
-        """The component's own configuration, of the library it is of."""
+        """Return the quantization configuration of the component's library."""
         import importlib
 
         import torch
@@ -81,16 +81,16 @@ class Bitsandbytes:
         return {"quantization_config": config(**kinds, **computed)}
 
     def load_code(self, record: LoadRecord) -> tuple[str, str]:
-        """The same as text."""
-        how = "load_in_8bit=True"
+        """Return the same as text."""
+        options = "load_in_8bit=True"
         if self.type == "nf4":
-            how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{record.dtype}'
-        return f"import {record.library}", f", quantization_config={record.library}.BitsAndBytesConfig({how})"
+            options = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{record.dtype}'
+        return f"import {record.library}", f", quantization_config={record.library}.BitsAndBytesConfig({options})"
 
 
-def _replaced(module: torch.nn.Module) -> Callable[[str, torch.nn.Linear], bool]:
-    """Which linear layers loading replaces: transformers 5.23 leaves output layers and tied ones, both libraries leave
-    what a class keeps in float32 (diffusers 0.42, `_replace_with_bnb_linear`)."""
+def _replaced_layers(module: torch.nn.Module) -> Callable[[str, torch.nn.Linear], bool]:
+    """Return a test for the linear layers that loading replaces: transformers 5.23 keeps output layers and tied ones,
+    both libraries keep those that a class has in float32 (diffusers 0.42, `_replace_with_bnb_linear`)."""
     kept = list(getattr(module, "_keep_in_fp32_modules", None) or ())
     if hasattr(module, "get_output_embeddings"):
         import torch

@@ -1,4 +1,4 @@
-"""Compiling: torch.compile makes kernels of its own for the blocks that a denoiser repeats."""
+"""Compiling: torch.compile generates kernels for the repeated blocks of a denoiser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 class CompileRepeatedBlocks:
     """`component.compile_repeated_blocks()`, with graph breaks allowed: offload hooks are never compiled.
 
-    The first call, and each one of another size, compiles for a while; fused kernels change the last bits.
+    The first call compiles, and so does each call with another size. Fused kernels change the last bits.
     """
 
     name: ClassVar[str] = "compile_repeated_blocks"
@@ -30,26 +30,26 @@ class CompileRepeatedBlocks:
 
     @property
     def unknown(self) -> str:
-        """Both, and what compiling takes."""
+        """Memory and time of compiled blocks, and those of compiling."""
         return "compiled blocks: memory and time are projected as if they were not, and without compiling them"
 
     @classmethod
     def variants(cls, component: Component, accelerator: Accelerator) -> Iterable[Self]:
-        """None: by hand only, as what it gains is not known."""
+        """Empty: without measurements of the gain it is only set by hand."""
         return ()
 
     def refusal(self, component: Component, accelerator: Accelerator | None) -> str | None:
-        """Only denoisers whose class says which of its blocks repeat."""
+        """Refuse a component whose class does not name its repeated blocks."""
         return component.compile_refusal
 
     def conflict_with(self, placement: Placement) -> str | None:
-        """Not with hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13)."""
+        """Refuse hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13)."""
         if isinstance(placement, SequentialCpuOffload):
             return f"{placement.name} cuts blocks at every leaf, so that nothing is left to compile together"
         return None
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """In place, after everything else: state_dict and hooks stay as they are."""
+        """Compile in place, after everything else; state_dict and hooks do not change."""
         for name in names:
             pipe.components[name].compile_repeated_blocks()
 

@@ -10,8 +10,8 @@ from vramplan.pipeline.types import Component
 from vramplan.strategies.base import ON_PIPE, Axis, Picture, Quality
 from vramplan.workload import Workload
 
-# VAEs whose pipelines decode in chunks when they are told how large (diffusers 0.42: Stable Video Diffusion's).
-_ABLE = ("AutoencoderKLTemporalDecoder",)
+# VAEs whose pipelines have the argument (diffusers 0.42: Stable Video Diffusion).
+_CLASSES = ("AutoencoderKLTemporalDecoder",)
 _SIZES = (8, 4, 2, 1)
 
 
@@ -19,7 +19,7 @@ _SIZES = (8, 4, 2, 1)
 class DecodeChunkSize:
     """`pipe(..., decode_chunk_size=frames)`.
 
-    The decoder looks at the frames of one chunk together, so that others at the seams change pictures a little.
+    The decoder processes the frames of one chunk together, so pictures at the seams change a little.
     """
 
     name: ClassVar[str] = "decode_chunk_size"
@@ -31,23 +31,23 @@ class DecodeChunkSize:
 
     @classmethod
     def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:
-        """Chunks of 8 frames and fewer, as far as there are more."""
-        return [cls(frames=size) for size in _SIZES if vae.class_name in _ABLE and size < workload.num_frames]
+        """Chunks of 8 frames and fewer, if the video is longer."""
+        return [cls(frames=size) for size in _SIZES if vae.class_name in _CLASSES and size < workload.num_frames]
 
     def refusal(self, vae: Component, workload: Workload) -> str | None:
-        """Only where the VAE's pipeline has the argument, and only with fewer frames than there are."""
-        if vae.class_name not in _ABLE:
+        """Refuse VAEs whose pipeline lacks the argument, and chunks as long as the video."""
+        if vae.class_name not in _CLASSES:
             return f"{vae.class_name} has no decoding in chunks of frames"
         if not 1 <= self.frames < workload.num_frames:
             return f"frames={self.frames}: a chunk has 1 frame or more, and fewer than the {workload.num_frames} of all"
         return None
 
     def shrink(self, picture: Picture, vae: Component) -> Picture:
-        """So many frames at a time."""
+        """One chunk of frames at a time."""
         return replace(picture, frames=min(picture.frames, self.frames))
 
     def apply(self, pipe: Any, names: Sequence[str]) -> None:
-        """The pipeline decodes so, whatever its call is told: the argument has no place to be set beforehand."""
+        """Replace `decode_latents` of the pipeline: the argument itself can only be given to a call."""
         decode, frames = type(pipe).decode_latents.__get__(pipe), self.frames
 
         def decode_latents(latents: Any, num_frames: int, decode_chunk_size: int | None = None) -> Any:
@@ -56,5 +56,5 @@ class DecodeChunkSize:
         pipe.__dict__["decode_latents"] = decode_latents
 
     def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
-        """A word on the call: the argument is given there."""
+        """A comment: the argument is given to the call."""
         return [f"# call the pipeline with decode_chunk_size={self.frames}"]

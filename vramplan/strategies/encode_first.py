@@ -1,4 +1,4 @@
-"""Encode first: the text encoders are loaded alone, the prompt is encoded, and they go before all else is loaded."""
+"""Encode first: the text encoders are loaded, the prompt is encoded, and they are dropped before the rest is loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vramplan.strategies.resident import Resident
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeFirst(WithoutOptions):
-    """The encoder is on the device while nothing else is, then nowhere.
+    """The encoder is on the device alone, and dropped after encoding.
 
-    With `leaf` it stays in RAM until then and comes to the device a leaf at a time: for one larger than the device.
+    With `leaf` it stays in RAM and comes to the device a leaf at a time, for an encoder larger than the device.
     """
 
     name: ClassVar[str] = "encode_first"
@@ -31,21 +31,21 @@ class EncodeFirst(WithoutOptions):
 
     @property
     def direct(self) -> bool:
-        """Only whole."""
+        """True without `leaf`."""
         return not self.leaf
 
     @property
-    def _meanwhile(self) -> Placement:
-        """Where the encoder is while it encodes."""
+    def _while_encoding(self) -> Placement:
+        """The placement of the encoder while it encodes."""
         return GroupOffload(type="leaf") if self.leaf else Resident()
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Whole, and a leaf at a time; of a text encoder only."""
+        """Whole, and a leaf at a time; for text encoders only."""
         return (cls(), cls(leaf=True)) if component.role == "text_encoder" else ()
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """A pipeline that is loaded already, one that does not take its prompt encoded, and what `leaf` cannot do."""
+        """Refuse a loaded pipeline, one that takes no encoded prompt, and encoders that `leaf` cannot offload."""
         if component.role != "text_encoder":
             return f"it is for text encoders, and {component.name} is none"
         if component.device is not None:
@@ -54,20 +54,20 @@ class EncodeFirst(WithoutOptions):
             return spec.encode_refusal
         if accelerator is None and self.leaf:
             return "leaf=true needs an accelerator, and none was found"
-        return self._meanwhile.refusal(component, spec, accelerator)
+        return self._while_encoding.refusal(component, spec, accelerator)
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """As where it is meanwhile; its files are read anew for each prompt."""
-        return replace(self._meanwhile.hold(component, spec), read_bytes=component.weight_bytes)
+        """The hold while encoding; the files are read again for each prompt."""
+        return replace(self._while_encoding.hold(component, spec), read_bytes=component.weight_bytes)
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Put the encoders where they encode. To drop them again is for whoever loads the rest."""
-        self._meanwhile.apply(pipe, names, device)
+        """Apply the placement for encoding. The loader of the other components drops the encoders."""
+        self._while_encoding.apply(pipe, names, device)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take the hooks off."""
-        self._meanwhile.remove(pipe, names)
+        """Remove the hooks."""
+        self._while_encoding.remove(pipe, names)
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """Where it is meanwhile."""
-        return self._meanwhile.code(names, device)
+        """The code of the placement while encoding."""
+        return self._while_encoding.code(names, device)

@@ -1,4 +1,4 @@
-"""Frame-wise decoding: a video is decoded in shorter stretches of frames, whose seams are blended."""
+"""Frame-wise decoding: a video is decoded in shorter stretches of frames with blended seams."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Axis, Picture, Quality
 from vramplan.workload import Workload
 
-# VAEs whose stretches can be made shorter and still join to the same video (diffusers 0.42): the frames of one as the
-# class sets it, the frames that two share, and the frames of a latent. HunyuanVideo's decodes so from the start.
-_ABLE = {"AutoencoderKLHunyuanVideo": (16, 4, 4)}
+# VAEs whose stretches can be shorter and still join to the same video (diffusers 0.42): frames per stretch,
+# frames that two share, and frames of a latent. HunyuanVideo decodes frame-wise by default.
+_CLASSES = {"AutoencoderKLHunyuanVideo": (16, 4, 4)}
 _LATE = "joins its stretches one frame late: from the first seam on every frame comes after its time"
-# Those that have attributes of that name, or decode so anyway, and why nothing can be set (diffusers 0.42, each tried
-# on a small VAE of the class: tests/strategies/test_framewise_decoding.py).
+# Reasons against VAEs that have the attributes or decode frame-wise anyway (diffusers 0.42, each tried on a small VAE
+# of the class: tests/strategies/test_framewise_decoding.py).
 _REASONS = {
     "AutoencoderKLLTXVideo": _LATE,
     "AutoencoderKLLTX2Video": _LATE,
@@ -28,9 +28,9 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FramewiseDecoding:
-    """`vae.use_framewise_decoding` with stretches of `frames` frames; encoding takes the same.
+    """`vae.use_framewise_decoding` with stretches of `frames` frames, for encoding too.
 
-    Each stretch is decoded by itself and blended with the next one over as many frames as the class has it.
+    Each stretch is decoded alone and blended with the next one over the class's number of frames.
     """
 
     name: ClassVar[str] = "framewise_decoding"
@@ -42,16 +42,16 @@ class FramewiseDecoding:
 
     @classmethod
     def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:
-        """The shortest stretch: it saves most, and the next one is the class's own but one."""
-        return (cls(),) if vae.class_name in _ABLE and cls().refusal(vae, workload) is None else ()
+        """The shortest stretch: it saves most, and few others are shorter than the class's own."""
+        return (cls(),) if vae.class_name in _CLASSES and cls().refusal(vae, workload) is None else ()
 
     def refusal(self, vae: Component, workload: Workload) -> str | None:
-        """Only classes that join stretches rightly, only whole latents, and only shorter ones than there are."""
-        if vae.class_name not in _ABLE:
+        """Refuse classes that join stretches wrongly, partial latents, and stretches as long as the video."""
+        if vae.class_name not in _CLASSES:
             reason = _REASONS.get(vae.class_name)
             no = f"{vae.class_name} has no frame-wise decoding that can be set"
             return no if reason is None else f"{no}: it {reason}"
-        longest, shared, latent = _ABLE[vae.class_name]
+        longest, shared, latent = _CLASSES[vae.class_name]
         able = range(shared + latent, longest, latent)
         if self.frames not in able:
             return f"frames={self.frames}: {vae.class_name} takes {', '.join(map(str, able))}; it starts at {longest}"
@@ -60,17 +60,17 @@ class FramewiseDecoding:
         return None
 
     def shrink(self, picture: Picture, vae: Component) -> Picture:
-        """So many frames at a time."""
+        """One stretch of frames at a time."""
         return replace(picture, frames=min(picture.frames, self.frames))
 
     def apply(self, pipe: Any, names: Sequence[str]) -> None:
-        """On the VAE itself, its attributes: diffusers has no call for it."""
+        """Set the attributes of the VAE: diffusers has no call for it."""
         for name in names:
             for attribute, value in self._attributes(pipe.components[name]).items():
                 setattr(pipe.components[name], attribute, value)
 
     def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
-        """The attributes."""
+        """One line for each attribute."""
         return [
             f"pipe.{name}.{attribute} = {value}"
             for name in names
@@ -78,8 +78,8 @@ class FramewiseDecoding:
         ]
 
     def _attributes(self, vae: Any) -> dict[str, Any]:
-        """The stride shrinks by as much as the stretch, so that as many frames are blended as before."""
-        _, shared, _ = _ABLE[type(vae).__name__]
+        """Return the attributes; the stride shrinks with the stretch, so that the overlap stays the same."""
+        _, shared, _ = _CLASSES[type(vae).__name__]
         return {
             "tile_sample_min_num_frames": self.frames,
             "tile_sample_stride_num_frames": self.frames - shared,

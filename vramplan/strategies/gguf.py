@@ -1,4 +1,4 @@
-"""GGUF: the weights of a component from a file in which they are rounded in blocks, as llama.cpp does it."""
+"""GGUF: the weights of a component come from a file where they are rounded in blocks, in the format of llama.cpp."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gguf:
-    """`from_single_file` with `GGUFQuantizationConfig`, for a component of diffusers' own that is loaded from `file`.
+    """`from_single_file` with `GGUFQuantizationConfig`, for a diffusers component that is loaded from `file`.
 
-    Files are of 2 to 8 bits a weight: lossy, whichever. A live pipeline cannot be given one.
+    Files have 2 to 8 bits per weight; all are considered lossy. A live pipeline cannot take this setting.
     """
 
     name: ClassVar[str] = "gguf"
@@ -32,16 +32,16 @@ class Gguf:
 
     @property
     def source(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return Path(self.file).expanduser()
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """None: nobody but the user knows which files there are."""
+        """Empty: only the user knows the file."""
         return ()
 
     def refusal(self, component: Component) -> str | None:
-        """What is loaded already, what diffusers loads from no such file, and a file that does not hold it."""
+        """Refuse a loaded component, one that diffusers cannot load from GGUF, and a file of another model."""
         if not self.file:
             return "gguf needs a file: write gguf:file=PATH"
         if component.quantization_refusal:
@@ -63,37 +63,37 @@ class Gguf:
         return None
 
     def lighten(self, module: torch.nn.Module) -> None:
-        """A stand-in for every linear layer whose weight the file has in blocks."""
+        """Replace each linear layer whose weight the file has in blocks by a stand-in."""
         from vramplan.pipeline.component import plain_config
         from vramplan.pipeline.gguf_file import block_types
         from vramplan.pipeline.packed_linear import GgufLinear, pack
 
         types = block_types(self.source, "diffusers", type(module).__name__, plain_config(module))
         for kind in set(types.values()):
-            pack(module, partial(GgufLinear, quant_type=kind), partial(_is_of, types, kind))
+            pack(module, partial(GgufLinear, quant_type=kind), partial(_has_type, types, kind))
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Nothing: what was not loaded so was refused."""
+        """Do nothing: the setting takes effect while loading."""
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Nothing can be put back."""
+        """Do nothing: the component's own weights were never loaded."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
-        """Nothing after loading."""
+        """Empty: the setting takes effect while loading."""
         return []
 
     def load(self, record: LoadRecord) -> dict[str, Any]:
-        """The configuration, with the dtype to compute in."""
+        """Return the quantization configuration with the dtype to compute in."""
         import diffusers
         import torch
 
         return {"quantization_config": diffusers.GGUFQuantizationConfig(compute_dtype=getattr(torch, record.dtype))}
 
     def load_code(self, record: LoadRecord) -> tuple[str, str]:
-        """The same as text."""
+        """Return the same as text."""
         config = f"diffusers.GGUFQuantizationConfig(compute_dtype=torch.{record.dtype})"
         return "import diffusers", f", quantization_config={config}"
 
 
-def _is_of(types: Mapping[str, str], kind: str, path: str, _: torch.nn.Linear) -> bool:
+def _has_type(types: Mapping[str, str], kind: str, path: str, _: torch.nn.Linear) -> bool:
     return types.get(f"{path}.weight") == kind

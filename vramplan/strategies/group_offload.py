@@ -15,10 +15,10 @@ from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Hold, Quality, offloa
 from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE
 from vramplan.units import GIB
 
-# Pinning on the fly instead of once: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s
-# by leaf, for five forwards of the FLUX.1 transformer (diffusers pull request 11106).
+# Rate of page-locking on the fly: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s by leaf, for five
+# forwards of the FLUX.1 transformer (diffusers pull request 11106).
 LOW_CPU_MEM_RATE = {"block": 9.75 / 38.1, "leaf": 9.48 / 13.7}
-# Smaller components stay in memory: a file would save little of it.
+# Smaller components stay in memory: files would save little.
 WORTH_A_FILE = 1 * GIB
 
 
@@ -26,9 +26,9 @@ WORTH_A_FILE = 1 * GIB
 class GroupOffload:
     """`diffusers.hooks.apply_group_offloading(component, ...)`.
 
-    `blocks` is the number of blocks in a group (`type=block`). `within` names the submodules that lead to
-    the blocks where they are not direct children, joined by `/`; left open, it is found. With `disk` the
-    weights are kept in files, in a directory of this process's own that goes when they come back or it ends.
+    `blocks` is the number of blocks in a group (`type=block`). `within` names the submodules that lead to blocks which
+    are not direct children, joined by `/`; by default it is filled in. With `disk` the weights are kept in files, in a
+    directory that is removed when they are read back or the process ends.
     """
 
     name: ClassVar[str] = "group_offload"
@@ -49,12 +49,12 @@ class GroupOffload:
 
     @property
     def ladder(self) -> str:
-        """None."""
+        """Empty: the placement has no ladder."""
         return ""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """What is worth trying: with streams for what is not a VAE, as pinned memory is copied twice as fast."""
+        """Settings worth trying, with streams except for a VAE: page-locked memory is copied twice as fast."""
         return (setting.complete(component) for setting in cls._variants(component))
 
     @classmethod
@@ -76,17 +76,17 @@ class GroupOffload:
         yield cls(type="leaf")
 
     def complete(self, component: Component) -> Self:
-        """`within`, the submodules that lead to the component's blocks, where it was left open."""
+        """Fill in `within`, the submodules that lead to the component's blocks, if it is open."""
         if self.type == "leaf" or self.within:
             return self
         return replace(self, within="/".join(component.geometry.block_modules))
 
     def unpinned(self) -> Self:
-        """With streams, pinned on the fly."""
+        """Return the setting that page-locks on the fly, if it uses streams."""
         return replace(self, low_cpu_mem_usage=self.stream)
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """Combinations that diffusers rejects, and those it lets pass that are silently wrong."""
+        """Refuse combinations that diffusers rejects, and those that are silently wrong."""
         return (
             self._option_refusal()
             or self._stream_refusal(component, accelerator)
@@ -136,14 +136,14 @@ class GroupOffload:
         return component.block_offload_refusal
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """A group (with streams the next one too) while it runs, nothing otherwise.
+        """One group (with streams the next one too) while it runs, nothing while idle.
 
-        Without a stream a group is copied back to freshly allocated memory after use; with one its
-        pinned copy is merely pointed to again (diffusers 0.42, `ModuleGroup._offload_to_memory`).
+        Without a stream a group is copied back to newly allocated memory after use; with one it refers to the
+        page-locked copy again (diffusers 0.42, `ModuleGroup._offload_to_memory`).
         """
         size, geometry = component.weight_bytes, component.geometry
         pinned = self.stream and not self.low_cpu_mem_usage
-        # What stands outside of blocks is copied in and out without a stream in any case.
+        # Weights outside of blocks are always copied in and out without a stream.
         waited = geometry.rest_bytes if self.stream and self.type == "block" else 0
         if self.disk:
             return Hold(
@@ -166,10 +166,9 @@ class GroupOffload:
         )
 
     def _running_bytes(self, geometry: Geometry) -> int:
-        """What is on the device at once: one group, the next one too with a stream, a third if recorded.
+        """The peak on the device: one group, the next one with a stream, and a third with `record_stream`.
 
-        `record_stream` lets the host run ahead: a group's memory is given back only once the device has
-        passed it, so one more is charged.
+        `record_stream` lets the host run ahead: a group's memory is freed only once the device is done with it.
         """
         live = 1 + self.stream + self.record_stream
         if self.type == "leaf":
@@ -188,7 +187,7 @@ class GroupOffload:
         return LOW_CPU_MEM_RATE[self.type] if self.low_cpu_mem_usage else 1.0
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Component by component: the pipeline's own call would hook its VAE too."""
+        """Hook each component: the pipeline's own call would hook the VAE too."""
         import torch
         from diffusers.hooks import apply_group_offloading
 
@@ -200,7 +199,7 @@ class GroupOffload:
                 apply_group_offloading(module, torch.device(device), **options)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take the hooks off; what is in files comes back to the CPU first."""
+        """Remove the hooks, after reading weights in files back to the CPU."""
         if self.disk:
             for name in names:
                 disk.bring_back(pipe.components[name])
@@ -209,7 +208,7 @@ class GroupOffload:
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
         options = ", ".join(f"{key}={value!r}" for key, value in self._options().items())
-        folder = ', offload_to_disk_path="offload/{}"' if self.disk else ""  # empty, or of this very component
+        folder = ', offload_to_disk_path="offload/{}"' if self.disk else ""  # must be empty or of this component
         calls = [
             f'apply_group_offloading(pipe.{name}, torch.device("{device}"), {options}{folder.format(name)})'
             for name in names
@@ -239,7 +238,7 @@ def _chunks(sizes: Sequence[int], length: int) -> Iterable[Sequence[int]]:
 
 
 def _largest_run(groups: Sequence[int], live: int) -> int:
-    """The largest sum of `live` neighbouring groups, in the order they run."""
+    """Return the largest sum of `live` neighbouring groups, in the order they run."""
     if live == 2 and len(groups) > 1:
         return max(first + second for first, second in pairwise(groups))
     windows = range(max(1, len(groups) - live + 1))

@@ -1,4 +1,4 @@
-"""What settings of attention and compiling leave on a module, read before and put back after."""
+"""The state that settings of attention and compiling change on a module, saved before and restored after."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KernelState:
-    """A module's compiled call, its attention processor, and the backend that is set on that; None for none."""
+    """A module's compiled call, its attention processor, and the backend of that; each may be None."""
 
     compiled: Any
     processor: Any
@@ -19,12 +19,12 @@ class KernelState:
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> KernelState:
-        """That of the module itself, without the modules in it."""
+        """Read the state of the module itself, without its submodules."""
         processor = getattr(module, "processor", None)
         return cls(module._compiled_call_impl, processor, getattr(processor, "_attention_backend", None))
 
     def restore(self, module: torch.nn.Module) -> None:
-        """Whatever is another object now as it was; but a processor with weights, as an IP-Adapter's, is not ours."""
+        """Restore the objects that changed; a processor with weights, such as an IP-Adapter's, is kept."""
         if module._compiled_call_impl is not self.compiled:
             module._compiled_call_impl = self.compiled
         added = "processor" in module._modules

@@ -1,4 +1,4 @@
-"""Layerwise casting: weights are stored in 8 bits and cast up layer by layer as they run. It rounds them."""
+"""Layerwise casting: weights are rounded to 8 bits in memory and cast up layer by layer as they run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class LayerwiseCasting:
     """`component.enable_layerwise_casting(storage_dtype=..., compute_dtype=...)`.
 
-    Which layers stay as they are is for the component's class to say: FLUX.1 keeps 27 % of its weights, Wan 2 %.
-    What was rounded cannot be put back.
+    The component's class excludes some layers: FLUX.1 27 % of its weights, Wan 2 %. Rounded weights cannot be restored.
     """
 
     name: ClassVar[str] = "layerwise_casting"
@@ -35,7 +34,7 @@ class LayerwiseCasting:
         return (cls(),) if component.role in ("denoiser", "control") else ()
 
     def refusal(self, component: Component) -> str | None:
-        """Only classes of diffusers have it, and only weights of 16 bits or more can be stored in 8."""
+        """Refuse classes outside of diffusers, and weights below 16 bits."""
         if component.library != "diffusers":
             return f"{component.class_name} is no model of diffusers: it has no layerwise casting"
         if component.quantized:
@@ -45,16 +44,16 @@ class LayerwiseCasting:
         return None
 
     def lighten(self, module: torch.nn.Module) -> None:
-        """As it is between two forwards: hooks cast hollow weights as they do real ones."""
+        """Cast the hollow weights, as the hooks do between two forwards."""
         self._cast(module)
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Component by component, before anything is hooked or moved."""
+        """Cast each component, before it is hooked or moved."""
         for name in names:
             self._cast(pipe.components[name])
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Nothing can be put back: diffusers refuses to (0.42, `LayerwiseCastingHook.deinitalize_hook`)."""
+        """Do nothing: diffusers refuses to undo it (0.42, `LayerwiseCastingHook.deinitalize_hook`)."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """One line for each component."""

@@ -11,7 +11,7 @@ from vramplan.pipeline.modules import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import ON_PIPE, Axis, Hold, Quality, WithoutOptions, offload_refusal
 
-# What accelerate's hooks leave on modules, and the calls that set them on the pipeline (diffusers 0.42).
+# Attributes that accelerate's hooks leave on modules, and the calls that set them on the pipeline (diffusers 0.42).
 _CALL = tuple(ON_PIPE + name for name in ("_all_hooks", "_offload_device", "_offload_gpu_id"))
 ACCELERATE_HOOK = ("_hf_hook", "_old_forward", "forward", *_CALL)
 
@@ -29,7 +29,7 @@ class ModelCpuOffload(WithoutOptions):
     leaves: ClassVar[tuple[str, ...]] = ACCELERATE_HOOK
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """What `enable_model_cpu_offload` would raise, and what it would let pass to no good."""
+        """Refuse pipelines for which `enable_model_cpu_offload` raises or has no effect."""
         if accelerator is None:
             return "model CPU offload needs an accelerator, and none was found"
         if spec.sequence is None:
@@ -42,10 +42,10 @@ class ModelCpuOffload(WithoutOptions):
         return offload_refusal(component, spec, accelerator)
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """Whole while it runs and until its successor does; outside the sequence, from then on.
+        """Whole while it runs and until its successor does.
 
-        An excluded component is moved to the device and stays. One outside the sequence has no
-        predecessor and no successor (diffusers 0.42, `enable_model_cpu_offload`): it is charged always.
+        An excluded component stays on the device. One outside the sequence has no predecessor and no successor
+        (diffusers 0.42, `enable_model_cpu_offload`): it always counts.
         """
         size = component.weight_bytes
         if component.name in spec.excluded:
@@ -55,13 +55,13 @@ class ModelCpuOffload(WithoutOptions):
         return Hold(running_bytes=size, lingers=True, host_bytes=size, rate=PAGEABLE_RATE)
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """One call for the whole pipeline."""
+        """Make one call for the whole pipeline."""
         for part in pipes_of(pipe):
             forget_device(part)
         pipe.enable_model_cpu_offload(device=device)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take accelerate's hooks off."""
+        """Remove accelerate's hooks."""
         for part in pipes_of(pipe):
             part.remove_all_hooks()
 
@@ -70,15 +70,15 @@ class ModelCpuOffload(WithoutOptions):
         return [f'pipe.enable_model_cpu_offload(device="{device}")']
 
 
-# Copies from pageable memory pass through a small pinned buffer of the driver; about half the pinned
-# rate is usual (NVIDIA, "How to Optimize Data Transfers in CUDA C/C++", bandwidthTest figures).
+# Copies from pageable memory pass through a small page-locked buffer of the driver, usually at half the direct rate
+# (NVIDIA, "How to Optimize Data Transfers in CUDA C/C++", bandwidthTest figures).
 PAGEABLE_RATE = 0.5
 
 
 def forget_device(pipe: Any) -> None:
-    """Drop the device an earlier offload call left behind.
+    """Delete the device that an earlier offload call left behind.
 
-    diffusers 0.42 takes `gpu_id or device.index or self._offload_gpu_id`: index 0 counts as not given, so
-    a pipeline once offloaded to device 1 would stay there whatever is asked for.
+    diffusers 0.42 takes `gpu_id or device.index or self._offload_gpu_id`: index 0 counts as not given, so a pipeline
+    once offloaded to device 1 would always go there.
     """
     pipe.__dict__.pop("_offload_gpu_id", None)

@@ -1,4 +1,4 @@
-"""Partial residency: most blocks stay on the device, the others are streamed in behind the compute of those between."""
+"""Partial residency: most blocks stay on the device, the others are streamed in while those in between compute."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vramplan.units import GIB
 if TYPE_CHECKING:
     import torch
 
-# Blocks smaller than this share of the largest stay: waiting for one costs more than it weighs.
+# Blocks smaller than this share of the largest stay: waiting for one costs more than its memory is worth.
 _WORTH_STREAMING = 0.25
-# Two of the streamed blocks are on the device at once, so that less than three save nothing; of those in files one is.
+# Two streamed blocks are on the device at once, so fewer than three save nothing; with files only one is.
 _LEAST = 3
 _LEAST_IN_FILES = 2
-# Smaller encoders come as a whole or not at all: they run once in a call, and weigh little beside a denoiser.
+# Smaller encoders are not cut: they run once per call, and weigh little next to a denoiser.
 _WORTH_CUTTING = 2 * GIB
 
 
@@ -31,13 +31,11 @@ _WORTH_CUTTING = 2 * GIB
 class PartialResidency:
     """`streamed` of the component's blocks come to the device while they run, the rest of it stays there.
 
-    Large blocks count by the pieces they consist of (`Geometry.units`). With `low_cpu_mem_usage` they are pinned on
-    the fly, which is slower and takes less RAM: pinned copies are rounded up to powers of two. With `disk` they are
-    kept in files, and read straight to the device with nothing behind; the files go when they come back or the
-    process ends.
-    diffusers has groups of all blocks or of none (0.42, `apply_group_offloading`); this puts its own hooks and
-    groups, with streams and prefetching, on the streamed blocks alone. They are spread evenly, so that each is
-    copied while those before it run.
+    Large blocks count by their pieces (`Geometry.units`). With `low_cpu_mem_usage` blocks are page-locked on the fly,
+    which is slower and takes less RAM: page-locked copies are rounded up to powers of two. With `disk` they are kept in
+    files and read straight to the device, without overlap; files are removed after reading back, or with the process.
+    diffusers groups all blocks or none (0.42, `apply_group_offloading`); this puts its hooks and groups, with streams
+    and prefetching, on the streamed blocks only. They are spread evenly, so that each is copied while others run.
     """
 
     name: ClassVar[str] = "partial_residency"
@@ -54,24 +52,28 @@ class PartialResidency:
 
     @property
     def ladder(self) -> str:
-        """One with pinned copies, one that pins on the fly, and one with files."""
+        """One ladder with page-locked copies, one that page-locks on the fly, and one with files."""
         return f"{self.name} {self.low_cpu_mem_usage} {self.disk}"
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Every number of streamed blocks that saves memory, the smallest amount of memory first.
+        """Every number of streamed blocks that saves memory, the smallest peak first.
 
-        Where blocks differ in size, streaming more of them may save less, or move more for the same: such numbers are
-        left out. An encoder that takes too much RAM when pinned is better read once, or from files.
+        If blocks differ in size, streaming more of them may save less, or move more for the same: such numbers are
+        left out. An encoder that takes too much RAM when page-locked is better read once, or from files.
         """
-        head, size = component.role in ("denoiser", "control"), component.weight_bytes
-        if not head and (component.role not in ("text_encoder", "image_encoder") or size < _WORTH_CUTTING):
+        denoiser, size = component.role in ("denoiser", "control"), component.weight_bytes
+        if not denoiser and (component.role not in ("text_encoder", "image_encoder") or size < _WORTH_CUTTING):
             return ()
-        kinds = [cls(), *([cls(low_cpu_mem_usage=True)] if head else []), *([cls(disk=True)] * (size >= WORTH_A_FILE))]
+        kinds = [
+            cls(),
+            *([cls(low_cpu_mem_usage=True)] if denoiser else []),
+            *([cls(disk=True)] * (size >= WORTH_A_FILE)),
+        ]
         return [replace(kind, streamed=count) for kind in kinds for count in kind._counts(component.geometry.units)]
 
     def _counts(self, sizes: Sequence[int]) -> list[int]:
-        """The numbers of streamed blocks worth trying, what saves most first."""
+        """Return the numbers of streamed blocks worth trying, the largest saving first."""
         found = []
         for count in range(self._least, len(_worth_streaming(sizes)) + 1):
             chosen = spread(sizes, count)
@@ -88,23 +90,23 @@ class PartialResidency:
         return _LEAST_IN_FILES if self.disk else _LEAST
 
     def _saved_bytes(self, sizes: Sequence[int], chosen: Sequence[int]) -> int:
-        """What is not on the device while it runs: the streamed blocks but the largest two that follow each other,
-        or from files the largest one."""
+        """Return the bytes off the device while it runs: the streamed blocks except the largest two in sequence; with
+        files, except the largest one."""
         moved = sum(sizes[place] for place in chosen)
         if self.disk:
             return moved - max((sizes[place] for place in chosen), default=0)
         return moved - max((sizes[one] + sizes[two] for one, two in pairwise(chosen)), default=moved)
 
     def complete(self, component: Component) -> Self:
-        """The setting as it is."""
+        """Return the setting unchanged."""
         return self
 
     def unpinned(self) -> Self:
-        """Pinned on the fly, unless from files."""
+        """Return the setting that page-locks on the fly, unless it uses files."""
         return replace(self, low_cpu_mem_usage=not self.disk)
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """What keeps groups of blocks off the component, and numbers of blocks it does not have."""
+        """Refuse components that cannot be offloaded by block, and numbers of blocks out of range."""
         most, least = len(_worth_streaming(component.geometry.units)), self._least
         if self.disk and self.low_cpu_mem_usage:
             return (
@@ -127,10 +129,10 @@ class PartialResidency:
         )
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """All but the streamed blocks always; the largest two of those that follow each other while it runs.
+        """All but the streamed blocks while idle; in addition the largest two in sequence while it runs.
 
-        Each streamed block is pinned before the next one is read: nothing is needed twice. From files one is there
-        at a time, and passes through RAM.
+        Each streamed block is page-locked before the next one is read: no block is in RAM twice. With files one block
+        is on the device at a time, and passes through RAM.
         """
         geometry = component.geometry
         sizes = geometry.units
@@ -157,12 +159,12 @@ class PartialResidency:
         )
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Component by component, with diffusers' hooks."""
+        """Put diffusers' hooks on each component."""
         for name in names:
             apply_partial_residency(pipe.components[name], device, **self._options(name))
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take diffusers' hooks off; what is in files comes back to the CPU first."""
+        """Remove diffusers' hooks, after reading weights in files back to the CPU."""
         if self.disk:
             for name in names:
                 files.bring_back(pipe.components[name])
@@ -170,11 +172,9 @@ class PartialResidency:
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
-        calls = [f'apply_partial_residency(pipe.{name}, "{device}", {self._told(name)})' for name in names]
+        options = {name: ", ".join(f"{key}={item!r}" for key, item in self._options(name).items()) for name in names}
+        calls = [f'apply_partial_residency(pipe.{name}, "{device}", {given})' for name, given in options.items()]
         return [f"from {__name__} import apply_partial_residency", *calls]
-
-    def _told(self, name: str) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in self._options(name).items())
 
     def _options(self, name: str) -> dict[str, Any]:
         options: dict[str, Any] = {"streamed": self.streamed}
@@ -185,10 +185,10 @@ class PartialResidency:
 def apply_partial_residency(
     module: torch.nn.Module, device: str, streamed: int, *, low_cpu_mem_usage: bool = False, disk: str = ""
 ) -> None:
-    """Stream `streamed` of the module's blocks to the device as they run, and move all the rest of it there.
+    """Stream `streamed` of the module's blocks to the device as they run, and move the rest of it there.
 
-    With `low_cpu_mem_usage` they are pinned on the fly instead of once. With `disk`, a name for the module, they are
-    kept in files of a directory of their own. On the CPU the same hooks run without a stream.
+    With `low_cpu_mem_usage` they are page-locked on the fly instead of once. With `disk`, a name for the module, they
+    are kept in files of their own directory. On the CPU the same hooks run without a stream.
 
     Raises:
         ValueError: more blocks than the module has. VramplanError: the files cannot be written.
@@ -206,10 +206,10 @@ def apply_partial_residency(
 
 
 def spread(sizes: Sequence[int], count: int) -> list[int]:
-    """The places of `count` blocks of these sizes, as far from each other as can be, with room before the first.
+    """Return the indices of `count` blocks of these sizes, spread evenly, with a gap before the first.
 
     Raises:
-        ValueError: there are not so many blocks worth streaming.
+        ValueError: fewer blocks are worth streaming.
     """
     worth = _worth_streaming(sizes)
     if count > len(worth):
@@ -225,9 +225,9 @@ def _worth_streaming(sizes: Sequence[int]) -> list[int]:
 def _hook(
     module: torch.nn.Module, chosen: Sequence[torch.nn.Module], device: torch.device, low: bool, folder: str | None
 ) -> None:
-    """diffusers' hooks on the chosen blocks, and on the module one that finds their order and prefetches.
+    """Put diffusers' hooks on the chosen blocks, and on the module one that finds their order and prefetches.
 
-    What is in files comes without a stream, which would read into RAM first, on the thread that launches kernels.
+    Files are read without a stream, which would read to RAM first, on the thread that launches kernels.
     """
     import torch
     from diffusers.hooks import HookRegistry, group_offloading
@@ -271,7 +271,7 @@ def _hook(
 
 
 def _move_all_but(module: torch.nn.Module, kept: set[int], device: torch.device) -> None:
-    """Move what no kept module holds."""
+    """Move the tensors outside of the kept modules."""
     if id(module) in kept:
         return
     if not any(id(child) in kept for child in module.modules()):

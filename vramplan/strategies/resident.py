@@ -1,4 +1,4 @@
-"""Resident: the whole component stays on the device. The fastest, where it fits."""
+"""Resident: the whole component stays on the device, the fastest placement if it fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Resident(WithoutOptions):
     direct: ClassVar[bool] = True
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """Refused only where a device map has already placed the component."""
+        """Refuse a pipeline with a device map."""
         if spec.device_map is not None:
             return (
                 "the pipeline has a device map over several devices, which does not let a component be "
@@ -32,16 +32,16 @@ class Resident(WithoutOptions):
         return None
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """All of it on the device, always."""
+        """All weights on the device throughout."""
         return Hold(running_bytes=component.weight_bytes, idle_bytes=component.weight_bytes)
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Move each component. The pipeline's own `to` would also touch those that must not move."""
+        """Move each component: the pipeline's own `to` would also move those that must stay."""
         for name in names:
             pipe.components[name].to(device)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """No hooks were set."""
+        """Do nothing: it sets no hooks."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """One line for each component."""

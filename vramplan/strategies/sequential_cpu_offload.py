@@ -1,4 +1,4 @@
-"""Sequential CPU offload: one leaf module at a time. The least memory, and by far the slowest."""
+"""Sequential CPU offload: one leaf module at a time is on the device, with the least memory, and by far the slowest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
 from vramplan.strategies.model_cpu_offload import ACCELERATE_HOOK, PAGEABLE_RATE, forget_device
 
-# A third of what group offload without streams reaches for each byte: FLUX.1 with 68.4 s against 47.7 s
-# though it moves half as much, of which 6.6 s are compute (diffusers pull request 11682).
+# A third of the rate of group offload without streams: FLUX.1 takes 68.4 s against 47.7 s for half the bytes; 6.6 s of
+# it are compute (diffusers pull request 11682).
 _LEAF_BY_LEAF_RATE = PAGEABLE_RATE / 3
 
 
@@ -31,7 +31,7 @@ class SequentialCpuOffload(WithoutOptions):
     leaves: ClassVar[tuple[str, ...]] = ACCELERATE_HOOK
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """What `enable_sequential_cpu_offload` would raise, and weights its hooks would never load."""
+        """Refuse pipelines for which `enable_sequential_cpu_offload` raises, and weights that its hooks never load."""
         if accelerator is None:
             return "sequential CPU offload needs an accelerator, and none was found"
         if component.sequential_offload_refusal and component.name not in spec.excluded:
@@ -39,7 +39,7 @@ class SequentialCpuOffload(WithoutOptions):
         return offload_refusal(component, spec, accelerator)
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        """One leaf while it runs; an excluded component stays on the device whole."""
+        """One leaf while it runs; an excluded component stays on the device."""
         size = component.weight_bytes
         if component.name in spec.excluded:
             return Hold(running_bytes=size, idle_bytes=size)
@@ -52,7 +52,7 @@ class SequentialCpuOffload(WithoutOptions):
         )
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """One call for the whole pipeline, from the CPU: what is on the device already would stay there."""
+        """Make one call for the whole pipeline, from the CPU: modules on the device would stay there."""
         if device.partition(":")[0] == "cpu":
             # accelerate 1.15 loses nn.Parameter between "cpu" and "cpu:0" (set_module_tensor_to_device).
             raise UsageError("sequential CPU offload cannot run on the CPU itself: it needs another device")
@@ -63,7 +63,7 @@ class SequentialCpuOffload(WithoutOptions):
         pipe.enable_sequential_cpu_offload(device=device)
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Take accelerate's hooks off; that also brings the weights back from the meta device."""
+        """Remove accelerate's hooks, which also restores the weights from the meta device."""
         for part in pipes_of(pipe):
             part.remove_all_hooks()
 

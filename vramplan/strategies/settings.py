@@ -1,6 +1,6 @@
-"""Settings as text: `group_offload:type=block,blocks=2`. The one grammar of plan files and of what is fixed by hand.
+"""Settings as text: `group_offload:type=block,blocks=2`, in plan files and in the settings that a user fixes.
 
-A file's name may hold commas, equals signs and spaces: it is the last option, and all of the rest.
+A file name may contain commas, equals signs and spaces: it is the last option and takes the rest of the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vramplan.strategies.base import Axis, FileName
 
 
 def format_setting(setting: Weights | Placement | Decode | Execution) -> str:
-    """The setting as text, options at their default left out."""
+    """Format a setting as text, without options at their default."""
     options = [
         f"{field.name}={_format_value(getattr(setting, field.name))}"
         for field in fields(setting)  # type: ignore[arg-type]
@@ -27,7 +27,7 @@ def format_setting(setting: Weights | Placement | Decode | Execution) -> str:
 
 
 def parse_setting(axis: Axis, text: str) -> Any:
-    """The setting on that axis that text stands for. Raises UsageError: unknown strategy, option or value."""
+    """Parse a setting of the axis. Raises UsageError for an unknown strategy, option or value."""
     known = {cls.name: cls for cls in AXES[axis].strategies}
     name, _, rest = text.partition(":")
     cls = known.get(name.strip())
@@ -47,10 +47,10 @@ def grouped(
     weights: Mapping[str, Weights] | None = None,
     execution: Mapping[str, Sequence[Execution]] | None = None,
 ) -> list[tuple[Weights | Placement | Execution, list[str]]]:
-    """Equal settings together, with the components of each, in the order to apply them.
+    """Group equal settings with their components, in the order to apply them.
 
-    Weights come first, as hooks hold on to them; then attention; then hooks, of which residents last: a pipeline with
-    groups skips those in `to`; compiling comes when everything that is compiled is in place.
+    Weights come first, because hooks refer to them; then attention; then placements, resident last, because `to` skips
+    the groups of a hooked pipeline; compiling comes last.
     """
     groups: dict[Weights | Placement | Execution, list[str]] = {}
     settings: list[tuple[str, Weights | Placement | Execution]] = [*(weights or {}).items(), *placement.items()]
@@ -61,7 +61,7 @@ def grouped(
 
 
 def _options(cls: Any, text: str) -> dict[str, Any]:
-    """The options of a setting by name."""
+    """Parse the options of a setting."""
     hints, names = get_type_hints(cls), [field.name for field in fields(cls)]
     options: dict[str, Any] = {}
     for part in _parts(text, {key for key, kind in hints.items() if kind is FileName}):
@@ -76,7 +76,7 @@ def _options(cls: Any, text: str) -> dict[str, Any]:
 
 
 def _parts(text: str, files: set[str]) -> Iterator[str]:
-    """The options one by one; that of a file's name goes on to the end."""
+    """Yield the options; a file name takes the rest of the text."""
     while text.strip():
         part, _, rest = text.partition(",")
         if part.partition("=")[0].strip() in files:

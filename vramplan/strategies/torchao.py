@@ -1,4 +1,4 @@
-"""torchao: the weights of linear layers rounded to 8 bits after loading, and unpacked layer by layer as they run."""
+"""torchao: the weights of linear layers are rounded to 8 bits after loading and unpacked layer by layer as they run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CONFIGS = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
 class Torchao:
     """`torchao.quantization.quantize_(component, Int8WeightOnlyConfig())`, on the pipeline as it is loaded.
 
-    int8 is taken to be nearly lossless, float8 lossy: one weight is off by 0.4 % of its row's largest with 8 bits
-    in even steps, and by up to 6 % of itself with the 3 bits that float8_e4m3fn has behind the point. (Pictures of
-    FLUX.1-dev under both: Hugging Face blog diffusers-quantization, May 2025.) What was rounded cannot be put back.
+    int8 is considered near lossless, float8 lossy: a weight is off by 0.4 % of the largest in its row with 8 bits in
+    even steps, and by up to 6 % of itself with the 3 mantissa bits of float8_e4m3fn. (Pictures of FLUX.1-dev with both:
+    Hugging Face blog diffusers-quantization, May 2025.) Rounded weights cannot be restored.
     """
 
     name: ClassVar[str] = "torchao"
@@ -31,12 +31,12 @@ class Torchao:
 
     @property
     def quality(self) -> Quality:
-        """By the bits that are left."""
+        """Near lossless for int8, else lossy."""
         return "near_lossless" if self.type == "int8" else "lossy"
 
     @property
     def quantized(self) -> str:
-        """As `Component.quantized`."""
+        """The value of `Component.quantized`."""
         return f"{self.name} {self.type}"
 
     @classmethod
@@ -45,7 +45,7 @@ class Torchao:
         return (cls(),) if worth_quantizing(component) else ()
 
     def refusal(self, component: Component) -> str | None:
-        """What is rounded already, layers that are used without a call, and what torchao cannot make."""
+        """Refuse quantized components, layers that are used without a call, and int4."""
         if self.type == "int4":
             return (
                 "torchao 0.18 packs int4 weights only on a GPU and with kernels of another package (mslk); "
@@ -54,7 +54,7 @@ class Torchao:
         return component.quantization_refusal or missing_package("torchao")
 
     def lighten(self, module: torch.nn.Module) -> None:
-        """Stand-ins for the layers `quantize_` takes: linear ones, but the last of torch's own attention."""
+        """Replace the layers of `quantize_` by stand-ins: linear ones, except the last of torch's own attention."""
         from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
         from vramplan.pipeline.packed_linear import TorchaoFloat8, TorchaoInt8, pack
@@ -63,14 +63,14 @@ class Torchao:
         pack(module, cls, lambda _, linear: not isinstance(linear, NonDynamicallyQuantizableLinear))
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Component by component, before anything is hooked or moved."""
+        """Quantize each component, before it is hooked or moved."""
         from torchao import quantization
 
         for name in names:
             quantization.quantize_(pipe.components[name], getattr(quantization, _CONFIGS[self.type])())
 
     def remove(self, pipe: Any, names: Sequence[str]) -> None:
-        """Nothing can be put back."""
+        """Do nothing: rounded weights cannot be restored."""
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""

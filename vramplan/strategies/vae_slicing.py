@@ -15,8 +15,8 @@ from vramplan.workload import Workload
 class VaeSlicing:
     """`vae.enable_slicing()`.
 
-    The arithmetic is that of the whole batch. A device may take another kernel for a batch of one, which rounds
-    otherwise: by 3e-6 of a range of 2 in float32 (a small `AutoencoderKL` on a CPU, batch of 4, diffusers 0.42).
+    The arithmetic is the same as for the whole batch. A device may use another kernel for a batch of one, with other
+    rounding: 3e-6 of a range of 2 in float32 (a small `AutoencoderKL` on a CPU, batch of 4, diffusers 0.42).
     """
 
     name: ClassVar[str] = "vae_slicing"
@@ -30,7 +30,7 @@ class VaeSlicing:
         return (cls(),)
 
     def refusal(self, vae: Component, workload: Workload) -> str | None:
-        """Only where the VAE's class has it: the pipelines of diffusers 0.42 no longer forward the call."""
+        """Refuse VAE classes without slicing: the pipelines of diffusers 0.42 no longer forward the call."""
         return None if vae.slicing else f"{vae.class_name} has no slicing"
 
     def shrink(self, picture: Picture, vae: Component) -> Picture:
@@ -38,7 +38,7 @@ class VaeSlicing:
         return replace(picture, batch=1)
 
     def apply(self, pipe: Any, names: Sequence[str]) -> None:
-        """Set on the VAE itself."""
+        """Set it on the VAE itself."""
         for name in names:
             pipe.components[name].enable_slicing()
 

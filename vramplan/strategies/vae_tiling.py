@@ -1,4 +1,4 @@
-"""VAE tiling: a picture is decoded in overlapping tiles whose seams are blended."""
+"""VAE tiling: a picture is decoded in overlapping tiles with blended seams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Axis, Picture, Quality
 from vramplan.workload import Workload
 
-# Smaller tiles than this show: less than 8 latents of context on each side of a seam.
+# Smaller tiles are visible: they have less than 8 latents of context on each side of a seam.
 SMALLEST_TILE = 128
 # The sizes tried, as shares of the class's own tile.
 _SHARES = (1, 1 / 2)
@@ -21,8 +21,8 @@ _SHARES = (1, 1 / 2)
 class VaeTiling:
     """`vae.enable_tiling()` after the tile has been set to `tile` pixels on its shorter side.
 
-    Blending changes pixels near the seams a little, and each tile is normalized on its own: near lossless.
-    `tile=0` keeps the tile the VAE's class has.
+    Blending changes pixels near the seams a little, and each tile is normalized separately: near lossless. `tile=0`
+    keeps the tile of the VAE's class.
     """
 
     name: ClassVar[str] = "vae_tiling"
@@ -34,7 +34,7 @@ class VaeTiling:
 
     @classmethod
     def variants(cls, vae: Component, workload: Workload) -> Iterable[Self]:
-        """The class's own tile and smaller ones, as far as they act on this picture."""
+        """The class's own tile and a smaller one, if they cut this picture."""
         if vae.tiling is None:
             return
         for share in _SHARES:
@@ -44,7 +44,7 @@ class VaeTiling:
                 yield cls(tile=tile)
 
     def refusal(self, vae: Component, workload: Workload) -> str | None:
-        """Only where the class has it, and only with a tile the picture really exceeds."""
+        """Refuse classes without tiling, uneven tiles, and tiles that do not cut the picture."""
         if vae.tiling is None:
             return f"{vae.class_name} has no tiling"
         tile = self.tile or vae.tiling.side
@@ -62,8 +62,8 @@ class VaeTiling:
         return None
 
     def shrink(self, picture: Picture, vae: Component) -> Picture:
-        """One tile of one picture at a time; VAEs of videos keep all frames of a tile together."""
-        if vae.tiling is None:  # a VAE of sound beside one of pictures
+        """One tile at a time; VAEs of videos process all frames of a tile together."""
+        if vae.tiling is None:  # a VAE of sound in a pipeline with one of pictures
             return picture
         scale = (self.tile or vae.tiling.side) / vae.tiling.side
         return replace(
@@ -73,9 +73,9 @@ class VaeTiling:
         )
 
     def apply(self, pipe: Any, names: Sequence[str]) -> None:
-        """Scale every spatial tile attribute alike, then switch tiling on, on the VAE itself.
+        """Scale all spatial tile attributes together, then enable tiling on the VAE itself.
 
-        Minimum and stride must shrink together: a stride longer than the tile would leave gaps.
+        A stride longer than the tile would leave gaps.
         """
         for name in names:
             vae = pipe.components[name]
@@ -84,7 +84,7 @@ class VaeTiling:
             vae.enable_tiling()
 
     def code(self, names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
-        """The tile attributes, which differ by class, then the switch."""
+        """One line for each tile attribute, then the call."""
         lines = []
         for name in names:
             tiles = scaled_tiles(modules[name], self.tile)
