@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # torchao's classes of quantized parameters, and the names of their formats in its settings.
 _TORCHAO = {"Int8Tensor": "int8", "Float8Tensor": "float8"}
 
-_SEPARATE_SCALES = "keeps scales outside of its weights, which {} does not move (diffusers 0.42)"
+_SEPARATE_SCALES = "keeps scales outside of its weights, which {} does not move along (diffusers 0.42)"
 # The operations that fail for the tensors of a library, or of one of its formats, by the field of `Component` for the
 # reason. For any other library only moving whole components is known to work.
 _LIMITS: Mapping[str, Mapping[str, str]] = {

@@ -1,7 +1,7 @@
-"""What a pipeline was before a plan went on, and the two ways back to it.
+"""The state of a pipeline before a plan was applied, and the two ways back to it.
 
-`Snapshot` is for an apply that fails: whatever point it reached, everything is put back by force, object by object,
-without a word from the strategies. `Before` is for undoing: hooks come off through the strategies, and what the user
+`Snapshot` is for an apply that fails: whatever point it reached, everything is restored by force, object by object,
+without asking the strategies. `Before` is for undoing: hooks come off through the strategies, and what the user
 did to the pipeline in the meantime stays.
 """
 
@@ -41,7 +41,7 @@ _ABSENT = object()
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: half way back is the one place where a pipeline must not be left."""
+    """Delay Ctrl-C until the block is done: a pipeline must not be left half restored."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield  # no other thread gets signals; a handler that is not Python's raises nothing
@@ -61,7 +61,7 @@ def uninterrupted() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything of a pipeline that applying may change. It holds weights, so it is not to outlive the apply."""
+    """Everything of a pipeline that applying may change. It holds weights, so it must not outlive the apply."""
 
     modules: Mapping[str, Any]
     owners: Sequence[_Owner]
@@ -146,7 +146,7 @@ def _owners(pipe: Any, children: Iterable[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """What undoing needs to know. A component that has gone since is not kept alive by it."""
+    """The state that undo restores. It does not keep a component alive that the pipeline has dropped since."""
 
     modules: WeakValueDictionary[str, Any]
     devices: Mapping[str, str]
