@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
@@ -79,7 +79,7 @@ class Pricer:
     def __init__(
         self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
     ) -> None:
-        self.spec = spec
+        self.spec = replace(spec, uses=tuple(use for use in spec.uses if footprint.makes(use)))
         self.steps = workload.num_inference_steps
         self.footprint = footprint
         self.accelerator = accelerator
@@ -87,7 +87,7 @@ class Pricer:
         # A pipeline any part of which is loaded already is not loaded again.
         self.loaded = any(component.device is not None for component in spec.components)
         self._components = {component.name: component for component in spec.components}
-        self._skips = any(use.optional for use in spec.uses)
+        self._skips = any(use.optional for use in self.spec.uses)
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
         self._decodes: dict[tuple[Decode, ...], dict[Use, UseCost]] = {}

@@ -76,6 +76,9 @@ class Footprint(Protocol):
     def workspace_bytes(self) -> int:
         """Bytes, 0 where activations contain them."""
 
+    def makes(self, use: Use) -> bool:
+        """Whether the call makes this use, as far as is known."""
+
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes of activations and workspaces alive while this use runs."""
 
@@ -92,6 +95,10 @@ class AssumedFootprint:
     # cuBLAS holds 8 MiB, 32 MiB on Hopper, for each handle and stream (CUBLAS_WORKSPACE_CONFIG, PyTorch "CUDA
     # semantics"), rounded up for several of them. Assumed.
     workspace_bytes: int = 64 * MIB
+
+    def makes(self, use: Use) -> bool:
+        """Every use: without a simulated call none can be ruled out."""
+        return True
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Activations by role: tokens for a transformer, latent pixels for a UNet, pixels for a VAE."""
