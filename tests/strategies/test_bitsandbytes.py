@@ -83,6 +83,14 @@ def test_the_stand_ins_weigh_what_bitsandbytes_makes(kind: str, type_: Any) -> N
 
 
 @pytest.mark.parametrize("type_", BOTH)
+def test_the_stand_ins_leave_a_module_its_dtype(type_: Any) -> None:
+    """Pipelines cast their inputs to it: FLUX.1 to float32 where scales are taken for parameters, as they come first."""
+    module = modules_of(build("flux-small"))["transformer"].to(torch.bfloat16)
+    real, light = quantized(module, type_), converted_copy(module, Bitsandbytes(type=type_))
+    assert light.dtype == real.dtype == weightless_copy(real).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("type_", BOTH)
 def test_running_once_does_not_change_what_it_weighs(type_: Any) -> None:
     """The first forward of Linear8bitLt moves its scales from the weight to the module; Linear4bit packs them anew
     where the CPU has AVX512 for bfloat16, which is switched off here."""
