@@ -193,6 +193,10 @@ class AtLoad(Weights, Protocol):
     def source(self) -> Path | None:
         """The file that is loaded in place of the component's own weights; None where those are."""
 
+    @property
+    def loads_on_device(self) -> bool:
+        """Whether loading leaves the component on the device, wherever it is to be."""
+
     def load(self, record: LoadRecord) -> dict[str, Any]:
         """More arguments for the component's `from_pretrained`, or for `from_single_file` where there is a `source`."""
 
