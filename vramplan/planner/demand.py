@@ -59,6 +59,20 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostDemand:
+    """The demand of a plan on the host, in bytes: the one place that says what counts as RAM.
+
+    `ram_bytes` is memory of the process's own, of which `pinned_bytes` is page-locked. Pages of files that are mapped
+    and unchanged are not part of it: the system takes them back when it needs them. `disk_bytes` are kept in files of
+    the plan's own.
+    """
+
+    ram_bytes: int
+    pinned_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentPrice:
     """What one component adds to the price of a candidate of which nothing lingers on the device.
 
@@ -84,8 +98,7 @@ class Pricer:
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
-        # A pipeline any part of which is loaded already is not loaded again.
-        self.loaded = any(component.device is not None for component in spec.components)
+        self.loaded = is_loaded(spec)
         self._components = {component.name: component for component in spec.components}
         self._skips = any(use.optional for use in self.spec.uses)
         self._holds: dict[tuple[str, Placement], Hold] = {}
@@ -107,13 +120,13 @@ class Pricer:
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
         load = self._load(placement) if here else None
-        ram, pinned = _host(holds, applying=load is None)
+        host = host_demand(holds, load)
         return Demand(
             vram_allocated_bytes=allocated if here else 0,
             vram_reserved_bytes=reserved if here else 0,
-            ram_bytes=max(ram, load.ram_bytes if load else 0) if here else allocated,
-            pinned_bytes=pinned if here else 0,
-            disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
+            ram_bytes=host.ram_bytes if here else allocated,
+            pinned_bytes=host.pinned_bytes if here else 0,
+            disk_bytes=host.disk_bytes,
             seconds_per_step=step,
             seconds_per_call=call,
             transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
@@ -196,11 +209,28 @@ class Pricer:
         return found
 
 
-def _host(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
-    """RAM and the pinned part of it, at the higher of two times: while what goes first encodes, and from then on.
+def is_loaded(spec: PipelineSpec) -> bool:
+    """Whether the pipeline is loaded. One of which any part is loaded already is not loaded again."""
+    return any(component.device is not None for component in spec.components)
 
-    With `applying`, what that takes beside, of the component that takes most; what is on disk is read all along.
+
+def host_demand_of(spec: PipelineSpec, placement: Mapping[str, Placement]) -> HostDemand:
+    """The demand of these placements on the host, beside an accelerator."""
+    holds = {name: setting.hold(spec.component(name), spec) for name, setting in placement.items()}
+    if is_loaded(spec):
+        return host_demand(holds, None)
+    loads = {name: load_of(spec.component(name), setting, holds[name]) for name, setting in placement.items()}
+    return host_demand(holds, load_demand(loads))
+
+
+def host_demand(holds: Mapping[str, Hold], load: LoadDemand | None) -> HostDemand:
+    """RAM and the pinned part of it, at the highest of three times: while loading, while what goes first encodes, and
+    from then on.
+
+    Without a `load`, what applying the plan takes as well, of the component that takes most; what is on disk is read
+    all along.
     """
+    applying = load is None
     held, pinned = [0, 0], [0, 0]
     transient = 0
     for hold in holds.values():
@@ -208,7 +238,10 @@ def _host(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
         held[hold.freed] += hold.pinned_bytes + hold.host_bytes
         if applying or hold.disk_bytes:
             transient = max(transient, hold.host_transient_bytes)
-    return max(held) + transient, max(pinned)
+    ram = max(max(held) + transient, load.ram_bytes if load else 0)
+    return HostDemand(
+        ram_bytes=ram, pinned_bytes=max(pinned), disk_bytes=sum(hold.disk_bytes for hold in holds.values())
+    )
 
 
 def _highest(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:
