@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,15 @@ def simulated_gib(row: Row) -> float:
     work = make_workload(described.defaults, row.get("workload", {}))
 
     def place(pipe: Any) -> None:
+        for name, text in row.get("weights", {}).items():
+            pack_weights(pipe.components[name], text)
+            if text.startswith("bitsandbytes"):
+                pipe.components[name].to("cuda:0")  # where it is quantized, and stays until the plan is applied
         for name in row.get("layerwise_casting", ()):
             pipe.components[name].enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         put_on(pipe)
         for method in row.get("before", ()):
-            getattr(pipe, method)()
+            attrgetter(method)(pipe)()
 
     def call(pipe: Any) -> None:
         inputs = call_inputs(pipe, work)
@@ -92,6 +97,24 @@ def simulated_gib(row: Row) -> float:
     result = simulate_call(parts_as_loaded(row), place, call, CachingAllocator(), kernels)
     peak = result.peak_reserved_bytes if row["metric"] == "reserved" else result.peak_allocated_bytes
     return peak / GIB
+
+
+def pack_weights(module: Any, text: str) -> None:
+    """The module's linear layers as the library of this setting packs them, whatever the release of transformers."""
+    from vramplan.pipeline.packed_linear import BitsandbytesInt8, BitsandbytesNf4, pack
+    from vramplan.strategies.settings import parse_setting
+
+    setting = parse_setting("weights", text)
+    if setting.name != "bitsandbytes":
+        setting.lighten(module)
+        return
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    cls = BitsandbytesInt8 if setting.type == "int8" else BitsandbytesNf4
+    pack(module, cls, lambda path, _: kept.isdisjoint(path.split(".")))
+    if type(module).__module__.startswith("transformers.") and int(version("transformers")[0]) < 5:
+        for path, part in module.named_modules():  # transformers 4 kept these in float32 beside bitsandbytes
+            if not kept.isdisjoint(path.split(".")):
+                part.float()
 
 
 def take_older_group_offloading() -> None:
@@ -112,7 +135,8 @@ def take_older_group_offloading() -> None:
 def work_off() -> None:
     """Read rows as JSON lines, write for each its peak or what stopped it, and the versions it ran on."""
     versions = {name: version(name) for name in SHOWN}
-    sys.modules["torchao"] = None  # type: ignore[assignment]  # diffusers 0.33 and 0.34 do not import beside a newer one
+    for newer in ("torchao", "peft"):  # older releases of diffusers do not import beside newer ones of these
+        sys.modules[newer] = None  # type: ignore[assignment]
     take_older_group_offloading()
     for line in sys.stdin:
         row = json.loads(line)
@@ -166,15 +190,48 @@ def all_found(rows: Sequence[Row], sets: Mapping[str, Sequence[str]], folder: Pa
     return found
 
 
+# Kinds of strategy, in the order of the table: the first that fits a row.
+QUANTIZED, SEVERAL = "quantized weights", "several pictures at once"
+KINDS = {
+    "resident": "everything resident",
+    "model_cpu_offload": "model offload",
+    "sequential_cpu_offload": "sequential offload",
+    "": "group offload",
+}
+
+
+def kind_of(row: Row) -> str:
+    """The kind of strategy that a row is of: what is done to weights, else the batch, else the placement."""
+    if row.keys() & {"weights", "layerwise_casting"}:
+        return QUANTIZED
+    if row.get("workload", {}).get("num_images_per_prompt", 1) > 1:
+        return SEVERAL
+    return KINDS.get(row["placement"] if isinstance(row["placement"], str) else "", KINDS[""])
+
+
+def by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each kind of strategy that has any."""
+    kinds = (*KINDS.values(), SEVERAL, QUANTIZED)
+    return {kind: found for kind in kinds if (found := [row for row in rows if kind_of(row) == kind])}
+
+
 def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [
         "| row | placement | diffusers, transformers, accelerate | metric | published GiB | simulated GiB | error |",
         "|---|---|---|---|--:|--:|--:|",
     ]
+    for kind, of_kind in by_kind(rows).items():
+        lines += [f"| **{kind}** | | | | | | |", *_lines(of_kind, found)]
+    return lines
+
+
+def _lines(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
     for row in rows:
         item = found[row["id"]]
         placed = row["placement"] if isinstance(row["placement"], str) else "by component"
         placed += "".join(f" + {text}" for text in (*row.get("decode", ()), *row.get("before", ())))
+        placed += "".join(f" + {text} {name}" for name, text in row.get("weights", {}).items())
         placed += " + layerwise casting" if "layerwise_casting" in row else ""
         cells = [row["id"], placed, ", ".join(item["versions"].values()), row["metric"], f"{row['gib']:g}"]
         cells += [f"{item['gib']:.2f}", f"{item['gib'] / row['gib'] - 1:+.1%}"]
@@ -195,7 +252,7 @@ def priced_bytes(row: Row, basis: str) -> int | None:
     from vramplan.strategies.settings import parse_decode, parse_placement
     from vramplan.workload import make_workload
 
-    if row.keys() & {"layerwise_casting", "before"}:
+    if row.keys() & {"layerwise_casting", "before", "weights"}:
         return None
     described = describe(row["model"], dtype=row.get("loads"))
     spec, work = described.spec, make_workload(described.defaults, row.get("workload", {}))
@@ -254,6 +311,7 @@ def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> s
             f"{len(errors)} rows that nothing was fitted on: median error {statistics.median(errors.values()):.1%}, "
             f"largest {errors[worst]:.1%} ({worst}).",
             "",
+            *kinds_table(shown, ran),
         ]
     remarks = [f"* {row['id']}: {row['remark']}" for row in shown if "remark" in row]
     remarks += [
@@ -269,6 +327,20 @@ def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> s
     left = [row["id"] for row in (*rows, *unstated) if row["id"] not in ran]
     lines += [f"* left out: {name} ({_why(found.get(name))})" for name in left]
     return "\n".join(lines).rstrip()
+
+
+def kinds_table(rows: Sequence[Row], ran: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How far off the rows of each kind are, and by how much one was too low at most; rows that were fitted on too."""
+    lines = [
+        "| kind of strategy, fitted rows included | rows | median error | largest error | most too low |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for kind, of_kind in by_kind(rows).items():
+        errors = [ran[row["id"]]["gib"] / row["gib"] - 1 for row in of_kind]
+        sizes = [abs(error) for error in errors]
+        low = max(0.0, -min(errors))
+        lines.append(f"| {kind} | {len(sizes)} | {statistics.median(sizes):.1%} | {max(sizes):.1%} | {low:.1%} |")
+    return [*lines, ""]
 
 
 def _why(item: Mapping[str, Any] | None) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from inspect import signature, unwrap
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from vramplan.calibration.peaks import current_rss_bytes, peak_rss_bytes
 from vramplan.common.files import write_text
 from vramplan.pipeline.describe import describe
+from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.model import SimulatedModel, settings_applier
 from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
@@ -245,25 +247,46 @@ def growth(result: dict[str, int]) -> Iterator[None]:
     result["growth_bytes"] = torch.cuda.max_memory_allocated() - before
 
 
+# Batch, channels in and out, side. The last five decide the rule of `Kernels.convolution_bytes`: FLUX.1's decoder with
+# 4, 8 and 16 pictures, its last upsampler and the block behind it, below and above each limit.
+CONVOLUTIONS = (
+    (1, 128, 128, 1024), (1, 256, 256, 1024), (1, 512, 512, 512), (4, 128, 128, 512), (8, 128, 128, 512),
+    (1, 320, 320, 128), (2, 640, 640, 64),
+    (4, 256, 256, 1024), (4, 256, 128, 1024), (8, 256, 256, 1024), (8, 256, 128, 1024), (16, 256, 128, 1024),
+)  # fmt: skip
+# Channels, frames, height, width: HunyuanVideo's decoder, and a small one.
+CONVOLUTIONS_3D = ((128, 16, 128, 128), (128, 32, 512, 768))
+
+
 def convolutions() -> list[dict[str, Any]]:
-    shapes = [(1, 128, 1024), (1, 256, 1024), (1, 512, 512), (4, 128, 512), (8, 128, 512), (1, 320, 128), (2, 640, 64)]
-    found = []
-    for batch, channels, side in shapes:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for layout in (torch.contiguous_format, torch.channels_last):
-                row: dict[str, Any] = {
-                    "shape": [batch, channels, side, side],
-                    "dtype": str(dtype),
-                    "layout": str(layout),
-                }
-                conv = torch.nn.Conv2d(channels, channels, 3, padding=1, device=DEVICE, dtype=dtype)
-                given = torch.randn(batch, channels, side, side, device=DEVICE, dtype=dtype).to(memory_format=layout)
-                with torch.no_grad(), growth(row):
-                    made = conv(given)
-                row["output_bytes"] = made.numel() * made.element_size()
-                found.append(row)
-                del conv, given, made
-    return found
+    shapes = [((batch, given, side, side), made) for batch, given, made, side in CONVOLUTIONS]
+    shapes += [((1, *shape), shape[0]) for shape in CONVOLUTIONS_3D]
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    layouts = (False, True)
+    return [convolution(*shape, dtype, last) for shape in shapes for dtype in dtypes for last in layouts]
+
+
+def convolution(shape: tuple[int, ...], channels: int, dtype: torch.dtype, last: bool) -> dict[str, Any]:
+    """What one convolution allocates, its output included, beside what the rule says of its workspace."""
+    flat = len(shape) == 4
+    kind = torch.nn.Conv2d if flat else torch.nn.Conv3d
+    layout = (torch.channels_last if flat else torch.channels_last_3d) if last else torch.contiguous_format
+    size = torch.finfo(dtype).bits // 8 * prod(shape)
+    row: dict[str, Any] = {"shape": list(shape), "channels_out": channels, "dtype": str(dtype), "layout": str(layout)}
+    if 4 * size > torch.cuda.mem_get_info()[0]:
+        return row | {"left_out": "too large for this card"}
+    conv = kind(shape[1], channels, 3, padding=1, device=DEVICE, dtype=dtype)
+    given = torch.empty(shape, device=DEVICE, dtype=dtype, memory_format=layout).zero_()
+    try:
+        with torch.no_grad(), growth(row):
+            made = conv(given)
+    except RuntimeError as error:
+        return row | {"stopped": str(error)[:200]}
+    row["output_bytes"] = made.numel() * made.element_size()
+    row["workspace_bytes"] = row["growth_bytes"] - row["output_bytes"]
+    tf32 = torch.cuda.get_device_capability() >= (8, 0)
+    row["projected_bytes"] = Kernels(tf32=tf32).convolution_bytes(given, made)
+    return row
 
 
 def attention() -> list[dict[str, Any]]:

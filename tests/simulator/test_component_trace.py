@@ -14,6 +14,7 @@ from tests.support.calls import workload_of
 from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
+from vramplan.pipeline.types import Use
 from vramplan.planner.decide import Decision
 from vramplan.planner.demand import Pricer
 from vramplan.simulator import component_trace
@@ -22,7 +23,7 @@ from vramplan.simulator.cost_model import apply_simulation
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.model import SimulatedModel
-from vramplan.simulator.run import SimulationError
+from vramplan.simulator.run import SimulationError, call_inputs
 from vramplan.strategies.resident import Resident
 from vramplan.units import GIB
 
@@ -149,3 +150,43 @@ def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(
     assert told.verdict == "rejected"
     assert lack in told.reason
     assert told.deficit_bytes == (short or 4096)
+
+
+def with_controlnet(base: Any) -> Any:
+    """Its VAE is said to encode a picture, and never does: the control picture goes to the ControlNet as it is."""
+    net = diffusers.ControlNetModel.from_unet(base.unet, conditioning_channels=3)
+    parts = dict(base.components) | {"controlnet": net}
+    return diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+
+
+def test_a_use_that_a_completed_call_did_not_make_costs_nothing(small_pipeline: Callable[..., Any]) -> None:
+    base = small_pipeline("sd15-small")
+    plain, controlled = (
+        vramplan.plan(pipe, device="rtx-3090", ram="32GiB", height=64, width=64)
+        for pipe in (base, with_controlnet(base))
+    )
+    assert controlled.projected.basis == "simulated"
+    assert not [note for note in controlled.notes if "rules of thumb" in note]
+    assert controlled.machine.budget.vram_bytes == plain.machine.budget.vram_bytes
+
+
+def test_only_uses_of_a_completed_call_are_ruled_out(small_pipeline: Callable[..., Any]) -> None:
+    pipe, work = with_controlnet(small_pipeline("sd15-small")), workload_of("sd15-small")
+    source = SimulatedModel(spec := describe(pipe).spec)
+    found = source.run(work, [], [], accelerator=CARD)
+    whole = SimulatedFootprint(spec=spec, workload=work, plain=found, decode=lambda _: found)
+    stopped = replace(whole, plain=replace(found, uses=tuple(use for use in found.uses if use.phase == "encode")))
+    encode = Use(phase="encode", component="vae")
+    assert encode in spec.uses
+    assert not whole.makes(encode)
+    assert stopped.makes(encode)
+    assert replace(whole, basis="derived").makes(encode)
+    assert all(stopped.makes(use) for use in spec.uses)
+
+
+@pytest.mark.parametrize(
+    ("name", "quotes"), [("HunyuanVideo15Pipeline", True), ("HunyuanImagePipeline", True), ("FluxPipeline", False)]
+)
+def test_the_prompt_quotes_a_text_for_pipelines_that_encode_one_apart(name: str, quotes: bool) -> None:
+    pipe = object.__new__(getattr(diffusers, name))
+    assert ('"' in call_inputs(pipe, workload_of("flux-small"))["prompt"]) is quotes

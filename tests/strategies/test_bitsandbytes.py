@@ -24,7 +24,7 @@ from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.modules import modules_of
 from vramplan.planfile.match import check_match, parse_settings
-from vramplan.runtime.load import assemble_pipeline, load_component
+from vramplan.runtime.load import assemble_pipeline, load_component, load_components
 from vramplan.runtime.staged import load_applied, load_stages
 from vramplan.simulator.alternatives import converted_copy
 from vramplan.strategies.bitsandbytes import Bitsandbytes
@@ -80,6 +80,14 @@ def test_the_stand_ins_weigh_what_bitsandbytes_makes(kind: str, type_: Any) -> N
     assert ours.geometry.blocks == theirs.geometry.blocks
     assert theirs.dtype == "bfloat16"
     assert theirs.parameter_count == describe_component(name, module).parameter_count
+
+
+@pytest.mark.parametrize("type_", BOTH)
+def test_the_stand_ins_leave_a_module_its_dtype(type_: Any) -> None:
+    """Pipelines cast their inputs to it: FLUX.1 to float32 where scales are taken for parameters: they come first."""
+    module = modules_of(build("flux-small"))["transformer"].to(torch.bfloat16)
+    real, light = quantized(module, type_), converted_copy(module, Bitsandbytes(type=type_))
+    assert light.dtype == real.dtype == weightless_copy(real).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("type_", BOTH)
@@ -186,6 +194,37 @@ def test_each_library_gets_its_own_configuration(small_folder: Any) -> None:
     assert {name: item.to_dict() for name, item in coded.items()} == {
         name: item.to_dict() for name, item in mapping.items()
     }
+
+
+@pytest.mark.parametrize(("placement", "returns"), [("model_cpu_offload", True), ("resident", False)])
+def test_what_is_quantized_on_the_device_leaves_it_before_the_next_is_loaded(
+    placement: str, returns: bool, small_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all packed components are there together while a plan with model offload is loaded (FLUX.1: 10 GiB)."""
+    done: list[tuple[str, ...]] = []
+
+    class Module(torch.nn.Module):
+        def to(self, device: str) -> Any:
+            done.append((self.name, device))
+            return self
+
+    def load(folder: Path, name: str, *_: Any, **options: Any) -> torch.nn.Module:
+        done.append((name,))
+        module = Module()
+        module.name = name
+        return module
+
+    monkeypatch.setattr("vramplan.runtime.load.load_component", load)
+    folder = small_folder("flux-small")
+    weights = {f"weights.{name}": "bitsandbytes" for name in ("transformer", "text_encoder_2")}
+    plan = folder_plan(folder, placement=placement, **weights)
+    stages = load_stages(plan, folder, "cpu")
+    assert stages.returns("transformer") is returns
+    load_components(folder, stages, stages.rest, "cpu", say=lambda _: None)
+    order = [step for step in done if step[0] in ("transformer", "text_encoder_2")]
+    names = [name for name in stages.rest if f"weights.{name}" in weights]
+    assert order == [step for name in names for step in ((name,), (name, "cpu"))]  # resident ones go to this device too
+    assert plan_code(plan).count('.to("cpu")') == 2 * returns
 
 
 def test_without_an_accelerator_diffusers_says_why(small_folder: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from vramplan.pipeline.sources import Live
 from vramplan.planfile.file import load_plan
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
+from vramplan.planner.demand import host_demand_of
+from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.types import Simulation
-from vramplan.strategies.base import Decodes, Placed
+from vramplan.strategies.base import Decodes, Placed, Placement, Weights
+from vramplan.strategies.resident import Resident
 from vramplan.workload import Workload, make_workload
 
 _ROOM = 1 << 50
@@ -60,7 +63,17 @@ def _simulated(model: SimulatedModel, plan: Plan | None, work: Workload, **optio
         check_match(model.spec, plan)
         accelerator = plan.machine.accelerator
         placed, decodes = parse_settings(plan, model.spec, accelerator)
-    return model.run(work, placed, decodes, accelerator=accelerator, **options)
+    found = model.run(work, placed, decodes, accelerator=accelerator, **options)
+    return found if plan is not None and accelerator is None else _with_host(found, model, placed)
+
+
+def _with_host(found: Simulation, model: SimulatedModel, placed: Placed) -> Simulation:
+    """The simulation with what its settings take of the host, as the planner counts it."""
+    placement: dict[str, Placement] = {component.name: Resident() for component in model.spec.components}
+    placement |= {name: item for item, names in placed if isinstance(item, Placement) for name in names}
+    weights = {name: item for item, names in placed if isinstance(item, Weights) for name in names}
+    host = host_demand_of(Alternatives(model).spec(weights), placement)
+    return replace(found, **asdict(host))
 
 
 def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:

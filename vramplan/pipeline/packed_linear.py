@@ -18,6 +18,8 @@ from vramplan.pipeline.quantization import gguf_type, kind_of
 # bitsandbytes quantizes 4-bit weights in blocks of 64, each with a scale, and keeps a table of their 16 values
 # (0.50, `functional.quantize_4bit`).
 _BLOCK, _VALUES = 64, 16
+# Tensors that bitsandbytes keeps outside of a module's parameters, so that its dtype is that of the other ones.
+_NO_PARAMETERS = ("absmax", "quant_map", "SCB")
 # The threshold above which LLM.int8() keeps activations as they are (transformers' and diffusers' BitsAndBytesConfig).
 _OUTLIER_THRESHOLD = 6.0
 
@@ -36,7 +38,11 @@ class PackedLinear(torch.nn.Linear):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name, (count, dtype) in self.layout(linear.weight).items():
-            self.register_parameter(name, _parameter_like(linear.weight, count, dtype))
+            made = _parameter_like(linear.weight, count, dtype)
+            if name in _NO_PARAMETERS:
+                self.register_buffer(name, made.detach())
+            else:
+                self.register_parameter(name, made)
         self.bias = linear.bias
         self.train(linear.training)
 
@@ -261,9 +267,10 @@ def packed_bytes(layer: PackedLinear) -> int:
     return sum(tensor_bytes(part) for part in weight_parts(layer))
 
 
-def weight_parts(layer: PackedLinear) -> list[torch.nn.Parameter]:
-    """The parameters that a stand-in has in place of a weight: all but the bias."""
-    return [part for name, part in layer.named_parameters(recurse=False) if name != "bias"]
+def weight_parts(layer: PackedLinear) -> list[torch.Tensor]:
+    """The tensors that a stand-in has in place of a weight: all but the bias."""
+    parameters = [part for name, part in layer.named_parameters(recurse=False) if name != "bias"]
+    return [*parameters, *layer.buffers(recurse=False)]
 
 
 def pack(

@@ -117,6 +117,9 @@ class Script:
                     where += options
                     source = setting.source
             yield self._component(record, where, source)
+            stays = any(isinstance(setting, AtLoad) and setting.loads_on_device for setting in settings)
+            if stays and record.name in _placed_names(self._pipeline_placements):
+                yield f'pipe.{record.name}.to("cpu")  # it was quantized on the device, where the next one needs room'
             for setting in (setting for setting in settings if setting not in direct):
                 yield from setting.code([record.name], self._device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
@@ -59,6 +59,20 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostDemand:
+    """The demand of a plan on the host, in bytes: the one place that says what counts as RAM.
+
+    `ram_bytes` is memory of the process's own, of which `pinned_bytes` is page-locked. Pages of files that are mapped
+    and unchanged are not part of it: the system takes them back when it needs them. `disk_bytes` are kept in files of
+    the plan's own.
+    """
+
+    ram_bytes: int
+    pinned_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentPrice:
     """The share of one component in the price of a candidate, if no component lingers on the device.
 
@@ -78,14 +92,14 @@ class Pricer:
     def __init__(
         self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
     ) -> None:
-        self.spec = spec
+        self.spec = replace(spec, uses=tuple(use for use in spec.uses if footprint.makes(use)))
         self.steps = workload.num_inference_steps
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
-        self.loaded = any(component.device is not None for component in spec.components)
+        self.loaded = is_loaded(spec)
         self._components = {component.name: component for component in spec.components}
-        self._skips = any(use.optional for use in spec.uses)
+        self._skips = any(use.optional for use in self.spec.uses)
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
         self._decodes: dict[tuple[Decode, ...], dict[Use, UseCost]] = {}
@@ -105,13 +119,13 @@ class Pricer:
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
         load = self._load(placement) if here else None
-        ram, pinned = _host_bytes(holds, applying=load is None)
+        host = host_demand(holds, load)
         return Demand(
             vram_allocated_bytes=allocated if here else 0,
             vram_reserved_bytes=reserved if here else 0,
-            ram_bytes=max(ram, load.ram_bytes if load else 0) if here else allocated,
-            pinned_bytes=pinned if here else 0,
-            disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
+            ram_bytes=host.ram_bytes if here else allocated,
+            pinned_bytes=host.pinned_bytes if here else 0,
+            disk_bytes=host.disk_bytes,
             seconds_per_step=step,
             seconds_per_call=call,
             transfer_seconds_per_step=sum(clock.transfer(replayed) for replayed in replayed_uses if replayed.repeat),
@@ -194,11 +208,26 @@ class Pricer:
         return found
 
 
-def _host_bytes(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]:
-    """Return the RAM and its page-locked part, each the higher of encoding first and of the rest of the call.
+def is_loaded(spec: PipelineSpec) -> bool:
+    """Whether the pipeline is loaded. One of which any part is loaded already is not loaded again."""
+    return any(component.device is not None for component in spec.components)
 
-    With `applying`, RAM includes the largest transient of applying a plan; reading from disk has one in any case.
+
+def host_demand_of(spec: PipelineSpec, placement: Mapping[str, Placement]) -> HostDemand:
+    """Return the host memory that these placements need in addition to an accelerator's."""
+    holds = {name: setting.hold(spec.component(name), spec) for name, setting in placement.items()}
+    if is_loaded(spec):
+        return host_demand(holds, None)
+    loads = {name: load_of(spec.component(name), setting, holds[name]) for name, setting in placement.items()}
+    return host_demand(holds, load_demand(loads))
+
+
+def host_demand(holds: Mapping[str, Hold], load: LoadDemand | None) -> HostDemand:
+    """Return the highest need of three times: loading, encoding first, and the rest of the call.
+
+    Without a `load`, RAM includes the largest transient of applying a plan; reading from disk has one in any case.
     """
+    applying = load is None
     held, pinned = [0, 0], [0, 0]
     transient = 0
     for hold in holds.values():
@@ -206,7 +235,10 @@ def _host_bytes(holds: Mapping[str, Hold], *, applying: bool) -> tuple[int, int]
         held[hold.freed] += hold.pinned_bytes + hold.host_bytes
         if applying or hold.disk_bytes:
             transient = max(transient, hold.host_transient_bytes)
-    return max(held) + transient, max(pinned)
+    ram = max(max(held) + transient, load.ram_bytes if load else 0)
+    return HostDemand(
+        ram_bytes=ram, pinned_bytes=max(pinned), disk_bytes=sum(hold.disk_bytes for hold in holds.values())
+    )
 
 
 def _phase_peaks(demands: Sequence[PhaseDemand]) -> tuple[PhaseDemand, ...]:

@@ -73,6 +73,9 @@ class Footprint(Protocol):
     def workspace_bytes(self) -> int:
         """Bytes that matrix products hold throughout; 0 if activations contain them."""
 
+    def makes(self, use: Use) -> bool:
+        """Whether the call makes this use, as far as is known."""
+
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Return the peak of activations and workspaces while this use runs."""
 
@@ -89,6 +92,10 @@ class AssumedFootprint:
     # cuBLAS holds 8 MiB, 32 MiB on Hopper, per handle and stream (CUBLAS_WORKSPACE_CONFIG, PyTorch "CUDA semantics"),
     # rounded up for several of them. Assumed.
     workspace_bytes: int = 64 * MIB
+
+    def makes(self, use: Use) -> bool:
+        """Every use: without a simulated call none can be ruled out."""
+        return True
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Estimate activations by role: tokens for a transformer, latent pixels for a UNet, pixels for a VAE."""

@@ -75,6 +75,14 @@ class LoadStages:
         setting = self._at_load(name)
         return setting.source if setting else None
 
+    def returns(self, name: str) -> bool:
+        """Whether the component has to leave the device once it is loaded, as it is placed with all others at last."""
+        setting = self._at_load(name)
+        whole = any(
+            isinstance(item, Placement) and item.whole_pipeline and name in names for item, names in self.deferred
+        )
+        return whole and setting is not None and setting.loads_on_device
+
     def _at_load(self, name: str) -> AtLoad | None:
         found = (setting for setting, names in self.placed if isinstance(setting, AtLoad) and name in names)
         return next(found, None)
@@ -183,6 +191,8 @@ def _load_placed(folder: Path, stages: LoadStages, name: str, device: str, *, al
         source=stages.source(name),
         allow_pickle=allow_pickle,
     )
+    if stages.returns(name):
+        module.to("cpu")  # or all such components would be on the device before the plan is applied
     stand_in = SimpleNamespace(components={name: module})
     for setting in stages.settings_of(name):
         setting.apply(stand_in, [name], device)

@@ -16,6 +16,7 @@ from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import AssumedFootprint, Footprint
 from vramplan.planner.residuals import Basis
 from vramplan.simulator.alternatives import Alternatives
+from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.types import SimulatedPhase, Simulation
 from vramplan.strategies.base import Weights
@@ -34,8 +35,8 @@ class CostModel:
     notes: tuple[str, ...] = ()
 
     def basis(self, spec: PipelineSpec) -> Basis:
-        """Return the weakest basis of the prices, without decodes, which are simulated when first priced."""
-        uses = [use for use in spec.uses if use.phase != "decode"]
+        """The weakest basis of the prices. Decodes have their own: each is simulated when it is first priced."""
+        uses = [use for use in spec.uses if use.phase != "decode" and self.footprint.makes(use)]
         return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
     def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
@@ -94,7 +95,7 @@ def cost_model(
             ) from error
         note = f"its components were traced one by one, as the whole call cannot be simulated: {error}"
         traced = traced_footprint(model, work, accelerator)
-        notes = (note, *_missing_note(spec, traced.plain, "could be traced"))
+        notes = (note, *_missing_note(traced, "could be traced"))
         return CostModel(footprint=traced, alternatives=under_weights(traced.plain, traced), notes=notes)
     tried = (
         (item, simulated_footprint(model, work, accelerator, grouped({}, {}, item)))
@@ -109,7 +110,7 @@ def cost_model(
         footprint=footprint,
         alternatives=under_weights(footprint.plain, footprint) + smaller,
         simulate=_confirming(model, work, accelerator),
-        notes=(*footprint.plain.notes, *_missing_note(spec, footprint.plain, "ran in the simulated call")),
+        notes=(*footprint.plain.notes, *_missing_note(footprint, "ran in the simulated call")),
     )
 
 
@@ -157,12 +158,12 @@ def _stopped_before_vaes(simulation: Simulation, vaes: Sequence[str]) -> bool:
     return simulation.stopped_in in ("load", "denoise") and not any(use.component in vaes for use in simulation.uses)
 
 
-def _missing_note(spec: PipelineSpec, simulation: Simulation, condition: str) -> tuple[str, ...]:
-    """Return a note that names the components without simulated costs, for which rules of thumb are used."""
+def _missing_note(footprint: SimulatedFootprint, condition: str) -> tuple[str, ...]:
+    """A note that names the components without simulated costs, for which rules of thumb are used."""
     names = {
         use.component: None
-        for use in spec.uses
-        if not use.optional and simulation.use(use.phase, use.component) is None
+        for use in footprint.spec.uses
+        if not use.optional and footprint.makes(use) and footprint.plain.use(use.phase, use.component) is None
     }
     return (f"not all {condition}: rules of thumb stand in for {', '.join(names)}",) if names else ()
 

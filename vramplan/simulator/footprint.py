@@ -17,8 +17,8 @@ from vramplan.workload import Workload
 class SimulatedFootprint:
     """The footprint of a pipeline simulated once, with everything resident and default decode settings.
 
-    `decode` simulates the decode with other settings, once each; it returns None if that fails. A use that the call
-    left out keeps the assumed footprint and its basis. `basis` is `derived` if components were traced one by one.
+    `decode` simulates the decode with other settings, once each; it returns None if that fails. A use that could not be
+    simulated keeps the assumed footprint and its basis. `basis` is `derived` if components were traced one by one.
     """
 
     spec: PipelineSpec
@@ -33,13 +33,23 @@ class SimulatedFootprint:
 
     @property
     def assumed(self) -> AssumedFootprint:
-        """The rules of thumb, for uses that the simulated call left out."""
+        """The rules of thumb, for uses that could not be simulated."""
         return AssumedFootprint(spec=self.spec, workload=self.workload)
 
     @property
     def denoising_bytes(self) -> int:
         """The largest need of denoising in addition to weights, in bytes."""
         return max((use.need_bytes for use in self.plain.uses if use.phase == "denoise"), default=0)
+
+    def makes(self, use: Use) -> bool:
+        """Whether the call makes this use. One that a completed simulated call did not make is not made.
+
+        A call is complete if it came to a denoiser. Denoisers themselves are always counted: only `STEPS` of the steps
+        are simulated, and one may come in a later step.
+        """
+        if use.in_loop or self.basis != "simulated" or self.plain.use(use.phase, use.component) is not None:
+            return True
+        return not any(item.phase == "denoise" and item.component and item.forwards for item in self.plain.uses)
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes needed in addition to weights, by the use or the pipeline's own code in its phase."""

@@ -14,6 +14,9 @@ from vramplan.units import MIB
 
 _MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
 _HALF = (torch.float16, torch.bfloat16)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Elements from which on the output of a half-precision convolution is not copied; see `Kernels.convolution_bytes`.
+_OUTPUT_LIMIT, _WIDENING_LIMIT = 1 << 31, 1 << 30
 
 
 @dataclass(slots=True)
@@ -21,14 +24,13 @@ class Kernels:
     """The kernels of one architecture.
 
     `cublas_bytes` stays allocated from the first matrix product on: 8 MiB, 32 MiB on Hopper
-    (CUBLAS_WORKSPACE_CONFIG, PyTorch CUDA semantics, torch 2.13). `convolution_copies` is the number of copies of
-    input and output that a half-precision convolution makes to change their layout: 1 reproduces FLUX.1's
-    published peaks at batch 1; assumed until it is fitted. Attention in one of `math_dtypes` is computed step by step;
-    without `fused_attention` its kernel holds the score matrix.
+    (CUBLAS_WORKSPACE_CONFIG, PyTorch CUDA semantics, torch 2.13). With `tf32` float32 convolutions run on tensor cores
+    (Ampere and later). Attention in one of `math_dtypes` is computed step by step; without `fused_attention` its
+    kernel holds the score matrix.
     """
 
     cublas_bytes: int = 8 * MIB
-    convolution_copies: float = 1.0
+    tf32: bool = True
     math_dtypes: tuple[str, ...] = ()
     fused_attention: bool = True
     _workspaces: dict[int, Block] | None = field(default=None, init=False)
@@ -38,7 +40,7 @@ class Kernels:
         if packet in _MATRIX_PRODUCTS:
             self.hold_cublas(ledger)
         elif packet is aten.convolution:
-            ledger.transient(self._convolution_bytes(args[0], made), "workspace")
+            ledger.transient(self.convolution_bytes(args[0], made), "workspace")
 
     def release(self) -> None:
         """Free the workspaces that stay allocated between operations."""
@@ -53,13 +55,30 @@ class Kernels:
             with ledger.pause_recording():
                 self._workspaces[ledger.stream] = Block(ledger, self.cublas_bytes, "device", "workspace")
 
-    def _convolution_bytes(self, given: torch.Tensor, made: torch.Tensor) -> int:
-        if given.dtype not in _HALF or given.dim() not in (4, 5):
+    def convolution_bytes(self, given: torch.Tensor, made: torch.Tensor) -> int:
+        """The workspace of a convolution: the copies in which its tensor-core kernel reads and writes channels last.
+
+        Half precision: a copy of the input, and one of the output unless that has 2^31 elements, or (4-D) 2^30 and at
+        least as many channels as the input. float32 with `tf32`: the input alone. An input in channels last: nothing.
+
+        Fitted on 20 published peaks (0.2 % off on average), and on no card of ours: benchmarks/gpu_accuracy.py has the
+        shapes that will judge it. The part on float32 rests on two sources and four rows, all of one VAE; the 4-D limit
+        on one model and one card, and was chosen after its rows were seen. Before Ampere, float32 is not known, and
+        nothing is counted.
+        """
+        if given.dim() not in _CHANNELS_LAST or _is_channels_last(given):
             return 0
-        channels_last = torch.channels_last if given.dim() == 4 else torch.channels_last_3d
-        if given.is_contiguous(memory_format=channels_last) and not given.is_contiguous():
+        if given.dtype == torch.float32:
+            return given.numel() * given.element_size() if self.tf32 else 0
+        if given.dtype not in _HALF:
             return 0
-        return int(self.convolution_copies * (given.numel() + made.numel()) * given.element_size())
+        widens = given.dim() == 4 and made.shape[1] >= given.shape[1]
+        copied = made.numel() < (_WIDENING_LIMIT if widens else _OUTPUT_LIMIT)
+        return (given.numel() + copied * made.numel()) * given.element_size()
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=_CHANNELS_LAST[tensor.dim()]) and not tensor.is_contiguous()
 
 
 def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> float:

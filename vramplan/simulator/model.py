@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ class SimulatedModel:
             key["timeline"] = True
 
         def make() -> Simulation:
-            return run_simulation(
+            found = run_simulation(
                 self.parts,
                 workload,
                 settings_applier(rest, decodes),
@@ -137,8 +137,17 @@ class SimulatedModel:
                 memo=self._memo(kernels),
                 timeline=timeline,
             )
+            return replace(found, notes=(*found.notes, *self._unknown(kernels)))
 
         return cached(key, make)
+
+    def _unknown(self, kernels: Mapping[str, Any]) -> Iterable[str]:
+        """Notes on what is not known of these kernels, as far as the model needs it."""
+        convolving = [part for part in self.spec.components if part.role in ("denoiser", "vae")]
+        wide = [part for part in convolving if part.dtype == "float32" or part.config.get("force_upcast")]
+        if not kernels["tf32"] and wide:
+            names = " and ".join(part.name for part in wide)
+            yield f"{names} in float32: workspaces of convolutions before Ampere are not known, and not counted"
 
     def kernels(self, accelerator: Accelerator | None) -> dict[str, Any]:
         """Return the options of `Kernels` for a card that matter to this model: dtypes that no component has are left
@@ -245,12 +254,15 @@ def _identity(spec: PipelineSpec) -> Any:
 
 
 def kernels_of(accelerator: Accelerator | None) -> dict[str, Any]:
-    """Return the options of `Kernels` for a card: cuBLAS holds 32 MiB on Hopper and later, 8 MiB before."""
+    """Return the options of `Kernels` for a card: cuBLAS holds 32 MiB on Hopper and later, 8 MiB before.
+
+    An unknown card is taken to have TF32."""
     from vramplan.profiles.catalogue import compute_capability, math_dtypes
 
     capability = compute_capability(accelerator.name) if accelerator else None
     return {
         "cublas_bytes": (32 if capability is not None and capability >= 9.0 else 8) * MIB,
+        "tf32": capability is None or capability >= 8.0,
         "math_dtypes": math_dtypes(accelerator) if accelerator else (),
         "fused_attention": accelerator.fuses_attention if accelerator else True,
     }

@@ -109,6 +109,10 @@ class Simulation(Shown):
     fragmented; `over_bytes` is how far the request, added to all that was reserved, exceeded the capacity.
     `to_device_bytes` and `to_host_bytes` were transferred. `notes` lists assumptions. `modules` are in the order they
     first ran. `timeline` is None unless requested.
+
+    `ram_bytes` and what follows it are what the settings take of the host, as in a plan (`planner.demand.HostDemand`);
+    None where that was not worked out. `host_peak_bytes` is all that was in host memory at once while all of it was
+    loaded before anything was placed, pages of the model's files included.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -134,6 +138,9 @@ class Simulation(Shown):
     modules: tuple[SimulatedModule, ...] = ()
     timeline: Timeline | None = None
     stopped_in: SimulatedPhaseName | None = None
+    ram_bytes: int | None = None
+    pinned_bytes: int | None = None
+    disk_bytes: int | None = None
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None if it did not run in it."""

@@ -46,6 +46,10 @@ class UnpackingFootprint:
         """The workspace of the plain pipeline."""
         return self.plain.workspace_bytes
 
+    def makes(self, use: Use) -> bool:
+        """The uses of the plain pipeline."""
+        return self.plain.makes(use)
+
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The activation bytes of the plain pipeline, plus the unpacking of the largest layer."""
         found, part = self.plain.activation(use, decode), self.parts.get(use.component)

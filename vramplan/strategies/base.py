@@ -191,6 +191,10 @@ class AtLoad(Weights, Protocol):
     def source(self) -> Path | None:
         """The file that replaces the component's own weights; None without one."""
 
+    @property
+    def loads_on_device(self) -> bool:
+        """Whether loading leaves the component on the device, wherever it is to be."""
+
     def load(self, record: LoadRecord) -> dict[str, Any]:
         """Return extra arguments for the component's `from_pretrained`, or `from_single_file` with a `source`."""
 

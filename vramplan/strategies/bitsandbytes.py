@@ -24,6 +24,7 @@ class Bitsandbytes:
     name: ClassVar[str] = "bitsandbytes"
     axis: ClassVar[Axis] = "weights"
     source: ClassVar[None] = None
+    loads_on_device: ClassVar[bool] = True  # it quantizes there (0.50)
 
     type: Literal["nf4", "int8"] = "nf4"
 

@@ -27,6 +27,7 @@ class Gguf:
     axis: ClassVar[Axis] = "weights"
     quality: ClassVar[Quality] = "lossy"
     quantized: ClassVar[str] = "gguf"
+    loads_on_device: ClassVar[bool] = False
 
     file: FileName = NO_FILE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,17 @@ def html_of(simulation: Simulation) -> str:
     return as_html(simulation_view(simulation)) + picture_html(simulation)
 
 
+def _host_lines(simulation: Simulation) -> Iterator[str]:
+    """RAM as in a plan, and apart from it pages of files and what is kept on disk."""
+    ram, pinned = simulation.ram_bytes, simulation.pinned_bytes
+    if ram is None or pinned is None:
+        yield f"RAM       {format_bytes(simulation.host_peak_bytes)}, pages of files included"
+        return
+    yield f"RAM       {format_bytes(ram)}, of which {format_bytes(pinned)} page-locked"
+    if simulation.disk_bytes:
+        yield f"disk      {format_bytes(simulation.disk_bytes)} in files of the plan's own"
+
+
 def simulation_view(simulation: Simulation) -> RenderableType:
     """A simulation for a person: whether it fits, the peaks, and the operation at each peak."""
     from vramplan.view.bars import simulation_bar
@@ -48,8 +60,7 @@ def simulation_view(simulation: Simulation) -> RenderableType:
     lines = [
         f"VRAM      {format_bytes(simulation.peak_reserved_bytes)} reserved{limit}, "
         f"{format_bytes(simulation.peak_allocated_bytes)} allocated: {verdict}",
-        f"RAM       {format_bytes(simulation.host_peak_bytes)}, of which "
-        f"{format_bytes(simulation.pinned_peak_bytes)} page-locked",
+        *_host_lines(simulation),
         f"moved     {format_bytes(simulation.to_device_bytes)} to the device, "
         f"{format_bytes(simulation.to_host_bytes)} back, in {simulation.steps} steps",
         f"simulated {simulation.operations} operations in {simulation.wall_seconds:.1f} s",

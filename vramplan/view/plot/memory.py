@@ -97,7 +97,8 @@ def memory_picture(simulation: Simulation, measured: Usage | None = None) -> Mem
         device=_device(timeline),
         reserved=[moment.reserved_bytes / GIB for moment in moments],
         host=_non_empty(
-            Layer(name="page-locked", colour=PINNED, sizes=pinned), Layer(name="other RAM", colour=HOST, sizes=host)
+            Layer(name="page-locked", colour=PINNED, sizes=pinned),
+            Layer(name="other RAM, with pages of files", colour=HOST, sizes=host),
         ),
         phases=[span for _, span in spans],
         budget=None if simulation.capacity_bytes is None else simulation.capacity_bytes / GIB,
