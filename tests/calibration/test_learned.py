@@ -13,7 +13,7 @@ from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.store import append
 from vramplan.common.versions import versions
 from vramplan.hardware import Hardware, Host
-from vramplan.hardware.types import Rates
+from vramplan.hardware.rates import Rates
 from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.planner.residuals import needed
 from vramplan.units import GIB, MIB

@@ -9,7 +9,8 @@ from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.common.versions import versions
-from vramplan.hardware.types import Accelerator, Rates
+from vramplan.hardware.rates import Rates
+from vramplan.hardware.types import Accelerator
 from vramplan.planner.residuals import Basis, ProjectionError, Residual, error_of, raised
 
 # The libraries that decide the memory of given settings; the others change no hook and no kernel.

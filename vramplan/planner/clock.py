@@ -1,4 +1,4 @@
-"""How long a call takes: computing and launching, and bytes over the link, hidden behind them or waited for."""
+"""How long a call takes: computing and launching of each use, and bytes over the link, hidden behind them or not."""
 
 from __future__ import annotations
 
@@ -6,23 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vramplan.hardware.types import Rates
+from vramplan.hardware.rates import Rates
 from vramplan.pipeline.types import Use
+from vramplan.planner import times
 from vramplan.planner.footprint import Estimate, Work
 from vramplan.planner.residency import ReplayedUse
 from vramplan.strategies.base import Hold
 
-# The share of the memory's peak rate that kernels without products reach. Assumed.
-_TRAFFIC_EFFICIENCY = 0.85
-# What Python and the driver take to launch one kernel, which the device waits for where kernels are small. Assumed.
-_LAUNCH_SECONDS = 6e-6
-# What a disk reads, in bytes per second: an NVMe drive of a laptop on PCIe 3.0. Assumed.
-DISK_BYTES_PER_S = 2e9
-# The share of what is hidden behind something longer that is paid all the same: copies take memory bandwidth, and a
-# link may be slower than it is taken to be. Assumed.
-_OVERLAP_COST = 0.05
-# What waiting for one transfer costs beside the transfer: a synchronisation and a launch. Assumed.
-PAUSE_SECONDS = 1e-4
 # Where neither a profile nor a measurement says: a PCIe 3.0 x16 card of the 12 GiB class.
 DEFAULT_RATES = Rates(
     memory_bytes_per_s=360e9,
@@ -31,6 +21,7 @@ DEFAULT_RATES = Rates(
     reached=0.6,
     source="assumed: a mid-range card on PCIe 3.0 x16",
 )
+DISK_BYTES_PER_S = DEFAULT_RATES.disk_bytes_per_s
 
 CPU_RATES = Rates(
     memory_bytes_per_s=40e9,
@@ -38,6 +29,9 @@ CPU_RATES = Rates(
     half_flops_per_s=2e11,
     reached=0.6,
     source="assumed: a few cores in float32",
+    float32_share=1.0,
+    tf32_share=1.0,
+    launch_seconds=6e-6,
 )
 
 Bottleneck = Literal["compute", "transfer", "launch"]
@@ -49,10 +43,9 @@ class UseCost:
     __slots__ = ("activation", "forwards", "kernels", "launches")
 
     def __init__(self, activation: Estimate, work: Work, rates: Rates) -> None:
-        products = work.flops / (rates.half_flops_per_s * rates.reached)
         self.activation = activation
-        self.kernels = products + work.traffic_bytes / (rates.memory_bytes_per_s * _TRAFFIC_EFFICIENCY)
-        self.launches = work.launches * _LAUNCH_SECONDS
+        self.kernels = times.products(work, rates) + times.traffic(work, rates)
+        self.launches = times.launches(work, rates)
         self.forwards = work.forwards
 
 
@@ -64,23 +57,21 @@ class Clock:
     holds: Mapping[str, Hold]
     rates: Rates
 
-    def time(self, moments: Sequence[ReplayedUse], steps: int) -> tuple[float, float]:
-        """Seconds per denoising step, and per call with this many steps."""
+    def time(self, moments: Sequence[ReplayedUse], evaluations: int) -> tuple[float, float]:
+        """Seconds per evaluation of the denoiser, and per call with this many."""
         first = sum(self._seconds(moment) for moment in moments if moment.use.in_loop and not moment.repeat)
         step = sum(self._seconds(moment) for moment in moments if moment.repeat)
         rest = sum(self._seconds(moment) for moment in moments if not moment.use.in_loop)
-        read = sum(hold.read_bytes for hold in self.holds.values()) / DISK_BYTES_PER_S
-        left = sum(moment.loaded_bytes - moment.sent_back_bytes for moment in moments)
-        freed = left / (self.rates.link_bytes_per_s * 0.5)  # maybe_free_model_hooks at the end of the call
-        return step, rest + first + step * (steps - 1) + freed + read
+        read = sum(times.file_reads(hold.read_bytes, self.rates) for hold in self.holds.values())
+        return step, rest + first + step * (evaluations - 1) + self._freed(moments) + read
 
     def transfer(self, moment: ReplayedUse) -> float:
         """Seconds of moving weights for this use, waits between the transfers left out."""
-        hold, forwards = self.holds[moment.use.component], self.needs[moment.use].forwards
-        moved = forwards * (hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes)
-        whole = moment.loaded_bytes + moment.sent_back_bytes
-        read = forwards * hold.disk_bytes / DISK_BYTES_PER_S
-        return read + (moved + whole) / (self.rates.link_bytes_per_s * hold.rate)
+        hold, rates = self.holds[moment.use.component], self.rates
+        whole = times.copies_in(hold, moment.loaded_bytes, rates) + times.copies_back(
+            hold, moment.sent_back_bytes, rates
+        )
+        return whole + times.moving(hold, self.needs[moment.use].forwards, rates)
 
     def bottleneck(self, moments: Sequence[ReplayedUse]) -> Bottleneck:
         """What takes longest in a step (in a call, for a pipeline without a loop)."""
@@ -94,13 +85,18 @@ class Clock:
 
     def _seconds(self, moment: ReplayedUse) -> float:
         hold, need = self.holds[moment.use.component], self.needs[moment.use]
-        busy = max(need.kernels, need.launches)
-        moved = self.transfer(moment) + self._pauses(moment)
-        if not hold.overlapped:
-            return busy + moved
-        waited = need.forwards * hold.waited_bytes / (self.rates.link_bytes_per_s * hold.rate)
-        hidden = moved - waited
-        return max(busy, hidden) + _OVERLAP_COST * min(busy, hidden) + waited
+        waited = times.copies_around(need.forwards * hold.waited_bytes, self.rates)
+        moved = self.transfer(moment) - waited + self._pauses(moment)
+        return times.together(max(need.kernels, need.launches), moved, hold) + waited
+
+    def _freed(self, moments: Sequence[ReplayedUse]) -> float:
+        """What is still on the device at the end of the call is sent back (`maybe_free_model_hooks`)."""
+        return sum(
+            times.copies_back(
+                self.holds[moment.use.component], moment.loaded_bytes - moment.sent_back_bytes, self.rates
+            )
+            for moment in moments
+        )
 
     def _pauses(self, moment: ReplayedUse) -> float:
-        return self.needs[moment.use].forwards * self.holds[moment.use.component].pauses * PAUSE_SECONDS
+        return times.hooks(self.holds[moment.use.component], self.needs[moment.use].forwards, self.rates)

@@ -80,7 +80,7 @@ class Pricer:
         self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
     ) -> None:
         self.spec = spec
-        self.steps = workload.num_inference_steps
+        self.steps, self.evaluations = workload.num_inference_steps, footprint.evaluations
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
@@ -102,7 +102,7 @@ class Pricer:
         demands = [self._demand(moment, needs[moment.use]) for moment in (*moments, *skipped)]
         phases = _highest(demands)
         clock = Clock(needs, holds, self.rates)
-        step, call = clock.time(moments, self.steps)
+        step, call = clock.time(moments, self.evaluations)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
@@ -114,7 +114,7 @@ class Pricer:
             ram_bytes=max(ram, load.ram_bytes if load else 0) if here else allocated,
             pinned_bytes=pinned if here else 0,
             disk_bytes=sum(hold.disk_bytes for hold in holds.values()),
-            seconds_per_step=step,
+            seconds_per_step=step * self.evaluations / self.steps,
             seconds_per_call=call,
             transfer_seconds_per_step=sum(clock.transfer(moment) for moment in moments if moment.repeat),
             bottleneck=clock.bottleneck(moments),
@@ -149,7 +149,7 @@ class Pricer:
             hold=hold,
             load=None if self.loaded else self._load_of(name, setting),
             extra_bytes=max(beside, default=None),
-            seconds=clock.time(moments, self.steps)[1],
+            seconds=clock.time(moments, self.evaluations)[1],
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:

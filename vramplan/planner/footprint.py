@@ -5,7 +5,7 @@ This is the seam for the simulated accelerator: anything with these two methods 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -57,10 +57,10 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one use computes: floating-point operations, bytes that kernels without any read and write, kernels
-    launched, and forwards made (one for each tile and slice of a VAE)."""
+    """What one use computes: floating-point operations by kind and dtype, bytes that kernels without any read and
+    write, kernels launched, and forwards made (one for each tile and slice of a VAE)."""
 
-    flops: float
+    flops: Mapping[str, float]
     traffic_bytes: float
     launches: float
     forwards: float
@@ -75,6 +75,10 @@ class Footprint(Protocol):
     @property
     def workspace_bytes(self) -> int:
         """Bytes, 0 where activations contain them."""
+
+    @property
+    def evaluations(self) -> int:
+        """How often a call evaluates the denoiser."""
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The most bytes of activations and workspaces alive while this use runs."""
@@ -92,6 +96,11 @@ class AssumedFootprint:
     # cuBLAS holds 8 MiB, 32 MiB on Hopper, for each handle and stream (CUBLAS_WORKSPACE_CONFIG, PyTorch "CUDA
     # semantics"), rounded up for several of them. Assumed.
     workspace_bytes: int = 64 * MIB
+
+    @property
+    def evaluations(self) -> int:
+        """Once a step."""
+        return self.workload.num_inference_steps
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Activations by role: tokens for a transformer, latent pixels for a UNet, pixels for a VAE."""
@@ -113,7 +122,8 @@ class AssumedFootprint:
         elif component.role == "vae":
             flops = _DECODE_FLOPS_PER_PIXEL * self._whole(component).pixels
             forwards = self._tiles(component, decode)
-        return Work(flops=flops, traffic_bytes=flops * _TRAFFIC_PER_FLOP, launches=0, forwards=forwards)
+        kinds = {f"product {component.dtype}": flops}
+        return Work(flops=kinds, traffic_bytes=flops * _TRAFFIC_PER_FLOP, launches=0, forwards=forwards)
 
     def _tiles(self, component: Component, decode: Sequence[Decode]) -> int:
         """Tiles and slices, by their number of pixels."""

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, Protocol, Self, runtime_checkable
 
+from vramplan.hardware.rates import UNHIDDEN
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import GIB
@@ -38,9 +39,11 @@ class Hold:
     that `lingers` stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM,
     `pinned_bytes` page-locked RAM, `host_transient_bytes` what is needed beside them while applying.
     `moved_in_bytes` and `moved_out_bytes` cross the link on each forward, behind its compute where they are
-    `overlapped`; `waited_bytes` cross it with nothing behind; `disk_bytes` are kept in files and read from
+    `overlapped`, with the share `unhidden` of the shorter of both paid all the same; `waited_bytes` cross it with
+    nothing behind, half of them back to pageable memory; `disk_bytes` are kept in files and read from
     there on each forward; `pauses` counts the transfers a forward waits
-    for; `rate` is the share of the link's pinned rate those transfers reach. `read_bytes` are read from the model's
+    for, `leaf_hooks` the hooks it passes beside; `rate` is the share of the link's pinned rate those transfers reach,
+    `pageable` that they are from pageable memory and back. `read_bytes` are read from the model's
     files anew for each call: all else here then holds only while the component encodes the prompt, with none loaded
     yet of those that read nothing.
     """
@@ -57,7 +60,10 @@ class Hold:
     disk_bytes: int = 0
     overlapped: bool = False
     pauses: int = 0
+    leaf_hooks: int = 0
     rate: float = 1.0
+    pageable: bool = False
+    unhidden: float = UNHIDDEN["block"]
     read_bytes: int = 0
 
     @property
