@@ -39,7 +39,7 @@ FITTED_ON = ("high", "fitted")
 # Rows that no constant explains: both directions at 32 GB/s without a stream; a model card's round number, 26 % below
 # three measurements of the same call.
 NOT_FITTED_ON = ("flux_pr11682_4", "cog5_card_a100")
-NEUTRAL_REACHED = 0.6
+NEUTRAL_REACHED, MOST_FACTOR = 0.6, 3.0
 NEUTRAL = {
     "convolution_share": 1.0, "attention_share": 1.0, "wide_attention_share": 1.0, "memory_share": 0.8,
     "launch_seconds": 2e-5, "leaf_seconds": 5e-4, "back_bytes_per_s": 3e9, "stream_share": 0.8,
@@ -311,7 +311,7 @@ class Fit:
                 before = self.factors[name]
                 self.factors[name] = before * factor
                 now = self.loss(touched)
-                if now >= best - 1e-6:
+                if now >= best - 1e-6 or self.factors[name] > MOST_FACTOR:
                     self.factors[name] = before
                     break
                 best = now

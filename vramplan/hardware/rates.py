@@ -23,7 +23,7 @@ class Rates:
     """The rates of an accelerator and its host, to price candidates: per second, or seconds for one.
 
     `reached` is the share of the peak `half_flops_per_s` that a pipeline's products reach; kinds of operations and
-    dtypes have shares of that, `stream_share` is that of the link. `pageable_bytes_per_s` is None for half the link.
+    dtypes have shares of that, `stream_share` is of the link. `pageable_bytes_per_s` is None for half the link.
     `measured` names what was measured on this machine.
     """
 
@@ -61,14 +61,14 @@ class Rates:
         return self.pageable_bytes_per_s or min(_PAGEABLE_SHARE * self.link_bytes_per_s, _PAGEABLE_MOST)
 
     def flops_per_s(self, kind: str) -> float:
-        """The rate of operations of a kind and dtype, as the simulation counts them: `convolution float32`."""
+        """The rate of operations of a kind and dtype (`convolution float32`), which is never above the peak."""
         what, _, dtype = kind.partition(" ")
         share: float = getattr(self, f"{what}_share", 1.0)
         if dtype == "float32":
             share *= self.tf32_share if what == "convolution" else self.float32_share
         elif dtype == "bfloat16":
             share *= self.bfloat16_share
-        return self.half_flops_per_s * self.reached * share
+        return self.half_flops_per_s * min(1.0, self.reached * share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class Architecture:
     tf32: float
 
 
-# `reached` is fitted on p100_* and gtx1070_*, torch2_t4_*, rows of the A100, torch2_rtx-3090_* (0.87; 0.76 was found over
+# `reached` is fitted on p100_*, gtx1070_*, torch2_t4_*, rows of the A100, torch2_rtx-3090_* (0.87; 0.76 was found over
 # more cards), and rows of the H100. Volta and Ada have no rows that may be fitted on: found over others' timings,
 # which bench_flux_* agree with. Blackwell: like the cards it follows, assumed.
 ARCHITECTURES = (
