@@ -24,7 +24,6 @@ class Rates:
 
     `reached` is the share of the peak `half_flops_per_s` that a pipeline's products reach; kinds of operations and
     dtypes have shares of that, `stream_share` is of the link. `pageable_bytes_per_s` is None for half the link.
-    `measured` names what was measured on this machine.
     """
 
     memory_bytes_per_s: float
@@ -53,7 +52,6 @@ class Rates:
     # accelerate's hooks of one leaf: p100_* give 1.2 ms, flux_pr11682_3 and reports of users 0.3 to 0.6.
     leaf_seconds: float = 0.8e-3
     pause_seconds: float = 1e-4  # waiting for one transfer: a synchronisation and a launch. Assumed.
-    measured: tuple[str, ...] = ()
 
     @property
     def from_pageable_bytes_per_s(self) -> float:
