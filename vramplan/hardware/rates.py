@@ -1,7 +1,8 @@
 """How fast a machine works: each rate with its source, or the published timings it was fitted on.
 
-Fitted constants come from `benchmarks/times.py --fit`, on rows of `benchmarks/published_times.yaml` that it names. They
-are shares of a card's own peak, so that they hold for its whole family.
+Most shares come from a study of 98 published timings of 11 cards and 15 models (November 2026), not all of them in
+this repository. `benchmarks/times.py --fit` fits the same constants from a neutral start on the 50 rows here that may
+be fitted on; what it finds stands beside (`here`). Rows are named as in `benchmarks/published_times.yaml`.
 """
 
 from __future__ import annotations
@@ -35,21 +36,20 @@ class Rates:
     float32_share: float = 0.25
     tf32_share: float = 0.5
     bfloat16_share: float = 1.0
-    # Findings over 98 published timings of 11 cards; refitted on the rows of SD 1.5, 2.1, SDXL, SD3, FLUX.1, CogVideoX
-    # and HunyuanVideo they stay within 2 %.
+    # From the study; here 0.83, 2.9, 1.0 and 0.92, with products a tenth slower: 50 rows do not tell them apart.
     convolution_share: float = 0.67
     wide_attention_share: float = 1.6
     attention_share: float = 0.8
     memory_share: float = 0.815
-    # Fitted on torch2_a100-40gb_b1 (51 microseconds) and fal_sd15 (37), with 32 found over more rows: the host decides.
+    # Between the study's 32 microseconds and 50 here (torch2_a100-40gb_b1 51, fal_sd15 37): the host decides.
     launch_seconds: float = 36e-6
     pageable_bytes_per_s: float | None = None
-    # Back to pageable memory: fitted on the model offload rows and qwen_pr12910, which give 0.26 to 2.75 GB/s.
+    # From the study; here 0.9. Rows of model offload and qwen_pr12910 give 0.26 to 2.75 GB/s.
     back_bytes_per_s: float = 1.2e9
-    # Streams copy tensor by tensor: flux_pr11106_1 and _2 give 0.58 of the link, 0.8 and more are reported too.
+    # Streams copy tensor by tensor: here 0.53 (flux_pr11106_*), others report 0.8 and more (flux_pr11081_*).
     stream_share: float = 0.65
     disk_bytes_per_s: float = 2e9  # an NVMe drive of a laptop on PCIe 3.0. Assumed.
-    # accelerate's hooks of one leaf: p100_* give 1.2 ms, flux_pr11682_3 and reports of users 0.3 to 0.6.
+    # accelerate's hooks of one leaf: between the study's 0.56 ms (0.3 to 1.9) and 1.2 ms here, mostly of p100_*.
     leaf_seconds: float = 0.8e-3
     pause_seconds: float = 1e-4  # waiting for one transfer: a synchronisation and a launch. Assumed.
 
@@ -80,13 +80,13 @@ class Architecture:
     tf32: float
 
 
-# `reached` is fitted on p100_*, gtx1070_*, torch2_t4_*, rows of the A100, torch2_rtx-3090_* (0.77; 0.76 was found over
-# more cards), and rows of the H100. Volta and Ada have no rows that may be fitted on: found over others' timings,
-# which bench_flux_* agree with. Blackwell: like the cards it follows, assumed.
+# `reached`: from the study; here 0.77 Pascal, 0.45 A100, 0.77 consumer Ampere (taken), 0.37 Hopper, with other shares
+# found here too. No row may be fitted on for Volta and Ada (bench_flux_*, whose card is inferred, agree with Ada's
+# within 3 %). Turing is taken to be like Volta, Blackwell like the cards before it: assumed. A profile may differ.
 ARCHITECTURES = (
     Architecture(since=0.0, reached=0.87, float32=1.0, tf32=1.0),
     Architecture(since=7.0, reached=0.45, float32=0.125, tf32=0.125),
-    Architecture(since=7.5, reached=0.25, float32=0.2, tf32=0.2),
+    Architecture(since=7.5, reached=0.45, float32=0.2, tf32=0.2),
     Architecture(since=8.0, reached=0.53, float32=0.0625, tf32=0.5),
     Architecture(since=8.6, reached=0.77, float32=0.5, tf32=0.5),
     Architecture(since=8.9, reached=0.84, float32=0.5, tf32=0.5),

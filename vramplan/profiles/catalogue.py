@@ -118,7 +118,8 @@ class DeviceProfile:
 
     `match` holds the names its driver reports, which models of several memory sizes may share; `memory_bytes` is the
     memory a program can use on an idle device; `half_tflops` is dense, with float32 accumulation; `native` names the
-    torch dtypes it computes in; `compute_capability` is CUDA's.
+    torch dtypes it computes in; `compute_capability` is CUDA's; `reached` is the share of `half_tflops` that pipelines
+    reach, where it is not that of its architecture.
 
     Exactly one field describes the link to the host: `link` (PCI Express), `link_gb_per_s` (another link, one
     direction), or `pool_bytes` (no link: device and host share a memory of that size).
@@ -140,6 +141,7 @@ class DeviceProfile:
     pool_bytes: Count | None = None
     native: tuple[str, ...]
     compute_capability: str | None = None
+    reached: Amount | None = None
     source: str
     unconfirmed: bool = False
 
@@ -319,9 +321,10 @@ def _shares(profile: DeviceProfile) -> dict[str, Any]:
     """The shares of its peak that a card reaches, by its architecture; without bfloat16 that is computed in float32."""
     found = architecture(_capability(profile))
     if found is None:
-        return {"reached": UNKNOWN_REACHED}
+        return {"reached": profile.reached or UNKNOWN_REACHED}
     emulated = {} if "bfloat16" in profile.native else {"bfloat16_share": found.float32}
-    return {"reached": found.reached, "float32_share": found.float32, "tf32_share": found.tf32, **emulated}
+    reached = profile.reached or found.reached
+    return {"reached": reached, "float32_share": found.float32, "tf32_share": found.tf32, **emulated}
 
 
 def _link_source(profile: DeviceProfile) -> str:
