@@ -28,7 +28,7 @@ from vramplan.planner.footprint import Footprint
 from vramplan.strategies import Placement
 from vramplan.strategies.base import Hold, Quality
 from vramplan.strategies.group_offload import GroupOffload
-from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE, ModelCpuOffload
+from vramplan.strategies.model_cpu_offload import ModelCpuOffload
 from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
 from vramplan.units import GIB, MIB
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 # mmgp: the part of all VRAM that weights may take, and of all RAM that may be pinned.
+_PAGEABLE_RATE = 0.5  # copies from pageable memory, of the pinned rate
 _MMGP_VRAM_SHARE, _MMGP_PINNED_SHARE = 0.8, 0.5
 _MMGP_BUDGETS_MIB: Mapping[int, Mapping[str, int]] = {
     1: {},
@@ -224,10 +225,10 @@ def _mmgp_hold(component: Component, limit: int, pinned_share: float) -> Hold:
     """Whole on demand, or a base, evenly spread blocks that stay, and two blocks in flight. Nothing is copied back."""
     size = component.weight_bytes
     pinned = int(size * pinned_share)
-    rate = 1 / (pinned_share + (1 - pinned_share) / PAGEABLE_RATE)
+    rate = 1 / (pinned_share + (1 - pinned_share) / _PAGEABLE_RATE)
     if not limit:
-        # twice the rate: the price has a component that leaves copied back, and mmgp only drops it
-        return Hold(running_bytes=size, lingers=True, pinned_bytes=pinned, host_bytes=size - pinned, rate=2 * rate)
+        # not `pageable`: mmgp only drops a component that leaves, and nothing is copied back
+        return Hold(running_bytes=size, lingers=True, pinned_bytes=pinned, host_bytes=size - pinned, rate=rate)
     lists = component.geometry.block_lists or ((component.geometry.largest_leaf_bytes,),)
     largest = max(map(max, lists))
     base = component.geometry.rest_bytes if component.geometry.block_lists else 0
@@ -267,7 +268,7 @@ def components_manager(asked: Asked) -> Choice:
 
 def _on_demand(component: Component) -> Held:
     size = component.weight_bytes
-    return Held(held=Hold(running_bytes=size, lingers=True, host_bytes=size, rate=PAGEABLE_RATE))
+    return Held(held=Hold(running_bytes=size, lingers=True, host_bytes=size, pageable=True))
 
 
 def _swapped(asked: Asked) -> set[str]:
@@ -373,6 +374,7 @@ def _mm_pin(asked: Asked, component: Component) -> Hold:
         overlapped=True,
         pauses=int(leaf.pauses * share),
         rate=leaf.rate,
+        unhidden=leaf.unhidden,
     )
 
 

@@ -13,7 +13,7 @@ from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.store import append
 from vramplan.common.versions import versions
 from vramplan.hardware import Hardware, Host
-from vramplan.hardware.types import Rates
+from vramplan.hardware.rates import Rates
 from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.planner.residuals import needed
 from vramplan.units import GIB, MIB
@@ -133,6 +133,14 @@ def test_the_measured_link_is_the_next_plans() -> None:
     assert rates is not None
     assert (rates.link_bytes_per_s, rates.reached, rates.memory_bytes_per_s) == (11e9, 0.66, 1e12)
     assert rates.source == "profile; link measured on 2026-11-21"
+
+
+def test_measured_copies_of_pageable_memory_replace_the_constants() -> None:
+    keep(probe(pageable_to_device_bytes_per_s=5e9, device_to_pageable_bytes_per_s=2e9))
+    rates = with_measured_rates(replace(CARD, rates=KNOWN)).rates
+    assert rates is not None
+    assert (rates.from_pageable_bytes_per_s, rates.back_bytes_per_s) == (5e9, 2e9)
+    assert rates.source.endswith("copies of pageable memory measured")
 
 
 def test_products_are_not_taken_to_be_faster_than_measured() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vramplan.hardware.types import Accelerator, Budget, Rates
+from vramplan.hardware.rates import Rates
+from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.call_order import uses_of
 from vramplan.pipeline.classes import ClassFacts
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec, Tiling

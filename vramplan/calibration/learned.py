@@ -9,7 +9,8 @@ from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.common.versions import versions
-from vramplan.hardware.types import Accelerator, Rates
+from vramplan.hardware.rates import Rates
+from vramplan.hardware.types import Accelerator
 from vramplan.planner.residuals import Basis, ProjectionError, Residual, error_of, raised
 
 # The libraries that decide the memory of given settings; the others change no hook and no kernel.
@@ -54,7 +55,7 @@ def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None 
 def with_measured_rates(accelerator: Accelerator) -> Accelerator:
     """The accelerator with the rates that `vramplan calibrate` measured; unchanged if there are none.
 
-    The link is the measured one. Peaks of memory and products stay the profile's, to which its shares are fitted, but
+    Copies are the measured ones. Peaks of memory and products stay the profile's, to which its shares are fitted, but
     products are never assumed faster than measured. Without a profile the measured rates replace the peaks, and
     `reached` is the default: that a pipeline reaches less than one large product is assumed.
     """
@@ -75,10 +76,14 @@ def with_measured_rates(accelerator: Accelerator) -> Accelerator:
             source=f"measured on {day}",
         )
     else:
-        measured = (probe.half_flops_per_s or known.half_flops_per_s) / known.half_flops_per_s
+        share = (probe.half_flops_per_s or known.half_flops_per_s) / known.half_flops_per_s
         source = f"{known.source}; link measured on {day}"
-        rates = replace(known, link_bytes_per_s=link, reached=min(known.reached, measured), source=source)
-    return replace(accelerator, rates=rates)
+        rates = replace(known, link_bytes_per_s=link, reached=min(known.reached, share), source=source)
+    copies = {"pageable_bytes_per_s": probe.pageable_to_device_bytes_per_s}
+    copies["back_bytes_per_s"] = probe.device_to_pageable_bytes_per_s
+    measured = {name: rate for name, rate in copies.items() if rate}
+    source = f"{rates.source}; copies of pageable memory measured" if measured else rates.source
+    return replace(accelerator, rates=replace(rates, **measured, source=source))
 
 
 def _counts(item: CallRecord, accelerator: Accelerator, basis: Basis) -> bool:

@@ -39,6 +39,7 @@ def link_rates(device: str, size: int | None = None) -> dict[str, float]:
     rates = {"pageable_to_device_bytes_per_s": _copy(device, "host_to_device_pageable", size)}
     if device.startswith("cpu"):
         return rates
+    rates["device_to_pageable_bytes_per_s"] = _copy(device, "device_to_host_pageable", size)
     try:
         rates["pinned_to_device_bytes_per_s"] = _copy(device, "host_to_device_pinned", size)
         rates["device_to_pinned_bytes_per_s"] = _copy(device, "device_to_host", size)

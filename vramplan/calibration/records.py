@@ -13,7 +13,7 @@ from typing import Any
 
 from vramplan.calibration.peaks import Peak
 
-SCHEMA = 3  # 1 had no phases, 2 no plan
+SCHEMA = 4  # 1 had no phases, 2 no plan, 3 no copies back to pageable memory
 _LARGEST, _LONGEST = 1 << 62, 4000
 
 
@@ -71,6 +71,7 @@ class ProbeRecord:
     pinned_to_device_bytes_per_s: float | None = None
     pageable_to_device_bytes_per_s: float | None = None
     device_to_pinned_bytes_per_s: float | None = None
+    device_to_pageable_bytes_per_s: float | None = None
     memory_bytes_per_s: float | None = None
     half_flops_per_s: float | None = None
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 from vramplan.hardware.types import Measurement
 from vramplan.units import MIB
 
-Direction = Literal["host_to_device_pinned", "host_to_device_pageable", "device_to_host"]
+Direction = Literal["host_to_device_pinned", "host_to_device_pageable", "device_to_host", "device_to_host_pageable"]
 # Large enough to hide a copy's start-up: NVIDIA's bandwidthTest copies 32 MiB. Five runs show a spread.
 _COPY_BYTES, _COPY_BYTES_WITHIN, _RUNS = 128 * MIB, 32 * MIB, 5
 # The largest keeps every unit of a large card busy (about 1.1 Tflop at 8192); a small card would need seconds for it,
@@ -32,7 +32,7 @@ _MOST_SECONDS = 0.25
 
 
 def measure_copy(device: str, direction: Direction, *, size_bytes: int | None = None) -> Measurement:
-    """Measure the bytes per second of one copy between host and device.
+    """Measure the bytes per second of one copy between host and device; to pageable memory, it is allocated anew.
 
     Raises:
         RuntimeError: the device has no such memory, or too little of it is free (torch's own errors).
@@ -42,9 +42,10 @@ def measure_copy(device: str, direction: Direction, *, size_bytes: int | None = 
     is_host = torch.device(device).type == "cpu"
     count = size_bytes or (_COPY_BYTES_WITHIN if is_host else _COPY_BYTES)
     remote = torch.empty(count, dtype=torch.uint8, device=device)
-    local = torch.ones(count, dtype=torch.uint8, pin_memory=direction != "host_to_device_pageable" and not is_host)
+    local = torch.ones(count, dtype=torch.uint8, pin_memory=not direction.endswith("pageable") and not is_host)
     source, target = (remote, local) if direction == "device_to_host" else (local, remote)
-    rates = _rates(lambda: target.copy_(source), torch, device, count)
+    fresh = direction == "device_to_host_pageable"
+    rates = _rates(lambda: remote.to("cpu", copy=True) if fresh else target.copy_(source), torch, device, count)
     return _summary(direction, "bytes/s", rates)
 
 

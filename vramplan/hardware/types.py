@@ -6,22 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vramplan.common.shown import Shown
+from vramplan.hardware.rates import Rates
 
 AcceleratorKind = Literal["cuda", "rocm", "xpu", "mps"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """The rates of an accelerator, to price candidates: bytes per second and operations per second.
-
-    `reached` is the share of the peak `half_flops_per_s` that a pipeline's products and attention reach.
-    """
-
-    memory_bytes_per_s: float
-    link_bytes_per_s: float
-    half_flops_per_s: float
-    reached: float
-    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ class Pricer:
         self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
     ) -> None:
         self.spec = replace(spec, uses=tuple(use for use in spec.uses if footprint.makes(use)))
-        self.steps = workload.num_inference_steps
+        self.steps, self.evaluations = workload.num_inference_steps, footprint.evaluations
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
@@ -114,7 +114,7 @@ class Pricer:
         demands = [self._demand(replayed, needs[replayed.use]) for replayed in (*replayed_uses, *skipped)]
         phases = _phase_peaks(demands)
         clock = Clock(needs, holds, self.rates)
-        step, call = clock.time(replayed_uses, self.steps)
+        step, call = clock.time(replayed_uses, self.evaluations)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
@@ -126,7 +126,7 @@ class Pricer:
             ram_bytes=host.ram_bytes if here else allocated,
             pinned_bytes=host.pinned_bytes if here else 0,
             disk_bytes=host.disk_bytes,
-            seconds_per_step=step,
+            seconds_per_step=step * self.evaluations / self.steps,
             seconds_per_call=call,
             transfer_seconds_per_step=sum(clock.transfer(replayed) for replayed in replayed_uses if replayed.repeat),
             bottleneck=clock.bottleneck(replayed_uses),
@@ -161,7 +161,7 @@ class Pricer:
             hold=hold,
             load=None if self.loaded else self._load_of(name, setting),
             extra_bytes=max(extra, default=None),
-            seconds=clock.time(replayed_uses, self.steps)[1],
+            seconds=clock.time(replayed_uses, self.evaluations)[1],
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:

@@ -5,7 +5,7 @@ The simulator implements `Footprint` too: any class with these methods can price
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -57,10 +57,10 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The work of one use: floating-point operations, bytes read and written by the kernels that have none, kernel
-    launches, and forwards (one for each tile and slice of a VAE)."""
+    """The work of one use: floating-point operations by kind and dtype, bytes read and written by the kernels that have
+    none, kernel launches, and forwards (one for each tile and slice of a VAE)."""
 
-    flops: float
+    flops: Mapping[str, float]
     traffic_bytes: float
     launches: float
     forwards: float
@@ -75,6 +75,10 @@ class Footprint(Protocol):
 
     def makes(self, use: Use) -> bool:
         """Whether the call makes this use, as far as is known."""
+
+    @property
+    def evaluations(self) -> int:
+        """How often a call evaluates the denoiser."""
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Return the peak of activations and workspaces while this use runs."""
@@ -97,6 +101,11 @@ class AssumedFootprint:
         """Every use: without a simulated call none can be ruled out."""
         return True
 
+    @property
+    def evaluations(self) -> int:
+        """One evaluation a step."""
+        return self.workload.num_inference_steps
+
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Estimate activations by role: tokens for a transformer, latent pixels for a UNet, pixels for a VAE."""
         component = self.spec.component(use.component)
@@ -117,7 +126,8 @@ class AssumedFootprint:
         elif component.role == "vae":
             flops = _DECODE_FLOPS_PER_PIXEL * self._whole_picture().pixels
             forwards = self._tiles(component, decode)
-        return Work(flops=flops, traffic_bytes=flops * _TRAFFIC_PER_FLOP, launches=0, forwards=forwards)
+        kinds = {f"product {component.dtype}": flops}
+        return Work(flops=kinds, traffic_bytes=flops * _TRAFFIC_PER_FLOP, launches=0, forwards=forwards)
 
     def _tiles(self, component: Component, decode: Sequence[Decode]) -> int:
         """Count tiles and slices, by their number of pixels."""

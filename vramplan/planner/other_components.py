@@ -7,7 +7,8 @@ from functools import partial
 from math import prod
 
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.clock import DEFAULT_RATES, DISK_BYTES_PER_S, PAUSE_SECONDS
+from vramplan.planner import times
+from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.strategies import Placement
 from vramplan.strategies.base import Hold
 
@@ -77,9 +78,7 @@ def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Pl
 
 def _costs(hold: Hold) -> tuple[float, ...]:
     """Return the bytes of each budgeted memory, and the transfer time at the rates of a common card."""
-    moved = hold.moved_in_bytes + hold.moved_out_bytes + hold.waited_bytes
-    seconds = moved / (DEFAULT_RATES.link_bytes_per_s * hold.rate) + hold.pauses * PAUSE_SECONDS
-    seconds += hold.disk_bytes / DISK_BYTES_PER_S
+    seconds = times.moving(hold, 1.0, DEFAULT_RATES) + times.hooks(hold, 1.0, DEFAULT_RATES)
     ram = hold.host_bytes + hold.pinned_bytes + hold.host_transient_bytes
     return hold.running_bytes, hold.idle_bytes, ram, hold.disk_bytes, float(f"{seconds:.2g}")
 

@@ -16,7 +16,8 @@ from annotated_types import Gt
 
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.pcie import LANE_BYTES_PER_S
-from vramplan.hardware.types import Accelerator, AcceleratorKind, Host, Rates
+from vramplan.hardware.rates import UNKNOWN_REACHED, Rates, architecture
+from vramplan.hardware.types import Accelerator, AcceleratorKind, Host
 from vramplan.profiles.files import ProfileKind, contains_text, is_user_file, mistakes, profile_files, read_profile
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -28,12 +29,6 @@ Profile = TypeVar("Profile", "PipelineProfile", "DeviceProfile")
 # The fraction of a link's rate that copies from page-locked host memory reach after protocol overhead. Assumed: the
 # usual measured fraction, as a profile stands for a link that was not measured.
 _LINK_EFFICIENCY = 0.8
-
-# The share of the peak that products and attention reach, without the time of all other kernels.
-# Ampere 0.66: CogVideoX-5b in 180 s on an A100 (its model card). Hopper and later 0.38, as scaled dot product
-# attention leaves some of their units idle: FLUX.1-dev in 6.6 s for 28 steps (diffusers pull request 11682) and
-# CogVideoX-5b in 112 s (diffusers-torchao) on an H100 give 0.40 and 0.34. Others are assumed to be like Ampere.
-_REACHED, _REACHED_HOPPER = 0.66, 0.38
 
 _STRICT: dict[str, Any] = {"extra": "forbid"}
 
@@ -123,7 +118,8 @@ class DeviceProfile:
 
     `match` holds the names its driver reports, which models of several memory sizes may share; `memory_bytes` is the
     memory a program can use on an idle device; `half_tflops` is dense, with float32 accumulation; `native` names the
-    torch dtypes it computes in; `compute_capability` is CUDA's.
+    torch dtypes it computes in; `compute_capability` is CUDA's; `reached` is the share of `half_tflops` that pipelines
+    reach, where it is not that of its architecture.
 
     Exactly one field describes the link to the host: `link` (PCI Express), `link_gb_per_s` (another link, one
     direction), or `pool_bytes` (no link: device and host share a memory of that size).
@@ -145,6 +141,7 @@ class DeviceProfile:
     pool_bytes: Count | None = None
     native: tuple[str, ...]
     compute_capability: str | None = None
+    reached: Amount | None = None
     source: str
     unconfirmed: bool = False
 
@@ -315,9 +312,19 @@ def _rates(profile: DeviceProfile) -> Rates:
         # A copy within one memory reads and writes it.
         link_bytes_per_s=memory / 2 if link is None else link * _LINK_EFFICIENCY,
         half_flops_per_s=profile.half_tflops * 1e12,
-        reached=_REACHED_HOPPER if 9 <= (_capability(profile) or 0) < 12 else _REACHED,
         source=f"profile {profile.name}, {_link_source(profile)}",
+        **_shares(profile),
     )
+
+
+def _shares(profile: DeviceProfile) -> dict[str, Any]:
+    """The shares of its peak that a card reaches, by its architecture; without bfloat16 that is computed in float32."""
+    found = architecture(_capability(profile))
+    if found is None:
+        return {"reached": profile.reached or UNKNOWN_REACHED}
+    emulated = {} if "bfloat16" in profile.native else {"bfloat16_share": found.float32}
+    reached = profile.reached or found.reached
+    return {"reached": reached, "float32_share": found.float32, "tf32_share": found.tf32, **emulated}
 
 
 def _link_source(profile: DeviceProfile) -> str:

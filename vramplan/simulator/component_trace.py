@@ -7,6 +7,7 @@ transformers take. A component that accepts none of them is left out.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
@@ -54,7 +55,10 @@ def trace_components(parts: Parts, spec: PipelineSpec, workload: Workload, kerne
             times = sum((use.phase, use.component) == (phase, name) for use in spec.uses)
             need = max(use.need_bytes for use in own)
             cost = {key: sum(getattr(use, key) for use in own) * times for key in _COSTS}
-            needs.append(SimulatedUse(phase=phase, component=name, need_bytes=need, **cost))
+            kinds = Counter[str]()
+            for use in own:
+                kinds.update({kind: flops * times for kind, flops in use.flops_by_kind.items()})
+            needs.append(SimulatedUse(phase=phase, component=name, need_bytes=need, flops_by_kind=dict(kinds), **cost))
     return Simulation(
         peak_allocated_bytes=0,
         peak_reserved_bytes=0,

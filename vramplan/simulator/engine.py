@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from vramplan.simulator.data_dependent import HANDLERS
-from vramplan.simulator.kernels import Kernels
+from vramplan.simulator.kernels import Kernels, product_kind
 from vramplan.simulator.ledger import Block, Kind, Ledger
 from vramplan.simulator.shape_inference import infer_results
 from vramplan.simulator.shapes import (
@@ -198,7 +198,8 @@ class Engine:
             return
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.ledger.count_kernel(flops=formula(*args, **kwargs, out_val=made))
+            flops = formula(*args, **kwargs, out_val=made)
+            self.ledger.count_kernel(flops=flops, kind=product_kind(func.overloadpacket, args[0]))
         else:
             self.ledger.count_kernel(traffic_bytes=traffic(args, made))
         self.kernels.count_workspace(self.ledger, func.overloadpacket, args, made)

@@ -37,6 +37,11 @@ class SimulatedFootprint:
         return AssumedFootprint(spec=self.spec, workload=self.workload)
 
     @property
+    def evaluations(self) -> int:
+        """How often the call evaluates the denoiser: some schedulers do so more than once a step."""
+        return self.plain.call_evaluations or self.assumed.evaluations
+
+    @property
     def denoising_bytes(self) -> int:
         """The largest need of denoising in addition to weights, in bytes."""
         return max((use.need_bytes for use in self.plain.uses if use.phase == "denoise"), default=0)
@@ -70,10 +75,10 @@ class SimulatedFootprint:
         if found is None:
             return assumed
         times = sum((other.phase, other.component) == (use.phase, use.component) for other in self.spec.uses)
-        share = 1 / (self.plain.steps if use.in_loop else times)
+        share = 1 / ((self.plain.evaluations or self.plain.steps) if use.in_loop else times)
         tiled = self.spec.component(use.component).role == "vae"  # one call, which loops over the tiles
         return Work(
-            flops=found.flops * share,
+            flops={kind: flops * share for kind, flops in found.flops_by_kind.items()},
             traffic_bytes=found.traffic_bytes * share,
             launches=found.launches * share,
             forwards=assumed.forwards if tiled else found.forwards * share,

@@ -13,6 +13,7 @@ from vramplan.simulator.shapes import aten
 from vramplan.units import MIB
 
 _MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+_WIDE_HEAD = 128
 _HALF = (torch.float16, torch.bfloat16)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Elements from which on the output of a half-precision convolution is not copied; see `Kernels.convolution_bytes`.
@@ -79,6 +80,18 @@ class Kernels:
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous(memory_format=_CHANNELS_LAST[tensor.dim()]) and not tensor.is_contiguous()
+
+
+def product_kind(packet: Any, given: torch.Tensor) -> str:
+    """The kind of a product and its dtype, as `hardware.rates` prices it: `convolution float32`."""
+    kind = "convolution" if packet is aten.convolution else "product"
+    return f"{kind} {str(given.dtype).removeprefix('torch.')}"
+
+
+def attention_kind(query: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """The kind of fused attention: `wide` are heads of at least 128 without a mask, which have the fastest kernels."""
+    kind = "wide_attention" if query.shape[-1] >= _WIDE_HEAD and mask is None else "attention"
+    return f"{kind} {str(query.dtype).removeprefix('torch.')}"
 
 
 def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> float:

@@ -57,10 +57,11 @@ class PhasePeak:
 
 @dataclass(slots=True)
 class Cost:
-    """The work of a component in a phase: floating-point operations, bytes read and written by the kernels that have
-    none, kernel launches, and forwards."""
+    """The work of a component in a phase: floating-point operations (all, and by kind and dtype), bytes read and
+    written by the kernels that have none, kernel launches, and forwards."""
 
     flops: float = 0.0
+    flops_by_kind: dict[str, float] = field(default_factory=dict)
     traffic_bytes: int = 0
     launches: int = 0
     forwards: int = 0
@@ -68,6 +69,8 @@ class Cost:
     def add(self, other: Cost) -> None:
         """Add the kernels of another cost; forwards are not added."""
         self.flops += other.flops
+        for kind, flops in other.flops_by_kind.items():
+            self.flops_by_kind[kind] = self.flops_by_kind.get(kind, 0.0) + flops
         self.traffic_bytes += other.traffic_bytes
         self.launches += other.launches
 
@@ -233,9 +236,10 @@ class Ledger:
         for recorder in self.recorders:
             recorder.events.append((source, target, size))
 
-    def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0) -> None:
-        """Count a kernel for the component and the module that run."""
-        self.count(self.module, Cost(flops=flops, traffic_bytes=traffic_bytes, launches=1))
+    def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0, kind: str = "") -> None:
+        """Count a kernel for the component and the module that run; `kind` is of its operations, with the dtype."""
+        by_kind = {kind: float(flops)} if flops else {}
+        self.count(self.module, Cost(flops=flops, flops_by_kind=by_kind, traffic_bytes=traffic_bytes, launches=1))
 
     def count(self, module: str, cost: Cost) -> None:
         """Count kernels for the component that runs, and for this module."""

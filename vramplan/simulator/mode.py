@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.kernels import attention_flops, attention_scratch_bytes, scores_bytes
+from vramplan.simulator.kernels import attention_flops, attention_kind, attention_scratch_bytes, scores_bytes
 from vramplan.simulator.shapes import CPU, META, label_of, normalize_device, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, map_tensors, tensors_in
 
@@ -181,7 +181,8 @@ def _attention(
     made = engine.new(result, label)
     scores = 0 if kernels.fused_attention else scores_bytes(query, key)
     engine.ledger.transient(scores or attention_scratch_bytes(query, key, attn_mask), "workspace")
-    engine.ledger.count_kernel(flops=attention_flops(query, key, value), traffic_bytes=2 * scores)
+    flops, kind = attention_flops(query, key, value), attention_kind(query, attn_mask)
+    engine.ledger.count_kernel(flops=flops, traffic_bytes=2 * scores, kind=kind)
     return made
 
 

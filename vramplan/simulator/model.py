@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.types import Accelerator
-from vramplan.pipeline.sources import Folder, Hub, Live, Profile
+from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.cache import cached
@@ -243,14 +243,27 @@ def _file_stamp(setting: Any) -> tuple[int, int] | None:
 
 
 def _identity(spec: PipelineSpec) -> Any:
-    """Return the facts of a pipeline that affect memory."""
+    """Return the facts of a pipeline that affect memory and the evaluations of its denoiser."""
     return [
         spec.class_name,
+        _scheduler(spec.source),
         [
             [c.name, c.class_name, dict(c.config), dict(c.dtype_bytes), c.parameter_count, c.quantized]
             for c in sorted(spec.components, key=lambda component: component.name)
         ],
     ]
+
+
+def _scheduler(source: Source) -> Any:
+    """What tells the pipeline's scheduler from others: its configuration, or the name it is published under."""
+    if isinstance(source, Folder):
+        path = source.path / "scheduler" / "scheduler_config.json"
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    if not isinstance(source, Live):
+        return str(source)
+    scheduler = getattr(source.pipe, "scheduler", None)
+    config = dict(getattr(scheduler, "config", {}))
+    return type(scheduler).__name__, {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def kernels_of(accelerator: Accelerator | None) -> dict[str, Any]:

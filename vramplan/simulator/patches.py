@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from vramplan.simulator.engine import Engine
-from vramplan.simulator.kernels import attention_flops
+from vramplan.simulator.kernels import attention_flops, attention_kind
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.shapes import normalize_device
 from vramplan.simulator.tensor import SimTensor
@@ -209,7 +209,7 @@ def _flex_attention(engine: Engine, original: Callable[..., Any]) -> Callable[..
         rows = query.numel() // query.shape[-1]
         if query.label.type == "cuda":
             engine.ledger.transient(2 * 4 * rows * key.shape[-2], "workspace")
-        engine.ledger.count_kernel(flops=attention_flops(query, key, value))
+        engine.ledger.count_kernel(flops=attention_flops(query, key, value), kind=attention_kind(query, None))
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     return attend

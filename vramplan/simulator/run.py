@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import math
@@ -79,15 +80,32 @@ def run_simulation(
         SimulationError: the call needs something that a pipeline without weights cannot give.
     """
 
+    evaluations = [0, 0]
+
     def call(pipe: Any) -> None:
         pipe(**call_inputs(pipe, workload))
+        evaluations[:] = (evaluations_of(pipe, steps) for steps in (STEPS, workload.num_inference_steps))
 
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
     recorder = TimelineRecorder() if timeline else None
     ledger = Ledger(allocator, recorder.note if recorder else None)
     found = simulate_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
+    found = replace(found, evaluations=evaluations[0], call_evaluations=evaluations[1])
     return replace(found, timeline=recorder.timeline()) if recorder else found
+
+
+def evaluations_of(pipe: Any, steps: int) -> int:
+    """How often the pipeline's scheduler has its denoiser evaluated in that many steps; once a step if it cannot say.
+
+    A scheduler of second order (Heun, KDPM2) has nearly two timesteps for each step, PNDM one more than steps.
+    """
+    scheduler: Any = copy.deepcopy(getattr(pipe, "scheduler", None))
+    try:
+        scheduler.set_timesteps(steps)
+        return len(scheduler.timesteps)
+    except Exception:  # none, or one that needs more than the number of steps, as those of flow matching do
+        return steps
 
 
 def _encode_first(first: First, workload: Workload, place: Action) -> list[tuple[Action, Action]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vramplan.common.shown import Shown
@@ -29,9 +30,9 @@ class SimulatedPhase:
 class SimulatedUse:
     """A component in a phase: the most bytes it needed in addition to weights, and its work.
 
-    `flops` are floating-point operations of products, convolutions and attention; `traffic_bytes` are read and written
-    by all other kernels; `launches` counts kernels, `forwards` calls of the component. `component` is empty for the
-    pipeline's own code between its components.
+    `flops` are floating-point operations of products, convolutions and attention, `flops_by_kind` the same by kind and
+    dtype (`convolution float32`); `traffic_bytes` are read and written by all other kernels; `launches` counts kernels,
+    `forwards` calls of the component. `component` is empty for the pipeline's own code between its components.
     """
 
     phase: str
@@ -41,6 +42,7 @@ class SimulatedUse:
     traffic_bytes: int
     launches: int
     forwards: int
+    flops_by_kind: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +106,12 @@ class Timeline:
 class Simulation(Shown):
     """The memory and work of a pipeline call on the simulated device.
 
-    `steps` denoising steps were run. `fits` is None without a capacity. If the call ran out of memory, `stopped` says
-    where, `stopped_in` in which phase, and `short_bytes` how much was missing at least: 0 if as much was free, but
-    fragmented; `over_bytes` is how far the request, added to all that was reserved, exceeded the capacity.
-    `to_device_bytes` and `to_host_bytes` were transferred. `notes` lists assumptions. `modules` are in the order they
-    first ran. `timeline` is None unless requested.
+    `steps` denoising steps were run, with `evaluations` of the denoiser; a call of the workload has `call_evaluations`
+    (both 0 if unknown). `fits` is None without a capacity. If the call ran out of memory, `stopped` says where,
+    `stopped_in` in which phase, and `short_bytes` how much was missing at least: 0 if as much was free, but fragmented;
+    `over_bytes` is how far the request, added to all that was reserved, exceeded the capacity. `to_device_bytes` and
+    `to_host_bytes` were transferred. `notes` lists assumptions. `modules` are in the order they first ran. `timeline`
+    is None unless requested.
 
     `ram_bytes` and what follows it are what the settings take of the host, as in a plan (`planner.demand.HostDemand`);
     None where that was not worked out. `host_peak_bytes` is all that was in host memory at once while all of it was
@@ -141,6 +144,8 @@ class Simulation(Shown):
     ram_bytes: int | None = None
     pinned_bytes: int | None = None
     disk_bytes: int | None = None
+    evaluations: int = 0
+    call_evaluations: int = 0
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None if it did not run in it."""

@@ -50,6 +50,11 @@ class UnpackingFootprint:
         """The uses of the plain pipeline."""
         return self.plain.makes(use)
 
+    @property
+    def evaluations(self) -> int:
+        """The evaluations of the plain pipeline."""
+        return self.plain.evaluations
+
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """The activation bytes of the plain pipeline, plus the unpacking of the largest layer."""
         found, part = self.plain.activation(use, decode), self.parts.get(use.component)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, Protocol, Self, runtime_checkable
 
+from vramplan.hardware.rates import UNHIDDEN
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.units import GIB
@@ -37,10 +38,12 @@ class Hold:
     `running_bytes` are on the device while the component runs, `idle_bytes` while another one does. One that `lingers`
     stays whole until the next in the offload sequence runs. `host_bytes` is pageable RAM, `pinned_bytes` page-locked
     RAM, `host_transient_bytes` needed in addition while applying. `moved_in_bytes` and `moved_out_bytes` cross the link
-    on each forward, hidden behind compute if `overlapped`; `waited_bytes` cross it without overlap; `disk_bytes` are
-    kept in files and read on each forward. `pauses` counts the transfers that a forward waits for; `rate` is the share
-    of the link's page-locked rate that transfers reach. `read_bytes` are read from the model's files for each call: all
-    other values then hold only while the prompt is encoded, before components without `read_bytes` are loaded.
+    on each forward, hidden behind compute if `overlapped`, except for the share `unhidden` of the shorter of both;
+    `waited_bytes` cross it without overlap, half of them back to pageable memory; `disk_bytes` are kept in files and
+    read on each forward. `pauses` counts the transfers that a forward waits for, `leaf_hooks` the hooks it passes;
+    `rate` is the share of the link's page-locked rate that transfers reach, `pageable` that they are from pageable
+    memory and back. `read_bytes` are read from the model's files for each call: all other values then hold only while
+    the prompt is encoded, before components without `read_bytes` are loaded.
     """
 
     running_bytes: int
@@ -55,7 +58,10 @@ class Hold:
     disk_bytes: int = 0
     overlapped: bool = False
     pauses: int = 0
+    leaf_hooks: int = 0
     rate: float = 1.0
+    pageable: bool = False
+    unhidden: float = UNHIDDEN["block"]
     read_bytes: int = 0
 
     @property

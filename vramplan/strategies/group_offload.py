@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
+from vramplan.hardware.rates import UNHIDDEN
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec
 from vramplan.strategies import disk
 from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Hold, Quality, offload_refusal, remove_group_hooks
-from vramplan.strategies.model_cpu_offload import PAGEABLE_RATE
 from vramplan.units import GIB
 
 # Rate of page-locking on the fly: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s by leaf, for five
@@ -162,7 +162,9 @@ class GroupOffload:
             waited_bytes=2 * waited,
             overlapped=self.stream,
             pauses=0 if self.record_stream else self._groups(geometry),
-            rate=self._rate(),
+            rate=LOW_CPU_MEM_RATE[self.type] if self.low_cpu_mem_usage else 1.0,
+            pageable=not self.stream,
+            unhidden=UNHIDDEN[self.type],
         )
 
     def _running_bytes(self, geometry: Geometry) -> int:
@@ -180,11 +182,6 @@ class GroupOffload:
         if self.type == "leaf":
             return geometry.leaf_count
         return sum(-(-len(sizes) // self.blocks) for sizes in geometry.block_lists)
-
-    def _rate(self) -> float:
-        if not self.stream:
-            return PAGEABLE_RATE
-        return LOW_CPU_MEM_RATE[self.type] if self.low_cpu_mem_usage else 1.0
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Hook each component: the pipeline's own call would hook the VAE too."""

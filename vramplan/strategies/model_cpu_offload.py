@@ -52,7 +52,7 @@ class ModelCpuOffload(WithoutOptions):
             return Hold(running_bytes=size, idle_bytes=size)
         if component.name not in (spec.sequence or ()):
             return Hold(running_bytes=size, idle_bytes=size, host_bytes=size)
-        return Hold(running_bytes=size, lingers=True, host_bytes=size, rate=PAGEABLE_RATE)
+        return Hold(running_bytes=size, lingers=True, host_bytes=size, pageable=True)
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
         """Make one call for the whole pipeline."""
@@ -68,11 +68,6 @@ class ModelCpuOffload(WithoutOptions):
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """One line."""
         return [f'pipe.enable_model_cpu_offload(device="{device}")']
-
-
-# Copies from pageable memory pass through a small page-locked buffer of the driver, usually at half the direct rate
-# (NVIDIA, "How to Optimize Data Transfers in CUDA C/C++", bandwidthTest figures).
-PAGEABLE_RATE = 0.5
 
 
 def forget_device(pipe: Any) -> None:

@@ -11,11 +11,7 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.modules import pipes_of
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, WithoutOptions, offload_refusal
-from vramplan.strategies.model_cpu_offload import ACCELERATE_HOOK, PAGEABLE_RATE, forget_device
-
-# A third of the rate of group offload without streams: FLUX.1 takes 68.4 s against 47.7 s for half the bytes; 6.6 s of
-# it are compute (diffusers pull request 11682).
-_LEAF_BY_LEAF_RATE = PAGEABLE_RATE / 3
+from vramplan.strategies.model_cpu_offload import ACCELERATE_HOOK, forget_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +43,8 @@ class SequentialCpuOffload(WithoutOptions):
             running_bytes=component.geometry.largest_leaf_bytes,
             host_bytes=size,
             moved_in_bytes=size,
-            pauses=component.geometry.leaf_count,
-            rate=_LEAF_BY_LEAF_RATE,
+            leaf_hooks=component.geometry.leaf_count,
+            pageable=True,
         )
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:

@@ -198,6 +198,7 @@ def probe_text(record: ProbeRecord) -> str:
         ("host to device, page-locked", record.pinned_to_device_bytes_per_s, 1e9, "GB/s"),
         ("host to device, pageable", record.pageable_to_device_bytes_per_s, 1e9, "GB/s"),
         ("device to host, page-locked", record.device_to_pinned_bytes_per_s, 1e9, "GB/s"),
+        ("device to host, pageable", record.device_to_pageable_bytes_per_s, 1e9, "GB/s"),
         ("memory of the device", record.memory_bytes_per_s, 1e9, "GB/s"),
         ("products in half precision", record.half_flops_per_s, 1e12, "TFLOP/s"),
     )

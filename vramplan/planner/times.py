@@ -1,0 +1,62 @@
+"""The cost model of time: a term a function, each in seconds. Its constants are in `hardware.rates`."""
+
+from __future__ import annotations
+
+from vramplan.hardware.rates import Rates
+from vramplan.planner.footprint import Work
+from vramplan.strategies.base import Hold
+
+
+def products(work: Work, rates: Rates) -> float:
+    """Products, attention and convolutions, each kind and dtype at its own rate."""
+    return sum(flops / rates.flops_per_s(kind) for kind, flops in work.flops.items())
+
+
+def traffic(work: Work, rates: Rates) -> float:
+    """Kernels without products: what they read and write, at the memory's rate."""
+    return work.traffic_bytes / (rates.memory_bytes_per_s * rates.memory_share)
+
+
+def launches(work: Work, rates: Rates) -> float:
+    """Python and the driver launching kernels, which the device waits for where kernels are small."""
+    return work.launches * rates.launch_seconds
+
+
+def copies_in(hold: Hold, size: int, rates: Rates) -> float:
+    """Weights copied to the device: from pageable memory, or from pinned memory at the link's rate or a stream's."""
+    if hold.pageable:
+        return size / rates.from_pageable_bytes_per_s
+    return size / (rates.link_bytes_per_s * hold.rate * (rates.stream_share if hold.overlapped else 1.0))
+
+
+def copies_back(hold: Hold, size: int, rates: Rates) -> float:
+    """Weights copied back to freshly allocated pageable memory. Pinned copies are merely pointed to again."""
+    return size / rates.back_bytes_per_s if hold.pageable else 0.0
+
+
+def copies_around(size: float, rates: Rates) -> float:
+    """Weights outside of streamed groups: from pageable memory and back, half of `size` each."""
+    return size / 2 / rates.from_pageable_bytes_per_s + size / 2 / rates.back_bytes_per_s
+
+
+def file_reads(size: int, rates: Rates) -> float:
+    """Weights read from files."""
+    return size / rates.disk_bytes_per_s
+
+
+def moving(hold: Hold, forwards: float, rates: Rates) -> float:
+    """The weights that a component moves on each of its forwards."""
+    each = file_reads(hold.disk_bytes, rates) + copies_in(hold, hold.moved_in_bytes, rates)
+    return forwards * (each + copies_back(hold, hold.moved_out_bytes, rates) + copies_around(hold.waited_bytes, rates))
+
+
+def hooks(hold: Hold, forwards: float, rates: Rates) -> float:
+    """Waiting for transfers to end, and the hooks of leaves that accelerate puts on."""
+    return forwards * (hold.pauses * rates.pause_seconds + hold.leaf_hooks * rates.leaf_seconds)
+
+
+def together(busy: float, moved: float, hold: Hold) -> float:
+    """Computing and moving weights: one after the other, or the shorter behind the longer but for a share of it."""
+    if not hold.overlapped:
+        return busy + moved
+    return max(busy, moved) + hold.unhidden * min(busy, moved)
