@@ -1,4 +1,4 @@
-"""How fast a machine works: each rate with its source, or the published timings it was fitted on.
+"""The rates of a machine: each with its source, or the published timings it was fitted on.
 
 Most shares come from a study of 98 published timings of 11 cards and 15 models (November 2026), not all of them in
 this repository. `benchmarks/times.py --fit` fits the same constants from a neutral start on the 50 rows here that may

@@ -78,7 +78,7 @@ class Footprint(Protocol):
 
     @property
     def evaluations(self) -> int:
-        """How often a call evaluates the denoiser."""
+        """The number of evaluations of the denoiser in a call."""
 
     def activation(self, use: Use, decode: Sequence[Decode]) -> Estimate:
         """Return the peak of activations and workspaces while this use runs."""

@@ -38,7 +38,7 @@ class SimulatedFootprint:
 
     @property
     def evaluations(self) -> int:
-        """How often the call evaluates the denoiser: some schedulers do so more than once a step."""
+        """The number of evaluations of the denoiser in a call: some schedulers make more than one a step."""
         return self.plain.call_evaluations or self.assumed.evaluations
 
     @property

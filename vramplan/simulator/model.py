@@ -255,7 +255,7 @@ def _identity(spec: PipelineSpec) -> Any:
 
 
 def _scheduler(source: Source) -> Any:
-    """What tells the pipeline's scheduler from others: its configuration, or the name it is published under."""
+    """The identity of the pipeline's scheduler: its configuration, or the name it is published under."""
     if isinstance(source, Folder):
         path = source.path / "scheduler" / "scheduler_config.json"
         return path.read_text(encoding="utf-8") if path.is_file() else None

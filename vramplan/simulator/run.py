@@ -96,7 +96,7 @@ def run_simulation(
 
 
 def evaluations_of(pipe: Any, steps: int) -> int:
-    """How often the pipeline's scheduler has its denoiser evaluated in that many steps; once a step if it cannot say.
+    """Count the evaluations of the denoiser that the pipeline's scheduler makes in that many steps; by default one a step.
 
     A scheduler of second order (Heun, KDPM2) has nearly two timesteps for each step, PNDM one more than steps.
     """
