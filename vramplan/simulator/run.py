@@ -96,7 +96,7 @@ def run_simulation(
 
 
 def evaluations_of(pipe: Any, steps: int) -> int:
-    """Count the evaluations of the denoiser that the pipeline's scheduler makes in that many steps; by default one a step.
+    """Count the evaluations of the denoiser that the pipeline's scheduler makes in so many steps, by default one each.
 
     A scheduler of second order (Heun, KDPM2) has nearly two timesteps for each step, PNDM one more than steps.
     """
