@@ -84,6 +84,42 @@ def bits() -> str:
     )
 
 
+def times() -> str:
+    """Predicted seconds against published ones, before and after the cost model was rebuilt."""
+    found = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))["summary"]
+    before, now = found["before"], found
+    rows = [
+        ("off by, median", *(f"{item['all']['off_median']:.2f}x" for item in (before, now))),
+        ("off by, 9 of 10 rows", *(f"{item['all']['off_p90']:.2f}x" for item in (before, now))),
+        ("pairs in the right order", *(f"{item['pairs_right']} of {item['pairs']}" for item in (before, now))),
+        (
+            "extra seconds of offloading within 1.5x",
+            *(f"{item['extras_within_1.5']} of {item['extras']}" for item in (before, now)),
+        ),
+    ]
+    left = [
+        f"| {name} | {each['fitted']['off_median']:.2f}x, {each['fitted']['off_p90']:.2f}x | "
+        f"{each['roofline']['off_median']:.2f}x, {each['roofline']['off_p90']:.2f}x |"
+        for name, each in found.items()
+        if name.startswith("one ")
+    ]
+    return "\n".join(
+        [
+            f"{found['all']['rows']} published timings:",
+            "",
+            "| | before | now |",
+            "|---|--:|--:|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            "A fit on these rows alone, judged on the card or model that it was not fitted on (median, 9 of 10 rows):",
+            "",
+            "| | fitted | bare roofline |",
+            "|---|--:|--:|",
+            *left,
+        ]
+    )
+
+
 def regret() -> str:
     """How the choice compares with stock diffusers calls, by the model's own prices."""
     cases = json.loads(newest("regret", "json").read_text(encoding="utf-8"))
