@@ -2,7 +2,7 @@
 
     python benchmarks/hub.py -o benchmarks/results/hub-DATE.md
 
-The hub is a real HTTP server on the loopback device (tests/hub_server.py) with repositories in their full size: true
+The hub is a real HTTP server on the loopback device (tests/support/hub.py) with repositories in their full size: true
 configurations and headers, and holes in place of weights. Target, for 12 B parameters and empty caches: under 5 MiB and
 under 10 s. Planning is what `vramplan.plan` takes with torch, diffusers and transformers loaded, "command" the whole
 of `vramplan plan`, that included. Seconds of CPU stand beside those of the clock, as other programs take their share.

@@ -10,7 +10,7 @@ A block starts with a comment that says what it is made by, and ends with `<!-- 
     <!-- made by: table strategy_list -->                               a function of `tables.py` or `strategies.py`
 
 Commands run in one process and in an empty folder, each once, in the order they stand in; what they write is there for
-those after them. `--device NAME.yaml` is a machine of the tests (tests/hardware/machines). Neither profiles nor
+those after them. `--device NAME.yaml` is a machine of the tests (tests/support/recorded_machines). Neither profiles nor
 calibration of this machine play a part, and the width is that of a terminal of 100 columns.
 """
 

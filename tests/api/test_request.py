@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -52,3 +53,22 @@ def test_a_plan_gives_the_request_back_and_as_one_value_it_makes_the_same_plan()
     assert plan.asked == same.asked == request.preferences
     again = request_of(plan)
     assert (again.vram, again.workload["num_inference_steps"]) == ("6GiB", 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"allow": "nonsense"}, "`allow`: 'nonsense' is none of lossless, near_lossless, lossy"),
+        ({"prefer": "memry"}, "`prefer`: 'memry' is none of speed, memory"),
+        ({"settings": "decode=vae_tiling"}, "`settings`: give them by axis and component"),
+        ({"settings": {"decode": 5}}, "`settings`: give them by axis and component"),
+    ],
+)
+def test_a_value_that_is_none_of_an_options_is_refused_in_one_line(given, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        make_request(given)
+
+
+def test_a_request_and_options_are_refused_together() -> None:
+    with pytest.raises(UsageError, match="`height`: a request holds all options"):
+        vramplan.plan("stable-diffusion-1.5", PlanRequest(), height=64)

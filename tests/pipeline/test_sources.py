@@ -48,7 +48,7 @@ def test_a_live_pipeline_is_held_but_not_compared() -> None:
     assert source_of(pipe) == Live()
 
 
-@pytest.mark.parametrize("given", [object(), ".", "flux.1-dev"])
+@pytest.mark.parametrize("given", [object(), ".", "flux.1-dev", f"hub:owner/name@{COMMIT}"])
 def test_only_a_repository_has_revisions(given) -> None:
     assert source_of("owner/name", "main") == Hub("owner/name", "main")
     with pytest.raises(UsageError, match=r"revision main: .* has none to choose from"):

@@ -16,7 +16,7 @@ from vramplan.errors import NothingFitsError
 from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.candidates import rows
-from vramplan.planner.decide import Decision, Outcome, decide, worst_quality
+from vramplan.planner.decide import Decision, Outcome, _explain_fastest, decide, worst_quality
 from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint, Estimate
@@ -464,6 +464,14 @@ def test_who_prefers_memory_is_told_what_that_costs_in_time() -> None:
     only = parse_fixed({"placement": "resident"}, text_to_image())
     reason = choose(text_to_image(), 80 * GIB, prefer="memory", fixed=only, allow="lossless").chosen.reason
     assert reason == "takes the least memory of all that fit; none that fits is faster"
+
+
+def test_a_little_faster_one_that_does_not_fit_is_not_denied() -> None:
+    chosen = choose(text_to_image(), 24 * GIB).chosen
+    seconds = chosen.demand.seconds_per_call * 0.97
+    other = replace(chosen, verdict="rejected", demand=replace(chosen.demand, seconds_per_call=seconds))
+    assert _explain_fastest(chosen, [], lambda demand: []).reason == "the fastest of all candidates, and it fits"
+    assert _explain_fastest(chosen, [other], lambda demand: []).reason == "the fastest that fits; none is 5% faster"
 
 
 def profile_plan(name: str, gib: int, **options: Any) -> Outcome:

@@ -1,6 +1,6 @@
 """What people see: each view at 80 and 120 columns, with and without colours and Unicode.
 
-`VRAMPLAN_SNAPSHOTS=write` writes tests/snapshots anew; look at the difference before it is kept.
+`VRAMPLAN_SNAPSHOTS=write` writes tests/view/snapshots anew; look at the difference before it is kept.
 """
 
 from __future__ import annotations

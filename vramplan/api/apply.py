@@ -28,7 +28,7 @@ def auto_configure(
         NothingFitsError: no candidate fits; the pipeline is untouched.
         VramplanError: the pipeline already carries offload hooks that vramplan did not set, or is no pipeline.
     """
-    request = request or make_request(options)
+    request = make_request(options, request)
     with without_earlier_plan(pipe):
         subject = Subject(pipe, request)
         plan = subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))

@@ -20,7 +20,7 @@ from vramplan.pipeline.describe import Model, describe
 from vramplan.pipeline.live_memory import held_bytes
 from vramplan.pipeline.sources import Folder
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planfile.match import check_match
+from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options, settings_text
 from vramplan.planner.demand import fits_sentence
 from vramplan.units import format_bytes
@@ -52,7 +52,11 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
     """Compare the plan with this machine now. Weights of a live pipeline (`spec`) do not count as used memory.
 
     A plan for the CPU is compared with the RAM, a plan for an accelerator with the device of that name here.
+
+    Raises:
+        UsageError: an edited setting that cannot be.
     """
+    parse_settings(plan, None, plan.machine.accelerator)
     hardware = detect()
     planned, device = plan.machine.accelerator, plan.machine.device
     here = next((item for item in hardware.accelerators if item.device == device), None) if planned else None

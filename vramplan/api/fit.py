@@ -39,7 +39,7 @@ def fit(
         UsageError: an argument is not valid.
         VramplanError: a model cannot be read.
     """
-    request = request or make_request(options)
+    request = make_request(options, request)
     names = list(models) if isinstance(models, list | tuple) else [models]
     if not names:
         raise UsageError("name at least one model")

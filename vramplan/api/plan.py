@@ -53,7 +53,7 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
         UsageError: an argument is not valid.
         VramplanError: the model cannot be read.
     """
-    request = request or make_request(options)
+    request = make_request(options, request)
     subject = Subject(model, request)
     return subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
+from vramplan.errors import UsageError
 from vramplan.hardware.types import Hardware
 from vramplan.planfile.types import Plan, Preferences, load_options
 from vramplan.planner.order import Prefer
-from vramplan.strategies.base import Quality
+from vramplan.strategies.base import QUALITIES, Quality
 
 
 class PlanOptions(TypedDict, total=False):
@@ -70,12 +71,28 @@ class PlanRequest(Preferences):
 _OWN = {item.name for item in fields(PlanRequest)} - {"workload"}
 
 
-def make_request(options: Mapping[str, Any]) -> PlanRequest:
-    """Make a request from keyword arguments. Names that are not fields of a request belong to the workload."""
+def make_request(options: Mapping[str, Any], request: PlanRequest | None = None) -> PlanRequest:
+    """Make a request from keyword arguments, unless a whole one is given.
+
+    Names that are not fields of a request belong to the workload.
+
+    Raises:
+        UsageError: a request and options, or a value that is none of an option's.
+    """
+    if request is not None:
+        if options:
+            raise UsageError(
+                f"`{next(iter(options))}`: a request holds all options; change it with dataclasses.replace"
+            )
+        return request
     own = {name: value for name, value in options.items() if name in _OWN}
-    own["settings"] = {
-        key: (value,) if isinstance(value, str) else tuple(value) for key, value in (own.get("settings") or {}).items()
-    }
+    for name, values in (("allow", QUALITIES), ("prefer", get_args(Prefer))):
+        if own.get(name) is not None and own[name] not in values:
+            raise UsageError(f"`{name}`: {own[name]!r} is none of {', '.join(values)}")
+    given = own.get("settings") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(value, str | Sequence) for value in given.values()):
+        raise UsageError('`settings`: give them by axis and component, as {"placement.vae": "resident"}')
+    own["settings"] = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in given.items()}
     return PlanRequest(**own, workload={name: value for name, value in options.items() if name not in _OWN})
 
 

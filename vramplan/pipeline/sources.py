@@ -89,7 +89,7 @@ def source_of(model: Any, revision: str | None = None) -> Source:
 
 def _named(name: str, revision: str | None) -> Source:
     if name.startswith(_HUB):
-        return _parse_hub(name)
+        return refuse_options("a name with its revision", _parse_hub(name), revision=revision)
     return Hub(name, revision) if is_repo_id(name) else refuse_options("a profile", Profile(name), revision=revision)
 
 

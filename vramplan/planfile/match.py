@@ -67,7 +67,9 @@ def parse_settings(
         name = sorted(whole)[0]
         raise UsageError(f"settings.placement: {name} is for the whole pipeline and excludes every other placement")
     names = [c.name for c in spec.vaes] if spec else vae_names(plan)
-    if spec is not None:
+    if spec is None:
+        _check_names(plan, given)
+    else:
         here = {component.name: component for component in spec.components}
         done = [name for name, setting in weights.items() if name in here and _already_applied(setting, here[name])]
         weights = {name: setting for name, setting in weights.items() if name not in done}
@@ -78,6 +80,16 @@ def parse_settings(
     return grouped(placement, weights, by_component(executions)), [
         (setting, _vaes_for(setting, names, spec, plan)) for setting in decode
     ]
+
+
+def _check_names(plan: Plan, given: Mapping[Axis, Mapping[str, Any]]) -> None:
+    """Raise UsageError if a setting names no component of the plan, or a component of it is not placed."""
+    names = {record.name for record in plan.model.components}
+    for axis, settings in given.items():
+        for name in sorted(settings.keys() - names):
+            raise UsageError(f"settings.{axis}.{name}: {plan.model.class_name} has no such component")
+    for name in sorted(names - given["placement"].keys()):
+        raise UsageError(f"settings.placement.{name}: {name} is not placed")
 
 
 def vae_names(plan: Plan) -> list[str]:

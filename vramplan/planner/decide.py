@@ -363,11 +363,13 @@ def _explain_other(item: Decision, chosen: Decision, limit: Quality, chooser: _C
 def _explain_fastest(
     chosen: Decision, others: Sequence[Decision], unlocking: Callable[[Demand], list[str]]
 ) -> Decision:
-    """Return the chosen decision with its reason: why the next faster one does not fit, and what would change that."""
+    """Return the chosen decision with its reason: why the nearest faster one fails, and what would change that."""
     seconds = chosen.demand.seconds_per_call
-    faster = [item for item in others if item.verdict == "rejected" and item.demand.seconds_per_call < seconds * 0.95]
+    rejected = [item for item in others if item.verdict == "rejected" and item.demand.seconds_per_call < seconds]
+    faster = [item for item in rejected if item.demand.seconds_per_call < seconds * 0.95]
     if not faster:
-        return _with_verdict(chosen, "chosen", "the fastest of all candidates, and it fits")
+        first = "the fastest that fits; none is 5% faster" if rejected else "the fastest of all candidates, and it fits"
+        return _with_verdict(chosen, "chosen", first)
     nearest = min(faster, key=lambda item: item.deficit_bytes)
     short = [item for item in faster if item.deficit_bytes]
     reason = f"the fastest that fits; a faster one: {nearest.reason}"

@@ -93,7 +93,8 @@ class Pricer:
         self, spec: PipelineSpec, workload: Workload, footprint: Footprint, accelerator: Accelerator | None
     ) -> None:
         self.spec = replace(spec, uses=tuple(use for use in spec.uses if footprint.makes(use)))
-        self.steps, self.evaluations = workload.num_inference_steps, footprint.evaluations
+        self.evaluations = footprint.evaluations
+        self._per_step = self.evaluations / workload.num_inference_steps
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
@@ -126,9 +127,10 @@ class Pricer:
             ram_bytes=host.ram_bytes if here else allocated,
             pinned_bytes=host.pinned_bytes if here else 0,
             disk_bytes=host.disk_bytes,
-            seconds_per_step=step * self.evaluations / self.steps,
+            seconds_per_step=step * self._per_step,
             seconds_per_call=call,
-            transfer_seconds_per_step=sum(clock.transfer(replayed) for replayed in replayed_uses if replayed.repeat),
+            transfer_seconds_per_step=self._per_step
+            * sum(clock.transfer(item) for item in replayed_uses if item.repeat),
             bottleneck=clock.bottleneck(replayed_uses),
             basis=weakest_basis(need.activation.basis for need in needs.values()),
             phases=phases,
