@@ -32,7 +32,7 @@ def test_every_figure_is_the_one_of_the_candidate_priced_alone(spec, work, vram,
         if prod(map(len, pool.axes)) == 1:
             continue
         table = Table(pool, price, row.decode)
-        reserved, seconds = table.under(row.decode)
+        reserved, seconds = table.vram_and_seconds(row.decode)
         every = list(pool.placements)
         assert len(every) == len(reserved) == len(table.ram)
         for place in data.draw(st.lists(st.sampled_from(range(len(every))), min_size=1, max_size=8)):
@@ -51,7 +51,7 @@ def test_the_best_is_the_first_in_order_of_those_that_are_short_by_least(spec, w
     pools = [pool for row in rows(spec, work, Fixed(decode=()), card(vram))[0] for pool in row.pools]
     pool = max(pools, key=lambda pool: prod(map(len, pool.axes)))
     table = Table(pool, price, ())
-    reserved, seconds = table.under(())
+    reserved, seconds = table.vram_and_seconds(())
     short = np.maximum(reserved - vram, 0) + np.maximum(table.ram - ram * GIB, 0)
     keys = order(
         prefer,

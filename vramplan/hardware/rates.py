@@ -1,7 +1,7 @@
 """The rates of a machine: each with its source, or the published timings it was fitted on.
 
 Most shares come from a study of 98 published timings of 11 cards and 15 models (November 2026), not all of them in
-this repository. `benchmarks/times.py --fit` fits the same constants from a neutral start on the 50 rows here that may
+this repository. `benchmarks/times.py` can fit the same constants from a neutral start on the 50 rows here that may
 be fitted on; what it finds stands beside (`here`). Rows are named as in `benchmarks/published_times.yaml`.
 """
 
