@@ -136,7 +136,7 @@ class Remembered:
 
     def __init__(self, footprint: Footprint) -> None:
         self.workspace_bytes, self.evaluations = footprint.workspace_bytes, footprint.evaluations
-        self.activation, self.work = cache(footprint.activation), cache(footprint.work)
+        self.makes, self.activation, self.work = map(cache, (footprint.makes, footprint.activation, footprint.work))
 
 
 def seconds(row: Row, accelerator: Accelerator | None = None) -> float:
