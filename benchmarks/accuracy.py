@@ -268,11 +268,11 @@ def priced_bytes(row: Row, basis: str) -> int | None:
 
 
 def residuals(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Projected and measured bytes of every row that nothing was fitted on, by basis."""
+    """Projected and measured bytes of every row that counts for the margin, by basis."""
     projections = []
     for basis in ("simulated", "derived", "assumed"):
         for row in rows:
-            if row.get("fitted") or "gib" not in found.get(row["id"], {}):
+            if not row.get("margin", not row.get("fitted")) or "gib" not in found.get(row["id"], {}):
                 continue
             click.echo(f"{basis} {row['id']}", err=True)
             projected = found[row["id"]]["gib"] * GIB if basis == "simulated" else priced_bytes(row, basis)
