@@ -370,13 +370,12 @@ def _explain_fastest(
     if not faster:
         first = "the fastest that fits; none is 5% faster" if rejected else "the fastest of all candidates, and it fits"
         return _with_verdict(chosen, "chosen", first)
-    nearest = min(faster, key=lambda item: item.deficit_bytes)
-    short = [item for item in faster if item.deficit_bytes]
-    reason = f"the fastest that fits; a faster one: {nearest.reason}"
-    if short:
-        demand = min(short, key=lambda item: item.deficit_bytes).demand
-        ways = " or ".join(unlocking(demand))
-        reason += f"; {seconds / max(demand.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
+    nearest = sorted(faster, key=lambda item: item.deficit_bytes)
+    reason = f"the fastest that fits; a faster one: {nearest[0].reason}"
+    short = next((item.demand for item in nearest if item.deficit_bytes), None)
+    if short is not None:
+        ways = " or ".join(unlocking(short))
+        reason += f"; {seconds / max(short.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
     return _with_verdict(chosen, "chosen", reason)
 
 
