@@ -29,7 +29,7 @@ from vramplan.planner.footprint import AssumedFootprint
 from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies import disk
 from vramplan.strategies.group_offload import GroupOffload
-from vramplan.strategies.partial_residency import PartialResidency, spread
+from vramplan.strategies.partial_residency import PartialResidency, spread_evenly
 from vramplan.strategies.settings import grouped, parse_placement
 from vramplan.workload import Workload, make_workload
 
@@ -105,7 +105,7 @@ def test_pictures_are_the_same_and_weights_come_back(kind: str, make: Any, folde
 def test_only_the_streamed_blocks_need_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = small("flux-small")
     blocks = [module_bytes(block) for block in units_of(pipe.transformer)]
-    room = disk.DISK_LEFT_FREE + sum(blocks[place] for place in spread(blocks, 2))
+    room = disk.DISK_LEFT_FREE + sum(blocks[place] for place in spread_evenly(blocks, 2))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
     setting = PartialResidency(streamed=2, disk=True)
     setting.apply(pipe, ["transformer"], "cpu")

@@ -17,7 +17,7 @@ from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of
 from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies.base import remove_group_hooks
-from vramplan.strategies.partial_residency import PartialResidency, apply_partial_residency, spread
+from vramplan.strategies.partial_residency import PartialResidency, apply_partial_residency, spread_evenly
 from vramplan.strategies.settings import grouped, parse_placement
 from vramplan.workload import make_workload
 
@@ -115,7 +115,7 @@ def test_pictures_are_the_same_bit_for_bit(kind: str, name: str) -> None:
 def test_streamed_blocks_are_spread_evenly(sizes: list[int], data: Any) -> None:
     worth = [place for place, size in enumerate(sizes) if size >= max(sizes) / 4]
     count = data.draw(st.integers(1, len(worth)))
-    places = spread(sizes, count)
+    places = spread_evenly(sizes, count)
     assert len(set(places)) == count
     assert places == sorted(places)
     assert set(places) <= set(worth)
@@ -123,7 +123,7 @@ def test_streamed_blocks_are_spread_evenly(sizes: list[int], data: Any) -> None:
     gaps = [after - before for before, after in zip([-1, *ranks], ranks, strict=False)]
     assert max(gaps) - min(gaps) <= 1
     with pytest.raises(ValueError, match="to stream"):
-        spread(sizes, len(worth) + 1)
+        spread_evenly(sizes, len(worth) + 1)
 
 
 @given(st.integers(3, 60), st.data())

@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import is_quiet, parse_fixed, save_plot, show_result, spell_flags, write_file
+from vramplan.cli.shared import is_quiet, parse_set_options, save_plot, show_result, spell_flags, write_file
 from vramplan.errors import MismatchError, NothingFitsError
 
 
@@ -41,7 +41,7 @@ def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any
     from vramplan.view.plan import plan_view
 
     form, as_json = given.pop("form"), given.pop("as_json")
-    made = make_plan(model, make_request({"settings": parse_fixed(fixed), **given}))
+    made = make_plan(model, make_request({"settings": parse_set_options(fixed), **given}))
     if output:
         write_file(output, dump_plan(made))
     yaml = partial(dump_plan, made)
@@ -74,7 +74,7 @@ def fit(*, models: tuple[str, ...], fixed: tuple[str, ...], form: str, as_json: 
     if is_quiet():
         hide_bars()
     largest = given.pop("largest")
-    found = find(models, make_request({"settings": parse_fixed(fixed), **given}), largest=largest)
+    found = find(models, make_request({"settings": parse_set_options(fixed), **given}), largest=largest)
     show_result(fits_dict(found), lambda: fits_view(spell_flags(found)), form, as_json=as_json)
     if not found.fits:
         raise NothingFitsError("nothing fits" if len(found.rows) > 1 else found.rows[0].reason)

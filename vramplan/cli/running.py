@@ -16,7 +16,7 @@ from vramplan.cli.options import (
     set_option,
     workload_options,
 )
-from vramplan.cli.shared import is_quiet, parse_fixed, save_plot, say, show_result, spell_flags
+from vramplan.cli.shared import is_quiet, parse_set_options, save_plot, say, show_result, spell_flags
 from vramplan.errors import NothingFitsError, UsageError
 
 
@@ -77,7 +77,7 @@ def simulate(*, model: str, plot: str | None, form: str, as_json: bool, **given:
 
     if plot:
         check_picture(plot)
-    given["settings"] = parse_fixed(given.pop("fixed"))
+    given["settings"] = parse_set_options(given.pop("fixed"))
     if Path(model).is_file():
         argument = next((name for name, value in given.items() if value), None)
         if argument is not None:

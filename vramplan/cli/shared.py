@@ -44,7 +44,7 @@ def say(text: str) -> None:
         click.echo(spell_flags(text), err=True)
 
 
-def parse_fixed(texts: tuple[str, ...]) -> dict[str, list[str]]:
+def parse_set_options(texts: tuple[str, ...]) -> dict[str, list[str]]:
     """Parse the settings given with `--set`, by axis and component.
 
     Raises:

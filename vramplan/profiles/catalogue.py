@@ -24,7 +24,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
 Count = Annotated[int, Gt(0)]
 Amount = Annotated[float, Gt(0)]
-Profile = TypeVar("Profile", "PipelineProfile", "DeviceProfile")
+AnyProfile = TypeVar("AnyProfile", "PipelineProfile", "DeviceProfile")
 
 # The fraction of a link's rate that copies from page-locked host memory reach after protocol overhead. Assumed: the
 # usual measured fraction, as a profile stands for a link that was not measured.
@@ -344,7 +344,9 @@ def _find(kind: ProfileKind, name: str) -> Path | None:
     return next((path for stem, path in profile_files(kind).items() if stem.casefold() == wanted), None)
 
 
-def _readable(kind: ProfileKind, profile_type: type[Profile], holding: str = "") -> Iterator[tuple[Path, Profile]]:
+def _readable(
+    kind: ProfileKind, profile_type: type[AnyProfile], holding: str = ""
+) -> Iterator[tuple[Path, AnyProfile]]:
     """The profiles whose file contains the text: parsing only those keeps a look-up in the milliseconds.
 
     A user's file with mistakes is skipped; loading it by name reports them.
@@ -360,8 +362,8 @@ def _readable(kind: ProfileKind, profile_type: type[Profile], holding: str = "")
 
 
 def _matching(
-    kind: ProfileKind, profile_type: type[Profile], name: str, keys: Callable[[Profile], Iterable[str]]
-) -> Iterator[tuple[Path, Profile]]:
+    kind: ProfileKind, profile_type: type[AnyProfile], name: str, keys: Callable[[AnyProfile], Iterable[str]]
+) -> Iterator[tuple[Path, AnyProfile]]:
     wanted = name.strip().casefold()
     for path, profile in _readable(kind, profile_type, wanted):
         if wanted in {key.casefold() for key in keys(profile)}:

@@ -16,6 +16,7 @@ from vramplan.simulator.shape_inference import infer_results
 from vramplan.simulator.shapes import (
     CPU,
     aten,
+    bytes_touched,
     forget_values,
     label_of,
     meta_like,
@@ -23,7 +24,6 @@ from vramplan.simulator.shapes import (
     place_of,
     pointwise_result,
     shape_of,
-    traffic,
     update_shape,
     value_of,
 )
@@ -97,7 +97,7 @@ class Engine:
         made = self.new(shape, target, tensor.block.kind, value, tensor.block.owner)
         self._count_move(here, target, made)
         if target == here and target.type == "cuda":
-            self.ledger.count_kernel(traffic_bytes=traffic((tensor,), made))
+            self.ledger.count_kernel(traffic_bytes=bytes_touched((tensor,), made))
         return made
 
     def copy(self, tensor: SimTensor) -> SimTensor:
@@ -201,7 +201,7 @@ class Engine:
             flops = formula(*args, **kwargs, out_val=made)
             self.ledger.count_kernel(flops=flops, kind=product_kind(func.overloadpacket, args[0]))
         else:
-            self.ledger.count_kernel(traffic_bytes=traffic(args, made))
+            self.ledger.count_kernel(traffic_bytes=bytes_touched(args, made))
         self.kernels.count_workspace(self.ledger, func.overloadpacket, args, made)
 
     def _label(self, packet: Any, tensors: Sequence[torch.Tensor]) -> torch.device:

@@ -25,7 +25,7 @@ _POINTWISE = frozenset(
 )
 
 
-def traffic(args: Any, made: Any) -> int:
+def bytes_touched(args: Any, made: Any) -> int:
     """The bytes read and written: all tensors in arguments and results."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, made)))
 

@@ -76,7 +76,7 @@ class PartialResidency:
         """Return the numbers of streamed blocks worth trying, the largest saving first."""
         found = []
         for count in range(self._least, len(_worth_streaming(sizes)) + 1):
-            chosen = spread(sizes, count)
+            chosen = spread_evenly(sizes, count)
             found.append((self._saved_bytes(sizes, chosen), -sum(sizes[place] for place in chosen), -count))
         counts, least_moved = [], None
         for saved, moved, count in sorted(found, reverse=True):
@@ -136,7 +136,7 @@ class PartialResidency:
         """
         geometry = component.geometry
         sizes = geometry.units
-        chosen = spread(sizes, self.streamed)
+        chosen = spread_evenly(sizes, self.streamed)
         moved = sum(sizes[place] for place in chosen)
         running, idle = component.weight_bytes - self._saved_bytes(sizes, chosen), component.weight_bytes - moved
         if self.disk:
@@ -198,14 +198,14 @@ def apply_partial_residency(
     from vramplan.pipeline.geometry import module_bytes, units_of
 
     blocks = units_of(module)
-    chosen = [blocks[place] for place in spread([module_bytes(block) for block in blocks], streamed)]
+    chosen = [blocks[place] for place in spread_evenly([module_bytes(block) for block in blocks], streamed)]
     target = torch.device(device)
     with files.own_folder(module, disk, chosen) if disk else nullcontext() as folder:
         _hook(module, chosen, target, low_cpu_mem_usage, None if folder is None else str(folder))
     _move_all_but(module, {id(block) for block in chosen}, target)
 
 
-def spread(sizes: Sequence[int], count: int) -> list[int]:
+def spread_evenly(sizes: Sequence[int], count: int) -> list[int]:
     """Return the indices of `count` blocks of these sizes, spread evenly, with a gap before the first.
 
     Raises:
