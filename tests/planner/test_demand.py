@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.specs import GIB, MIB, WORK, card, component, geometry, pipeline, text_to_image
 from vramplan.pipeline.types import PipelineSpec, Use
-from vramplan.planner.clock import DISK_BYTES_PER_S
+from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.planner.loading import LoadDemand
@@ -126,7 +126,9 @@ def test_encoding_first_never_holds_the_encoder_beside_the_rest() -> None:
     assert denoise.on_device == decode.on_device == ("transformer", "vae")
     assert demand.ram_bytes == 0
     resident = priced(spec, {**first, "text_encoder": Resident()})
-    assert demand.seconds_per_call - resident.seconds_per_call == pytest.approx(10 * GIB / DISK_BYTES_PER_S)
+    assert demand.seconds_per_call - resident.seconds_per_call == pytest.approx(
+        10 * GIB / DEFAULT_RATES.disk_bytes_per_s
+    )
 
 
 def test_ram_is_that_of_the_larger_of_both_times() -> None:

@@ -62,11 +62,11 @@ def drift_of(plan: Plan, spec: PipelineSpec | None = None) -> Drift:
     here = next((item for item in hardware.accelerators if item.device == device), None) if planned else None
     if planned is not None and here is None:
         notes = "".join(f"; {note}" for note in hardware.notes)  # such as a driver that no longer answers
-        told = f"the plan is for {planned.name} ({device}), which this machine does not have{notes}"
-        return _broken("no device", told)
+        reason = f"the plan is for {planned.name} ({device}), which this machine does not have{notes}"
+        return _broken("no device", reason)
     if planned is not None and here is not None and planned.name != here.name:
-        told = f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it"
-        return _broken("another device", told)
+        reason = f"the plan is for {planned.name}, but {device} is {here.name}: make a plan for it"
+        return _broken("another device", reason)
     try:
         budget = _budget(plan, hardware, here, held_bytes(spec) if spec else {})
     except (NothingFitsError, UsageError) as error:

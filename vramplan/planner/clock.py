@@ -21,7 +21,6 @@ DEFAULT_RATES = Rates(
     reached=0.6,
     source="assumed: a mid-range card on PCIe 3.0 x16",
 )
-DISK_BYTES_PER_S = DEFAULT_RATES.disk_bytes_per_s
 
 CPU_RATES = Rates(
     memory_bytes_per_s=40e9,

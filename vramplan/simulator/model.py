@@ -269,7 +269,8 @@ def _scheduler(source: Source) -> Any:
 def kernels_of(accelerator: Accelerator | None) -> dict[str, Any]:
     """Return the options of `Kernels` for a card: cuBLAS holds 32 MiB on Hopper and later, 8 MiB before.
 
-    An unknown card is taken to have TF32."""
+    An unknown card is taken to have TF32.
+    """
     from vramplan.profiles.catalogue import compute_capability, math_dtypes
 
     capability = compute_capability(accelerator.name) if accelerator else None
