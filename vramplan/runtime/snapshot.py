@@ -88,6 +88,8 @@ class Snapshot:
         Raises:
             OSError: weights that had been written to files cannot be read. They stay there, and the hooks stay on.
         """
+        from vramplan.streaming.tensors import move
+
         for module in self.modules.values():
             bring_back(module)
         for owner in self.owners:
@@ -96,7 +98,7 @@ class Snapshot:
             if tensor.dtype != data.dtype:
                 tensor.data = data
         for tensor, device in self.devices:
-            _move(tensor, device)
+            move(tensor, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,8 @@ class Before:
                 _set(vars(part), name, value)
 
     def _restore_weights(self, name: str, module: torch.nn.Module) -> None:
+        from vramplan.streaming.tensors import move
+
         known = {child: self.children[child] for child in module.modules() if child in self.children}
         for child, before in known.items():
             before.restore(child)
@@ -201,7 +205,7 @@ class Before:
             devices = known[child].devices if child in known else {}
             for own, tensor in _named_tensors(child):
                 if tensor is not None:  # what came later, such as a LoRA's, goes where most of the component was
-                    _move(tensor, devices.get(own, self.devices[name]))
+                    move(tensor, devices.get(own, self.devices[name]))
 
     def _restore_kernels(self, module: torch.nn.Module) -> None:
         for child in module.modules():
@@ -256,21 +260,6 @@ def _named_tensors(child: torch.nn.Module) -> list[tuple[str, Any]]:
 
 def _own_tensors(child: torch.nn.Module) -> list[torch.Tensor]:
     return [tensor for _, tensor in _named_tensors(child) if tensor is not None]
-
-
-def _move(tensor: torch.Tensor, device: Any) -> None:
-    """The same tensor object with its data elsewhere, as `Module.to` does it."""
-    import torch
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    if tensor.device == torch.device(device):
-        return
-    with torch.no_grad():
-        moved = tensor.to(device)  # and not the data alone: quantized ones take their scales along
-    if is_traceable_wrapper_subclass(tensor):
-        torch.utils.swap_tensors(tensor, moved)
-    else:
-        tensor.data = moved
 
 
 def _set(owner: dict[str, Any], name: str, value: Any) -> None:

@@ -1,0 +1,62 @@
+"""The division of a component into blocks that are kept, cached and streamed, from their sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Blocks smaller than this share of the largest are never streamed: waiting for one costs more than its memory is worth.
+_WORTH_STREAMING = 0.25
+# Streamed blocks share this many slots on the device: one runs while the next is copied.
+SLOTS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """Indices of blocks: `kept` are on the device throughout, `cached` while their component's phase lasts, `streamed`
+    only while they run."""
+
+    kept: tuple[int, ...]
+    cached: tuple[int, ...]
+    streamed: tuple[int, ...]
+
+    @property
+    def by_need(self) -> tuple[int, ...]:
+        """Indices of blocks that are copied in, those first that are copied most often."""
+        return (*self.streamed, *self.cached)
+
+
+def divide(sizes: Sequence[int], *, streamed: int, keep: int) -> Division:
+    """Divide blocks of these sizes in bytes: `streamed` of them are spread evenly, the first `keep` others are kept.
+
+    Raises:
+        ValueError: there are fewer blocks worth streaming, or fewer to keep.
+    """
+    chosen = spread_evenly(sizes, streamed)
+    others = [place for place in range(len(sizes)) if place not in set(chosen)]
+    if keep > len(others):
+        raise ValueError(f"{keep} blocks to keep, but {len(others)} are not streamed")
+    return Division(kept=tuple(others[:keep]), cached=tuple(others[keep:]), streamed=tuple(chosen))
+
+
+def spread_evenly(sizes: Sequence[int], count: int) -> list[int]:
+    """Return the indices of `count` blocks of these sizes, spread evenly, with a gap before the first.
+
+    Raises:
+        ValueError: fewer blocks are worth streaming.
+    """
+    worth = worth_streaming(sizes)
+    if count > len(worth):
+        raise ValueError(f"{count} blocks to stream, but there are {len(worth)}")
+    return [worth[(number + 1) * len(worth) // count - 1] for number in range(count)]
+
+
+def worth_streaming(sizes: Sequence[int]) -> list[int]:
+    """Return the indices of blocks that may be streamed."""
+    least = max(sizes, default=0) * _WORTH_STREAMING
+    return [place for place, size in enumerate(sizes) if size >= least and size]
+
+
+def slot_bytes(sizes: Sequence[int], chosen: Sequence[int]) -> int:
+    """Return the bytes of all slots: each holds the largest streamed block."""
+    return min(SLOTS, len(chosen)) * max((sizes[place] for place in chosen), default=0)
