@@ -48,6 +48,8 @@ class Rates:
     back_bytes_per_s: float = 1.2e9
     # Streams copy tensor by tensor: here 0.53 (flux_pr11106_*), others report 0.8 and more (flux_pr11081_*).
     stream_share: float = 0.65
+    # Streams that copy whole blocks: what bandwidthTest reaches with large copies. Assumed.
+    flat_share: float = 0.95
     disk_bytes_per_s: float = 2e9  # an NVMe drive of a laptop on PCIe 3.0. Assumed.
     # accelerate's hooks of one leaf: between the study's 0.56 ms (0.3 to 1.9) and 1.2 ms here, mostly of p100_*.
     leaf_seconds: float = 0.8e-3

@@ -11,15 +11,15 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.fixed import Fixed, by_component
 from vramplan.planner.other_components import ladders_of, other_placements
+from vramplan.planner.pool import CandidatePool, ComponentPlacements
+from vramplan.planner.streaming import streaming_pool
 from vramplan.strategies import AXES, DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.strategies.vae_tiling import VaeTiling
+from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.workload import Workload
-
-# Placements of one component, or of several that are placed together.
-ComponentPlacements = Mapping[str, Placement]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +29,6 @@ class Refused:
     setting: str
     component: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CandidatePool:
-    """Candidates: every combination of one choice from each axis."""
-
-    axes: tuple[tuple[ComponentPlacements, ...], ...]
-
-    @property
-    def placements(self) -> Iterable[ComponentPlacements]:
-        """Every combination, the last axis changing fastest."""
-        return (self.merge(chosen) for chosen in product(*self.axes))
-
-    @staticmethod
-    def merge(chosen: Iterable[ComponentPlacements]) -> dict[str, Placement]:
-        """Merge one choice from each axis into one placement."""
-        return {name: setting for placed in chosen for name, setting in placed.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +86,17 @@ def execution_settings(
 
 
 def rows(
-    spec: PipelineSpec, workload: Workload, fixed: Fixed, accelerator: Accelerator | None
+    spec: PipelineSpec,
+    workload: Workload,
+    fixed: Fixed,
+    accelerator: Accelerator | None,
+    *,
+    ram_bytes: int | None = None,
 ) -> tuple[list[CandidateRow], list[Refused]]:
-    """Return the candidates, and the refused settings with a reason each."""
+    """Return the candidates, and the refused settings with a reason each. `ram_bytes` of RAM may be used, None for
+    plenty."""
     refused: dict[tuple[str, str], Refused] = {}
-    groups = _placement_groups(spec, fixed, accelerator, refused)
+    groups = _placement_groups(spec, fixed, accelerator, refused, ram_bytes)
     decodes = _decodes(spec, workload, fixed, refused)
     found = [CandidateRow(pools=tuple(group), decode=decode) for group in groups for decode in decodes if group]
     return found, list(refused.values())
@@ -118,6 +107,7 @@ def _placement_groups(
     fixed: Fixed,
     accelerator: Accelerator | None,
     refused: dict[tuple[str, str], Refused],
+    ram_bytes: int | None,
 ) -> Iterable[list[CandidatePool]]:
     def allowed(component: Component, setting: Placement) -> bool:
         reason = setting.refusal(component, spec, accelerator)
@@ -137,8 +127,13 @@ def _placement_groups(
         if cls.whole_pipeline and isinstance(setting, cls) and not fixed.placement:
             verdicts = [allowed(component, setting) for component in spec.components]
             yield [_uniform(spec, setting)] if all(verdicts) else []
-    if fixed.everywhere is None or not fixed.everywhere.whole_pipeline:
+    if fixed.everywhere is not None and fixed.everywhere.whole_pipeline:
+        return
+    given = (fixed.everywhere, *fixed.placement.values())
+    if not any(isinstance(setting, WeightStreaming) for setting in given):
         yield from _mixed(spec, fixed, allowed)
+    streamed = streaming_pool(spec, fixed, allowed, _denoisers(spec), ram_bytes)
+    yield [streamed] if streamed is not None else []
 
 
 def _uniform(spec: PipelineSpec, setting: Placement) -> CandidatePool:
@@ -157,8 +152,7 @@ def _mixed(
     spec: PipelineSpec, fixed: Fixed, allowed: Callable[[Component, Placement], bool]
 ) -> Iterable[list[CandidatePool]]:
     """Place component by component: the denoisers share one setting, the others take every combination."""
-    denoisers = [component for component in spec.components if component.role in ("denoiser", "control")]
-    denoisers = denoisers or list(spec.components[:1])
+    denoisers = _denoisers(spec)
 
     def options(component: Component) -> list[Placement]:
         chosen = fixed.placement.get(component.name) or fixed.everywhere
@@ -177,6 +171,12 @@ def _mixed(
         rungs = [placed for setting in leading if (placed := _all_denoisers(setting, choices)) is not None]
         if rungs:
             yield [CandidatePool(axes=(tuple(rungs), *axes)) for axes in pools]
+
+
+def _denoisers(spec: PipelineSpec) -> list[Component]:
+    """The components that run in every step, or the first one of a pipeline without any."""
+    found = [component for component in spec.components if component.role in ("denoiser", "control")]
+    return found or list(spec.components[:1])
 
 
 def _all_denoisers(leading: Placement, choices: Mapping[str, Sequence[Placement]]) -> dict[str, Placement] | None:

@@ -69,6 +69,7 @@ class Clock:
         hold, rates = self.holds[replayed.use.component], self.rates
         whole = times.copies_in(hold, replayed.loaded_bytes, rates)
         whole += times.copies_back(hold, replayed.sent_back_bytes, rates)
+        whole += 0.0 if replayed.repeat else times.entering(hold, rates)
         return whole + times.moving(hold, self.costs[replayed.use].forwards, rates)
 
     def bottleneck(self, uses: Sequence[ReplayedUse]) -> Bottleneck:

@@ -10,11 +10,12 @@ from math import inf
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
-from vramplan.planner.candidates import CandidatePool, CandidateRow, Refused, rows
+from vramplan.planner.candidates import CandidateRow, Refused, rows
 from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.order import Prefer, Verdict, order, rounded
+from vramplan.planner.pool import CandidatePool
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
@@ -117,7 +118,7 @@ def decide(
     refused: list[Refused] = []
     pricers = []
     for form in alternatives if fixed.weights else (stored, *alternatives):
-        possible, impossible = rows(form.spec, workload, fixed, accelerator)
+        possible, impossible = rows(form.spec, workload, fixed, accelerator, ram_bytes=budget.ram_bytes)
         found += [replace(row, weights=form.weights, execution=form.execution) for row in possible]
         refused += [item for item in impossible if item not in refused]
         pricers.append((form, Pricer(form.spec, workload, form.footprint, accelerator)))

@@ -76,13 +76,15 @@ class HostDemand:
 class ComponentPrice:
     """The share of one component in the price of a candidate, if no component lingers on the device.
 
-    `load` is None for a component that is loaded already. `extra_bytes` is reserved at the component's peak in addition
-    to the idle weights of all, None for one that is never used. `seconds` are per call.
+    `load` is None for a component that is loaded already. `beside_bytes` are its weights on the device while others
+    run, and `extra_bytes` are reserved at its own peak in addition to those of all, None for one that is never used;
+    each outside of the denoising loop and within it. `seconds` are per call.
     """
 
     hold: Hold
     load: Load | None
-    extra_bytes: int | None
+    beside_bytes: tuple[int, int]
+    extra_bytes: tuple[int | None, int | None]
     seconds: float
 
 
@@ -158,11 +160,17 @@ class Pricer:
             for use, repeat in schedule(uses, skip_optional=False)
         ]
         clock = Clock(needs, {name: hold}, self.rates)
-        extra = [hold.running_bytes - hold.idle_bytes + needs[use].activation.reserved_bytes for use in uses]
+        looping = any(use.in_loop for use in uses)
+        beside = hold.bytes_beside(in_loop=False), hold.bytes_beside(in_loop=looping)
+        extra: dict[bool, int] = {}
+        for use in uses:
+            own = hold.running_bytes - beside[use.in_loop] + needs[use].activation.reserved_bytes
+            extra[use.in_loop] = max(own, extra.get(use.in_loop, own))
         return ComponentPrice(
             hold=hold,
             load=None if self.loaded else self._load_of(name, setting),
-            extra_bytes=max(extra, default=None),
+            beside_bytes=beside,
+            extra_bytes=(extra.get(False), extra.get(True)),
             seconds=clock.time(replayed_uses, self.evaluations)[1],
         )
 

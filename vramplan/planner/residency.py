@@ -35,8 +35,16 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
     """Return the uses of one call under these holds, in order."""
     sequence = spec.sequence or ()
     predecessor = dict(zip(sequence[1:], sequence[:-1], strict=True))
-    idle = {name: hold.idle_bytes for name, hold in holds.items()}
-    there = {freed: sum(idle[name] for name in holds if holds[name].freed == freed) for freed in (True, False)}
+    looping = {use.component for use in spec.uses if use.in_loop}
+    beside = {
+        loop: {name: hold.bytes_beside(in_loop=loop and name in looping) for name, hold in holds.items()}
+        for loop in (True, False)
+    }
+    there = {
+        (freed, loop): sum(beside[loop][name] for name in holds if holds[name].freed == freed)
+        for freed in (True, False)
+        for loop in (True, False)
+    }
     present: dict[str, int] = {}
     replayed_uses = []
     for use, repeat in schedule(spec.uses, skip_optional=skip_optional):
@@ -46,14 +54,14 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
             sent_back = present.pop(predecessor.get(use.component, ""), 0)
             loaded = 0 if use.component in present else hold.running_bytes
             present[use.component] = hold.running_bytes
-        weights = there[hold.freed] + sum(present.values())
+        weights = there[hold.freed, use.in_loop] + sum(present.values())
         if not hold.lingers:
-            weights += hold.running_bytes - idle[use.component]
+            weights += hold.running_bytes - beside[use.in_loop][use.component]
         replayed_uses.append(
             ReplayedUse(
                 use=use,
                 weights_bytes=weights,
-                on_device=_on_device(holds, present, use),
+                on_device=_on_device(holds, beside[use.in_loop], present, use),
                 loaded_bytes=loaded,
                 sent_back_bytes=sent_back,
                 repeat=repeat,
@@ -72,10 +80,12 @@ def schedule(uses: Sequence[Use], *, skip_optional: bool) -> Iterable[tuple[Use,
     yield from ((use, 0) for use in kept[first:] if not use.in_loop)
 
 
-def _on_device(holds: Mapping[str, Hold], present: Mapping[str, int], use: Use) -> tuple[str, ...]:
+def _on_device(
+    holds: Mapping[str, Hold], beside: Mapping[str, int], present: Mapping[str, int], use: Use
+) -> tuple[str, ...]:
     stage = holds[use.component].freed
     return tuple(
         name
         for name, hold in holds.items()
-        if name == use.component or name in present or (hold.idle_bytes and hold.freed == stage)
+        if name == use.component or name in present or (beside[name] and hold.freed == stage)
     )

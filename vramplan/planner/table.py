@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vramplan.hardware.types import Budget
-from vramplan.planner.candidates import CandidatePool
 from vramplan.planner.demand import ComponentPrice, Pricer
 from vramplan.planner.loading import Load
 from vramplan.planner.order import Prefer, order, rounded
+from vramplan.planner.pool import CandidatePool
 from vramplan.strategies import Decode, Placement
 from vramplan.strategies.base import QUALITIES
 from vramplan.strategies.resident import Resident
@@ -124,12 +124,17 @@ def _stages(columns: Sequence[_Column]) -> list[list[_Column]]:
 
 
 def _vram(stage: Sequence[_Column]) -> Array:
-    """Return the reserved memory while these run: all idle weights, and the largest extra of one component."""
-    used = [column for column in stage if column.prices[0].extra_bytes is not None]
+    """Return the reserved memory while these run, outside of the denoising loop and within it: the weights of all that
+    are there anyway, and the largest extra of one component."""
+    return _largest(_vram_of(stage, in_loop=in_loop) for in_loop in (False, True))
+
+
+def _vram_of(stage: Sequence[_Column], *, in_loop: bool) -> Array:
+    used = [column for column in stage if column.prices[0].extra_bytes[in_loop] is not None]
     if not used:
         return _ZERO
-    idle = _sum(column.of_prices(lambda price: price.hold.idle_bytes) for column in stage)
-    return idle + _largest(column.of_prices(lambda price: price.extra_bytes or 0) for column in used)
+    beside = _sum(column.of_prices(lambda price: price.beside_bytes[in_loop]) for column in stage)
+    return beside + _largest(column.of_prices(lambda price: price.extra_bytes[in_loop] or 0) for column in used)
 
 
 def _ram(stages: Sequence[Sequence[_Column]], *, loaded: bool) -> Array:

@@ -26,7 +26,8 @@ def copies_in(hold: Hold, size: int, rates: Rates) -> float:
     """Weights copied to the device: from pageable memory, or from pinned memory at the link's rate or a stream's."""
     if hold.pageable:
         return size / rates.from_pageable_bytes_per_s
-    return size / (rates.link_bytes_per_s * hold.rate * (rates.stream_share if hold.overlapped else 1.0))
+    share = rates.flat_share if hold.flat else rates.stream_share if hold.overlapped else 1.0
+    return size / (rates.link_bytes_per_s * hold.rate * share)
 
 
 def copies_back(hold: Hold, size: int, rates: Rates) -> float:
@@ -39,6 +40,16 @@ def copies_around(size: float, rates: Rates) -> float:
     return size / 2 / rates.from_pageable_bytes_per_s + size / 2 / rates.back_bytes_per_s
 
 
+def gathered(hold: Hold, size: int, rates: Rates) -> float:
+    """Streamed weights that are not page-locked, from the model's files or from pageable memory."""
+    return file_reads(size, rates) if hold.from_file else size / rates.from_pageable_bytes_per_s
+
+
+def entering(hold: Hold, rates: Rates) -> float:
+    """The weights that stay while a component's phase lasts, copied when it begins."""
+    return copies_in(hold, hold.entry_bytes, rates) + gathered(hold, hold.entry_gathered_bytes, rates)
+
+
 def file_reads(size: int, rates: Rates) -> float:
     """Weights read from files."""
     return size / rates.disk_bytes_per_s
@@ -47,6 +58,7 @@ def file_reads(size: int, rates: Rates) -> float:
 def moving(hold: Hold, forwards: float, rates: Rates) -> float:
     """The weights that a component moves on each of its forwards."""
     each = file_reads(hold.disk_bytes, rates) + copies_in(hold, hold.moved_in_bytes, rates)
+    each += gathered(hold, hold.gathered_bytes, rates)
     return forwards * (each + copies_back(hold, hold.moved_out_bytes, rates) + copies_around(hold.waited_bytes, rates))
 
 

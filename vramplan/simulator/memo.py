@@ -21,6 +21,8 @@ from vramplan.simulator.engine import Engine
 from vramplan.simulator.ledger import AllocateEvent, Block, Cost, MoveEvent, Recorder
 from vramplan.simulator.shapes import label_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
+from vramplan.streaming.attach import APPLY, ATTACHED, After, Before
+from vramplan.streaming.cache import Other
 
 # Attempts to record a forward: the first may fail because of state that it sets up once.
 _MAX_TRIES = 2
@@ -32,6 +34,8 @@ _NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
     "_old_forward",
     "_hf_hook",
     "_diffusers_hook",
+    APPLY,
+    ATTACHED,
     *_BLENDS,
 }
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
@@ -240,7 +244,8 @@ class Memo:
 def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
     """The classes and attributes of a module and its submodules, without tensors."""
     own = vars(module)
-    if module._forward_hooks or module._forward_pre_hooks:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(not (outermost and isinstance(hook, Before | After | Other)) for hook in hooks):
         raise _NotComparableError
     if not outermost and ("_hf_hook" in own or "_diffusers_hook" in own):
         raise _NotComparableError

@@ -15,6 +15,7 @@ from vramplan.errors import VramplanError
 from vramplan.pipeline.build import build_weightless, component_class, weightless_copy
 from vramplan.pipeline.dtypes import cast_as_loaded
 from vramplan.pipeline.modules import modules_of
+from vramplan.pipeline.own_class import plain_class
 from vramplan.pipeline.quantization import quantization_of
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.shapes import CPU
@@ -65,7 +66,7 @@ def parts_from_live(pipe: Any) -> Parts:
         for name, value in dict(pipe.config).items()
         if name not in pipe.components and not name.startswith("_")
     }
-    return Parts(cls=type(pipe), modules=modules, others=settings | others)
+    return Parts(cls=plain_class(pipe), modules=modules, others=settings | others)
 
 
 def parts_from_profile(name: str, dtypes: Mapping[str, str] | None = None) -> Parts:

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,9 @@ from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops, attention_kind
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.shapes import normalize_device
+from vramplan.simulator.streams import SimulatedBackend
 from vramplan.simulator.tensor import SimTensor
+from vramplan.streaming import backend as streaming
 
 
 class SimStream:
@@ -115,6 +118,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, stand_in in (
             *_stream_stand_ins(backend),
+            (streaming, "backend_for", partial(SimulatedBackend, engine)),
             (pipeline_utils, "empty_device_cache", empty_cache),
             (accelerate.hooks, "clear_device_cache", empty_cache),
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),

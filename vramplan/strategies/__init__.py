@@ -24,11 +24,13 @@ from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.torchao import Torchao
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
+from vramplan.strategies.weight_streaming import WeightStreaming
 
 WEIGHTS: tuple[type[Weights], ...] = (LayerwiseCasting, Torchao, Bitsandbytes, Gguf)
 PLACEMENTS: tuple[type[Placement], ...] = (
     Resident,
     ModelCpuOffload,
+    WeightStreaming,
     PartialResidency,
     GroupOffload,
     EncodeFirst,

@@ -44,6 +44,11 @@ class Hold:
     `rate` is the share of the link's page-locked rate that transfers reach, `pageable` that they are from pageable
     memory and back. `read_bytes` are read from the model's files for each call: all other values then hold only while
     the prompt is encoded, before components without `read_bytes` are loaded.
+
+    Streamed weights only: `loop_bytes` are on the device while another component of the denoising loop runs;
+    `gathered_bytes` come to the device on each forward in addition, from pageable memory or, if `from_file`, from the
+    model's own files; `entry_bytes` and `entry_gathered_bytes` do so once when the component's phase begins. `flat`
+    ones are copied a block at a time, not tensor by tensor.
     """
 
     running_bytes: int
@@ -63,11 +68,21 @@ class Hold:
     pageable: bool = False
     unhidden: float = UNHIDDEN["block"]
     read_bytes: int = 0
+    loop_bytes: int | None = None
+    gathered_bytes: int = 0
+    entry_bytes: int = 0
+    entry_gathered_bytes: int = 0
+    from_file: bool = False
+    flat: bool = False
 
     @property
     def freed(self) -> bool:
         """Whether the component is dropped once the prompt is encoded."""
         return self.read_bytes > 0
+
+    def bytes_beside(self, *, in_loop: bool) -> int:
+        """The bytes on the device while another component runs, one that is `in_loop` as this one or not."""
+        return self.idle_bytes if self.loop_bytes is None or not in_loop else self.loop_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

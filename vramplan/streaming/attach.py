@@ -16,6 +16,7 @@ from vramplan.pipeline.component import role_of
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
+from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
 from vramplan.streaming.cache import Cache, Member, refuse_training
 from vramplan.streaming.division import divide
@@ -80,6 +81,9 @@ def join(pipe: Any) -> None:
     for stream in streams[1:]:
         if stream.cache is not first:
             stream.move_to(first)
+    for name, module in modules_of(pipe).items():
+        if stream_of(module) is None and not runs_in_loop(name, module):
+            first.watch(module, [module, *_entries(module, set())])
     for part in pipes_of(pipe):
         _own_call(part, streams[0].device)
 
@@ -95,6 +99,16 @@ def running(pipe: Any) -> AbstractContextManager[None]:
 def _streams(pipe: Any) -> list[Stream]:
     found = (stream_of(module) for module in modules_of(pipe).values())
     return list({id(stream): stream for stream in found if stream is not None}.values())
+
+
+def runs_in_loop(name: str, module: torch.nn.Module) -> bool:
+    """Whether the component runs in every step of denoising."""
+    return _role(name, module) in ("denoiser", "control")
+
+
+def _role(name: str, module: torch.nn.Module) -> Role:
+    cls = plain_class(module)
+    return role_of(name, cls.__module__.split(".")[0], cls.__name__)
 
 
 class Stream:
@@ -115,9 +129,8 @@ class Stream:
 
     def attach(self) -> None:
         """Divide the module, move what is kept, page-lock what is to be, and set the hooks."""
-        role = role_of(self.name, type(self.module).__module__.split(".")[0], plain_class(self.module).__name__)
         # a VAE is called by its methods, piece by piece in tiles: its weights come and go as a whole
-        units = [] if role == "vae" else units_of(self.module)
+        units = [] if _role(self.name, self.module) == "vae" else units_of(self.module)
         numbers = self.numbers
         division = divide([module_bytes(unit) for unit in units], streamed=numbers["streamed"], keep=numbers["keep"])
         own, outside = _split(self.module, units)
@@ -135,7 +148,7 @@ class Stream:
             rest,
             list(blocks.values()),
             [blocks[place] for place in division.streamed],
-            in_loop=role in ("denoiser", "control"),
+            in_loop=runs_in_loop(self.name, self.module),
         )
         self.cache.members.append(self.member)
         if numbers["locked"]:  # the weights outside of blocks first: every forward needs them

@@ -16,7 +16,7 @@ from vramplan.units import MIB
 
 # Copies from pageable memory and files pass through this many page-locked buffers of this size: large enough for the
 # full rate of a link, small enough to be forgotten. Assumed.
-_STAGES, _STAGE_BYTES = 4, 32 * MIB
+STAGES, STAGE_BYTES = 4, 32 * MIB
 
 
 class Backend(Protocol):
@@ -110,14 +110,14 @@ class TorchBackend:
                 read_ahead(tensor)
             for offset, tensor in parts:
                 data = flat_bytes(tensor)
-                for start in range(0, data.numel(), _STAGE_BYTES):
-                    piece = data[start : start + _STAGE_BYTES]
+                for start in range(0, data.numel(), STAGE_BYTES):
+                    piece = data[start : start + STAGE_BYTES]
                     self._through_stage(buffer[offset + start : offset + start + piece.numel()], piece)
         return self._side.record_event()
 
     def _through_stage(self, target: torch.Tensor, piece: torch.Tensor) -> None:
-        if len(self._stages) < _STAGES:
-            stage = torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+        if len(self._stages) < STAGES:
+            stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
         else:
             stage, used = self._stages.pop(0)
             if used is not None:

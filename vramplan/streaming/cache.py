@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,6 +82,24 @@ class Member:
                 return
 
 
+class Other:
+    """A hook before the forward of a component outside of the cache. Copies have one without a cache."""
+
+    __slots__ = ("cache",)
+
+    def __init__(self, cache: Cache | None) -> None:
+        self.cache = cache
+
+    def __call__(self, module: torch.nn.Module, given: Any) -> None:
+        """Take all blocks off the device."""
+        if self.cache is not None:
+            self.cache.others_run()
+
+    def __reduce__(self) -> Any:
+        """Without the cache, for pickle and `deepcopy`."""
+        return Other, (None,)
+
+
 class Cache:
     """The weights of several components on one device. One call at a time may use it: `call` makes another wait."""
 
@@ -89,6 +108,7 @@ class Cache:
         self.members: list[Member] = []
         self.notes: list[str] = []
         self._running: Member | None = None
+        self._watched: dict[torch.nn.Module, list[Any]] = {}
         self._lock = threading.RLock()
         self._calls = 0
 
@@ -112,6 +132,18 @@ class Cache:
         for member in self.members:
             self._drop(member)
         self._running = None
+
+    def watch(self, module: torch.nn.Module, entries: Iterable[torch.nn.Module]) -> None:
+        """Take all blocks off the device when a component outside of the cache runs, by one of these modules of it."""
+        if module not in self._watched:
+            self._watched[module] = [entry.register_forward_pre_hook(Other(self)) for entry in entries]
+
+    def others_run(self) -> None:
+        """Let a component outside of the cache run."""
+        if self._running is not None:
+            self._running = None
+            for member in self.members:
+                self._drop(member)
 
     # ---- blocks
 
@@ -144,6 +176,10 @@ class Cache:
         if member in self.members:
             self.members.remove(member)
         self._running = None
+        if not self.members:
+            for handle in chain.from_iterable(self._watched.values()):
+                handle.remove()
+            self._watched.clear()
 
     def take_off(self, block: Block) -> None:
         """Take one block off the device."""

@@ -1,0 +1,164 @@
+"""The candidates of weight streaming: how many blocks of each component are kept, cached and streamed, and page-locked.
+
+The table of their prices is solved exactly: every number of streamed blocks of the denoiser that saves memory, with
+numbers of kept and page-locked ones at levels that are as fine as the size of the table allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, combinations
+from math import prod
+
+from vramplan.pipeline.types import Component, PipelineSpec
+from vramplan.planner.fixed import Fixed
+from vramplan.planner.pool import CandidatePool, ComponentPlacements
+from vramplan.strategies.base import Placement
+from vramplan.strategies.resident import Resident
+from vramplan.strategies.weight_streaming import LEAST_STREAMED, WeightStreaming, streaming_sizes
+from vramplan.streaming.division import divide, slot_bytes, spread_evenly, worth_streaming
+from vramplan.units import MIB
+
+# The most candidates of the table: some 20 arrays of that length take a quarter of a gigabyte and half a second.
+_MOST = 1_000_000
+# Numbers of levels, tried in turn until the table is small enough.
+_FINENESS = (64, 12, 6, 3, 2)
+# RAM beside the weights: buffers that copies pass through, and rounding of page-locked chunks.
+_BESIDE = 192 * MIB
+
+Allowed = Callable[[Component, Placement], bool]
+
+
+def streaming_pool(
+    spec: PipelineSpec, fixed: Fixed, allowed: Allowed, denoisers: Sequence[Component], ram_bytes: int | None
+) -> CandidatePool | None:
+    """Return all candidates with streamed weights, None if there are none. `ram_bytes` may be used, None for plenty."""
+    if fixed.everywhere is not None and not isinstance(fixed.everywhere, WeightStreaming):
+        return None
+    streamable = {
+        component.name: component
+        for component in spec.components
+        if _is_open(component, fixed) and allowed(component, WeightStreaming())
+    }
+    settled = {component.name: _settled(component, fixed, allowed) for component in spec.components}
+    if not any(streamable) and not any(isinstance(s, WeightStreaming) for several in settled.values() for s in several):
+        return None
+    levels = _ram_levels(list(streamable.values()), denoisers, ram_bytes)
+    axes: list[tuple[ComponentPlacements, ...]] = []
+    for fineness in _FINENESS:
+        axes = []
+        for group in _groups(spec, denoisers):
+            first = group[0]
+            found = list(settled[first.name])
+            if first.name in streamable:
+                found += _options(first, fineness, levels, leading=first.name == denoisers[0].name)
+            axes.append(tuple({member.name: setting for member in group} for setting in dict.fromkeys(found)))
+        if prod(map(len, axes)) <= _MOST:
+            break
+    return CandidatePool(axes=tuple(axes)) if all(axes) else None
+
+
+def _is_open(component: Component, fixed: Fixed) -> bool:
+    """Whether the planner chooses the numbers: nothing is fixed, or weight streaming without numbers."""
+    given = fixed.placement.get(component.name, fixed.everywhere)
+    return given is None or given == WeightStreaming()
+
+
+def _settled(component: Component, fixed: Fixed, allowed: Allowed) -> list[Placement]:
+    """The placements beside open streaming: the fixed one, or resident."""
+    given = fixed.placement.get(component.name)
+    wanted: Placement = Resident() if given is None else given
+    if given == WeightStreaming() or (given is None and fixed.everywhere is not None):
+        return []
+    return [wanted] if not wanted.freed and allowed(component, wanted) else []
+
+
+def _groups(spec: PipelineSpec, denoisers: Sequence[Component]) -> list[list[Component]]:
+    """Each component for itself, but denoisers of equal blocks together, the first denoiser first."""
+    found: list[list[Component]] = []
+    others = [component for component in spec.components if component not in denoisers]
+    for component in (*denoisers, *others):
+        same = [
+            group for group in found if component in denoisers and group[0].geometry.units == component.geometry.units
+        ]
+        if same:
+            same[0].append(component)
+        else:
+            found.append([component])
+    return found
+
+
+def _options(
+    component: Component, fineness: int, levels: Sequence[int | None], *, leading: bool
+) -> Iterable[WeightStreaming]:
+    """The settings of one component; those of the leading denoiser with every useful number of streamed blocks.
+
+    What runs once in a call passes through, or stays for its phase; keeping some of its blocks saves copying those.
+    """
+    sizes, counts = streaming_sizes(component), _stream_counts(streaming_sizes(component))
+    if component.role in ("denoiser", "control"):
+        counts = counts if leading else _spread(counts, fineness)
+        pairs = [(count, keep) for count in counts for keep in _spread(range(len(sizes) - count + 1), fineness)]
+    else:
+        keeps = _spread(range(max(0, counts[-1] - LEAST_STREAMED) + 1), fineness)
+        pairs = [(0, 0), *((counts[-1] - keep, keep) for keep in keeps if counts[-1])]
+    for count, keep in pairs:
+        if count or keep < len(sizes) or not sizes:  # else it is resident
+            for locked in _locked(component, sizes, count, keep, levels):
+                yield WeightStreaming(streamed=count, keep=keep, locked=locked)
+
+
+def _stream_counts(sizes: Sequence[int]) -> list[int]:
+    """The numbers of streamed blocks worth trying, from none on: each saves more memory than those before.
+
+    If blocks differ in size, streaming more of them may save less, or move more for the same: those are left out.
+    """
+    found = [(0, 0, 0)]
+    for count in range(LEAST_STREAMED, len(worth_streaming(sizes)) + 1):
+        chosen = spread_evenly(sizes, count)
+        moved = sum(sizes[place] for place in chosen)
+        found.append((moved - slot_bytes(sizes, chosen), -moved, -count))
+    counts, least = [], None
+    for saved, moved, count in sorted(found, reverse=True):
+        if saved >= 0 and (least is None or moved > least):
+            counts.append(-count)
+            least = moved
+    return counts[::-1]
+
+
+def _locked(
+    component: Component, sizes: Sequence[int], streamed: int, keep: int, levels: Sequence[int | None]
+) -> list[int]:
+    """The numbers of page-locked blocks worth trying: all, and as many as fit into each level of RAM."""
+    if not sizes:
+        return [1, 0] if None not in levels or len(levels) > 1 else [1]
+    division = divide(sizes, streamed=streamed, keep=keep)
+    rest = 0 if keep else component.weight_bytes - sum(sizes)
+    needs = [0, *accumulate((sizes[place] for place in division.by_need), initial=rest)]
+    found = {max(1, len(division.by_need)) if level is None else _fitting(needs, level) for level in levels}
+    return sorted(found, reverse=True)
+
+
+def _fitting(needs: Sequence[int], level: int) -> int:
+    """How many blocks fit into so many bytes, by their running totals; the weights outside of them come first."""
+    return max((number for number, need in enumerate(needs[1:]) if need <= level), default=0)
+
+
+def _ram_levels(
+    components: Sequence[Component], denoisers: Sequence[Component], ram_bytes: int | None
+) -> list[int | None]:
+    """The amounts of RAM to lock a component's weights in: all that is needed (None), or what others leave of it."""
+    needed = sum(component.weight_bytes for component in components)
+    if ram_bytes is None or needed + _BESIDE <= ram_bytes:
+        return [None]
+    others = [component.weight_bytes for component in components if component not in denoisers]
+    taken = {sum(chosen) for count in range(len(others) + 1) for chosen in combinations(others, count)}
+    left = sorted({max(0, ram_bytes - _BESIDE - size) for size in taken}, reverse=True)
+    return [None, *dict.fromkeys([*left, *(size * 3 // 4 for size in left[:1]), *(size // 2 for size in left[:1]), 0])]
+
+
+def _spread(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of the values, spread evenly, both ends included."""
+    if len(values) <= most:
+        return list(values)
+    return [values[number * (len(values) - 1) // (most - 1)] for number in range(most)]
