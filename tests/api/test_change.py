@@ -31,9 +31,8 @@ PLACEMENTS = {
     "model": "model_cpu_offload",
     "leaf": "group_offload:type=leaf",
     "block": "group_offload:blocks=1",
-    "partial": "partial_residency:streamed=3",
+    "streaming": "weight_streaming:streamed=3,keep=1,locked=2",
     "disk": "group_offload:disk=true",
-    "partial disk": "partial_residency:streamed=3,disk=true",
 }
 
 

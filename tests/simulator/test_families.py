@@ -28,14 +28,15 @@ from vramplan.simulator.memo import Memo
 from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.run import call_inputs
 from vramplan.simulator.types import Simulation
-from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.settings import grouped, parse_placement
+from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
+from vramplan.streaming.division import worth_streaming
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)
 OFFLOADS = (
     "model_cpu_offload",
-    "partial_residency",
+    "weight_streaming",
     "sequential_cpu_offload",
     "group_offload",
     "group_offload:type=leaf,stream=true",
@@ -81,7 +82,7 @@ def test_offload_does_the_same_with_less(name: str, placement: str) -> None:
 
 
 @pytest.mark.diagonal("name", "placement")
-@pytest.mark.parametrize("placement", ["resident", "partial_residency"])
+@pytest.mark.parametrize("placement", ["resident", "weight_streaming"])
 def test_played_back_or_not_makes_no_difference(name: str, placement: str) -> None:
     played = simulated(name, placement)
     with patch.object(Memo, "attach", lambda *_: None):
@@ -114,8 +115,9 @@ def simulated(name: str, placement: str) -> Simulation | str:
     pipe = make_family(name)
     spec, setting = spec_from_pipeline(pipe), parse_placement(placement)
     wanted = {component.name: setting.complete(component) for component in spec.components}
-    if isinstance(setting, PartialResidency):  # as many blocks streamed as can be
-        wanted = {c.name: next(iter(PartialResidency.variants(c)), setting) for c in spec.components}
+    if isinstance(setting, WeightStreaming):  # as many blocks streamed as can be
+        most = {c.name: len(worth_streaming(streaming_sizes(c))) for c in spec.components}
+        wanted = {name: replace(setting, streamed=count if count > 2 else 0, locked=1) for name, count in most.items()}
     refused = {c.name: reason for c in spec.components if (reason := wanted[c.name].refusal(c, spec, CARD))}
     if refused and (setting.whole_pipeline or len(refused) == len(wanted)):
         return "; ".join(refused.values())

@@ -21,7 +21,6 @@ from tests.support.calls import call_kwargs, output_tensor
 from tests.support.specs import GIB, budget, card, component, pipeline, text_to_image
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.describe import describe
-from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import parse_fixed
@@ -29,8 +28,8 @@ from vramplan.planner.footprint import AssumedFootprint
 from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies import disk
 from vramplan.strategies.group_offload import GroupOffload
-from vramplan.strategies.partial_residency import PartialResidency, spread_evenly
 from vramplan.strategies.settings import grouped, parse_placement
+from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.workload import Workload, make_workload
 
 SMALL = ("sd15-small", "sdxl-small", "flux-small", "cogvideox-small")
@@ -74,25 +73,18 @@ def whole(part: Any) -> Any:
     return GroupOffload(disk=True).complete(part)
 
 
-def some(part: Any) -> Any:
-    """Every second block, at least as many as can be."""
-    return PartialResidency(streamed=max(2, len(part.geometry.units) // 2), disk=True)
-
-
 @pytest.mark.usefixtures("_in_memory")
-@pytest.mark.parametrize("make", [whole, some])
 @pytest.mark.parametrize("kind", SMALL)
-def test_pictures_are_the_same_and_weights_come_back(kind: str, make: Any, folder: Path) -> None:
+def test_pictures_are_the_same_and_weights_come_back(kind: str, folder: Path) -> None:
     pipe = small(kind)
     plain, before = output_tensor(pipe(**call_kwargs(kind))), weights(pipe)
     spec = describe(pipe).spec
-    able = {c.name: make(c) for c in spec.components if c.role != "vae"}
+    able = {c.name: whole(c) for c in spec.components if c.role != "vae"}
     able = {n: setting for n, setting in able.items() if setting.refusal(spec.component(n), spec, card()) is None}
     assert able.keys() >= {c.name for c in spec.components if c.role == "denoiser"}
     for name, setting in able.items():
         setting.apply(pipe, [name], "cpu")
-    written = sum(1 for _ in folder.rglob("*.safetensors"))
-    assert written > len(able) if make is whole else written == sum(setting.streamed for setting in able.values())
+    assert sum(1 for _ in folder.rglob("*.safetensors")) > len(able)
     for _ in range(2):
         assert torch.equal(output_tensor(pipe(**call_kwargs(kind))), plain)
     for name, setting in able.items():
@@ -100,18 +92,6 @@ def test_pictures_are_the_same_and_weights_come_back(kind: str, make: Any, folde
     assert same(before, weights(pipe))
     assert list(folder.iterdir()) == []
     assert torch.equal(output_tensor(pipe(**call_kwargs(kind))), plain)
-
-
-def test_only_the_streamed_blocks_need_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = small("flux-small")
-    blocks = [module_bytes(block) for block in units_of(pipe.transformer)]
-    room = disk.DISK_LEFT_FREE + sum(blocks[place] for place in spread_evenly(blocks, 2))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
-    setting = PartialResidency(streamed=2, disk=True)
-    setting.apply(pipe, ["transformer"], "cpu")
-    setting.remove(pipe, ["transformer"])
-    with pytest.raises(VramplanError, match="needed to offload transformer; set VRAMPLAN_OFFLOAD"):
-        PartialResidency(streamed=3, disk=True).apply(pipe, ["transformer"], "cpu")
 
 
 def test_a_component_that_goes_takes_its_files_with_it(folder: Path) -> None:
@@ -182,13 +162,11 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path, monkeypa
         pass
 
 
-@pytest.mark.parametrize(("make", "writes"), [(whole, 0), (whole, 1), (whole, 3), (some, 0), (some, 1)])
-def test_a_disk_that_fails_half_way_loses_nothing(
-    make: Any, writes: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("writes", [0, 1, 3])
+def test_a_disk_that_fails_half_way_loses_nothing(writes: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = small("flux-small")
     plain, before = output_tensor(pipe(**call_kwargs("flux-small"))), weights(pipe)
-    setting = make(describe(pipe).spec.component("text_encoder_2"))
+    setting = whole(describe(pipe).spec.component("text_encoder_2"))
     left = [writes]
     real = safetensors.torch.save_file
 
@@ -225,7 +203,8 @@ def test_the_simulation_keeps_weights_out_of_ram_and_writes_nothing(folder: Path
     assert not folder.exists()
 
 
-def test_disk_is_taken_where_ram_does_not_suffice() -> None:
+def test_files_of_its_own_are_never_needed_where_the_weights_are_files() -> None:
+    """Little RAM: an encoder is streamed from the files it is loaded from, with nothing written beside them."""
     spec = pipeline(
         component("text_encoder", 9 * GIB, role="text_encoder", blocks=24),
         component("transformer", 6 * GIB, blocks=16),
@@ -241,13 +220,9 @@ def test_disk_is_taken_where_ram_does_not_suffice() -> None:
 
     assert chosen(64 * GIB).demand.disk_bytes == 0
     tight = chosen(6 * GIB)
-    encoder = tight.placement["text_encoder"]
-    assert isinstance(encoder, PartialResidency)
-    assert encoder.disk
-    assert 0 < tight.demand.disk_bytes < 9 * GIB  # as many of its blocks stay as there is room for
-    assert tight.demand.vram_reserved_bytes > 7.5 * GIB
-    room = tight.demand.disk_bytes
-    assert chosen(6 * GIB, room=room).demand == tight.demand
+    assert isinstance(tight.placement["text_encoder"], WeightStreaming)
+    assert tight.demand.disk_bytes == 0
+    assert tight.demand.ram_bytes <= 6 * GIB
     with pytest.raises(NothingFitsError, match=r"of disk, 8\.00 GiB may be used"):
         chosen(6 * GIB, room=8 * GIB, text_encoder="group_offload:disk=true")
 

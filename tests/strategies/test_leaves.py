@@ -22,7 +22,7 @@ from vramplan.strategies.framewise_decoding import FramewiseDecoding
 
 # The containers of a module, whose contents belong to the strategy's tensors and not to its attributes.
 CONTENTS = {"_parameters", "_buffers", "_modules"}
-OPTIONS = {"partial_residency": {"streamed": 1}, "group_offload": {"type": "leaf"}, "encode_first": {"leaf": True}}
+OPTIONS = {"group_offload": {"type": "leaf"}, "encode_first": {"leaf": True}}
 SETTLED = [cls for cls in REGISTRY if cls not in EXECUTIONS and not isinstance(cls(), AtLoad)]  # kernels are objects
 
 

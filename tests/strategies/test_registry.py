@@ -57,7 +57,7 @@ def test_names_are_unique_and_diffusers_own() -> None:
         "gguf",
         "resident",
         "model_cpu_offload",
-        "partial_residency",
+        "weight_streaming",
         "group_offload",
         "encode_first",
         "sequential_cpu_offload",

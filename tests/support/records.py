@@ -34,7 +34,7 @@ def call(number: int = 0, share: float = 0.0, **changes: Any) -> CallRecord:
         "driver": CARD.driver,
         "versions": dict(versions()),
         "pipeline": "SomePipeline",
-        "settings": f"transformer: partial_residency:streamed={number}",
+        "settings": f"transformer: weight_streaming:streamed={number}",
         "shape": "1024 x 1024",
         "basis": "simulated",
         "projected": took(),

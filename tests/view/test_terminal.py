@@ -199,5 +199,5 @@ def test_a_notebook_shows_the_same_words(shown_value: Plan | Simulation | Hardwa
     assert html.startswith("<pre")
     views = {Simulation: "simulate", Hardware: "detect"}
     words = {Simulation: "kept by torch 1.75 GiB", Hardware: "made-up card"}
-    assert words.get(type(shown_value), "partial_residency") in html
+    assert words.get(type(shown_value), "weight_streaming") in html
     assert as_html(VIEWS[views.get(type(shown_value), "plan")]).startswith("<pre")

@@ -10,7 +10,7 @@ from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.fixed import Fixed, by_component
-from vramplan.planner.other_components import ladders_of, other_placements
+from vramplan.planner.other_components import other_placements
 from vramplan.planner.pool import CandidatePool, ComponentPlacements
 from vramplan.planner.streaming import streaming_pool
 from vramplan.strategies import AXES, DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
@@ -167,10 +167,10 @@ def _mixed(
     pools = other_placements([(component, options(component)) for component in others], spec)
     pools = [axes for axes in pools if all(axes)]  # a component without any possible placement leaves no candidate
     choices = {component.name: options(component) for component in denoisers}
-    for leading in ladders_of(choices[denoisers[0].name]):
-        rungs = [placed for setting in leading if (placed := _all_denoisers(setting, choices)) is not None]
-        if rungs:
-            yield [CandidatePool(axes=(tuple(rungs), *axes)) for axes in pools]
+    for setting in choices[denoisers[0].name]:
+        placed = _all_denoisers(setting, choices)
+        if placed is not None:
+            yield [CandidatePool(axes=((placed,), *axes)) for axes in pools]
 
 
 def _denoisers(spec: PipelineSpec) -> list[Component]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from math import prod
 
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -18,8 +17,6 @@ Axes = tuple[tuple[dict[str, Placement], ...], ...]
 
 # The most combinations per setting of the denoiser: with some 100 of those, arrays take a few megabytes.
 MOST_COMBINATIONS = 4096
-# Lengths to which ladders are thinned in turn, if there are more combinations.
-_FEWER_RUNGS = (8, 3)
 
 
 def other_placements(wanted: ComponentChoices, spec: PipelineSpec) -> list[Axes]:
@@ -48,17 +45,6 @@ def _encoding_first(wanted: ComponentChoices) -> Iterable[ComponentChoices]:
             ]
 
 
-def ladders_of(settings: Sequence[Placement]) -> list[PlacementList]:
-    """Group neighbouring settings of one ladder; every other setting is a group of one."""
-    found: list[PlacementList] = []
-    for setting in settings:
-        if setting.ladder and found and found[-1][0].ladder == setting.ladder:
-            found[-1].append(setting)
-        else:
-            found.append([setting])
-    return found
-
-
 def _undominated(component: Component, spec: PipelineSpec, settings: Sequence[Placement]) -> PlacementList:
     """Return the settings that no other dominates in device memory, RAM, disk, and transfer time.
 
@@ -84,25 +70,13 @@ def _costs(hold: Hold) -> tuple[float, ...]:
 
 
 def _thinned(choices: ComponentChoices) -> list[PlacementList]:
-    """Thin to `MOST_COMBINATIONS`, the lightest components first: their ladders, then all but the two ends."""
+    """Thin to `MOST_COMBINATIONS`: the lightest components first, to the two ends of their settings."""
     kept = [settings for _, settings in choices]
-    lightest = sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes)
-    steps: list[Callable[[PlacementList], PlacementList]] = [partial(_fewer_rungs, most=most) for most in _FEWER_RUNGS]
-    for thin in (*steps, _ends):
-        for place in lightest:
-            if prod(map(len, kept)) <= MOST_COMBINATIONS:
-                return kept
-            kept[place] = thin(kept[place])
+    for place in sorted(range(len(choices)), key=lambda place: choices[place][0].weight_bytes):
+        if prod(map(len, kept)) <= MOST_COMBINATIONS:
+            break
+        kept[place] = _ends(kept[place])
     return kept
-
-
-def _fewer_rungs(settings: PlacementList, most: int) -> PlacementList:
-    """Thin each ladder to at most `most` rungs: the middles of as many equal parts."""
-    kept = (
-        [rungs[(2 * part + 1) * len(rungs) // (2 * most)] for part in range(most)] if len(rungs) > most else rungs
-        for rungs in ladders_of(settings)
-    )
-    return [rung for rungs in kept for rung in rungs]
 
 
 def _ends(settings: PlacementList) -> PlacementList:

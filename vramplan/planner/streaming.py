@@ -19,8 +19,8 @@ from vramplan.strategies.weight_streaming import LEAST_STREAMED, WeightStreaming
 from vramplan.streaming.division import divide, slot_bytes, spread_evenly, worth_streaming
 from vramplan.units import MIB
 
-# The most candidates of the table: some 20 arrays of that length take a quarter of a gigabyte and half a second.
-_MOST = 1_000_000
+# The most candidates of the table: some 20 arrays of that length take 30 MB and a tenth of a second.
+_MOST = 200_000
 # Numbers of levels, tried in turn until the table is small enough.
 _FINENESS = (64, 12, 6, 3, 2)
 # RAM beside the weights: buffers that copies pass through, and rounding of page-locked chunks.

@@ -18,7 +18,6 @@ from vramplan.strategies.gguf import Gguf
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
-from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.torchao import Torchao
@@ -31,7 +30,6 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     Resident,
     ModelCpuOffload,
     WeightStreaming,
-    PartialResidency,
     GroupOffload,
     EncodeFirst,
     SequentialCpuOffload,

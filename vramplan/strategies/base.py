@@ -119,13 +119,9 @@ class Placement(Protocol):
     def direct(self) -> bool:
         """Whether weights can be loaded straight to the device."""
 
-    @property
-    def ladder(self) -> str:
-        """The ladder of the setting: a higher rung takes more memory and less time. Empty without one."""
-
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Return the settings worth trying on this component, the rungs of a ladder from lowest to highest."""
+        """Return the settings worth trying on this component."""
 
     def complete(self, component: Component) -> Self:
         """Return the setting with open options filled in from the component."""
@@ -373,14 +369,9 @@ def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
 
 
 class WithoutOptions:
-    """Base of a placement without ladder or open options, by default with one variant."""
+    """Base of a placement without open options, by default with one variant."""
 
     __slots__ = ()
-
-    @property
-    def ladder(self) -> str:
-        """Empty: the placement has no ladder."""
-        return ""
 
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:

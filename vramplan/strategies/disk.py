@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,8 @@ _PREFIX = "vramplan-"
 
 
 @contextmanager
-def own_folder(module: torch.nn.Module, name: str, pieces: Sequence[torch.nn.Module] | None = None) -> Iterator[Path]:
-    """Make a directory for the weights of the module, or of `pieces` of it, until the module or the process ends.
+def own_folder(module: torch.nn.Module, name: str) -> Iterator[Path]:
+    """Make a directory for the weights of the module, until the module or the process ends.
 
     If the block fails, weights in files are read back, and the directory is removed at once.
 
@@ -48,7 +48,7 @@ def own_folder(module: torch.nn.Module, name: str, pieces: Sequence[torch.nn.Mod
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent)
-        written = sum(map(module_bytes, [module] if pieces is None else pieces))
+        written = module_bytes(module)
         free, needed = shutil.disk_usage(parent).free, written + DISK_LEFT_FREE
         if free < needed:
             raise VramplanError(

@@ -47,11 +47,6 @@ class GroupOffload:
     disk: bool = False
     within: str = ""
 
-    @property
-    def ladder(self) -> str:
-        """Empty: the placement has no ladder."""
-        return ""
-
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
         """Settings worth trying, with streams except for a VAE: page-locked memory is copied twice as fast."""

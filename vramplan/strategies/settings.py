@@ -15,6 +15,9 @@ from vramplan.errors import UsageError
 from vramplan.strategies import AXES, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import Axis, FileName
 
+# Strategies that plans of earlier versions name, and what took their place.
+REPLACED = {"partial_residency": "weight_streaming"}
+
 
 def format_setting(setting: Weights | Placement | Decode | Execution) -> str:
     """Format a setting as text, without options at their default."""
@@ -31,6 +34,10 @@ def parse_setting(axis: Axis, text: str) -> Any:
     known = {cls.name: cls for cls in AXES[axis].strategies}
     name, _, rest = text.partition(":")
     cls = known.get(name.strip())
+    if cls is None and name.strip() in REPLACED:
+        raise UsageError(
+            f"{name.strip()!r} was replaced by {REPLACED[name.strip()]}: make a new plan, as `vramplan plan`"
+        )
     if cls is None:
         near = get_close_matches(name.strip(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"

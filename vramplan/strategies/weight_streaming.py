@@ -41,14 +41,9 @@ class WeightStreaming:
     keep: int = 0
     locked: int = 0
 
-    @property
-    def ladder(self) -> str:
-        """Empty: the planner solves for the numbers of all components at once (`planner.streaming`)."""
-        return ""
-
     @classmethod
     def variants(cls, component: Component) -> Iterable[Self]:
-        """Nothing: see `ladder`."""
+        """Nothing: the planner solves for the numbers of all components at once (`planner.streaming`)."""
         return ()
 
     def complete(self, component: Component) -> Self:
