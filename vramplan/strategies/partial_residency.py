@@ -40,6 +40,7 @@ class PartialResidency:
 
     name: ClassVar[str] = "partial_residency"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = False
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False
