@@ -252,7 +252,7 @@ def test_a_controlnet_makes_another_pipeline_which_is_planned_for_once_the_first
 
 class TestWithoutPeft:
     def test_a_component_that_was_exchanged_is_planned_for(self):
-        pipe, first = with_plan("flux-small", "group_offload:blocks=1")
+        pipe, first = with_plan("flux-small", "group_offload:blocks=1", stock=True)
         other = small("flux-small").vae.to(torch.float64)
         with vramplan.changing(pipe, simulate=False):
             pipe.vae = other
@@ -260,6 +260,7 @@ class TestWithoutPeft:
         assert now is not first
         assert {part.name: part.dtype for part in now.plan.model.components}["vae"] == "float64"
         assert now.plan.workload == first.plan.workload
+        assert now.plan.asked.stock
 
     @pytest.mark.parametrize("name", PLACEMENTS)
     def test_what_fails_inside_leaves_the_plan_on(self, name):

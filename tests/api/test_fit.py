@@ -14,6 +14,7 @@ from vramplan.cli.main import main
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.fitting.cards import card_sizes
 from vramplan.hardware.types import Hardware, Host
+from vramplan.planfile.types import all_stock
 from vramplan.profiles.catalogue import device_names
 from vramplan.strategies.base import QUALITIES
 
@@ -36,6 +37,19 @@ def cards() -> vramplan.Fits:
         assert len(few) == len(FEW)
         patch.setattr(fitting, "card_sizes", lambda: few)
         return vramplan.fit("stable-diffusion-1.5", simulate=False, ram="32GiB")
+
+
+def test_with_stock_it_runs_as_the_stock_plan_does() -> None:
+    memory = {"vram": "2GiB", "ram": "8GiB"}
+    own, stock = (
+        vramplan.fit("stable-diffusion-1.5", device=machine(24 * GIB), simulate=False, **memory, stock=stock).rows[0]
+        for stock in (False, True)
+    )
+    assert own.settings is not None
+    assert stock.settings is not None
+    assert (all_stock(own.settings), all_stock(stock.settings)) == (False, True)
+    with pytest.raises(UsageError, match="encode_first is vramplan's own"):
+        vramplan.fit("flux.1-dev", stock=True, simulate=False, settings={"placement.text_encoder": "encode_first"})
 
 
 def test_every_device_profile_is_in_one_size_and_none_is_smaller_than_its_least() -> None:

@@ -11,6 +11,7 @@ from tests.support.specs import GIB, card, component, pipeline
 from vramplan.api.plan import describe, plan
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.hardware.types import Hardware, Host
+from vramplan.planfile.types import all_stock
 
 HOST = Host(total_bytes=64 * GIB, available_bytes=60 * GIB)
 
@@ -115,6 +116,38 @@ def test_settings_by_hand_are_in_the_plan() -> None:
     assert set(made.settings.placement.values()) == {"model_cpu_offload"}
     assert made.settings.decode == ("vae_tiling:tile=512",)
     assert made.quality == "near_lossless"
+
+
+class TestStock:
+    def test_it_is_the_plan_of_the_same_request_with_stock(self) -> None:
+        memory: dict[str, Any] = {"vram": "2GiB", "ram": "8GiB"}
+        made, stock = quick("stable-diffusion-1.5", **memory), quick("stable-diffusion-1.5", stock=True, **memory)
+        assert not all_stock(made.settings)
+        assert all_stock(stock.settings)
+        assert (made.stock.settings, made.stock.projected) == (stock.settings, stock.projected)
+        assert made.stock.projected.seconds_per_call > made.projected.seconds_per_call
+        assert (stock.stock, stock.asked.stock, made.asked.stock) == (None, True, False)
+
+    def test_it_is_simulated_within_the_budget_as_the_plan_is(self, small_folder) -> None:
+        given: dict[str, Any] = {"settings": {"placement.text_encoder": "encode_first"}, "height": 64, "width": 64}
+        made = plan(str(small_folder("sd15-small")), device=machine(), **given)
+        alone = plan(str(small_folder("sd15-small")), device=machine(), **given | {"settings": {}, "stock": True})
+        assert made.stock.projected == alone.projected
+        assert alone.projected.basis == "simulated"
+
+    def test_a_plan_that_is_stock_records_none(self) -> None:
+        assert quick("stable-diffusion-1.5").stock is None
+
+    def test_where_none_fits_it_says_why(self) -> None:
+        found = quick("stable-diffusion-xl", vram="3GiB", ram="1GiB").stock
+        assert "short by" in found.reason
+        assert (found.settings, found.quality, found.projected) == (None, None, None)
+
+    def test_settings_by_hand_are_kept_if_they_are_stock(self) -> None:
+        fixed = {"placement.text_encoder": "encode_first", "placement.vae": "group_offload:type=leaf"}
+        found = quick("stable-diffusion-1.5", settings=fixed).stock
+        assert found.settings.placement["vae"] == "group_offload:type=leaf"
+        assert found.settings.placement["text_encoder"] == "resident"
 
 
 def test_the_weights_of_a_live_pipeline_are_given_back_to_ram(small_pipeline) -> None:

@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import vramplan
-from vramplan.api.request import PlanOptions, PlanRequest, make_request, request_of
+from vramplan.api.request import PlanOptions, PlanRequest, make_request, request_of, stock_request
 from vramplan.errors import UsageError
 from vramplan.workload import SHORT_NAMES, WORKLOAD_NAMES
 
@@ -46,13 +46,20 @@ def test_a_name_or_number_that_makes_no_sense_is_refused(given) -> None:
 
 
 def test_a_plan_gives_the_request_back_and_as_one_value_it_makes_the_same_plan() -> None:
-    request = make_request({"device": "rtx-4070", "vram": "6GiB", "simulate": False, "steps": 4})
+    request = make_request({"device": "rtx-4070", "vram": "6GiB", "stock": True, "simulate": False, "steps": 4})
     plan = vramplan.plan("stable-diffusion-1.5", request)
-    same = vramplan.plan("stable-diffusion-1.5", device="rtx-4070", vram="6GiB", simulate=False, steps=4)
+    same = vramplan.plan("stable-diffusion-1.5", device="rtx-4070", vram="6GiB", stock=True, simulate=False, steps=4)
     assert plan.settings == same.settings
     assert plan.asked == same.asked == request.preferences
     again = request_of(plan)
-    assert (again.vram, again.workload["num_inference_steps"]) == ("6GiB", 4)
+    assert (again.vram, again.stock, again.workload["num_inference_steps"]) == ("6GiB", True, 4)
+
+
+def test_restricted_to_stock_it_keeps_what_is_stock_and_opens_what_is_not() -> None:
+    settings = {"placement.text_encoder": "encode_first", "placement.vae": "resident", "decode": ["vae_slicing"]}
+    request = stock_request(make_request({"vram": "6GiB", "settings": settings}))
+    assert (request.stock, request.vram) == (True, "6GiB")
+    assert request.settings == {"placement.vae": ("resident",), "decode": ("vae_slicing",)}
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from vramplan._version import __version__
+from vramplan.api.plan import plan as make_plan
 from vramplan.cli.main import main
 from vramplan.cli.shared import spell_flags
-from vramplan.planfile.file import load_plan, parse_plan
+from vramplan.planfile.file import dump_plan, load_plan, parse_plan
 
 SMALL = ("--height", "64", "--width", "64", "--steps", "2")
 VIDEO = (*SMALL, "--frames", "9")
@@ -245,6 +247,7 @@ class TestBadInput:
             (("--set", "placement.unet=group_offload:blocks=0", "--vram", "6GiB"), 2, "at least one block"),
             (("--set", "decode=vae_tiling:tile=abc"), 2, "a whole number is needed"),
             (("--set", "decode=vae_tiling:tile=33"), 2, "do not overlap evenly"),
+            (("--stock", "--set", "placement.text_encoder=encode_first"), 2, "vramplan's own, and --stock leaves"),
             (("--set", "decode.vae=plain"), 2, "the axes are weights.COMPONENT, attention.COMPONENT, placement"),
             (("--nonsense",), 2, "No such option"),
         ],
@@ -318,7 +321,8 @@ class TestExplain:
 
     def test_json(self, card_plan):
         data = json.loads(ok("explain", card_plan, "--json").stdout)
-        assert data["schema_version"] == 1
+        assert data["schema_version"] == 2
+        assert data["stock"] is None
         assert data["candidates"][0]["verdict"] == "chosen"
 
 
@@ -353,6 +357,18 @@ class TestCode:
         assert pipe.vae.use_slicing
         picture = output_tensor(pipe(**call_kwargs("sd15-small")))
         assert torch.equal(picture, output_tensor(small_pipeline("sd15-small")(**call_kwargs("sd15-small"))))
+
+    def test_with_stock_it_is_the_stock_plan_with_the_call(self, sd15):
+        ok("plan", sd15, *CARD, *SMALL, "--set", "placement.text_encoder=encode_first", "-o", "plan.yaml")
+        script = ok("code", "plan.yaml", "--stock").stdout
+        compile(script, "script", "exec")
+        assert "\n# stock: " in script
+        assert "\nresult = pipe(prompt=prompt, height=64, width=64, " in script
+
+    def test_where_no_stock_plan_fits_the_exit_code_is_3(self):
+        made = make_plan("stable-diffusion-xl", device="rtx-4090", vram="3GiB", ram="1GiB", simulate=False)
+        Path("plan.yaml").write_text(dump_plan(made))
+        assert "no stock plan: nothing fits" in failed(3, "code", "plan.yaml", "--stock")
 
     def test_of_a_profile_it_loads_from_the_hub_id(self):
         ok("plan", "stable-diffusion-1.5", "--device", "cpu", "-o", "plan.yaml")

@@ -108,6 +108,13 @@ class TestReadable:
         assert len(lines) == len(plan.candidates)
         assert all(line.startswith("- {settings:") for line in lines)
 
+    def test_the_stock_plan_is_one_line(self, small_folder):
+        made = make_plan(small_folder("sd15-small"), settings={"placement.text_encoder": "encode_first"})
+        text = dump_plan(made)
+        assert [line for line in text.splitlines() if line.startswith("stock: {reason: ")]
+        assert parse_plan(text).stock.settings == made.stock.settings
+        assert dump_plan(parse_plan(text)) == text
+
     def test_it_says_what_it_is_and_that_it_may_be_edited(self, text):
         assert text.startswith("# A vramplan plan")
         assert "may be edited" in text.split("schema_version")[0]
@@ -188,10 +195,16 @@ class TestStrict:
         del parent[path[-1]]
         assert f"{'.'.join(path)} is missing" in refused(yaml.safe_dump(whole))
 
-    @pytest.mark.parametrize("version", [0, 2, 99, "1", 1.5, True, [1], None])
+    @pytest.mark.parametrize("version", [0, 3, 99, 1.0, "1", 1.5, True, [1], None])
     def test_another_schema_is_refused(self, text, version):
         message = refused(yaml.safe_dump(with_value(content(text), ("schema_version",), version)))
         assert "schema_version" in message
+
+    def test_the_first_schema_which_had_no_stock_is_read(self, text, plan):
+        older = content(text) | {"schema_version": 1}
+        del older["asked"]["stock"]
+        assert "stock" not in older
+        assert without_seconds(asdict(parse_plan(yaml.safe_dump(older)))) == without_seconds(asdict(plan))
 
     def test_a_key_given_twice_is_refused_with_its_line(self, text):
         twice = text.replace("settings:\n", "settings:\n  decode: []\n", 1)

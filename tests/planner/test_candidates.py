@@ -53,6 +53,25 @@ def test_whole_pipeline_placements_exclude_all_others() -> None:
     assert names == {cls.name for cls in PLACEMENTS}
 
 
+def test_stock_leaves_no_setting_of_vramplans_own_and_says_so() -> None:
+    found, refused = rows(SPEC, WORK, parse_fixed({}, SPEC, stock=True), card())
+    names = {setting.name for placement in placements(found) for setting in placement.values()}
+    own = {cls.name for cls in PLACEMENTS if not cls.stock}
+    assert names == {cls.name for cls in PLACEMENTS} - own
+    assert own <= {item.setting.partition(":")[0] for item in refused if "vramplan's own" in item.reason}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"placement.text_encoder": "encode_first"}, {"placement": ["encode_first:leaf=true"]}]
+)
+def test_a_setting_that_is_not_stock_is_refused_with_stock(settings: Any) -> None:
+    parse_fixed(settings, SPEC)
+    (key,) = settings
+    with pytest.raises(UsageError, match=f'^`settings."{key}".`: encode_first is vramplan\'s own, and `stock`'):
+        parse_fixed(settings, SPEC, stock=True)
+    parse_fixed({"placement.vae": "group_offload:type=leaf", "decode": "vae_slicing"}, SPEC, stock=True)
+
+
 def test_no_candidate_holds_a_setting_that_is_refused() -> None:
     for spec in (SPEC, text_to_image(sequence=None), text_to_image(excluded=frozenset({"vae"}))):
         for placement in placements(tried(spec)):

@@ -21,7 +21,6 @@ from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.profiles.catalogue import load_pipeline_profile, pipeline_names
-from vramplan.strategies.encode_first import EncodeFirst
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.vae_slicing import VaeSlicing

@@ -27,7 +27,7 @@ from vramplan.strategies import (
 )
 from vramplan.strategies.base import QUALITIES, Hold, Picture
 from vramplan.strategies.group_offload import GroupOffload
-from vramplan.strategies.settings import format_setting, parse_decode, parse_placement
+from vramplan.strategies.settings import format_setting, is_stock, parse_decode, parse_placement
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 
@@ -83,6 +83,25 @@ def test_a_strategy_keeps_its_contract(cls: Any) -> None:
     assert cls.__doc__
     assert cls() == cls()
     hash(cls())
+
+
+@pytest.mark.parametrize("cls", PLACEMENTS)
+def test_the_code_of_a_stock_placement_needs_no_vramplan(cls: Any) -> None:
+    code = "\n".join(cls().code(["transformer"], "cuda:0"))
+    assert not (cls.stock and "vramplan" in code)
+    assert cls.stock or cls.freed or "vramplan" in code  # one that frees needs more than its own lines
+
+
+def test_all_others_are_stock() -> None:
+    """A request for stock settings leaves out placements alone."""
+    assert [cls for cls in REGISTRY if not cls.stock and cls not in PLACEMENTS] == []
+
+
+def test_a_setting_as_text_is_stock_as_its_strategy_is() -> None:
+    for cls in REGISTRY:
+        assert is_stock(cls.axis, format_setting(cls())) is cls.stock
+    assert not is_stock("placement", "encode_first:leaf=true")
+    assert is_stock("decode", "plain")
 
 
 @pytest.mark.parametrize("cls", REGISTRY)

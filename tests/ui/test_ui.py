@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import pytest
 from click.testing import CliRunner
 
+import vramplan
 from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
 
@@ -19,7 +20,7 @@ pytest.importorskip("dash", reason="vramplan[ui] is not installed")
 
 from vramplan.ui.choices import Choices, Selection, check_selection, find_choices
 from vramplan.ui.serve import Worker, can_open_browser, guard
-from vramplan.ui.work import answer, details
+from vramplan.ui.work import _answer_of, answer, details
 
 NUMBERS = dict.fromkeys(("width", "height", "frames", "batch", "steps", "vram", "ram"))
 
@@ -184,8 +185,14 @@ class TestAnswer:
         assert not found.video
         assert sum(size for _, size, _ in found.bar) > 11 << 30
         more = details(made)
+        assert "stock" not in dict(found.rows)
         assert "unet" in more.picture
         assert more.words.startswith("peak ")
+
+    def test_what_the_stock_plan_costs_is_a_row(self, model: str) -> None:
+        own = {"placement.text_encoder": "encode_first"}
+        plan = vramplan.plan(model, device="rtx-3060", simulate=False, settings=own)
+        assert dict(_answer_of(plan, {}).rows)["stock"].startswith("resident: ")
 
     def test_where_nothing_fits_the_deficit_is_told_and_what_would_help(self, model: str) -> None:
         made = Selection(model=model, device="rtx-3060", allow=None, amounts=(("vram", "0.01GiB"),))

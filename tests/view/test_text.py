@@ -11,7 +11,7 @@ import yaml
 import vramplan
 from vramplan.calibration.peaks import Measured, Peak
 from vramplan.hardware.types import Accelerator, Budget, Deduction, Hardware, Host
-from vramplan.planfile.types import Settings, settings_text
+from vramplan.planfile.types import Settings, StockPlan, settings_text
 from vramplan.planner.candidates import Refused
 from vramplan.units import GIB, MIB, format_bytes
 from vramplan.view.machine import hardware_dict
@@ -98,6 +98,20 @@ class TestPlan:
         assert rows["speed"].endswith("(assumed)")
         assert rows["quality"] == "lossless"
         assert rows["why"] == plan.reason
+
+    def test_the_stock_plan_is_one_row_with_what_it_costs(self, plan, small_folder):
+        assert "\nstock " not in plan_text(plan)
+        own = {"placement.text_encoder": "encode_first"}
+        folder = str(small_folder("flux-small"))
+        made = vramplan.plan(folder, device=MACHINE, height=64, width=64, steps=2, simulate=False, settings=own)
+        slower = made.stock.projected.seconds_per_call / made.projected.seconds_per_call
+        (row,) = [line for line in lines(plan_text(made)) if line.startswith("stock ")]
+        assert row.startswith(f"stock     resident: {slower:.2f}x the time, ")
+        assert f"stock: resident: {slower:.2f}x the time, " in explained(made)
+        worse = replace(made, stock=replace(made.stock, quality="near_lossless"))
+        assert next(line for line in lines(plan_text(worse)) if line.startswith("stock ")).endswith(", near lossless")
+        none = replace(made, stock=StockPlan(reason="nothing fits; short"))
+        assert "\nstock     none: nothing fits; short\n" in plan_text(none)
 
     def test_frames_and_batch_are_said_where_there_are_several(self, plan):
         more = replace(plan, workload=replace(plan.workload, num_frames=9, num_images_per_prompt=2))

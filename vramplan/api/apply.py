@@ -31,7 +31,7 @@ def auto_configure(
     request = make_request(options, request)
     with without_earlier_plan(pipe):
         subject = Subject(pipe, request)
-        plan = subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))
+        plan = subject.plan_with_stock(subject.workload(), *choose_machine(request.device, vram=request.vram))
         applied = apply_unchecked(pipe, plan, spec=subject.spec)
         if recover:
             from vramplan.api.recover import make_recovering

@@ -51,6 +51,7 @@ def plan_again(pipe: Any, plan: Plan, **options: Any) -> Plan:
         "margin": request.margin,
         "allow": request.allow,
         "prefer": request.prefer,
+        "stock": request.stock,
         "settings": {key: text for key, text in request.settings.items() if key.partition(".")[2] not in removed},
         **request.workload,
     }

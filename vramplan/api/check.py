@@ -119,7 +119,7 @@ def replanned(
     device = plan.machine.device if plan.machine.device in devices else None
     request = replace(request_of(plan), device=device, allow_pickle=allow_pickle)
     subject = Subject(model or plan.model.origin, request, described=described)
-    return subject.plan(subject.workload(), *choose_machine(device, vram=request.vram))
+    return subject.plan_with_stock(subject.workload(), *choose_machine(device, vram=request.vram))
 
 
 def described_folder(plan: Plan, model: str | None = None, *, allow_pickle: bool = False) -> Model | None:

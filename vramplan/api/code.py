@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vramplan.errors import UsageError, VramplanError
+from vramplan.errors import NothingFitsError, UsageError, VramplanError
 from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
-from vramplan.planfile.types import Plan
-from vramplan.runtime.call import call_arguments
-from vramplan.strategies import AXES
-from vramplan.units import format_bytes
+from vramplan.planfile.types import Plan, all_stock, stock_cost
+from vramplan.runtime.call import call_arguments, call_parameters, class_call_arguments
+from vramplan.strategies import AXES, Decode
+from vramplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from vramplan.pipeline.prompt import Encoded
+    from vramplan.planfile.script import Script
     from vramplan.strategies.base import Placed
 
 
@@ -23,17 +26,73 @@ def plan_code(plan: Plan) -> str:
         UsageError: the plan was made from a live pipeline; the calls are then on the applied plan's `calls`.
         VramplanError: a name in the plan is not a valid Python identifier.
     """
+    return "\n".join([_title(plan), *_script(plan).lines()])
+
+
+def stock_code(plan: Plan) -> str:
+    """The fastest stock plan for the plan's request as a script that needs no vramplan, including the call.
+
+    Raises:
+        NothingFitsError: no stock plan fits.
+        UsageError: the plan was made from a live pipeline.
+        VramplanError: a name in the plan is not a valid Python identifier, or the plan records no stock plan.
+    """
+    stock = _stock_plan(plan)
+    script = _script(stock)
+    script = replace(script, call=_stock_call(stock, [setting for setting, _ in script.decodes]))
+    seconds = format_seconds(plan.projected.seconds_per_call)
+    cost = f"{stock_cost(plan)}; the plan takes {seconds}" if stock is not plan else "the plan itself"
+    return "\n".join([_title(stock), f"# stock: {cost}", *script.lines()])
+
+
+def _stock_plan(plan: Plan) -> Plan:
+    """The plan itself if it is stock, else the stock plan it records as one of its own."""
+    if all_stock(plan.settings):
+        return plan
+    if plan.stock is None:
+        raise VramplanError("this plan records no stock plan: make the plan again")
+    found = plan.stock
+    if found.settings is None or found.quality is None or found.projected is None:
+        raise NothingFitsError(f"no stock plan: {found.reason}")
+    return replace(
+        plan, settings=found.settings, quality=found.quality, projected=found.projected, reason=found.reason, stock=None
+    )
+
+
+def _stock_call(plan: Plan, decodes: Sequence[Decode]) -> dict[str, Any]:
+    """The arguments of the plan's call; those that only the user knows are `...`."""
+    import diffusers
+
+    from vramplan.planfile.script import PROMPT
+    from vramplan.strategies.decode_chunk_size import DecodeChunkSize
+
+    cls = getattr(diffusers, plan.model.class_name, None)
+    if not isinstance(cls, type):
+        raise VramplanError(f"diffusers {diffusers.__version__} has no {plan.model.class_name}")
+    given = class_call_arguments(cls, plan, PROMPT)
+    for setting in decodes:
+        if isinstance(setting, DecodeChunkSize):
+            given["decode_chunk_size"] = setting.frames
+    needed = (item for item in call_parameters(cls).values() if item.default is item.empty and item.name != "self")
+    named = (item.name for item in needed if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY))
+    return {name: ... for name in named if name not in given} | given
+
+
+def _title(plan: Plan) -> str:
+    budget = plan.machine.budget
+    limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
+    return f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}"
+
+
+def _script(plan: Plan) -> Script:
     from vramplan.planfile.match import parse_settings
     from vramplan.planfile.script import Script
 
     _check_identifiers(plan)
     placed, decodes = parse_settings(plan, None, plan.machine.accelerator)
-    budget = plan.machine.budget
-    limit = "" if budget.vram_bytes is None else f" within {format_bytes(budget.vram_bytes)}"
     source, vaes = _load_source(plan)
     encoded = _encode_weightless(plan, placed)
-    script = Script(plan=plan, source=source, placed=placed, decodes=decodes, vaes=vaes, encoded=encoded)
-    return "\n".join([f"# {plan.model.class_name}{limit}: {' '.join(plan.reason.split())}", *script.lines()])
+    return Script(plan=plan, source=source, placed=placed, decodes=decodes, vaes=vaes, encoded=encoded)
 
 
 def _encode_weightless(plan: Plan, placed: Placed) -> Encoded | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from vramplan.api.machine import choose_machine, known_budget
-from vramplan.api.request import PlanOptions, PlanRequest, make_request
+from vramplan.api.request import PlanOptions, PlanRequest, make_request, stock_request
 from vramplan.common.versions import versions
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget, Hardware
@@ -15,7 +15,7 @@ from vramplan.pipeline.describe import Model, describe
 from vramplan.pipeline.live_memory import held_bytes, refuse_hooked
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.record import plan_record
-from vramplan.planfile.types import MachineRecord, Plan
+from vramplan.planfile.types import MachineRecord, Plan, StockPlan, all_stock
 from vramplan.planner.candidates import weight_settings
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
@@ -42,6 +42,7 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
             `allow`: the least faithful setting that may be chosen (`lossless`, `near_lossless`, `lossy`).
             `prefer`: `speed` or `memory`.
             `settings`: choices fixed by hand, by axis and component (`{"placement.vae": "resident"}`).
+            `stock`: only settings that diffusers' and accelerate's own calls make, whose code needs no vramplan.
             `dtype`: the one to load in. `variant`: the files to load, as `fp16`. `revision`: of a repository.
             `allow_pickle`: accept pickled weights.
             `simulate`: False uses rules of thumb instead of a simulation, which is immediate.
@@ -55,7 +56,7 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
     """
     request = make_request(options, request)
     subject = Subject(model, request)
-    return subject.plan(subject.workload(), *choose_machine(request.device, vram=request.vram))
+    return subject.plan_with_stock(subject.workload(), *choose_machine(request.device, vram=request.vram))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,27 @@ class Subject:
         notes = (*_notes(spec, accelerator, hardware), *costs.notes)
         return plan_record(spec, work, machine, outcome, notes, request.preferences)
 
+    def plan_with_stock(
+        self,
+        work: Workload,
+        hardware: Hardware,
+        accelerator: Accelerator | None,
+        request: PlanRequest | None = None,
+    ) -> Plan:
+        """Return the plan and in it, unless it is stock itself, the one for the same request with stock settings."""
+        request = request or self.request
+        plan = self.plan(work, hardware, accelerator, request)
+        if all_stock(plan.settings):
+            return plan
+        try:
+            stock = self.plan(work, hardware, accelerator, stock_request(request))
+        except (NothingFitsError, UsageError) as error:
+            return replace(plan, stock=StockPlan(reason=str(error)))
+        found = StockPlan(
+            reason=stock.reason, settings=stock.settings, quality=stock.quality, projected=stock.projected
+        )
+        return replace(plan, stock=found)
+
     def least_memory(
         self,
         work: Workload,
@@ -177,7 +199,7 @@ class Subject:
         refuse_hooked(spec)
         amounts = {**request.amounts, **held_bytes(spec)}
         known_budget(hardware, accelerator, amounts)  # refuse an impossible amount before anything is simulated
-        fixed = parse_fixed(request.settings, spec, accelerator)
+        fixed = parse_fixed(request.settings, spec, accelerator, stock=request.stock)
         costs = self._cost_model(work, accelerator if request.simulate else None, request, fixed)
         basis = costs.basis(spec)
         return fixed, costs, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypedDict, get_args
 
 from vramplan.errors import UsageError
@@ -11,6 +11,7 @@ from vramplan.hardware.types import Hardware
 from vramplan.planfile.types import Plan, Preferences, load_options
 from vramplan.planner.order import Prefer
 from vramplan.strategies.base import QUALITIES, Quality
+from vramplan.strategies.settings import is_stock
 
 
 class PlanOptions(TypedDict, total=False):
@@ -23,6 +24,7 @@ class PlanOptions(TypedDict, total=False):
     allow: Quality | None
     prefer: Prefer
     settings: Mapping[str, str | Sequence[str]] | None
+    stock: bool
     dtype: str | None
     variant: str | None
     revision: str | None
@@ -94,6 +96,16 @@ def make_request(options: Mapping[str, Any], request: PlanRequest | None = None)
         raise UsageError('`settings`: give them by axis and component, as {"placement.vae": "resident"}')
     own["settings"] = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in given.items()}
     return PlanRequest(**own, workload={name: value for name, value in options.items() if name not in _OWN})
+
+
+def stock_request(request: PlanRequest) -> PlanRequest:
+    """Return the request restricted to stock settings, without those fixed by hand that are not."""
+    kept = {
+        key: texts
+        for key, texts in request.settings.items()
+        if all(is_stock(key.partition(".")[0], text) for text in texts)
+    }
+    return replace(request, stock=True, settings=kept)
 
 
 def request_of(plan: Plan) -> PlanRequest:

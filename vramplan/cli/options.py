@@ -63,6 +63,9 @@ _ALLOW = (
 choice_options = combine_options(
     click.option("--allow", type=click.Choice(("lossless", "near_lossless", "lossy")), help=_ALLOW),
     click.option("--prefer", type=click.Choice(("speed", "memory")), default="speed", show_default=True),
+    click.option(
+        "--stock", is_flag=True, help="Only settings of diffusers and accelerate, whose code needs no vramplan."
+    ),
 )
 plot_option = click.option(
     "--plot", cls=Option, type=click.Path(dir_okay=False), help="Draw it too: a name in .svg, .png or .html."

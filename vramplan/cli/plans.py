@@ -19,6 +19,8 @@ from vramplan.cli.options import (
 from vramplan.cli.shared import is_quiet, parse_set_options, save_plot, show_result, spell_flags, write_file
 from vramplan.errors import MismatchError, NothingFitsError
 
+_EXPLAINED = ("schema_version", "settings", "reason", "notes", "refused", "stock", "candidates")
+
 
 @click.command()
 @click.argument("model")
@@ -96,7 +98,7 @@ def explain(plan_file: str, plot: str | None, form: str, *, as_json: bool) -> No
     if plot:
         save_plot(plot, loaded, loaded)
     content = plan_to_dict(loaded)
-    shown = {key: content[key] for key in ("schema_version", "settings", "reason", "notes", "refused", "candidates")}
+    shown = {key: content[key] for key in _EXPLAINED}
     show_result(shown, lambda: explain_view(spell_flags(loaded)), form, as_json=as_json)
 
 
@@ -115,9 +117,13 @@ def check(plan_file: str) -> None:
 
 @click.command()
 @click.argument("plan_file", type=click.Path())
-def code(plan_file: str) -> None:
+@click.option(
+    "--stock", is_flag=True, help="The fastest that needs no vramplan, with the call. Exit code 3 if none fits."
+)
+def code(plan_file: str, *, stock: bool) -> None:
     """Print the plan as plain diffusers calls, to paste."""
-    from vramplan.api.code import plan_code
+    from vramplan.api.code import plan_code, stock_code
     from vramplan.planfile.file import load_plan
 
-    click.echo(plan_code(load_plan(plan_file)))
+    loaded = load_plan(plan_file)
+    click.echo(stock_code(loaded) if stock else plan_code(loaded))

@@ -15,6 +15,7 @@ from vramplan.units import format_bytes
 from vramplan.workload import make_workload
 
 _BYTES_LINE = re.compile(r"^(\s*(?:- )?\w+_bytes: )(-?\d+)$", re.MULTILINE)
+_READ = (1, SCHEMA_VERSION)  # what 2 added has defaults
 _HEADER = """\
 # A vramplan plan: how to run this pipeline within this memory. `vramplan apply` makes it so.
 # The settings may be edited; what cannot work is refused with the reason.
@@ -27,18 +28,19 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def dump_plan(plan: Plan) -> str:
-    """Format the plan as YAML, with one line for each candidate and sizes in GiB as comments."""
+    """Format the plan as YAML, with one line for the stock plan and each candidate, and sizes in GiB as comments."""
     import yaml
 
     content = _plain(plan_to_dict(plan))
-    candidates = content.pop("candidates")
+    stock, candidates = content.pop("stock"), content.pop("candidates")
     text = yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
     text = _BYTES_LINE.sub(lambda match: f"{match[0]}  # {format_bytes(int(match[2]))}", text)
-    lines = (
-        yaml.safe_dump(item, sort_keys=False, default_flow_style=True, width=1 << 20, allow_unicode=True)
-        for item in candidates
-    )
-    return _HEADER + text + ("candidates:\n" + "".join(f"- {line}" for line in lines) if candidates else "")
+
+    def line(value: Any) -> str:
+        return yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=1 << 20, allow_unicode=True)
+
+    text += f"stock: {line(stock)}" if stock else ""
+    return _HEADER + text + ("candidates:\n" + "".join(f"- {line(item)}" for item in candidates) if candidates else "")
 
 
 def parse_plan(text: str, *, name: str = "plan") -> Plan:
@@ -51,6 +53,7 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
 
     content = read_plain_yaml(text, name)
     _check_schema(content, name)
+    content["schema_version"] = SCHEMA_VERSION
     try:
         plan = TypeAdapter(Plan).validate_json(json.dumps(content, default=str), strict=True)
         make_workload({}, asdict(plan.workload))
@@ -82,10 +85,9 @@ def _check_schema(content: Any, name: str) -> None:
     version = content.get("schema_version")
     if version is None:
         raise VramplanError(f"{name}: schema_version is missing: not a plan")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise VramplanError(
-            f"{name}: schema_version {version!r}; this vramplan reads {SCHEMA_VERSION}: make the plan again"
-        )
+    if type(version) is not int or version not in _READ:
+        reads = " and ".join(map(str, _READ))
+        raise VramplanError(f"{name}: schema_version {version!r}; this vramplan reads {reads}: make the plan again")
 
 
 def _plain(value: Any, name: str = "") -> Any:

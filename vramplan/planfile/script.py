@@ -1,4 +1,4 @@
-"""Write a plan as a script of plain diffusers calls that load the pipeline and, if it encodes first, call it."""
+"""Write a plan as a script of plain diffusers calls that load the pipeline and, if asked or after encoding, call it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ PROMPT = "a photo of a red fox in the snow"
 class Script:
     """The contents of a script. `source` is the pipeline to load, `vaes` are weightless.
 
-    `encoded` is the plan's call with the prompt encoded, without data; None if nothing is encoded first.
+    `encoded` is the plan's call with the prompt encoded, without data; None if nothing is encoded first. `call` are the
+    arguments of a call to print otherwise, `...` for those that only the user knows; None for no call.
     """
 
     plan: Plan
@@ -29,6 +30,7 @@ class Script:
     decodes: Decodes
     vaes: Mapping[str, Any]
     encoded: Encoded | None
+    call: Mapping[str, Any] | None = None
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the script, imports first."""
@@ -59,14 +61,28 @@ class Script:
             yield f"from {library} import {record.class_name}"
 
     def _body(self) -> Iterator[str]:
-        if self._loads_whole:
-            variant = next((record.variant for record in self.plan.model.components if record.variant), None)
-            options = f"dtype={self._dtypes()}{_variant(variant)}"
-            yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, {options})"
-            yield from self._decode_lines()
-            for setting, names in self.placed:
-                yield from setting.code(names, self._device)
-            return
+        yield from self._whole() if self._loads_whole else self._staged()
+        if self.encoded is not None:
+            yield ""
+            yield f"result = pipe({_arguments(self.encoded.arguments, _encoded_names(self.encoded))})"
+        elif self.call is not None:
+            yield ""
+            open_ones = [name for name, value in self.call.items() if value is ...]
+            yield from (f"{name} = ...  # your own" for name in open_ones)
+            yield from [f"prompt = {PROMPT!r}"] if PROMPT in self.call.values() else []
+            yield f"result = pipe({_arguments(self.call, open_ones)})"
+
+    def _whole(self) -> Iterator[str]:
+        """Load the pipeline in one call, and place it."""
+        variant = next((record.variant for record in self.plan.model.components if record.variant), None)
+        options = f"dtype={self._dtypes()}{_variant(variant)}"
+        yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, {options})"
+        yield from self._decode_lines()
+        for setting, names in self.placed:
+            yield from setting.code(names, self._device)
+
+    def _staged(self) -> Iterator[str]:
+        """Load and place component by component, after encoding the prompt if that comes first."""
         first, rest = freed_first([item for item in self.placed if item not in self._pipeline_placements])
         if first and self.encoded is not None:
             yield from self._encoding(first, self.encoded)
@@ -78,9 +94,6 @@ class Script:
         yield from self._decode_lines()
         for setting, names in self._pipeline_placements:
             yield from setting.code(names, self._device)
-        if first and self.encoded is not None:
-            yield ""
-            yield f"result = pipe({_arguments(self.encoded.arguments, _encoded_names(self.encoded))})"
 
     @property
     def _source(self) -> str:

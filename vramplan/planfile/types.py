@@ -19,9 +19,11 @@ from vramplan.planner.order import Prefer, Verdict
 from vramplan.planner.residuals import Basis
 from vramplan.strategies import AXES
 from vramplan.strategies.base import Quality
+from vramplan.strategies.settings import is_stock
+from vramplan.units import format_bytes, format_seconds
 from vramplan.workload import Workload
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no `stock`, neither in a plan nor in its preferences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,8 @@ class MachineRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
-    """The preferences of the user, kept for planning again. `settings` are those that the user fixed."""
+    """The preferences of the user, kept for planning again. `settings` are those that the user fixed, `stock` leaves
+    only settings that need no vramplan."""
 
     allow: Quality | None = None
     prefer: Prefer = "speed"
@@ -72,6 +75,7 @@ class Preferences:
     ram: str | None = None
     margin: str | None = None
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stock: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +116,24 @@ class Considered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StockPlan:
+    """The plan for the same request with stock settings alone, or only the `reason` why there is none.
+
+    Settings that the user fixed are kept if they are stock, and open otherwise.
+    """
+
+    reason: str
+    settings: Settings | None = None
+    quality: Quality | None = None
+    projected: Demand | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Shown):
-    """The settings for one pipeline, workload and machine, with the projection and the reasons."""
+    """The settings for one pipeline, workload and machine, with the projection and the reasons.
+
+    `stock` is None if the settings are stock themselves, and in plans from before it was recorded.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -129,7 +149,19 @@ class Plan(Shown):
     asked: Preferences = field(default_factory=Preferences)
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = ()
+    stock: StockPlan | None = None
     candidates: tuple[Considered, ...] = ()
+
+
+def stock_cost(plan: Plan) -> str:
+    """Format the stock plan's time against the plan's own, its VRAM, and its quality if that differs; empty if none."""
+    if plan.stock is None or plan.stock.projected is None or plan.stock.quality is None:
+        return ""
+    price, quality = plan.stock.projected, plan.stock.quality.replace("_", " ")
+    slower = price.seconds_per_call / max(plan.projected.seconds_per_call, 1e-9)
+    text = f"{slower:.2f}x the time, {format_seconds(price.seconds_per_call)} a call"
+    text += f", {format_bytes(price.vram_reserved_bytes)} of VRAM"
+    return text if plan.stock.quality == plan.quality else f"{text}, {quality}"
 
 
 def load_options(plan: Plan) -> dict[str, Any]:
@@ -149,6 +181,13 @@ def fingerprint(spec: PipelineSpec) -> str:
         ),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def all_stock(settings: Settings) -> bool:
+    """Whether every one of the settings is stock."""
+    values = ((row, getattr(settings, row.name)) for row in AXES.values())
+    pairs = ((row, value.values() if row.by_component else value) for row, value in values)
+    return all(is_stock(row.name, text) for row, texts in pairs for text in texts)
 
 
 def settings_text(settings: Settings) -> str:

@@ -9,8 +9,13 @@ from itertools import product
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
+<<<<<<< HEAD
 from vramplan.planner.fixed import Fixed, by_component
 from vramplan.planner.other_components import other_placements
+=======
+from vramplan.planner.fixed import Fixed, by_component, not_stock
+from vramplan.planner.other_components import ladders_of, other_placements
+>>>>>>> h-stock
 from vramplan.planner.pool import CandidatePool, ComponentPlacements
 from vramplan.planner.streaming import streaming_pool
 from vramplan.strategies import AXES, DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
@@ -110,7 +115,8 @@ def _placement_groups(
     ram_bytes: int | None,
 ) -> Iterable[list[CandidatePool]]:
     def allowed(component: Component, setting: Placement) -> bool:
-        reason = setting.refusal(component, spec, accelerator)
+        own = not_stock(setting.name) if fixed.stock and not setting.stock else None
+        reason = own or setting.refusal(component, spec, accelerator)
         conflicts = (other.conflict_with(setting) for other in fixed.execution.get(component.name, ()))
         reason = reason or next(filter(None, conflicts), None)
         if reason is not None:

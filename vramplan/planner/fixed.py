@@ -11,19 +11,20 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies import AXES, AxisRow, Decode, Execution, Placement, Weights
 from vramplan.strategies.base import Axis
-from vramplan.strategies.settings import parse_decode, parse_placement, parse_setting
+from vramplan.strategies.settings import is_stock, parse_decode, parse_placement, parse_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
     """Settings that the user fixed. `everywhere` is a placement for all components; `decode` and `weights` are open if
-    None, and so is every axis missing from `executions`."""
+    None, and so is every axis missing from `executions`. With `stock` all others must be stock too."""
 
     everywhere: Placement | None = None
     placement: Mapping[str, Placement] = field(default_factory=dict)
     decode: tuple[Decode, ...] | None = None
     weights: Mapping[str, Weights] | None = None
     executions: Mapping[Axis, Mapping[str, Execution]] = field(default_factory=dict)
+    stock: bool = False
 
     @property
     def execution(self) -> dict[str, tuple[Execution, ...]]:
@@ -39,18 +40,25 @@ def by_component(axes: Mapping[Axis, Mapping[str, Execution]]) -> dict[str, tupl
 
 
 def parse_fixed(
-    settings: Mapping[str, str | Sequence[str]], spec: PipelineSpec, accelerator: Accelerator | None = None
+    settings: Mapping[str, str | Sequence[str]],
+    spec: PipelineSpec,
+    accelerator: Accelerator | None = None,
+    *,
+    stock: bool = False,
 ) -> Fixed:
     """Parse settings such as `{"placement.transformer": "group_offload:type=leaf", "decode": ["vae_slicing"]}`.
 
     Raises:
-        UsageError: an unknown axis or component, or an impossible setting.
+        UsageError: an unknown axis or component, an impossible setting, or with `stock` one that is not stock.
     """
     everywhere: Placement | None = None
     given: dict[Axis, Any] = {}
     for key, value in settings.items():
         texts = [value] if isinstance(value, str) else list(value)
         row, name = _axis_and_component(key, texts)
+        other = next((text for text in texts if stock and not is_stock(row.name, text)), None)
+        if other is not None:
+            raise UsageError(f'`settings["{key}"]`: {not_stock(other)}')
         if not row.by_component:
             given[row.name] = _decode_settings(texts)
         elif not name and not row.nothing:
@@ -60,7 +68,12 @@ def parse_fixed(
     if everywhere is not None and everywhere.whole_pipeline and "placement" in given:
         raise UsageError(f"{everywhere.name} is for the whole pipeline: it excludes {', '.join(given['placement'])}")
     executions = {axis: given.pop(axis) for axis in AXES if axis in given and AXES[axis].kind is Execution}
-    return Fixed(everywhere=everywhere, executions=executions, **given)
+    return Fixed(everywhere=everywhere, executions=executions, stock=stock, **given)
+
+
+def not_stock(setting: str) -> str:
+    """Return the sentence that refuses a setting that is not stock."""
+    return f"{setting.partition(':')[0]} is vramplan's own, and `stock` leaves only diffusers' and accelerate's"
 
 
 def refusal_of(setting: Weights | Execution, component: Component, accelerator: Accelerator | None) -> str | None:

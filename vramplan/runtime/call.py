@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planfile.types import Plan
@@ -17,14 +19,24 @@ def seeded_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
+def call_parameters(cls: type) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline class's call."""
+    return inspect.signature(inspect.unwrap(cls.__call__)).parameters
+
+
 def call_arguments(
     pipe: Any, plan: Plan, prompt: str, negative_prompt: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Return the arguments of a call for the plan's workload, limited to those this pipeline's call accepts."""
-    import inspect
+    return class_call_arguments(type(pipe), plan, prompt, negative_prompt, seed)
 
+
+def class_call_arguments(
+    cls: type, plan: Plan, prompt: str, negative_prompt: str | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Return the same for a pipeline class."""
     work = plan.workload
-    takes = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+    takes = call_parameters(cls)
     wanted = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,

@@ -26,6 +26,7 @@ class AttentionBackend:
 
     name: ClassVar[str] = "attention_backend"
     axis: ClassVar[Axis] = "attention"
+    stock: ClassVar[bool] = True
     simulated: ClassVar[bool] = False
 
     backend: str = "native"

@@ -22,6 +22,7 @@ class AttentionSlicing:
 
     name: ClassVar[str] = "attention_slicing"
     axis: ClassVar[Axis] = "attention"
+    stock: ClassVar[bool] = True
     simulated: ClassVar[bool] = True
 
     size: Literal["auto", "max"] = "auto"

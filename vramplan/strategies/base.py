@@ -1,7 +1,8 @@
 """The protocols of strategies: one way to set one axis, its price in memory, and the diffusers call that applies it.
 
 A setting is an instance of its strategy's class, with the options as fields. To add a strategy, write one such class in
-one file and name it in the registry.
+one file and name it in the registry. A `stock` one is made by public calls of diffusers and accelerate on one whole
+pipeline: its code needs no vramplan.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class Placement(Protocol):
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
+    stock: ClassVar[bool]
     quality: ClassVar[Quality]
     whole_pipeline: ClassVar[bool]
     freed: ClassVar[bool]
@@ -151,6 +153,7 @@ class Weights(Protocol):
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
+    stock: ClassVar[bool]
 
     @property
     def quality(self) -> Quality:
@@ -225,6 +228,7 @@ class Execution(Protocol):
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
+    stock: ClassVar[bool]
     simulated: ClassVar[bool]
 
     @property
@@ -258,6 +262,7 @@ class Decode(Protocol):
 
     name: ClassVar[str]
     axis: ClassVar[Axis]
+    stock: ClassVar[bool]
     quality: ClassVar[Quality]
 
     @classmethod

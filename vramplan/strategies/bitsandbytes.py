@@ -23,6 +23,7 @@ class Bitsandbytes:
 
     name: ClassVar[str] = "bitsandbytes"
     axis: ClassVar[Axis] = "weights"
+    stock: ClassVar[bool] = True
     source: ClassVar[None] = None
     loads_on_device: ClassVar[bool] = True  # it quantizes there (0.50)
 

@@ -21,6 +21,7 @@ class CompileRepeatedBlocks:
 
     name: ClassVar[str] = "compile_repeated_blocks"
     axis: ClassVar[Axis] = "compile"
+    stock: ClassVar[bool] = True
     simulated: ClassVar[bool] = False
 
     @property

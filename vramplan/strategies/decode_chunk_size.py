@@ -24,6 +24,7 @@ class DecodeChunkSize:
 
     name: ClassVar[str] = "decode_chunk_size"
     axis: ClassVar[Axis] = "decode"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "near_lossless"
     leaves: ClassVar[tuple[str, ...]] = (ON_PIPE + "decode_latents",)
 

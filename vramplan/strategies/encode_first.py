@@ -22,6 +22,7 @@ class EncodeFirst(WithoutOptions):
 
     name: ClassVar[str] = "encode_first"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = False
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = True

@@ -35,6 +35,7 @@ class FramewiseDecoding:
 
     name: ClassVar[str] = "framewise_decoding"
     axis: ClassVar[Axis] = "decode"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "near_lossless"
     leaves: ClassVar[tuple[str, ...]] = ("tile_", "use_framewise")
 

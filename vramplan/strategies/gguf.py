@@ -25,6 +25,7 @@ class Gguf:
 
     name: ClassVar[str] = "gguf"
     axis: ClassVar[Axis] = "weights"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossy"
     quantized: ClassVar[str] = "gguf"
     loads_on_device: ClassVar[bool] = False

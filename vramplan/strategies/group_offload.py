@@ -33,6 +33,7 @@ class GroupOffload:
 
     name: ClassVar[str] = "group_offload"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False

@@ -22,6 +22,7 @@ class LayerwiseCasting:
 
     name: ClassVar[str] = "layerwise_casting"
     axis: ClassVar[Axis] = "weights"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossy"
     quantized: ClassVar[str] = ""
     leaves: ClassVar[tuple[str, ...]] = DIFFUSERS_HOOK

@@ -22,6 +22,7 @@ class ModelCpuOffload(WithoutOptions):
 
     name: ClassVar[str] = "model_cpu_offload"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = True
     freed: ClassVar[bool] = False

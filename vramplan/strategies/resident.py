@@ -17,6 +17,7 @@ class Resident(WithoutOptions):
 
     name: ClassVar[str] = "resident"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False

@@ -20,6 +20,7 @@ class SequentialCpuOffload(WithoutOptions):
 
     name: ClassVar[str] = "sequential_cpu_offload"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = True
     freed: ClassVar[bool] = False

@@ -49,6 +49,12 @@ parse_placement: Callable[[str], Placement] = partial(parse_setting, "placement"
 parse_decode: Callable[[str], Decode] = partial(parse_setting, "decode")
 
 
+def is_stock(axis: Axis, text: str) -> bool:
+    """Whether a setting of the axis is stock; the word for no setting is."""
+    name = text.partition(":")[0].strip()
+    return all(cls.stock for cls in AXES[axis].strategies if cls.name == name)
+
+
 def grouped(
     placement: Mapping[str, Placement],
     weights: Mapping[str, Weights] | None = None,

@@ -26,6 +26,7 @@ class Torchao:
 
     name: ClassVar[str] = "torchao"
     axis: ClassVar[Axis] = "weights"
+    stock: ClassVar[bool] = True
 
     type: Literal["int8", "float8", "int4"] = "int8"
 

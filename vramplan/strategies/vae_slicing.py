@@ -21,6 +21,7 @@ class VaeSlicing:
 
     name: ClassVar[str] = "vae_slicing"
     axis: ClassVar[Axis] = "decode"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "lossless"
     leaves: ClassVar[tuple[str, ...]] = ("use_slicing",)
 

@@ -27,6 +27,7 @@ class VaeTiling:
 
     name: ClassVar[str] = "vae_tiling"
     axis: ClassVar[Axis] = "decode"
+    stock: ClassVar[bool] = True
     quality: ClassVar[Quality] = "near_lossless"
     leaves: ClassVar[tuple[str, ...]] = ("tile_", "use_tiling")
 

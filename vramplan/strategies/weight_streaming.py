@@ -31,6 +31,7 @@ class WeightStreaming:
 
     name: ClassVar[str] = "weight_streaming"
     axis: ClassVar[Axis] = "placement"
+    stock: ClassVar[bool] = False
     quality: ClassVar[Quality] = "lossless"
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False

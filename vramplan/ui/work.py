@@ -89,7 +89,8 @@ def _subject(model: str) -> Subject:
 def _plan(selection: Selection) -> Plan:
     subject = _subject(selection.model)
     hardware, accelerator = _machine(selection)
-    return subject.plan(subject.workload(dict(selection.counts)), hardware, accelerator, _request(selection))
+    work = subject.workload(dict(selection.counts))
+    return subject.plan_with_stock(work, hardware, accelerator, _request(selection))
 
 
 def _machine(selection: Selection) -> tuple[Hardware, Accelerator | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vramplan.planfile.types import settings_text
+from vramplan.planfile.types import settings_text, stock_cost
 from vramplan.units import format_bytes, format_seconds
 from vramplan.view.shared import _NUMERIC, notes_view
 from vramplan.workload import workload_text
@@ -65,7 +65,18 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("speed", _speed(plan)),
         ("quality", plan.quality.replace("_", " ")),
         ("why", plan.reason),
+        *_stock_row(plan),
     ]
+
+
+def _stock_row(plan: Plan) -> list[tuple[str, str]]:
+    """The fastest stock plan for the same request against the plan; empty if the plan is stock or records none."""
+    found = plan.stock
+    if found is None:
+        return []
+    if found.settings is None:
+        return [("stock", f"none: {found.reason}")]
+    return [("stock", f"{settings_text(found.settings)}: {stock_cost(plan)}")]
 
 
 def _loading_row(plan: Plan) -> list[tuple[str, str]]:
@@ -105,6 +116,7 @@ def explain_view(plan: Plan) -> RenderableType:
 
     lines: list[RenderableType] = [
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
+        *(hang(f"{name}: {text}", 2) for name, text in _stock_row(plan)),
         "",
         Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>9} {'call':>9}  limited by", "bold"),
     ]
