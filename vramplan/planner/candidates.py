@@ -9,13 +9,8 @@ from itertools import product
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, PipelineSpec
-<<<<<<< HEAD
-from vramplan.planner.fixed import Fixed, by_component
-from vramplan.planner.other_components import other_placements
-=======
 from vramplan.planner.fixed import Fixed, by_component, not_stock
-from vramplan.planner.other_components import ladders_of, other_placements
->>>>>>> h-stock
+from vramplan.planner.other_components import other_placements
 from vramplan.planner.pool import CandidatePool, ComponentPlacements
 from vramplan.planner.streaming import streaming_pool
 from vramplan.strategies import AXES, DECODES, EXECUTIONS, PLACEMENTS, WEIGHTS, Decode, Execution, Placement, Weights
