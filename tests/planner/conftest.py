@@ -1,4 +1,4 @@
-"""Real modules run on one thread here, and tables of streamed weights are small: properties are checked on many."""
+"""Real modules run on one thread here; tables of streamed weights are small where properties are checked on many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vramplan.planner import streaming
 __all__ = ["_one_thread"]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="module")
 def _small_tables() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(streaming, "_MOST", 400)

@@ -112,7 +112,6 @@ def test_room_beside_a_resident_denoiser_goes_to_the_encoder(gib: int) -> None:
         chosen = choose(spec, gib * GIB, ram=ram * GIB, work=Workload(height=512, width=512)).chosen
         setting = chosen.placement["text_encoder"]
         assert isinstance(setting, WeightStreaming)
-        assert (setting.locked == 0) is (ram == 1)
         assert setting.keep
         assert gib * GIB - chosen.demand.vram_reserved_bytes < GIB // 2
 
@@ -138,6 +137,7 @@ def test_who_cannot_be_loaded_says_which_component_and_both_numbers() -> None:
     assert any(re.match(r"loading \w+ needs [\d.]+ GiB of RAM, 4.00 GiB may be used: short by", text) for text in told)
 
 
+@pytest.mark.usefixtures("_small_tables")
 class TestAnyPipeline:
     @QUICK
     @given(specs(), WORKS, VRAM, VRAM, st.sampled_from(["lossless", "near_lossless"]))

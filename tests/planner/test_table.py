@@ -18,6 +18,8 @@ from vramplan.planner.footprint import AssumedFootprint
 from vramplan.planner.order import order, rounded
 from vramplan.planner.table import Table
 
+pytestmark = pytest.mark.usefixtures("_small_tables")
+
 
 @QUICK
 @given(specs(), WORKS, VRAM, st.booleans(), st.data())
