@@ -22,6 +22,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vramplan.strategies.partial_residency import PartialResidency
+
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.footprint import Footprint
@@ -29,7 +31,6 @@ from vramplan.strategies import Placement
 from vramplan.strategies.base import Hold, Quality
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
-from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.resident import Resident
 from vramplan.units import GIB, MIB
 

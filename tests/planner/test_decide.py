@@ -16,7 +16,8 @@ from vramplan.errors import NothingFitsError
 from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.candidates import rows
-from vramplan.planner.decide import Decision, Outcome, _explain_fastest, decide, worst_quality
+from vramplan.planner.decide import _explain_fastest, decide
+from vramplan.planner.decision import Decision, Outcome, worst_quality
 from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.planner.footprint import AssumedFootprint, Estimate

@@ -15,7 +15,7 @@ from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import Use
-from vramplan.planner.decide import Decision
+from vramplan.planner.decision import Decision
 from vramplan.planner.demand import Pricer
 from vramplan.simulator import component_trace
 from vramplan.simulator.component_trace import trace_components

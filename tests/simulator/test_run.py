@@ -15,7 +15,7 @@ import vramplan
 from tests.support.calls import workload_of
 from vramplan.api.plan import describe
 from vramplan.hardware import Accelerator, Hardware, Host
-from vramplan.planner.decide import Decision
+from vramplan.planner.decision import Decision
 from vramplan.planner.fixed import parse_fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile
 from vramplan.simulator import cache

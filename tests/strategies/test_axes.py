@@ -11,7 +11,7 @@ from tests.support.specs import card, text_to_image
 from vramplan.errors import UsageError
 from vramplan.planfile.record import settings_of
 from vramplan.planfile.types import Settings, settings_text
-from vramplan.planner.decide import Decision
+from vramplan.planner.decision import Decision
 from vramplan.planner.fixed import Fixed, parse_fixed
 from vramplan.strategies import AXES, EXECUTIONS, REGISTRY, AxisRow, Execution
 from vramplan.strategies.settings import format_setting, grouped, parse_setting

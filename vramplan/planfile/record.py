@@ -21,7 +21,7 @@ from vramplan.planfile.types import (
     fingerprint,
 )
 from vramplan.planner.candidates import Refused
-from vramplan.planner.decide import Decision, Outcome
+from vramplan.planner.decision import Decision, Outcome
 from vramplan.planner.demand import Demand
 from vramplan.strategies import AXES, AxisRow, Execution
 from vramplan.strategies.settings import format_setting

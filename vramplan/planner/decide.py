@@ -11,11 +11,13 @@ from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import CandidateRow, Refused, rows
+from vramplan.planner.decision import Decision, Outcome
 from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.order import Prefer, Verdict, order, rounded
 from vramplan.planner.pool import CandidatePool
+from vramplan.planner.streaming import with_more_kept
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
@@ -23,46 +25,6 @@ from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB, format_bytes, format_seconds
 from vramplan.workload import Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """A candidate with its price and verdict. `deficit_bytes` is 0 if it fits."""
-
-    placement: Mapping[str, Placement]
-    decode: tuple[Decode, ...]
-    weights: Mapping[str, Weights] = field(default_factory=dict)
-    execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
-    demand: Demand
-    verdict: Verdict
-    reason: str
-    deficit_bytes: int
-
-    @property
-    def quality(self) -> Quality:
-        """Quality of the least faithful setting."""
-        return self.quality_without({})
-
-    def quality_without(self, fixed: Mapping[str, tuple[Execution, ...]]) -> Quality:
-        """Quality of the least faithful setting, ignoring attention and compile settings the user fixed."""
-        execution = [
-            item for name in self.execution for item in self.execution[name] if item not in fixed.get(name, ())
-        ]
-        return worst_quality([*self.weights.values(), *execution, *self.placement.values(), *self.decode])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """All decisions, the chosen one first, and the refused settings."""
-
-    decisions: tuple[Decision, ...]
-    refused: tuple[Refused, ...]
-
-    @property
-    def chosen(self) -> Decision:
-        """The decision that the plan records."""
-        return self.decisions[0]
-
 
 Confirm = Callable[[Decision], Decision]
 Entry = tuple[CandidateRow, Decision]
@@ -72,11 +34,6 @@ _WORTH_TRYING = 0.99
 _STEP_BYTES = 20 * MIB
 # The qualities tried in turn if the user allowed none.
 _DEFAULT: tuple[Quality, ...] = ("lossless", "near_lossless")
-
-
-def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) -> Quality:
-    """Return the least faithful quality among settings."""
-    return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +82,11 @@ def decide(
     if not found:
         raise UsageError(_impossible(refused, fixed))
     chooser = _Chooser(pricers, budget, prefer, fixed)
+    check = confirm or (lambda item: item)
     entries = [(row, chooser.best(row)) for row in found]
     default = (*_DEFAULT, "lossy") if fixed.weights else _DEFAULT  # fixed settings are allowed
     for limit in (allow,) if allow else default:
-        search = _Search(entries, limit, chooser, confirm)
+        search = _Search(entries, limit, chooser, lambda item: check(chooser.filled(item)))
         chosen, entries = search.run(), [*search.simulated, *search.waiting]
         if chosen is not None:
             others = [_explain_other(item, chosen, limit, chooser) for _, item in entries if item is not chosen]
@@ -160,11 +118,27 @@ class _Chooser:
         """Return the best candidate of the row, within `vram_bytes` in place of the budget's VRAM if given."""
         limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
         budget = replace(self.budget, vram_bytes=limit)
-        form = row.weights, row.execution
-        pricer = next(pricer for other, pricer in self.pricers if (other.weights, other.execution) == form)
+        pricer = self._pricer(row)
         best = (self._best_of(pool, pricer, row.decode, budget) for pool in row.pools)
         judged = (_judge(row, placement, pricer(placement, row.decode), budget) for placement in best)
         return min(judged, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
+
+    def filled(self, item: Decision) -> Decision:
+        """Return the decision with as many streamed blocks kept as its peak of device memory leaves room for."""
+        if self.prefer == "memory":
+            return item
+        pricer, most = self._pricer(item), item.demand
+
+        def fits(placement: Mapping[str, Placement]) -> bool:
+            price = pricer(placement, item.decode)
+            return price.vram_reserved_bytes <= most.vram_reserved_bytes and price.ram_bytes <= most.ram_bytes
+
+        placement = with_more_kept(item.placement, pricer.spec, self.fixed, fits)
+        return replace(item, placement=placement, demand=pricer(placement, item.decode))
+
+    def _pricer(self, item: CandidateRow | Decision) -> Pricer:
+        form = item.weights, item.execution
+        return next(pricer for other, pricer in self.pricers if (other.weights, other.execution) == form)
 
     def seconds_of_fastest(self, among: Iterable[CandidateRow], limit: Quality) -> float:
         """Return the seconds per call of the fastest allowed candidate that fits by its price."""
@@ -202,10 +176,10 @@ class _Search:
     because fragmentation differs between placements.
     """
 
-    def __init__(self, entries: Sequence[Entry], limit: Quality, chooser: _Chooser, confirm: Confirm | None) -> None:
+    def __init__(self, entries: Sequence[Entry], limit: Quality, chooser: _Chooser, confirm: Confirm) -> None:
         self.limit = limit
         self.chooser = chooser
-        self.confirm = confirm or (lambda item: item)
+        self.confirm = confirm
         self.rows = list({id(row): row for row, _ in entries}.values())
         self.waiting = list(entries)
         self.simulated: list[Entry] = []
@@ -216,9 +190,11 @@ class _Search:
         """Return the decision found, None if nothing fits."""
         while (entry := self._next()) is not None:
             row, priced = entry
-            if priced.demand.basis in ("assumed", "derived"):
-                return priced
             self.waiting.remove(entry)
+            if priced.demand.basis in ("assumed", "derived"):
+                priced = self.chooser.filled(priced)
+                self.simulated.append((row, priced))
+                return priced
             found = self.confirm(priced)
             self.simulated.append((row, found))
             if found.verdict != "rejected":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
@@ -19,7 +19,10 @@ from vramplan.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseDemand:
-    """The peak of one phase on the device, in bytes: the component that runs, and those on the device with it."""
+    """The peak of one phase on the device, in bytes: the component that runs, and those on the device with it.
+
+    `blocks` counts, of each component that is streamed, the blocks that stay in this phase, and all.
+    """
 
     name: PhaseName
     component: str
@@ -28,6 +31,7 @@ class PhaseDemand:
     activation_bytes: int
     workspace_bytes: int
     reserved_bytes: int
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def allocated_bytes(self) -> int:
@@ -203,6 +207,7 @@ class Pricer:
             activation_bytes=need.activation.size_bytes,
             workspace_bytes=workspace,
             reserved_bytes=replayed.weights_bytes + workspace + need.activation.reserved_bytes,
+            blocks=replayed.blocks,
         )
 
     def _load(self, placement: Mapping[str, Placement]) -> LoadDemand | None:

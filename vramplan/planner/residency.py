@@ -9,7 +9,7 @@ on the device with others.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.strategies.base import Hold
@@ -19,13 +19,15 @@ from vramplan.strategies.base import Hold
 class ReplayedUse:
     """One use of the replayed call: the weights on the device during it, and the weights it moved, in bytes.
 
-    `on_device` names the components with weights there. In-loop uses come twice; `repeat` is 1 in the second round,
+    `on_device` names the components with weights there, `blocks` counts the blocks that stay and all of those that are
+    streamed. In-loop uses come twice; `repeat` is 1 in the second round,
     which stands for every later step.
     """
 
     use: Use
     weights_bytes: int
     on_device: tuple[str, ...]
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     loaded_bytes: int = 0
     sent_back_bytes: int = 0
     repeat: int = 0
@@ -62,6 +64,14 @@ def replay(spec: PipelineSpec, holds: Mapping[str, Hold], *, skip_optional: bool
                 use=use,
                 weights_bytes=weights,
                 on_device=_on_device(holds, beside[use.in_loop], present, use),
+                blocks={
+                    name: (
+                        hold.blocks[1 if name == use.component or (use.in_loop and name in looping) else 0],
+                        hold.blocks[2],
+                    )
+                    for name, hold in holds.items()
+                    if hold.blocks is not None and hold.blocks[2]
+                },
                 loaded_bytes=loaded,
                 sent_back_bytes=sent_back,
                 repeat=repeat,

@@ -6,7 +6,10 @@ numbers of kept and page-locked ones at levels that are as fine as the size of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate, combinations
 from math import prod
 
@@ -101,10 +104,11 @@ def _options(
         pairs = [(count, keep) for count in counts for keep in _spread(range(len(sizes) - count + 1), fineness)]
     else:
         keeps = _spread(range(max(0, counts[-1] - LEAST_STREAMED) + 1), fineness)
-        pairs = [(0, 0), *((counts[-1] - keep, keep) for keep in keeps if counts[-1])]
+        pairs = [(0, keep) for keep in _spread(range(len(sizes) + 1), fineness)]
+        pairs += [(counts[-1] - keep, keep) for keep in keeps if counts[-1]]
     for count, keep in pairs:
         if count or keep < len(sizes) or not sizes:  # else it is resident
-            for locked in _locked(component, sizes, count, keep, levels):
+            for locked in _locked(component, sizes, count, keep, levels, fineness):
                 yield WeightStreaming(streamed=count, keep=keep, locked=locked)
 
 
@@ -127,16 +131,18 @@ def _stream_counts(sizes: Sequence[int]) -> list[int]:
 
 
 def _locked(
-    component: Component, sizes: Sequence[int], streamed: int, keep: int, levels: Sequence[int | None]
+    component: Component, sizes: Sequence[int], streamed: int, keep: int, levels: Sequence[int | None], fineness: int
 ) -> list[int]:
-    """The numbers of page-locked blocks worth trying: all, and as many as fit into each level of RAM."""
+    """The numbers of page-locked blocks worth trying: all; with little RAM as many as fit into each level of it too,
+    and some in between."""
     if not sizes:
-        return [1, 0] if None not in levels or len(levels) > 1 else [1]
+        return [1] if levels == [None] else [1, 0]
     division = divide(sizes, streamed=streamed, keep=keep)
     rest = 0 if keep else component.weight_bytes - sum(sizes)
     needs = [0, *accumulate((sizes[place] for place in division.by_need), initial=rest)]
-    found = {max(1, len(division.by_need)) if level is None else _fitting(needs, level) for level in levels}
-    return sorted(found, reverse=True)
+    most = max(1, len(division.by_need))
+    found = {most if level is None else _fitting(needs, level) for level in levels}
+    return sorted(found | set(_spread(range(most + 1), fineness) if levels != [None] else ()), reverse=True)
 
 
 def _fitting(needs: Sequence[int], level: int) -> int:
@@ -162,3 +168,40 @@ def _spread(values: Sequence[int], most: int) -> list[int]:
     if len(values) <= most:
         return list(values)
     return [values[number * (len(values) - 1) // (most - 1)] for number in range(most)]
+
+
+def with_more_kept(
+    placement: Mapping[str, Placement],
+    spec: PipelineSpec,
+    fixed: Fixed,
+    fits: Callable[[Mapping[str, Placement]], bool],
+) -> dict[str, Placement]:
+    """Keep as many more blocks of each denoiser as `fits` allows: the levels leave some numbers out."""
+    found = dict(placement)
+    for component in spec.components:
+        setting = found.get(component.name)
+        if not isinstance(setting, WeightStreaming) or not _is_open(component, fixed) or not setting.streamed:
+            continue
+        if component.role in ("denoiser", "control"):
+            able = [
+                _keeping(setting, component, keep)
+                for keep in range(setting.keep, len(streaming_sizes(component)) - setting.streamed + 1)
+            ]
+            most = bisect_left(able, True, key=partial(_too_many, found, component.name, fits))
+            found[component.name] = able[max(0, most - 1)]
+    return found
+
+
+def _too_many(
+    placement: Mapping[str, Placement],
+    name: str,
+    fits: Callable[[Mapping[str, Placement]], bool],
+    setting: WeightStreaming,
+) -> bool:
+    return not fits({**placement, name: setting})
+
+
+def _keeping(setting: WeightStreaming, component: Component, keep: int) -> WeightStreaming:
+    """The setting with another number of kept blocks, which need no copy in host memory."""
+    fewer = len(streaming_sizes(component)) - keep
+    return replace(setting, keep=keep, locked=min(setting.locked, fewer))

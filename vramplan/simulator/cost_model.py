@@ -10,7 +10,8 @@ from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.candidates import execution_settings
-from vramplan.planner.decide import Alternative, Decision
+from vramplan.planner.decide import Alternative
+from vramplan.planner.decision import Decision
 from vramplan.planner.demand import PhaseDemand, weakest_basis
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import AssumedFootprint, Footprint

@@ -49,7 +49,8 @@ class Hold:
     Streamed weights only: `loop_bytes` are on the device while another component of the denoising loop runs;
     `gathered_bytes` come to the device on each forward in addition, from pageable memory or, if `from_file`, from the
     model's own files; `entry_bytes` and `entry_gathered_bytes` do so once when the component's phase begins. `flat`
-    ones are copied a block at a time, not tensor by tensor.
+    ones are copied a block at a time, not tensor by tensor. `blocks` counts those on the device throughout, those that
+    stay while the component's phase lasts, and all.
     """
 
     running_bytes: int
@@ -75,6 +76,7 @@ class Hold:
     entry_gathered_bytes: int = 0
     from_file: bool = False
     flat: bool = False
+    blocks: tuple[int, int, int] | None = None
 
     @property
     def freed(self) -> bool:

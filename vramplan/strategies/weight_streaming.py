@@ -89,6 +89,7 @@ class WeightStreaming:
             from_file=mapped,
             overlapped=True,
             flat=True,
+            blocks=(len(division.kept), len(sizes) - len(division.streamed), len(sizes)),
         )
 
     def division(self, component: Component) -> Division:

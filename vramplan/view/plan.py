@@ -60,6 +60,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("on", f"{card} ({plan.machine.device})"),
         ("for", workload_text(plan.workload)),
         ("chosen", settings_text(plan.settings)),
+        *_blocks_row(plan),
         ("fits", fits_sentence(plan.projected, plan.machine.budget)),
         *_loading_row(plan),
         ("speed", _speed(plan)),
@@ -77,6 +78,17 @@ def _stock_row(plan: Plan) -> list[tuple[str, str]]:
     if found.settings is None:
         return [("stock", f"none: {found.reason}")]
     return [("stock", f"{settings_text(found.settings)}: {stock_cost(plan)}")]
+
+
+def _blocks_row(plan: Plan) -> list[tuple[str, str]]:
+    """The blocks that stay on the device in each phase, of every component that is streamed; empty without any."""
+    phases = plan.projected.phases
+    names = dict.fromkeys(name for phase in phases for name, (staying, _) in phase.blocks.items() if staying)
+    texts = []
+    for name in names:
+        counts = [f"{phase.blocks[name][0]} in {phase.name}" for phase in phases if name in phase.blocks]
+        texts.append(f"{name}: {', '.join(counts)}, of {phases[0].blocks[name][1]} blocks")
+    return [("stay", "; ".join(texts))] if texts else []
 
 
 def _loading_row(plan: Plan) -> list[tuple[str, str]]:

@@ -1,0 +1,81 @@
+"""The numbers of kept, cached, streamed and page-locked blocks that the planner finds are the best of all there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.planner.test_decide import QUICK, choose
+from tests.support.specs import GIB, budget, card, component, pipeline
+from vramplan.errors import NothingFitsError
+from vramplan.pipeline.types import Component
+from vramplan.planner.demand import Pricer
+from vramplan.planner.fixed import Fixed
+from vramplan.planner.footprint import AssumedFootprint
+from vramplan.planner.pool import CandidatePool
+from vramplan.planner.streaming import with_more_kept
+from vramplan.planner.table import Table
+from vramplan.strategies.base import Placement
+from vramplan.strategies.resident import Resident
+from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
+from vramplan.workload import Workload
+
+WORK = Workload(height=512, width=512, num_inference_steps=8)
+
+
+def every(part: Component) -> Iterator[Placement]:
+    """Every setting that there is, by counting."""
+    count = len(streaming_sizes(part))
+    yield Resident()
+    for streamed in (0, *range(3, count + 1)):
+        for keep in range(count - streamed + 1):
+            for locked in range(count - keep + 1) if count else (0, 1):
+                yield WeightStreaming(streamed=streamed, keep=keep, locked=locked)
+
+
+@settings(QUICK, max_examples=12)
+@given(
+    st.integers(2, 12), st.integers(1, 20), st.integers(3, 5), st.integers(3, 4), st.integers(1, 9), st.integers(1, 9)
+)
+def test_nothing_is_faster_than_what_is_chosen(vram, ram, blocks, layers, denoiser, encoder) -> None:
+    spec = pipeline(
+        component("text_encoder", encoder * GIB, role="text_encoder", blocks=layers),
+        component("transformer", denoiser * GIB, blocks=blocks),
+        component("vae", GIB // 4, role="vae"),
+    )
+    price = Pricer(spec, WORK, AssumedFootprint(spec=spec, workload=WORK), card(vram * GIB))
+    axes = tuple(tuple({part.name: setting} for setting in every(part)) for part in spec.components)
+    best = Table(CandidatePool(axes=axes), price, ()).best((), budget(vram * GIB, ram * GIB), "speed")
+    fastest = price(best, ())
+    able = fastest.vram_reserved_bytes <= vram * GIB and fastest.ram_bytes <= ram * GIB
+    try:
+        chosen = choose(spec, vram * GIB, ram=ram * GIB, work=WORK, fixed=Fixed(decode=())).chosen.demand
+    except NothingFitsError:
+        assert not able
+        return
+    assert chosen.seconds_per_call <= fastest.seconds_per_call * 1.002 or not able
+
+
+def test_kept_blocks_fill_the_room_that_levels_leave() -> None:
+    spec = pipeline(component("transformer", 40 * GIB, blocks=40))
+    chosen = {"transformer": WeightStreaming(streamed=20, keep=2, locked=38)}
+    more = with_more_kept(chosen, spec, Fixed(), lambda placed: placed["transformer"].keep <= 13)
+    assert more == {"transformer": WeightStreaming(streamed=20, keep=13, locked=27)}
+    fixed = Fixed(placement=chosen)
+    assert with_more_kept(chosen, spec, fixed, lambda _: True) == chosen
+
+
+@pytest.mark.parametrize("role", ["denoiser", "text_encoder"])
+def test_memory_left_idle_is_less_than_a_block_where_anything_is_streamed(role: str) -> None:
+    spec = pipeline(
+        component("text_encoder", (9 if role == "text_encoder" else 1) * GIB, role="text_encoder", blocks=24),
+        component("transformer", 22 * GIB, blocks=57),
+        component("vae", GIB // 4, role="vae"),
+    )
+    for gib in (6, 8, 12, 16):
+        demand = choose(spec, gib * GIB, ram=64 * GIB, fixed=Fixed(decode=())).chosen.demand
+        denoise = next(phase for phase in demand.phases if phase.name == "denoise")
+        assert gib * GIB - denoise.reserved_bytes <= max(GIB // 2, gib * GIB // 20)

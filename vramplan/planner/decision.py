@@ -1,0 +1,55 @@
+"""A candidate with its price and verdict, and all of them with the chosen one first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vramplan.planner.candidates import Refused
+from vramplan.planner.demand import Demand
+from vramplan.planner.order import Verdict
+from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
+
+
+def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) -> Quality:
+    """Return the least faithful quality among settings."""
+    return max((setting.quality for setting in settings), key=QUALITIES.index, default="lossless")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A candidate with its price and verdict. `deficit_bytes` is 0 if it fits."""
+
+    placement: Mapping[str, Placement]
+    decode: tuple[Decode, ...]
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    execution: Mapping[str, tuple[Execution, ...]] = field(default_factory=dict)
+    demand: Demand
+    verdict: Verdict
+    reason: str
+    deficit_bytes: int
+
+    @property
+    def quality(self) -> Quality:
+        """Quality of the least faithful setting."""
+        return self.quality_without({})
+
+    def quality_without(self, fixed: Mapping[str, tuple[Execution, ...]]) -> Quality:
+        """Quality of the least faithful setting, ignoring attention and compile settings the user fixed."""
+        execution = [
+            item for name in self.execution for item in self.execution[name] if item not in fixed.get(name, ())
+        ]
+        return worst_quality([*self.weights.values(), *execution, *self.placement.values(), *self.decode])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """All decisions, the chosen one first, and the refused settings."""
+
+    decisions: tuple[Decision, ...]
+    refused: tuple[Refused, ...]
+
+    @property
+    def chosen(self) -> Decision:
+        """The decision that the plan records."""
+        return self.decisions[0]
