@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.planner.test_streaming import every
 from tests.support.specs import GIB, MIB, WORK, card, component, pipeline, text_to_image
 from vramplan.errors import UsageError
 from vramplan.strategies import (
@@ -201,11 +202,12 @@ def test_a_refusal_is_a_sentence_or_none(spec: Any, accelerator: Any) -> None:
 def test_a_hold_never_is_negative_and_runs_on_no_less_than_it_idles_on(spec: Any) -> None:
     for cls in PLACEMENTS:
         for part in spec.components:
-            for setting in cls.variants(part):
+            for setting in (*cls.variants(part), *every(part)):
                 hold = setting.hold(part, spec)
                 counts = [getattr(hold, field.name) for field in fields(Hold)]
-                assert min(counts) >= 0
+                assert min(count for count in counts if isinstance(count, int | float)) >= 0
                 assert hold.running_bytes >= hold.idle_bytes
+                assert hold.running_bytes == (hold.loop_bytes or hold.running_bytes)
                 assert hold.running_bytes <= 3 * part.weight_bytes
                 assert 0 < hold.rate <= 1
                 assert not (hold.lingers and hold.idle_bytes)

@@ -58,6 +58,7 @@ def streaming_pool(
             axes.append(tuple({member.name: setting for member in group} for setting in dict.fromkeys(found)))
         if prod(map(len, axes)) <= _MOST:
             break
+    axes = _cut(axes, spec)
     return CandidatePool(axes=tuple(axes)) if all(axes) else None
 
 
@@ -105,7 +106,7 @@ def _options(
     else:
         keeps = _spread(range(max(0, counts[-1] - LEAST_STREAMED) + 1), fineness)
         pairs = [(0, keep) for keep in _spread(range(len(sizes) + 1), fineness)]
-        pairs += [(counts[-1] - keep, keep) for keep in keeps if counts[-1]]
+        pairs += [(counts[-1] - keep, keep) for keep in reversed(keeps) if counts[-1]]
     for count, keep in pairs:
         if count or keep < len(sizes) or not sizes:  # else it is resident
             for locked in _locked(component, sizes, count, keep, levels, fineness):
@@ -161,6 +162,16 @@ def _ram_levels(
     taken = {sum(chosen) for count in range(len(others) + 1) for chosen in combinations(others, count)}
     left = sorted({max(0, ram_bytes - _BESIDE - size) for size in taken}, reverse=True)
     return [None, *dict.fromkeys([*left, *(size * 3 // 4 for size in left[:1]), *(size // 2 for size in left[:1]), 0])]
+
+
+def _cut(axes: Sequence[tuple[ComponentPlacements, ...]], spec: PipelineSpec) -> list[tuple[ComponentPlacements, ...]]:
+    """Leave the lightest components the two ends of their settings, resident and passing through, as far as needed."""
+    kept = list(axes)
+    sizes = [sum(spec.component(name).weight_bytes for name in axis[0]) if axis else 0 for axis in axes]
+    for place in sorted(range(len(axes)), key=sizes.__getitem__):
+        if prod(map(len, kept)) > _MOST:
+            kept[place] = (kept[place][0], kept[place][-1])
+    return kept
 
 
 def _spread(values: Sequence[int], most: int) -> list[int]:
