@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vramplan.strategies import AXES, REGISTRY, Decode, Execution
 from vramplan.strategies.base import AtLoad, FileName
+from vramplan.strategies.weight_streaming import WeightStreaming
 
 # Each way of decoding acts on one of them; the first is of the size of Stable Diffusion's.
 _BLOCKS = (128, 256, 512, 512)
@@ -130,7 +131,7 @@ def _code(cls: Any) -> Iterator[str]:
         lines = setting.code([name], {name: module})
     else:
         found = ((setting, part) for part in _parts() for setting in _tried(cls, part))
-        setting, part = next(found, (cls(), _parts()[0]))
+        setting, part = next(found, (_SAMPLES.get(cls.name, cls()), _parts()[0]))
         lines = setting.code([part.name], "cuda:0")
         if isinstance(setting, AtLoad):
             imported, options = setting.load_code(part)
@@ -139,6 +140,10 @@ def _code(cls: Any) -> Iterator[str]:
                 lines[1] = f'{part.class_name}.from_single_file("FILE"{options})'
     yield f"# {format_setting(setting)}"
     yield from lines
+
+
+# Settings whose numbers the planner solves for, as the README's plan has them.
+_SAMPLES = {"weight_streaming": WeightStreaming(streamed=36, keep=12, locked=45)}
 
 
 def _tried(cls: Any, component: Any) -> Iterator[Any]:

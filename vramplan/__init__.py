@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vramplan.runtime.applied import Applied, applied_to
     from vramplan.runtime.recording import calibrating
     from vramplan.simulator.types import Simulation
+    from vramplan.streaming.attach import stream_weights
     from vramplan.workload import Workload
 
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "recovering_call": "vramplan.api.recover",
     "simulate": "vramplan.api.simulate",
     "Simulation": "vramplan.simulator.types",
+    "stream_weights": "vramplan.streaming.attach",
     "Workload": "vramplan.workload",
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "plan",
     "recovering_call",
     "simulate",
+    "stream_weights",
 ]
 
 

@@ -114,7 +114,7 @@ class WeightStreaming:
         options = ", ".join(f"{key}={value}" for key, value in self._options.items())
         components = ", ".join(f"{name}=dict({options})" for name in names)
         return [
-            "from vramplan.streaming.attach import stream_weights",
+            "from vramplan import stream_weights",
             f'stream_weights(pipe, "{device}", {components})',
         ]
 
