@@ -69,7 +69,7 @@ class TorchBackend:
         self._copier: ThreadPoolExecutor | None = None
         self._copier_side = another_handle(self._side)
         self._stages: list[tuple[torch.Tensor, torch.Event]] = []
-        self._most_stages = STAGES
+        self._can_lock = True
 
     def allocate(self, size: int, owner: str) -> torch.Tensor:
         """A buffer on the device, ordinary also in inference mode, where torch would refuse it as data of a weight."""
@@ -119,7 +119,7 @@ class TorchBackend:
 
     def _through_stage(self, target: torch.Tensor, piece: torch.Tensor) -> None:
         stage = self._free_stage()
-        if stage is None:
+        if stage is None:  # waits for the device, and is slower
             with self._copier_side:
                 target.copy_(piece)
             return
@@ -129,12 +129,12 @@ class TorchBackend:
         self._stages.append((stage, self._copier_side.record_event()))
 
     def _free_stage(self) -> torch.Tensor | None:
-        """A page-locked buffer that no copy reads any more; None if the system refuses even one."""
-        if len(self._stages) < self._most_stages:
+        """A page-locked buffer that no copy reads; None if the system refuses every one."""
+        if self._can_lock and len(self._stages) < STAGES:
             try:
-                return self.page_lock(STAGE_BYTES, "")
+                return torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
             except RuntimeError:
-                self._most_stages = len(self._stages)
+                self._can_lock = False
         if not self._stages:
             return None
         stage, used = self._stages.pop(0)
