@@ -27,7 +27,7 @@ from unittest.mock import patch
 import click
 import torch
 from gpu_accuracy import Models, machine, project
-from gpu_streaming_cases import PLANNED, STOCK, VIDEO, WORKLOADS, Case, cases, derived, summary
+from gpu_streaming_cases import PLANNED, PLANS, STOCK, VIDEO, WORKLOADS, Case, cases, derived, summary
 from gpu_streaming_machine import Card, Copies, Device, Full, Masters, Pretend, Small, map_file
 
 import vramplan
@@ -76,7 +76,7 @@ def run_case(case: Case, bench: Bench) -> dict[str, Any]:
     if not case.streams:  # the next one page-locks again; streamed ones in a row use the same memory
         bench.device.clean()
     try:
-        if case.form == "planned":
+        if case.form in PLANS:
             _planned(case, pipe, work, bench, row)
         else:
             _placed(case, pipe, work, bench, row)
@@ -112,10 +112,10 @@ def _placed(case: Case, pipe: Any, work: Any, bench: Bench, row: dict[str, Any])
 def _planned(case: Case, pipe: Any, work: Any, bench: Bench, row: dict[str, Any]) -> None:
     """The plan that vramplan makes for a smaller card, on as little memory."""
     device, copies, size = bench.device, Copies(bench.device), PLANNED[case.model]
-    shape = {"height": work.height, "width": work.width}
-    shape |= {"num_frames": work.num_frames} if case.model == VIDEO else {}
+    options: dict[str, Any] = {"height": work.height, "width": work.width, "stock": case.form == "stock plan"}
+    options |= {"num_frames": work.num_frames} if case.model == VIDEO else {}
     with timed(row, "plan_seconds", device):
-        plan = vramplan.plan(pipe, device=device.hardware(), vram=f"{size}GiB", **shape)
+        plan = vramplan.plan(pipe, device=device.hardware(), vram=f"{size}GiB", **options)
     row["plan"] = dict(plan.settings.placement)
     row["decode"] = list(plan.settings.decode)
     row["budget_bytes"] = plan.machine.budget.vram_bytes
@@ -174,6 +174,7 @@ def measure(case: Case, pipe: Any, work: Any, bench: Bench, copies: Copies, row:
     row["finite"] = all(bool(tensor.isfinite().all()) for tensor in latents)
     row["step_seconds"] = [device.seconds(a, b) for a, b in pairwise(marks)]
     row["streamed_bytes_per_step"] = [b - a for a, b in pairwise(counted)]
+    row["page_locked"] = device.page_locked()
     row["copy_bytes_per_s"] = copies.rate("copy" if case.host == "locked" else "gather")
     row["phases"] = phases
 
@@ -275,7 +276,7 @@ def pending(found: dict[str, Any], wanted: list[Case]) -> list[Case]:
 
 def unsimulated(found: dict[str, Any], wanted: list[Case]) -> list[Case]:
     measured = {name for name, row in found["cases"].items() if "phases" in row and "simulated" not in row}
-    return [case for case in wanted if case.name in measured and case.form != "planned"]
+    return [case for case in wanted if case.name in measured and case.form not in PLANS]
 
 
 def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -318,7 +319,7 @@ def main(output: Path, minutes: float, only: str, pretend: bool, simulating: boo
                 keep(case, found["cases"][case.name] | {"simulated": made})
     if pending(found, wanted) or unsimulated(found, wanted):
         click.echo("out of time: start again to go on")
-    click.echo(summary(found))
+    click.echo(summary(found, cases()))
 
 
 if __name__ == "__main__":

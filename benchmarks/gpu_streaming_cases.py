@@ -19,6 +19,7 @@ STOCK = {
     "model": "model_cpu_offload",
     "sequential": "sequential_cpu_offload",
 }
+PLANS = ("planned", "stock plan")
 # Those that copy all weights of the denoiser in every step.
 MOVES_ALL = ("block", "leaf", "sequential")
 
@@ -27,9 +28,9 @@ MOVES_ALL = ("block", "leaf", "sequential")
 class Case:
     """A pipeline under one placement of its denoiser.
 
-    `form` is `resident`, `planned`, one of diffusers' calls (`STOCK`), or what is streamed: all `blocks`, every other
-    one (`half`), `leaves`, or none, so that the component comes as a `whole` and stays for its phase. `host` says where
-    from: `locked`, `pageable`, or mapped from a `file`.
+    `form` is `resident`, one of diffusers' calls (`STOCK`), a plan within `PLANNED` (`planned`, or a `stock plan`), or
+    what is streamed: all `blocks`, every other one (`half`), `leaves`, or none, so that the component comes as a
+    `whole` and stays for its phase. `host` says from where: `locked`, `pageable`, or mapped from a `file`.
     """
 
     model: str
@@ -50,14 +51,14 @@ def cases() -> list[Case]:
     found = [Case(model=FLUX, form="resident")]
     found += [Case(model=FLUX, form=form, host="locked") for form in ("blocks", "leaves", "whole", "half")]
     found += [Case(model=FLUX, form="blocks", host="pageable")]
-    found += [Case(model=FLUX, form=form) for form in ("block", "leaf", "planned")]
+    found += [Case(model=FLUX, form=form) for form in ("block", "leaf", *PLANS)]
     found += [Case(model=SDXL, form="resident")]
     found += [Case(model=SDXL, form=form, host="locked") for form in ("blocks", "leaves", "whole")]
     found += [Case(model=SDXL, form=form, host=host) for host in ("pageable", "file") for form in ("blocks", "whole")]
-    found += [Case(model=SDXL, form=form) for form in (*STOCK, "planned")]
+    found += [Case(model=SDXL, form=form) for form in (*STOCK, *PLANS)]
     found += [Case(model=VIDEO, form="resident")]
     found += [Case(model=VIDEO, form=form, host="locked") for form in ("blocks", "leaves", "whole")]
-    found += [Case(model=VIDEO, form=form) for form in ("block", "leaf", "model", "planned")]
+    found += [Case(model=VIDEO, form=form) for form in ("block", "leaf", "model", *PLANS)]
     return [*found, Case(model=FLUX, form="model"), Case(model=FLUX, form="sequential")]
 
 
@@ -79,6 +80,7 @@ def derived(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     if row["locked_bytes"]:
         made["locked_against_streamed"] = row["locked_bytes"] / moved if moved else None
         made["attach_bytes_per_s"] = row["locked_bytes"] / row["apply_seconds"]
+        made["undo_seconds"] = row["undo_seconds"]
     projected = row.get("simulated", {}).get("peak_allocated_bytes")
     if projected:
         made["projected_error"] = projected / made["peak_bytes"] - 1
@@ -89,9 +91,9 @@ def derived(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(found: dict[str, Any], wanted: list[Case]) -> str:
     lines = [f"{'case':38} {'step s':>8} {'x bound':>8} {'x link':>7} {'GiB':>7} {'sim':>7} {'idle':>6}  bits"]
-    for case in cases():
+    for case in wanted:
         row, figures = found["cases"].get(case.name), found["figures"].get(case.name)
         if row is not None and not figures:
             lines.append(f"{case.name:38} {row.get('error') or row.get('out_of_memory')}"[:120])

@@ -50,6 +50,9 @@ class Device(Protocol):
     def limit(self, size: int | None) -> None:
         """Let this process allocate so many bytes, as on a smaller card."""
 
+    def page_locked(self) -> dict[str, int]:
+        """Page-locked bytes in use and in all, and the microseconds it took to get them so far, as torch counts."""
+
     def clean(self) -> None:
         """Give unused memory back, page-locked memory included."""
 
@@ -81,6 +84,10 @@ class Card:
     def limit(self, size: int | None) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(1.0 if size is None else size / total)
+
+    def page_locked(self) -> dict[str, int]:
+        stats = torch.cuda.host_memory_stats()
+        return {key: stats[key] for key in ("active_bytes.current", "allocated_bytes.current", "host_alloc_time.total")}
 
     def clean(self) -> None:
         gc.collect()
@@ -117,6 +124,9 @@ class Pretend:
     def limit(self, size: int | None) -> None:
         return
 
+    def page_locked(self) -> dict[str, int]:
+        return {}
+
     def clean(self) -> None:
         gc.collect()
 
@@ -133,6 +143,8 @@ class Small(Models):
     """A small pipeline in place of the full-size one."""
 
     def load(self, name: str) -> None:
+        if name == self.name:
+            return
         sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
         from make_pipeline import build
 
