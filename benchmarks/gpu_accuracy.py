@@ -30,6 +30,7 @@ import torch
 
 from vramplan.calibration.peaks import current_rss_bytes, peak_rss_bytes
 from vramplan.common.files import write_text
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.describe import describe
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.model import SimulatedModel, settings_applier
@@ -163,10 +164,12 @@ def run_case(case: Case, models: Models) -> dict[str, Any]:
     return {"measured": measured, "projected": project(models.source, grouped(placement), decodes, work)}
 
 
-def project(source: SimulatedModel, placed: Any, decodes: Any, work: Workload) -> dict[str, Any]:
+def project(
+    source: SimulatedModel, placed: Any, decodes: Any, work: Workload, accelerator: Accelerator | None = None
+) -> dict[str, Any]:
     """The simulation without a safety checker, as the measured pipeline has none."""
     try:
-        found = source.run(work, placed, decodes, accelerator=None)
+        found = source.run(work, placed, decodes, accelerator=accelerator)
     except SimulationError as error:
         return {"error": str(error)}
     return {

@@ -64,10 +64,12 @@ class TorchBackend:
     """A device with streams: CUDA, ROCm or XPU, by torch's own streams and events for any accelerator."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self._side = torch.Stream(device)
+        self.device = self._side.device  # with its index: threads have current devices of their own
         self._copier: ThreadPoolExecutor | None = None
-        self._stages: list[tuple[torch.Tensor, torch.Event | None]] = []
+        self._copier_side = another_handle(self._side)
+        self._stages: list[tuple[torch.Tensor, torch.Event]] = []
+        self._can_lock = True
 
     def allocate(self, size: int, owner: str) -> torch.Tensor:
         """A buffer on the device, ordinary also in inference mode, where torch would refuse it as data of a weight."""
@@ -113,19 +115,31 @@ class TorchBackend:
                 for start in range(0, data.numel(), STAGE_BYTES):
                     piece = data[start : start + STAGE_BYTES]
                     self._through_stage(buffer[offset + start : offset + start + piece.numel()], piece)
-        return self._side.record_event()
+        return self._copier_side.record_event()
 
     def _through_stage(self, target: torch.Tensor, piece: torch.Tensor) -> None:
-        if len(self._stages) < STAGES:
-            stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
-        else:
-            stage, used = self._stages.pop(0)
-            if used is not None:
-                used.synchronize()
+        stage = self._free_stage()
+        if stage is None:  # waits for the device, and is slower
+            with self._copier_side:
+                target.copy_(piece)
+            return
         stage[: piece.numel()].copy_(piece)
-        with self._side:
+        with self._copier_side:
             target.copy_(stage[: piece.numel()], non_blocking=True)
-        self._stages.append((stage, self._side.record_event()))
+        self._stages.append((stage, self._copier_side.record_event()))
+
+    def _free_stage(self) -> torch.Tensor | None:
+        """A page-locked buffer that no copy reads; None if the system refuses every one."""
+        if self._can_lock and len(self._stages) < STAGES:
+            try:
+                return torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                self._can_lock = False
+        if not self._stages:
+            return None
+        stage, used = self._stages.pop(0)
+        used.synchronize()
+        return stage
 
     def compute_after(self, ticket: Any) -> None:
         """Let the current stream wait for the ticket's event."""
@@ -189,6 +203,12 @@ def backend_for(device: torch.device) -> Backend:
     if device.type in ("cpu", "mps", "meta"):
         return DirectBackend(device)
     return TorchBackend(device)
+
+
+def another_handle(stream: torch.Stream) -> torch.Stream:
+    """The same stream for another thread: a handle stores what the end of its `with` restores (torch 2.13,
+    `THPStream.context`), and threads that share one would restore each other's stream."""
+    return torch.Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
 
 
 def view_of(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
