@@ -81,9 +81,9 @@ def cases() -> list[Case]:
         found += [Case(model=model, head="model_cpu_offload")]
         found += [Case(model=model, head="resident", decode=("vae_tiling:tile=256",))]
         found += [Case(model=model, head=head, rest="resident") for head in (BLOCK, LEAF, "group_offload:blocks=4")]
-    found += [Case(model="stable-diffusion-xl", head="partial_residency:streamed=28", rest="resident")]
-    for streamed in ("15", "30", "30,low_cpu_mem_usage=true", "57"):
-        found += [Case(model="flux.1-dev", head=f"partial_residency:streamed={streamed}", rest="resident")]
+    found += [Case(model="stable-diffusion-xl", head="weight_streaming:streamed=28,locked=28", rest="resident")]
+    for streamed in ("15,locked=15", "30,locked=30", "30", "57,locked=57"):
+        found += [Case(model="flux.1-dev", head=f"weight_streaming:streamed={streamed}", rest="resident")]
     video = ("vae_slicing", "vae_tiling:tile=240")
     found += [
         Case(model="cogvideox-2b", head="resident"),
@@ -156,8 +156,8 @@ def pretend() -> None:
     globals().update(
         DEVICE="cpu", LINK_BYTES=MIB, PRODUCT_SIDE=64, cuda=small.PretendedCuda(), describe=small.small_description,
         parts_from_profile=small.small_parts, make_workload=small.small_workload,
-        CONVOLUTIONS=tuple(map(small.small_shape, CONVOLUTIONS)), ATTENTION=tuple(map(small.small_shape, ATTENTION)),
-        CONVOLUTIONS_3D=tuple(map(small.small_shape, CONVOLUTIONS_3D)),
+        CONVOLUTIONS=small.few(CONVOLUTIONS), CONVOLUTIONS_3D=small.few(CONVOLUTIONS_3D),
+        ATTENTION=small.few(ATTENTION),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,9 @@ from vramplan.pipeline.types import Component
 from vramplan.simulator.parts import Parts, parts_from_live
 from vramplan.strategies.base import Placement
 from vramplan.strategies.group_offload import GroupOffload
-from vramplan.strategies.partial_residency import PartialResidency
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
+from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
+from vramplan.streaming.division import worth_streaming
 from vramplan.units import GIB
 from vramplan.workload import Workload, make_workload
 
@@ -88,9 +89,9 @@ def small_workload(defaults: Mapping[str, Any], given: Mapping[str, int]) -> Wor
     return make_workload(defaults, {"height": 64, "width": 64} | sizes)
 
 
-def small_shape(shape: Iterable[int]) -> tuple[int, ...]:
-    """A shape of at most eight in every dimension."""
-    return tuple(min(length, 8) for length in shape)
+def few(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """The first two, of at most eight in every dimension."""
+    return tuple(tuple(min(length, 8) for length in shape) for shape in shapes[:2])
 
 
 def without_streams(setting: Placement, component: Component) -> Placement:
@@ -100,6 +101,7 @@ def without_streams(setting: Placement, component: Component) -> Placement:
         return GroupOffload(type="leaf")
     if isinstance(setting, GroupOffload):
         return replace(setting, stream=False, record_stream=False, low_cpu_mem_usage=False)
-    if isinstance(setting, PartialResidency):
-        return replace(setting, streamed=min(setting.streamed, len(component.geometry.units)))
+    if isinstance(setting, WeightStreaming):
+        most = len(worth_streaming(streaming_sizes(component)))
+        return replace(setting, streamed=min(setting.streamed, most), locked=min(setting.locked, most))
     return setting

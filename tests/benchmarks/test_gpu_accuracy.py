@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ NOT_REACHED = (
     'found["cases"][case.name] = {"error": f"{type(error).__name__}: {error}"[:300]}',
     "lines.append(f\"{name[:88]:88} {real.get('out_of_memory') or made.get('error') or row.get('error')}\"[:200])",
     "continue",
+    "tensor.zero_()",  # the small video pipeline has no buffer of integers
 )
 
 
@@ -76,7 +78,7 @@ def test_every_line_runs_on_the_cpu(script: ModuleType, tmp_path: Path) -> None:
     def call(frame: FrameType, event: str, arg: Any) -> Any:
         return line(frame, event, arg) if frame.f_code.co_filename == str(FILE) else None
 
-    options = ["-o", str(output), "--pretend", "--only", "cogvideox"]
+    options = ["-o", str(output), "--pretend", "--only", "cogvideox-5b"]
     before = sys.gettrace()
     sys.settrace(call)
     try:
@@ -90,10 +92,16 @@ def test_every_line_runs_on_the_cpu(script: ModuleType, tmp_path: Path) -> None:
     assert "out of time: start again to go on" in cut.output
     assert done.exit_code == again.exit_code == 0, done.exception
     found = json.loads(output.read_text())
-    assert len(found["cases"]) == 3
+    assert len(found["cases"]) == 2
     assert all(row["measured"]["seconds"] > 0 and row["projected"]["flops"] > 0 for row in found["cases"].values())
     assert found["probes"].keys() == script.PROBES.keys()
     text = FILE.read_text(encoding="utf-8")
-    lines = {number for code in functions(compile(text, str(FILE), "exec")) for *_, number in code.co_lines() if number}
+    lines = {
+        number
+        for code in functions(compile(text, str(FILE), "exec"))
+        if code.co_flags & inspect.CO_OPTIMIZED  # bodies of functions, not of classes
+        for *_, number in code.co_lines()
+        if number not in (None, code.co_firstlineno)
+    }
     left = {text.splitlines()[number - 1].strip() for number in lines - run}
     assert left <= set(NOT_REACHED)

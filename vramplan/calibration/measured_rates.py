@@ -1,4 +1,4 @@
-"""The rates of an accelerator as measured: by `vramplan calibrate`, or else by `vramplan detect --measure`."""
+"""The rates of an accelerator as measured: by `vramplan calibrate`, or else when it was detected."""
 
 from __future__ import annotations
 
