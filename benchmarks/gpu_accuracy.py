@@ -1,12 +1,16 @@
 """Projected against measured on a real CUDA card, with full-size pipelines of random weights: nothing is downloaded.
 
     python benchmarks/gpu_accuracy.py -o benchmarks/results/gpu-NAME-DATE.json [--minutes 8] [--only TEXT] [--list]
+    python benchmarks/gpu_accuracy.py -o /tmp/pretended.json --pretend
 
 For each case the pipeline is built on the card, given one placement through vramplan's own strategies, called for
 three steps, and read: peak allocated and reserved, allocator statistics, host peak, seconds per step. The same case
 is simulated. Beside the cases it measures what the simulation has to assume: workspaces of convolutions and of
 attention, the driver context, and the link. The file is written after every case, a case that is in it already is
 skipped, one that runs out of memory is recorded as such: so a run that was cut off is simply started again.
+
+`--pretend` runs all of it on the CPU with tiny pipelines of the same classes, which takes a minute: mistakes are found
+before a card is at hand (and `tests/benchmarks` runs a part of it). There an error is not recorded but raised.
 """
 
 from __future__ import annotations
@@ -33,14 +37,17 @@ from vramplan.common.files import write_text
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.describe import describe
 from vramplan.simulator.kernels import Kernels
-from vramplan.simulator.model import SimulatedModel, settings_applier
+from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.parts import parts_from_profile
 from vramplan.simulator.run import SimulationError, call_inputs
+from vramplan.strategies.base import apply_settings
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB, MIB
 from vramplan.workload import Workload, make_workload
 
 DEVICE = "cuda:0"
+cuda: Any = torch.cuda
+LINK_BYTES, PRODUCT_SIDE = 256 * MIB, 8192
 # Random weights find nothing unsafe or everything; the measured pipelines go without.
 LEFT_OUT = ("safety_checker",)
 BLOCK = "group_offload:stream=true"
@@ -75,9 +82,9 @@ def cases() -> list[Case]:
         found += [Case(model=model, head="model_cpu_offload")]
         found += [Case(model=model, head="resident", decode=("vae_tiling:tile=256",))]
         found += [Case(model=model, head=head, rest="resident") for head in (BLOCK, LEAF, "group_offload:blocks=4")]
-    found += [Case(model="stable-diffusion-xl", head="partial_residency:streamed=28", rest="resident")]
-    for streamed in ("15", "30", "30,low_cpu_mem_usage=true", "57"):
-        found += [Case(model="flux.1-dev", head=f"partial_residency:streamed={streamed}", rest="resident")]
+    found += [Case(model="stable-diffusion-xl", head="weight_streaming:streamed=28,locked=28", rest="resident")]
+    for streamed in ("15,locked=15", "30,locked=30", "30", "57,locked=57"):
+        found += [Case(model="flux.1-dev", head=f"weight_streaming:streamed={streamed}", rest="resident")]
     video = ("vae_slicing", "vae_tiling:tile=240")
     found += [
         Case(model="cogvideox-2b", head="resident"),
@@ -142,10 +149,23 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module.to("cpu").eval()
 
 
+def pretend() -> None:
+    """The CPU in place of the card, and everything small."""
+    import gpu_pretended as small
+
+    torch.Tensor.pin_memory = torch.Tensor.clone  # type: ignore[method-assign, assignment]
+    globals().update(
+        DEVICE="cpu", LINK_BYTES=MIB, PRODUCT_SIDE=64, cuda=small.PretendedCuda(), describe=small.small_description,
+        parts_from_profile=small.small_parts, make_workload=small.small_workload,
+        CONVOLUTIONS=small.few(CONVOLUTIONS), CONVOLUTIONS_3D=small.few(CONVOLUTIONS_3D),
+        ATTENTION=small.few(ATTENTION),
+    )  # fmt: skip
+
+
 def clean() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    cuda.empty_cache()
+    cuda.reset_peak_memory_stats()
 
 
 def run_case(case: Case, models: Models) -> dict[str, Any]:
@@ -159,6 +179,10 @@ def run_case(case: Case, models: Models) -> dict[str, Any]:
         ).complete(component)
         for component in spec.components
     }
+    if DEVICE == "cpu":
+        from gpu_pretended import without_streams
+
+        placement = {name: without_streams(setting, spec.component(name)) for name, setting in placement.items()}
     decodes = [(parse_decode(text), [vae.name for vae in spec.vaes]) for text in case.decode]
     measured = measure(models, grouped(placement), decodes, work)
     return {"measured": measured, "projected": project(models.source, grouped(placement), decodes, work)}
@@ -189,17 +213,17 @@ def measure(models: Models, placed: Any, decodes: Any, work: Workload) -> dict[s
     times: list[float] = []
     try:
         rss = current_rss_bytes()
-        settings_applier(placed, decodes)(pipe)
-        torch.cuda.synchronize()
-        loaded = torch.cuda.memory_allocated()
+        apply_settings(pipe, placed, decodes, DEVICE)
+        cuda.synchronize()
+        loaded = cuda.memory_allocated()
         start = time.perf_counter()
         with torch.no_grad():
             pipe(**call_inputs(pipe, work) | {"num_inference_steps": 3} | stepping(pipe, times))
-        torch.cuda.synchronize()
-        stats = torch.cuda.memory_stats()
+        cuda.synchronize()
+        stats = cuda.memory_stats()
         return {
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            "peak_allocated_bytes": cuda.max_memory_allocated(),
+            "peak_reserved_bytes": cuda.max_memory_reserved(),
             "loaded_bytes": loaded,
             "rss_before_bytes": rss,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -218,7 +242,7 @@ def stepping(pipe: Any, times: list[float]) -> dict[str, Any]:
     """Notes when each step ends, where the pipeline tells."""
 
     def note(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        torch.cuda.synchronize()
+        cuda.synchronize()
         times.append(time.perf_counter())
         return {}
 
@@ -244,10 +268,10 @@ def undo(pipe: Any, placed: Any) -> None:
 def growth(result: dict[str, int]) -> Iterator[None]:
     """Peak bytes allocated in the block beyond what was there before."""
     clean()
-    before = torch.cuda.memory_allocated()
+    before = cuda.memory_allocated()
     yield
-    torch.cuda.synchronize()
-    result["growth_bytes"] = torch.cuda.max_memory_allocated() - before
+    cuda.synchronize()
+    result["growth_bytes"] = cuda.max_memory_allocated() - before
 
 
 # Batch, channels in and out, side. The last five decide the rule of `Kernels.convolution_bytes`: FLUX.1's decoder with
@@ -259,6 +283,8 @@ CONVOLUTIONS = (
 )  # fmt: skip
 # Channels, frames, height, width: HunyuanVideo's decoder, and a small one.
 CONVOLUTIONS_3D = ((128, 16, 128, 128), (128, 32, 512, 768))
+# Heads, tokens, head size.
+ATTENTION = ((24, 4608, 128), (24, 17776, 64), (8, 4096, 40), (10, 4096, 64), (32, 1024, 128))
 
 
 def convolutions() -> list[dict[str, Any]]:
@@ -276,7 +302,7 @@ def convolution(shape: tuple[int, ...], channels: int, dtype: torch.dtype, last:
     layout = (torch.channels_last if flat else torch.channels_last_3d) if last else torch.contiguous_format
     size = torch.finfo(dtype).bits // 8 * prod(shape)
     row: dict[str, Any] = {"shape": list(shape), "channels_out": channels, "dtype": str(dtype), "layout": str(layout)}
-    if 4 * size > torch.cuda.mem_get_info()[0]:
+    if 4 * size > cuda.mem_get_info()[0]:
         return row | {"left_out": "too large for this card"}
     conv = kind(shape[1], channels, 3, padding=1, device=DEVICE, dtype=dtype)
     given = torch.empty(shape, device=DEVICE, dtype=dtype, memory_format=layout).zero_()
@@ -287,14 +313,14 @@ def convolution(shape: tuple[int, ...], channels: int, dtype: torch.dtype, last:
         return row | {"stopped": str(error)[:200]}
     row["output_bytes"] = made.numel() * made.element_size()
     row["workspace_bytes"] = row["growth_bytes"] - row["output_bytes"]
-    tf32 = torch.cuda.get_device_capability() >= (8, 0)
+    tf32 = cuda.get_device_capability() >= (8, 0)
     row["projected_bytes"] = Kernels(tf32=tf32).convolution_bytes(given, made)
     return row
 
 
 def attention() -> list[dict[str, Any]]:
     found = []
-    for heads, length, size in ((24, 4608, 128), (24, 17776, 64), (8, 4096, 40), (10, 4096, 64), (32, 1024, 128)):
+    for heads, length, size in ATTENTION:
         for dtype in (torch.bfloat16, torch.float32):
             for masked in (False, True):
                 row: dict[str, Any] = {"shape": [1, heads, length, size], "dtype": str(dtype), "mask": masked}
@@ -309,8 +335,8 @@ def attention() -> list[dict[str, Any]]:
 
 
 def link() -> dict[str, Any]:
-    """Bytes per second of 256 MiB copies, the best and the median of ten, after a warm-up."""
-    size = 256 * MIB
+    """Bytes per second of large copies, the best and the median of ten, after a warm-up."""
+    size = LINK_BYTES
     pageable, pinned = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8).pin_memory()
     device = torch.ones(size, dtype=torch.uint8, device=DEVICE)
     copies: dict[str, Callable[[], Any]] = {
@@ -323,10 +349,10 @@ def link() -> dict[str, Any]:
     for name, copy in copies.items():
         rates = []
         for _ in range(12):
-            torch.cuda.synchronize()
+            cuda.synchronize()
             start = time.perf_counter()
             copy()
-            torch.cuda.synchronize()
+            cuda.synchronize()
             rates.append(size / (time.perf_counter() - start))
         rates = sorted(rates[2:])
         found[name] = {"best": rates[-1], "median": rates[len(rates) // 2]}
@@ -337,23 +363,23 @@ def matrix_rate() -> dict[str, float]:
     """Floating-point operations per second of a large product, by dtype."""
     found = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        left = torch.randn(8192, 8192, device=DEVICE, dtype=dtype)
+        left = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=DEVICE, dtype=dtype)
         for _ in range(3):
             left @ left
-        torch.cuda.synchronize()
+        cuda.synchronize()
         start = time.perf_counter()
         for _ in range(10):
             left @ left
-        torch.cuda.synchronize()
-        found[str(dtype)] = 10 * 2 * 8192**3 / (time.perf_counter() - start)
+        cuda.synchronize()
+        found[str(dtype)] = 10 * 2 * PRODUCT_SIDE**3 / (time.perf_counter() - start)
     return found
 
 
 def context_bytes() -> int:
     """What the driver holds for this process beside the allocator's memory."""
     torch.ones(1, device=DEVICE)
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved()
+    free, total = cuda.mem_get_info()
+    return total - free - cuda.memory_reserved()
 
 
 PROBES: dict[str, Callable[[], Any]] = {
@@ -366,7 +392,7 @@ PROBES: dict[str, Callable[[], Any]] = {
 
 
 def machine() -> dict[str, Any]:
-    card = torch.cuda.get_device_properties(0)
+    card = cuda.get_device_properties(0)
     return {
         "device": card.name,
         "capability": f"{card.major}.{card.minor}",
@@ -396,7 +422,10 @@ def summary(found: dict[str, Any]) -> str:
 @click.option("--minutes", type=float, default=8.0, show_default=True, help="Start no case after so long.")
 @click.option("--only", default="", help="Only cases with this in their name.")
 @click.option("--list", "listing", is_flag=True, help="Name the cases and stop.")
-def main(output: Path | None, minutes: float, only: str, listing: bool) -> None:
+@click.option("--pretend", "pretended", is_flag=True, help="On the CPU, with tiny pipelines: do all lines run?")
+def main(output: Path | None, minutes: float, only: str, *, listing: bool, pretended: bool) -> None:
+    if pretended:
+        pretend()
     wanted = [case for case in cases() if only in case.name]
     if listing or output is None:
         click.echo("\n".join(case.name for case in wanted))
@@ -417,6 +446,8 @@ def main(output: Path | None, minutes: float, only: str, listing: bool) -> None:
         try:
             found["cases"][case.name] = run_case(case, models)
         except Exception as error:  # one broken case must not cost the others
+            if pretended:
+                raise
             found["cases"][case.name] = {"error": f"{type(error).__name__}: {error}"[:300]}
         write_text(output, json.dumps(found, indent=1))
         click.echo(f"{time.monotonic() - begun:6.0f} s  {case.name}")

@@ -12,7 +12,7 @@ from vramplan.units import format_bytes
 
 PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "chosen": ("stable-diffusion-1.5", {}),
-    "in RAM": ("stable-diffusion-xl", {"placement": "model_cpu_offload"}),
+    "in RAM": ("pixart-alpha", {"placement": "model_cpu_offload"}),
     "page-locked": ("pixart-alpha", {"placement.transformer": "group_offload:stream=true"}),
     "on disk": ("pixart-alpha", {"placement.text_encoder": "group_offload:disk=true"}),
     "quantized": ("pixart-alpha", {"weights.text_encoder": "torchao:type=int8"}),

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from tests.support.store import own_store  # noqa: F401 - a fixture
 from vramplan.api import calibrate as command
 from vramplan.api.calibrate_sample import measured_plans
-from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate
+from vramplan.calibration.context import context_bytes
+from vramplan.calibration.measured_rates import with_measured_rates
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.cli.main import main
-from vramplan.hardware import Accelerator, Hardware, Host, Reading
+from vramplan.hardware import Accelerator, Hardware, Host, Reading, benchmark
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=None, driver="570")
@@ -24,16 +25,8 @@ HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
 pytestmark = pytest.mark.usefixtures("own_store")
 
 
-def test_rates_are_bytes_over_seconds() -> None:
-    found = link_rates("cpu", 4 * MIB)
-    assert set(found) == {"pageable_to_device_bytes_per_s"}  # nothing is page-locked for the CPU
-    assert 1e6 < found["pageable_to_device_bytes_per_s"] < 1e12
-    assert 1e6 < memory_rate("cpu", 4 * MIB) < 2e12
-    assert 1e6 < product_rate("cpu", 64) < 1e14
-
-
 def test_a_driver_that_does_not_say_what_is_free_leaves_the_context_unknown(monkeypatch) -> None:
-    monkeypatch.setattr("vramplan.calibration.probes.detect", lambda: Hardware(accelerators=(CARD,), host=HOST))
+    monkeypatch.setattr("vramplan.calibration.context.detect", lambda: Hardware(accelerators=(CARD,), host=HOST))
     assert context_bytes(CARD) is None
 
 
@@ -53,7 +46,7 @@ def test_the_context_is_what_is_gone_beside_torchs_own_memory(monkeypatch) -> No
         card = replace(CARD, free_bytes=free + 60 * MIB, free_readings=readings)
         return Hardware(accelerators=(card,), host=HOST)
 
-    monkeypatch.setattr("vramplan.calibration.probes.detect", detect)
+    monkeypatch.setattr("vramplan.calibration.context.detect", detect)
     monkeypatch.setattr(torch.accelerator.memory, "memory_reserved", lambda device: next(held))
     monkeypatch.setattr(Accelerator, "device", property(lambda self: "cpu"))
     assert context_bytes(CARD) == 300 * MIB
@@ -63,13 +56,14 @@ def test_the_context_is_what_is_gone_beside_torchs_own_memory(monkeypatch) -> No
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose one card is the CPU."""
     here = Hardware(accelerators=(CARD,), host=HOST)
-    for module in ("vramplan.api.machine", "vramplan.api.calibrate", "vramplan.calibration.probes"):
+    for module in ("vramplan.api.machine", "vramplan.api.calibrate", "vramplan.calibration.context"):
         monkeypatch.setattr(f"{module}.detect", lambda: here)
     monkeypatch.setattr(Accelerator, "device", property(lambda self: "cpu"))
     monkeypatch.setattr(command, "_check_torch", lambda accelerator: None)
-    monkeypatch.setattr(command, "link_rates", lambda device: link_rates(device, 4 * MIB))
-    monkeypatch.setattr(command, "memory_rate", lambda device: memory_rate(device, 4 * MIB))
-    monkeypatch.setattr(command, "product_rate", lambda device: product_rate(device, 64))
+    monkeypatch.setattr(benchmark, "_COPY_BYTES", 4 * MIB)
+    monkeypatch.setattr(benchmark, "_COPY_BYTES_WITHIN", 4 * MIB)
+    monkeypatch.setattr(benchmark, "_DISK_BYTES", 8 * MIB)
+    monkeypatch.setattr(benchmark, "_PRODUCT_SIDES_CPU", (16, 32, 64))
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -82,20 +76,40 @@ def test_what_is_found_is_printed_and_kept() -> None:
     assert shown["schema_version"] == 1
     assert shown["half_flops_per_s"] == record.half_flops_per_s > 0
     assert (record.device, record.driver, record.context_bytes) == ("a card", "570", None)
+    assert record.notes == {}
+    assert list(record.product_flops_per_s) == ["16", "32", "64"]
+    assert list(record.attention_flops_per_s) == ["64", "128"]
+    assert record.half_flops_per_s == max(record.product_flops_per_s.values())
+    for rate in (record.pageable_to_device_bytes_per_s, record.device_to_pageable_bytes_per_s, record.launch_seconds):
+        assert rate is not None
+        assert 0 < rate < 1e12
+    assert record.memory_bytes_per_s
+    assert record.disk_bytes_per_s
     text = CliRunner().invoke(main, ["calibrate", "--no-pipeline"]).stdout
-    assert "products in half precision" in text
+    for name in (
+        "products of 64 x 64",
+        "attention, heads of 128",
+        "kernel launch ",
+        "disk ",
+        "device to host, pageable",
+    ):
+        assert f"  {name}" in text
     assert "driver context               not known" in text
+    assert "host to device, page-locked  not known" in text  # nothing is page-locked for the CPU
+    known = with_measured_rates(CARD).rates
+    assert known is not None
+    assert known.launch_seconds == read_store().records[-1].launch_seconds
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_probe_that_fails_costs_its_own_number_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: str) -> float:
+    def broken(device: str, dtype: str) -> float:
         raise RuntimeError("no kernel image is available\nfor this device")
 
-    monkeypatch.setattr(command, "product_rate", broken)
+    monkeypatch.setattr(benchmark, "measure_products", broken)
     record = command.calibrate(pipeline=False, say=lambda text: None, report=lambda plan, took: None)
     assert record.half_flops_per_s is None
-    assert record.notes == {"half_flops_per_s": "no kernel image is available for this device"}
+    assert record.notes == {"products in float16": "no kernel image is available for this device"}
     assert record.memory_bytes_per_s
 
 

@@ -8,19 +8,16 @@ import pytest
 
 from tests.support.records import CARD, call, probe, took
 from vramplan.api.machine import known_budget
-from vramplan.calibration.learned import learned, with_measured_rates
+from vramplan.calibration.learned import learned
 from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.store import append
 from vramplan.common.versions import versions
 from vramplan.hardware import Hardware, Host
-from vramplan.hardware.rates import Rates
-from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.planner.residuals import needed
 from vramplan.units import GIB, MIB
 
 PIPELINE = "SomePipeline"
 PUBLISHED = bundled_error("simulated")
-KNOWN = Rates(memory_bytes_per_s=1e12, link_bytes_per_s=25e9, half_flops_per_s=100e12, reached=0.66, source="profile")
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=64 * GIB, available_bytes=60 * GIB))
 
 
@@ -123,37 +120,3 @@ def test_a_measured_context_is_taken_for_the_same_driver_and_torch() -> None:
     context = next(item for item in budget.deductions if item.name == "driver context")
     assert context.size_bytes == 300 * MIB
     assert "measured on this machine" in context.reason
-
-
-def test_the_measured_link_is_the_next_plans() -> None:
-    card = replace(CARD, rates=KNOWN)
-    assert with_measured_rates(card) is card
-    keep(probe(pinned_to_device_bytes_per_s=11e9))
-    rates = with_measured_rates(card).rates
-    assert rates is not None
-    assert (rates.link_bytes_per_s, rates.reached, rates.memory_bytes_per_s) == (11e9, 0.66, 1e12)
-    assert rates.source == "profile; link measured on 2026-11-21"
-
-
-def test_measured_copies_of_pageable_memory_replace_the_constants() -> None:
-    keep(probe(pageable_to_device_bytes_per_s=5e9, device_to_pageable_bytes_per_s=2e9))
-    rates = with_measured_rates(replace(CARD, rates=KNOWN)).rates
-    assert rates is not None
-    assert (rates.from_pageable_bytes_per_s, rates.back_bytes_per_s) == (5e9, 2e9)
-    assert rates.source.endswith("copies of pageable memory measured")
-
-
-def test_products_are_not_taken_to_be_faster_than_measured() -> None:
-    keep(probe(half_flops_per_s=40e12))
-    rates = with_measured_rates(replace(CARD, rates=KNOWN)).rates
-    assert rates is not None
-    assert rates.half_flops_per_s * rates.reached == pytest.approx(40e12)
-
-
-def test_a_card_without_a_profile_has_measured_rates_for_peaks() -> None:
-    keep(probe(half_flops_per_s=70e12, memory_bytes_per_s=500e9, pinned_to_device_bytes_per_s=20e9))
-    rates = with_measured_rates(CARD).rates
-    assert rates is not None
-    assert rates.half_flops_per_s == 70e12
-    assert rates.reached == DEFAULT_RATES.reached
-    assert rates.source == "measured on 2026-11-21"

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import vramplan
 from tests.support.hub import COMMIT, Hub, save_sparse, serving, write_header
 from vramplan.api.code import plan_code
 from vramplan.api.run import model_folder
+from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline import hub as hub_module
@@ -322,7 +324,8 @@ class TestApplying:
         assert simulate_plan(tmp_path / "plan.yaml").fits
         assert replanned(quick(device="cpu")).model == plan.model
 
-    def test_the_command_line_from_plan_to_picture(self, repository, folder, tmp_path):
+    def test_the_command_line_from_plan_to_picture(self, repository, folder, tmp_path, monkeypatch):
+        """Planned in a process of its own, which finds the hub by its environment."""
         from huggingface_hub import constants
 
         environment = os.environ | {
@@ -331,20 +334,19 @@ class TestApplying:
             "HF_HUB_CACHE": constants.HF_HUB_CACHE,
         }
 
-        def run(*arguments):
-            command = [sys.executable, "-m", "vramplan", *arguments]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-
         sizes = ("--height", "64", "--width", "64", "--steps", "2", "--device", "cpu")
-        made = run("plan", NAME, "--revision", "main", *sizes, "-o", "plan.yaml")
+        command = [sys.executable, "-m", "vramplan", "plan", NAME, "--revision", "main", *sizes, "-o", "plan.yaml"]
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert made.returncode == 0, made.stderr
         assert SOURCE in (tmp_path / "plan.yaml").read_text()
-        failed = run("apply", "plan.yaml", "--prompt", "a fox", "-o", "fox.png")
-        assert failed.returncode == 1
+        monkeypatch.chdir(tmp_path)
+        apply = ["apply", "plan.yaml", "--prompt", "a fox", "-o", "fox.png"]
+        failed = CliRunner().invoke(main, apply)
+        assert failed.exit_code == 1
         assert failed.stderr.splitlines()[-1].startswith(f"vramplan: {NAME}: it is not in the hub's cache; download")
         from_download(tmp_path, folder)
-        applied = run("apply", "plan.yaml", "--prompt", "a fox", "-o", "fox.png")
-        assert applied.returncode == 0, applied.stderr
+        applied = CliRunner().invoke(main, apply)
+        assert applied.exit_code == 0, applied.output
         assert (tmp_path / "fox.png").is_file()
 
 

@@ -12,8 +12,8 @@ import torch
 from make_pipeline import SMALL_KINDS
 from transformers import T5EncoderModel, UMT5EncoderModel
 
+from tests.support.profiles import profile_spec
 from vramplan.pipeline.build import build_weightless
-from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.dtypes import cast_as_loaded, load_dtype
 from vramplan.pipeline.folder import spec_from_folder
@@ -185,7 +185,7 @@ def test_pinned_copies_are_rounded_up_tensor_by_tensor(loaded) -> None:
 @pytest.mark.parametrize("name", pipeline_names())
 def test_a_profile_weighs_as_many_parameters_as_published(name: str) -> None:
     profile = load_pipeline_profile(name)
-    spec = spec_from_profile(profile)
+    spec = profile_spec(name)
     counts = {part: told.parameters for part, told in profile.components.items() if told.parameters is not None}
     assert {component.name: component.parameter_count for component in spec.components} == counts
     assert spec.weight_bytes >= 2 * sum(counts.values())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from tests.support.profiles import profile_spec
 from tests.support.specs import GIB, MIB, WORK, budget, card, component, geometry, pipeline, text_to_image
 from vramplan.errors import NothingFitsError
-from vramplan.pipeline.bundled import spec_from_profile
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.candidates import rows
 from vramplan.planner.decide import _explain_fastest, decide
@@ -494,12 +493,7 @@ def profile_plan(name: str, gib: int, **options: Any) -> Outcome:
     return choose(profile_spec(name), gib * GIB, work=work, **options)
 
 
-@cache
-def profile_spec(name: str) -> PipelineSpec:
-    return spec_from_profile(load_pipeline_profile(name))
-
-
-BUDGETS = (4, 8, 12, 24, 48, 320)
+BUDGETS = (4, 8, 24, 320)
 
 
 @pytest.mark.parametrize("name", pipeline_names())

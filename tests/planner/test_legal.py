@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.profiles import profile_spec
 from vramplan.errors import UsageError
 from vramplan.pipeline.bundled import profile_class
 from vramplan.pipeline.classes import class_facts
@@ -56,7 +57,7 @@ def divisors(cls: type, spec: PipelineSpec) -> set[int]:
 
 @pytest.mark.parametrize("name", pipeline_names())
 def test_sizes_are_multiples_of_what_the_pipeline_checks_for(name: str) -> None:
-    spec = describe(name).spec
+    spec = profile_spec(name)
     checked = divisors(profile_class(load_pipeline_profile(name)), spec)
     assert bool(checked) == (name not in UNCHECKED)
     assert all(size_step(spec) % number == 0 for number in checked)
@@ -70,7 +71,7 @@ def test_sizes_are_multiples_of_what_the_pipeline_checks_for(name: str) -> None:
 def test_the_numbers_read_off_the_calls_are_theirs() -> None:
     names = {"sana-1600m-1024": 32, "wan2.2-ti2v-5b": 32, "z-image-turbo": 16, "stable-diffusion-xl": 8, "cogview4": 16}
     for name, most in names.items():
-        assert max(divisors(profile_class(load_pipeline_profile(name)), describe(name).spec)) == most
+        assert max(divisors(profile_class(load_pipeline_profile(name)), profile_spec(name))) == most
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "ltx-video", "mochi-1-preview", "allegro", "stable-diffusion-xl"])

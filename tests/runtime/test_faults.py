@@ -296,6 +296,7 @@ def test_a_plan_that_cannot_replace_another_leaves_it_on(subject, untouched):
         assert not witness.wrong(objects=False), place
 
 
+@pytest.mark.diagonal("subject", "error")
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nmore"), MemoryError()],

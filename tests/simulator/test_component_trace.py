@@ -11,6 +11,7 @@ import pytest
 
 import vramplan
 from tests.support.calls import workload_of
+from tests.support.simulated import small_model
 from vramplan.errors import VramplanError
 from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
@@ -41,14 +42,16 @@ class AsksForMemory(diffusers.FluxPipeline):
         return result
 
 
+@pytest.fixture(scope="module")
 def undriveable(small_pipeline: Callable[..., Any]) -> Any:
+    """A pipeline whose call cannot be simulated. Made once: what is applied to it is undone."""
     return AsksForMemory(**small_pipeline("flux-small").components)
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_alone_a_component_takes_what_it_takes_in_the_call(small_pipeline: Callable[..., Any], kind: str) -> None:
-    pipe, work = small_pipeline(kind), workload_of(kind)
-    source = SimulatedModel(spec := describe(pipe).spec)
+def test_alone_a_component_takes_what_it_takes_in_the_call(kind: str) -> None:
+    source, work = small_model(kind), workload_of(kind)
+    spec = source.spec
     plain = source.run(work, [], [], accelerator=None)
     alone = trace_components(source.parts, spec, work, Kernels())
     assert [replace(item, stride=()) for item in alone.decoded] == [replace(item, stride=()) for item in plain.decoded]
@@ -62,8 +65,8 @@ def test_alone_a_component_takes_what_it_takes_in_the_call(small_pipeline: Calla
             assert whole.need_bytes / 2 < use.need_bytes < whole.need_bytes * 8
 
 
-def test_the_plan_says_what_stopped_the_call_and_lowers_its_basis(small_pipeline: Callable[..., Any]) -> None:
-    pipe = undriveable(small_pipeline)
+def test_the_plan_says_what_stopped_the_call_and_lowers_its_basis(undriveable: Any) -> None:
+    pipe = undriveable
     with pytest.raises(SimulationError, match="stopped in"):
         vramplan.simulate(pipe, workload=workload_of("flux-small"))
     plan = vramplan.plan(pipe, device=MACHINE, vram="60MiB", height=64, width=64)
@@ -73,8 +76,8 @@ def test_the_plan_says_what_stopped_the_call_and_lowers_its_basis(small_pipeline
     vramplan.apply_plan(pipe, plan, device="cpu").undo()
 
 
-def test_tiling_is_priced_from_the_decode_alone(small_pipeline: Callable[..., Any]) -> None:
-    pipe = undriveable(small_pipeline)
+def test_tiling_is_priced_from_the_decode_alone(undriveable: Any) -> None:
+    pipe = undriveable
     plain, tiled = (
         vramplan.plan(pipe, device=MACHINE, settings={"decode": decode}, height=64, width=64)
         for decode in (["plain"], ["vae_tiling:tile=32"])
@@ -87,9 +90,9 @@ def test_tiling_is_priced_from_the_decode_alone(small_pipeline: Callable[..., An
 
 
 def test_what_cannot_be_traced_either_is_named_and_counted_by_rules_of_thumb(
-    small_pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    undriveable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = undriveable(small_pipeline)
+    pipe = undriveable
     whole = vramplan.plan(pipe, device=MACHINE, height=64, width=64)
     monkeypatch.setenv("VRAMPLAN_CACHE", "0")
     monkeypatch.setattr(component_trace, "_denoiser_inputs", lambda *_: iter([{"hidden_states": (1, 1)}]))
@@ -122,9 +125,9 @@ def test_a_phase_that_the_simulated_call_left_out_is_counted_and_told(small_pipe
     assert {phase.name for phase in plan.projected.phases} == {"encode", "denoise", "decode"}
 
 
-def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price(small_pipeline: Callable[..., Any]) -> None:
-    pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
-    source = SimulatedModel(spec := describe(pipe).spec)
+def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price() -> None:
+    source, work = small_model("flux-small"), workload_of("flux-small")
+    spec = source.spec
     found = source.run(work, [], [], accelerator=CARD)
     footprint = SimulatedFootprint(spec=spec, workload=work, plain=found, decode=lambda _: found)
     placement = {component.name: Resident() for component in spec.components}
@@ -139,11 +142,8 @@ def test_a_simulation_that_left_a_phase_out_takes_nothing_from_its_price(small_p
 
 
 @pytest.mark.parametrize(("short", "lack"), [(0, "as much is free, but in pieces too small"), (2048, "at least 2 KiB")])
-def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(
-    small_pipeline: Callable[..., Any], short: int, lack: str
-) -> None:
-    pipe, work = small_pipeline("flux-small"), workload_of("flux-small")
-    found = SimulatedModel(describe(pipe).spec).run(work, [], [], accelerator=CARD)
+def test_what_ran_out_says_by_how_much_or_that_it_lies_in_pieces(short: int, lack: str) -> None:
+    found = small_model("flux-small").run(workload_of("flux-small"), [], [], accelerator=CARD)
     stopped = replace(found, stopped="out of memory", short_bytes=short, over_bytes=4096)
     priced = Decision(placement={}, decode=(), demand=None, verdict="fits", reason="", deficit_bytes=0)  # type: ignore[arg-type]
     told = apply_simulation(priced, stopped)

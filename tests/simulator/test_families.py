@@ -58,7 +58,7 @@ def test_resident_has_everything_on_the_device(name: str) -> None:
     result = simulated(name, "resident")
     assert isinstance(result, Simulation)
     check_course(result)
-    total = sum(component.weight_bytes for component in spec_from_pipeline(make_family(name)).components)
+    total = model_of(name).spec.weight_bytes
     assert weights_while_denoising(result) >= total
     assert result.host_peak_bytes >= total
 
@@ -110,10 +110,16 @@ def test_the_real_call_decodes_what_the_simulated_one_does(name: str) -> None:
 
 
 @cache
+def model_of(name: str) -> SimulatedModel:
+    """One for all placements: what one simulation recorded serves the next."""
+    return SimulatedModel(spec_from_pipeline(make_family(name)))
+
+
+@cache
 def simulated(name: str, placement: str) -> Simulation | str:
     """The call with this placement wherever it can be; the reason where the pipeline cannot have it at all."""
-    pipe = make_family(name)
-    spec, setting = spec_from_pipeline(pipe), parse_placement(placement)
+    pipe, model, setting = make_family(name), model_of(name), parse_placement(placement)
+    spec = model.spec
     wanted = {component.name: setting.complete(component) for component in spec.components}
     if isinstance(setting, WeightStreaming):  # as many blocks streamed as can be
         most = {c.name: len(worth_streaming(streaming_sizes(c))) for c in spec.components}
@@ -123,7 +129,7 @@ def simulated(name: str, placement: str) -> Simulation | str:
         return "; ".join(refused.values())
     placed = wanted | dict.fromkeys(refused, parse_placement("resident"))
     before = (marks_in_the_process(), marks_on(pipe))
-    result = SimulatedModel(spec).run(FAMILIES[name].workload, grouped(placed), [], accelerator=CARD)
+    result = model.run(FAMILIES[name].workload, grouped(placed), [], accelerator=CARD)
     assert (marks_in_the_process(), marks_on(pipe)) == before
     return result
 

@@ -13,8 +13,10 @@ import torch
 
 import vramplan
 from tests.support.calls import workload_of
+from tests.support.simulated import small_model
 from vramplan.api.plan import describe
 from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.pipeline.sources import Live
 from vramplan.planner.decision import Decision
 from vramplan.planner.fixed import parse_fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile
@@ -35,8 +37,8 @@ CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, fre
 MACHINE = Hardware(accelerators=(CARD,), host=Host(total_bytes=32 * GIB, available_bytes=30 * GIB))
 
 
-def simulated(pipe: Any, kind: str, placement: str, decode: tuple[str, ...] = ()) -> Simulation:
-    spec = describe(pipe).spec
+def simulated(kind: str, placement: str, decode: tuple[str, ...] = ()) -> Simulation:
+    spec = small_model(kind).spec
     setting = parse_placement(placement)
     placed = {}
     for component in spec.components:
@@ -44,7 +46,7 @@ def simulated(pipe: Any, kind: str, placement: str, decode: tuple[str, ...] = ()
         refused = mine.refusal(component, spec, CARD)
         placed[component.name] = parse_placement("resident") if refused else mine
     decodes = [(parse_decode(text), [vae.name for vae in spec.vaes]) for text in decode]
-    return SimulatedModel(spec).run(workload_of(kind), grouped(placed), decodes, accelerator=CARD)
+    return small_model(kind).run(workload_of(kind), grouped(placed), decodes, accelerator=CARD)
 
 
 @pytest.mark.diagonal("kind", "placement")
@@ -64,14 +66,12 @@ def simulated(pipe: Any, kind: str, placement: str, decode: tuple[str, ...] = ()
         "group_offload:type=leaf,stream=true",
     ],
 )
-def test_every_placement_runs_and_its_weights_are_what_was_priced(
-    small_pipeline: Callable[..., Any], kind: str, placement: str
-) -> None:
-    pipe = small_pipeline(kind)
-    result = simulated(pipe, kind, placement)
+def test_every_placement_runs_and_its_weights_are_what_was_priced(kind: str, placement: str) -> None:
+    spec = small_model(kind).spec
+    result = simulated(kind, placement)
     assert result.stopped is None
     assert [phase.name for phase in result.phases if phase.name != "load"] == ["encode", "denoise", "decode"]
-    total = sum(component.weight_bytes for component in describe(pipe).spec.components)
+    total = spec.weight_bytes
     denoise = next(phase for phase in result.phases if phase.name == "denoise")
     if placement == "resident":
         assert total <= denoise.weights_bytes <= total * 1.3  # small tensors are rounded up to 512 bytes
@@ -80,13 +80,13 @@ def test_every_placement_runs_and_its_weights_are_what_was_priced(
         assert denoise.weights_bytes < total
     if "stream" in placement and "low_cpu" not in placement:
         assert result.pinned_peak_bytes > 0
-    assert pipe.components["vae"].device.type == "cpu"  # the live pipeline was only read
+    assert isinstance(spec.source, Live)
+    assert spec.source.pipe.components["vae"].device.type == "cpu"  # the live pipeline was only read
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_the_loop_is_the_same_whatever_the_placement(small_pipeline: Callable[..., Any], kind: str) -> None:
-    pipe = small_pipeline(kind)
-    resident, offloaded = (simulated(pipe, kind, name) for name in ("resident", "model_cpu_offload"))
+def test_the_loop_is_the_same_whatever_the_placement(kind: str) -> None:
+    resident, offloaded = (simulated(kind, name) for name in ("resident", "model_cpu_offload"))
     for use in filter(lambda item: item.component, resident.uses):
         other = offloaded.use(use.phase, use.component)
         assert other is not None
@@ -94,8 +94,8 @@ def test_the_loop_is_the_same_whatever_the_placement(small_pipeline: Callable[..
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_what_modules_compute_is_what_their_components_do(small_pipeline: Callable[..., Any], kind: str) -> None:
-    result = simulated(small_pipeline(kind), kind, "resident")
+def test_what_modules_compute_is_what_their_components_do(kind: str) -> None:
+    result = simulated(kind, "resident")
     for part in {use.component for use in result.uses}:
         uses = [use for use in result.uses if use.component == part]
         inside = [module for module in result.modules if module.name.partition(".")[0] == part]
@@ -105,10 +105,9 @@ def test_what_modules_compute_is_what_their_components_do(small_pipeline: Callab
     assert heaviest.name.count(".") > 1
 
 
-def test_tiling_lowers_the_decode(small_pipeline: Callable[..., Any]) -> None:
-    pipe = small_pipeline("cogvideox-small")
-    plain = simulated(pipe, "cogvideox-small", "resident")
-    tiled = simulated(pipe, "cogvideox-small", "resident", ("vae_slicing", "vae_tiling"))
+def test_tiling_lowers_the_decode() -> None:
+    plain = simulated("cogvideox-small", "resident")
+    tiled = simulated("cogvideox-small", "resident", ("vae_slicing", "vae_tiling"))
     first, second = plain.use("decode", "vae"), tiled.use("decode", "vae")
     assert first is not None
     assert second is not None
@@ -149,45 +148,37 @@ def test_the_chosen_plan_was_confirmed_within_the_budget(small_pipeline: Callabl
     assert plan.projected.basis == "simulated"
 
 
-def test_an_answer_is_kept_and_a_damaged_one_made_again(
-    small_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_is_kept_and_a_damaged_one_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path))
-    pipe = small_pipeline("sd15-small")
-    first = simulated(pipe, "sd15-small", "resident")
+    first = simulated("sd15-small", "resident")
     (kept,) = tmp_path.glob("*.json")
-    assert simulated(pipe, "sd15-small", "resident") == first
+    assert simulated("sd15-small", "resident") == first
     for damage in ("", "{}", kept.read_text()[:100], json.dumps({"peak_allocated_bytes": "many"})):
         kept.write_text(damage)
-        assert simulated(pipe, "sd15-small", "resident").peak_reserved_bytes == first.peak_reserved_bytes
+        assert simulated("sd15-small", "resident").peak_reserved_bytes == first.peak_reserved_bytes
         assert json.loads(kept.read_text())["operations"] == first.operations
 
 
-def test_another_picture_is_another_entry(
-    small_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_picture_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path))
-    source = SimulatedModel(describe(small_pipeline("sd15-small")).spec)
+    source = small_model("sd15-small")
     for side in (64, 128):
         source.run(Workload(height=side, width=side), [], [], accelerator=None)
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing(
-    small_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path / "file"))
-    assert simulated(small_pipeline("sd15-small"), "sd15-small", "resident").stopped is None
+    assert simulated("sd15-small", "resident").stopped is None
     monkeypatch.setenv("VRAMPLAN_CACHE", "0")
     assert cache.cache_folder() is None
 
 
-def test_expandable_segments_reserve_less(small_pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = small_pipeline("sdxl-small")
-    fixed = simulated(pipe, "sdxl-small", "resident")
+def test_expandable_segments_reserve_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = simulated("sdxl-small", "resident")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    expandable = simulated(pipe, "sdxl-small", "resident")
+    expandable = simulated("sdxl-small", "resident")
     assert expandable.peak_allocated_bytes == fixed.peak_allocated_bytes
     assert expandable.peak_reserved_bytes < fixed.peak_reserved_bytes
 
@@ -215,14 +206,10 @@ def test_what_other_cards_had_recorded_serves_and_makes_no_difference(
     [("denoise", None, 1), ("load", None, 1), ("denoise", "encode", 3), ("encode", None, 3), ("decode", "decode", 3)],
 )
 def test_where_memory_ran_out_before_any_vae_no_other_decode_is_simulated(
-    small_pipeline: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    stopped_in: Any,
-    vae_in: str | None,
-    runs: int,
+    monkeypatch: pytest.MonkeyPatch, stopped_in: Any, vae_in: str | None, runs: int
 ) -> None:
-    pipe, work = small_pipeline("sd15-small"), workload_of("sd15-small")
-    source = SimulatedModel(spec := describe(pipe).spec)
+    source, work = small_model("sd15-small"), workload_of("sd15-small")
+    spec = source.spec
     found = cost_model(Alternatives(source), work, CARD, (), parse_fixed({}, spec, CARD))
     assert found.simulate is not None
     plain = source.run(work, [], [], accelerator=CARD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from make_pipeline import build
 from torch.profiler import ProfilerActivity, profile
 
+from tests.support.simulated import small_model
 from vramplan.hardware import Accelerator
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import spec_from_pipeline
-from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.packed_linear import (
     BitsandbytesInt8,
     BitsandbytesNf4,
@@ -107,10 +108,16 @@ def test_the_unpacked_weight_is_charged() -> None:
 
 
 def test_layers_that_are_not_packed_take_nothing_more() -> None:
-    pipe = build("flux-small")
-    plain = SimulatedModel(spec_from_pipeline(pipe)).run(WORK, [], [], accelerator=CARD)
-    found = unpacking_cost("transformer", copy.deepcopy(pipe.transformer), torch.float32, plain)
+    model = small_model("flux-small")
+    transformer = copy.deepcopy(model.parts.modules["transformer"])
+    found = unpacking_cost("transformer", transformer, torch.float32, model.run(WORK, [], [], accelerator=CARD))
     assert (found.extra_bytes, found.traffic_bytes, found.launches) == (0, 0, 0)
+
+
+@cache
+def small_in_half() -> SimulatedModel:
+    """Made once: to be read only."""
+    return SimulatedModel(spec_from_pipeline(build("flux-small").to(torch.bfloat16)))
 
 
 SETTINGS = [
@@ -134,17 +141,15 @@ def test_the_price_of_a_gguf_file_is_no_less_than_what_is_simulated(kind: str, t
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=format_setting)
 def test_the_price_is_no_less_than_what_is_simulated(setting: Any) -> None:
-    pipe = build("flux-small")
-    pipe.to(torch.bfloat16)
-    spec = spec_from_pipeline(pipe)
-    source, weights = SimulatedModel(spec), {"transformer": setting}
+    source, weights = small_in_half(), {"transformer": setting}
+    spec = source.spec
     plain = simulated_footprint(source, WORK, CARD)
     forms = Alternatives(source)
     light, priced = forms.spec(weights), forms.footprint(weights, plain, plain.plain)
     found = source.run(WORK, grouped({}, weights), [], accelerator=CARD)
     use = next(use for use in spec.uses if use.component == "transformer")
     denoise = next(phase for phase in found.phases if phase.name == "denoise")
-    rounding = 512 * sum(5 * len(tensors_of(module)) for module in modules_of(pipe).values())
+    rounding = 512 * sum(5 * len(tensors_of(module)) for module in source.parts.modules.values())
     assert light.weight_bytes < spec.weight_bytes
     assert denoise.peak_allocated_bytes <= light.weight_bytes + priced.activation(use, ()).size_bytes + rounding
     assert priced.work(use, ()).traffic_bytes > plain.work(use, ()).traffic_bytes

@@ -66,6 +66,7 @@ def quantized(module: torch.nn.Module, type_: str) -> torch.nn.Module:
     return live
 
 
+@pytest.mark.diagonal("kind", "type_")
 @pytest.mark.parametrize("type_", BOTH)
 @pytest.mark.parametrize("kind", ["flux-small", "sdxl-small"])
 def test_the_stand_ins_weigh_what_bitsandbytes_makes(kind: str, type_: Any) -> None:

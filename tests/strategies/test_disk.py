@@ -18,6 +18,7 @@ import torch
 from make_pipeline import build
 
 from tests.support.calls import call_kwargs, output_tensor
+from tests.support.simulated import small_model
 from tests.support.specs import GIB, budget, card, component, pipeline, text_to_image
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.describe import describe
@@ -25,7 +26,6 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import parse_fixed
 from vramplan.planner.footprint import AssumedFootprint
-from vramplan.simulator.model import SimulatedModel
 from vramplan.strategies import disk
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.settings import grouped, parse_placement
@@ -187,14 +187,13 @@ def test_a_disk_that_fails_half_way_loses_nothing(writes: int, folder: Path, mon
 
 
 def test_the_simulation_keeps_weights_out_of_ram_and_writes_nothing(folder: Path) -> None:
-    pipe = small("flux-small")
-    spec = describe(pipe).spec
+    spec = small_model("flux-small").spec
     work = make_workload({}, {"height": 64, "width": 64})
 
     def run(text: str) -> Any:
         told = {c.name: "resident" if c.role == "vae" else text for c in spec.components}
         placement = {name: parse_placement(text).complete(spec.component(name)) for name, text in told.items()}
-        return SimulatedModel(spec).run(work, grouped(placement), [], accelerator=card())
+        return small_model("flux-small").run(work, grouped(placement), [], accelerator=card())
 
     plain, files = run("group_offload"), run("group_offload:disk=true")
     assert files.peak_reserved_bytes == plain.peak_reserved_bytes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -224,8 +226,10 @@ def test_compiling_beside_sequential_offload_is_refused_with_the_reason() -> Non
         vramplan.plan(pipe, device=CUDA, settings=settings, simulate=False, **size)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's Inductor needs a C++ compiler to run on the CPU")
-def test_compiled_blocks_compute_the_same_and_are_given_up_again() -> None:  # 10 s: Inductor compiles C++
+def test_compiled_blocks_compute_the_same_and_are_given_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Dynamo and AOTAutograd, whole blocks as one graph; with VRAMPLAN_TESTS=all Inductor compiles C++ too."""
+    if os.environ.get("VRAMPLAN_TESTS") != "all" or shutil.which("g++") is None:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     flux = tiny_flux()
     made = torch.Generator().manual_seed(1)
     given = {

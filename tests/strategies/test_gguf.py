@@ -83,6 +83,7 @@ def planned(folder: Path, settings: dict[str, str], **options: Any) -> Any:
     return vramplan.plan(folder, device=MACHINE, settings=settings, **({"simulate": False} | SIZE | options))
 
 
+@pytest.mark.diagonal("kind", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stand_ins_weigh_what_diffusers_loads(
@@ -136,9 +137,8 @@ def pipeline_with(module: Any) -> Any:
 
 @pytest.mark.parametrize("setting", placements(), ids=format_setting)
 def test_under_every_placement_it_computes_what_it_does_resident(setting: Any, file_of: Any, small_folder: Any) -> None:
-    module = loaded(file_of(Kind.Q4_0), small_folder("flux-small"), torch.float32)
-    expected = output_tensor(pipeline_with(module)(**call_kwargs("flux-small")))
     pipe = pipeline_with(loaded(file_of(Kind.Q4_0), small_folder("flux-small"), torch.float32))
+    expected = output_tensor(pipe(**call_kwargs("flux-small")))
     plan = vramplan.plan(
         pipe, device=MACHINE, settings={"placement.transformer": format_setting(setting)}, simulate=False, **SIZE
     )

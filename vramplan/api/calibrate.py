@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from vramplan.api.machine import choose_machine
+from vramplan.calibration.context import context_bytes
+from vramplan.calibration.measured_rates import probe_fields
 from vramplan.calibration.peaks import Measured
-from vramplan.calibration.probes import context_bytes, link_rates, memory_rate, product_rate
 from vramplan.calibration.records import ProbeRecord
 from vramplan.calibration.store import append, store_folder
 from vramplan.common.progress import Say
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware import detect
-from vramplan.hardware.types import Accelerator
+from vramplan.hardware.measurements import measure_device, measure_disk
+from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.types import Plan
 from vramplan.runtime.recording import measurement_context
 
@@ -29,7 +30,7 @@ def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = pr
     """
     if store_folder() is None:
         raise UsageError("VRAMPLAN_CALIBRATION=0 keeps nothing: unset it, or name a folder")
-    _, accelerator = choose_machine(device)
+    hardware, accelerator = choose_machine(device)
     if accelerator is None:
         raise VramplanError("nothing to calibrate: no accelerator was found, and a plan for the CPU keeps no margin")
     if accelerator.name not in {item.name for item in detect().accelerators}:
@@ -37,7 +38,7 @@ def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = pr
             f"device {device}: {accelerator.name} is not in this machine, and only what is here is measured"
         )
     _check_torch(accelerator)
-    record = run_probes(accelerator, say=say)
+    record = run_probes(hardware, accelerator, say=say)
     note = append(record)
     if note is not None:
         raise VramplanError(note)
@@ -46,26 +47,21 @@ def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = pr
     return record
 
 
-def run_probes(accelerator: Accelerator, *, say: Say) -> ProbeRecord:
-    """Run every probe; one that fails is left out, with the reason as a note."""
-    found: dict[str, Any] = {}
+def run_probes(hardware: Hardware, accelerator: Accelerator, *, say: Say) -> ProbeRecord:
+    """Measure all there is to measure; what fails is left out, with the reason as a note."""
     notes: dict[str, str] = {}
-
-    def probe(name: str, measure: Callable[[], Any]) -> None:
-        say(f"measuring {name}")
-        try:
-            value = measure()
-        except RuntimeError as error:  # out of memory, or a kernel that this device does not have
-            notes[name] = " ".join(str(error).split())[:300]
-            return
-        found.update(value if isinstance(value, dict) else {name: value})
-
     # The context first: it cannot be separated any more once torch holds memory.
-    probe("context_bytes", lambda: context_bytes(accelerator))
-    probe("link", lambda: link_rates(accelerator.device))
-    probe("memory_bytes_per_s", lambda: memory_rate(accelerator.device))
-    probe("half_flops_per_s", lambda: product_rate(accelerator.device))
-    return ProbeRecord(**measurement_context(accelerator), **found, notes=notes)
+    say("measuring the driver context")
+    context = None
+    try:
+        context = context_bytes(accelerator)
+    except RuntimeError as error:  # out of memory, or a kernel that this device does not have
+        notes["the driver context"] = " ".join(str(error).split())[:300]
+    measured = list(measure_device(accelerator, notes, say))
+    if not hardware.host.disk_in_memory:
+        say("measuring the disk")
+        measured += measure_disk(notes)
+    return ProbeRecord(**measurement_context(accelerator), context_bytes=context, **probe_fields(measured), notes=notes)
 
 
 def _check_torch(accelerator: Accelerator) -> None:

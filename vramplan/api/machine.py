@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from vramplan.errors import UsageError
 from vramplan.hardware import detect
 from vramplan.hardware.file import is_hardware_file, load_hardware
-from vramplan.hardware.types import Accelerator, Budget, Hardware
+from vramplan.hardware.types import Accelerator, Budget, Hardware, Measurement
 from vramplan.planner.budget import make_budget
 from vramplan.planner.residuals import Basis
 from vramplan.units import format_bytes, parse_amount
@@ -28,8 +28,9 @@ def choose_machine(device: str | Hardware | None, *, vram: str | None = None) ->
     hardware, accelerator = find_machine(device, vram=vram)
     if accelerator is None or isinstance(device, Hardware):
         return hardware, accelerator
-    here = not (isinstance(device, str) and is_hardware_file(device))
-    return hardware, _with_rates(replace(accelerator, others=None), here=here)
+    of_a_file = isinstance(device, str) and is_hardware_file(device)
+    measured = (*accelerator.measured, *hardware.host.measured) if of_a_file else None
+    return hardware, _with_rates(replace(accelerator, others=None), measured)
 
 
 def find_machine(device: str | Hardware | None, *, vram: str | None = None) -> tuple[Hardware, Accelerator | None]:
@@ -127,18 +128,17 @@ def _with_store_notes(hardware: Hardware) -> Hardware:
     return replace(hardware, notes=(*hardware.notes, *read_store().notes)) if hardware.accelerators else hardware
 
 
-def _with_rates(accelerator: Accelerator, *, here: bool) -> Accelerator:
-    """The accelerator with its known rates. Rates measured on this machine are used only if it is `here`."""
+def _with_rates(accelerator: Accelerator, measured: Sequence[Measurement] | None) -> Accelerator:
+    """The accelerator with its known rates, with those that its file says were measured; None is this machine."""
     from vramplan.profiles.catalogue import rates_for, with_link
 
     if accelerator.rates is not None:
         return accelerator
     link = accelerator.link_bytes_per_s
     card = replace(accelerator, rates=rates_for(accelerator.name, accelerator.total_bytes, link))
-    if here:
-        from vramplan.calibration.learned import with_measured_rates
+    from vramplan.calibration.measured_rates import with_measured_rates, with_measurements
 
-        card = with_measured_rates(card)
+    card = with_measured_rates(card) if measured is None else with_measurements(card, measured)
     if card.rates is None and link is not None:
         from vramplan.planner.clock import DEFAULT_RATES
 

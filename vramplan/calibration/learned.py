@@ -1,15 +1,14 @@
-"""Stored knowledge of a device: the error of projections, the size of its driver context, and its rates."""
+"""Stored knowledge of a device: the error of projections, and the size of its driver context."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.common.versions import versions
-from vramplan.hardware.rates import Rates
 from vramplan.hardware.types import Accelerator
 from vramplan.planner.residuals import Basis, ProjectionError, Residual, error_of, raised
 
@@ -52,40 +51,6 @@ def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None 
     return Learned(error=decided, context_bytes=_context(accelerator, records))
 
 
-def with_measured_rates(accelerator: Accelerator) -> Accelerator:
-    """The accelerator with the rates that `vramplan calibrate` measured; unchanged if there are none.
-
-    Copies are the measured ones. Peaks of memory and products stay the profile's, to which its shares are fitted, but
-    products are never assumed faster than measured. Without a profile the measured rates replace the peaks, and
-    `reached` is the default: that a pipeline reaches less than one large product is assumed.
-    """
-    from vramplan.planner.clock import DEFAULT_RATES
-
-    probe = _probe(accelerator, read_store().records)
-    if probe is None:
-        return accelerator
-    known = accelerator.rates
-    link = probe.pinned_to_device_bytes_per_s or (known or DEFAULT_RATES).link_bytes_per_s
-    day = probe.time[:10]
-    if known is None:
-        rates = Rates(
-            memory_bytes_per_s=probe.memory_bytes_per_s or DEFAULT_RATES.memory_bytes_per_s,
-            link_bytes_per_s=link,
-            half_flops_per_s=probe.half_flops_per_s or DEFAULT_RATES.half_flops_per_s,
-            reached=DEFAULT_RATES.reached,
-            source=f"measured on {day}",
-        )
-    else:
-        share = (probe.half_flops_per_s or known.half_flops_per_s) / known.half_flops_per_s
-        source = f"{known.source}; link measured on {day}"
-        rates = replace(known, link_bytes_per_s=link, reached=min(known.reached, share), source=source)
-    copies = {"pageable_bytes_per_s": probe.pageable_to_device_bytes_per_s}
-    copies["back_bytes_per_s"] = probe.device_to_pageable_bytes_per_s
-    measured = {name: rate for name, rate in copies.items() if rate}
-    source = f"{rates.source}; copies of pageable memory measured" if measured else rates.source
-    return replace(accelerator, rates=replace(rates, **measured, source=source))
-
-
 def _counts(item: CallRecord, accelerator: Accelerator, basis: Basis) -> bool:
     """Whether the call was measured on this device, with this basis and software."""
     here = versions()
@@ -118,12 +83,6 @@ def _one_for_each_plan(calls: list[CallRecord]) -> Iterator[Residual]:
 
 def _ratio(item: Residual) -> float:
     return item.measured_bytes / item.projected_bytes
-
-
-def _probe(accelerator: Accelerator, records: tuple[object, ...]) -> ProbeRecord | None:
-    """The latest probe of this device; None without one."""
-    found = [item for item in records if isinstance(item, ProbeRecord) and item.device == accelerator.name]
-    return found[-1] if found else None
 
 
 def _context(accelerator: Accelerator, records: tuple[object, ...]) -> int | None:

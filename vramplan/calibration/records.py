@@ -13,7 +13,8 @@ from typing import Any
 
 from vramplan.calibration.peaks import Peak
 
-SCHEMA = 4  # 1 had no phases, 2 no plan, 3 no copies back to pageable memory
+# 1 had no phases, 2 no plan, 3 no copies back to pageable memory, 4 no launches, attention, sizes of products and disk
+SCHEMA = 5
 _LARGEST, _LONGEST = 1 << 62, 4000
 
 
@@ -60,7 +61,10 @@ class CallRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRecord:
-    """Results of `vramplan calibrate` for a device, in bytes, bytes per second and operations per second."""
+    """Results of `vramplan calibrate` for a device, in bytes, bytes per second, operations per second and seconds.
+
+    Products are by the side of their matrices, `half_flops_per_s` is of the fastest; attention is by head size.
+    """
 
     time: str
     device: str
@@ -74,6 +78,10 @@ class ProbeRecord:
     device_to_pageable_bytes_per_s: float | None = None
     memory_bytes_per_s: float | None = None
     half_flops_per_s: float | None = None
+    product_flops_per_s: Mapping[str, float] = field(default_factory=dict)
+    attention_flops_per_s: Mapping[str, float] = field(default_factory=dict)
+    launch_seconds: float | None = None
+    disk_bytes_per_s: float | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
 

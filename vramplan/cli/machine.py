@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vramplan.calibration.peaks import Measured
     from vramplan.planfile.types import Plan
 
+_MEASURE = "Measure copies, disk, products, attention and launches too. Loads torch; takes seconds once."
 _SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against measured."
 
 
@@ -23,7 +24,7 @@ _SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against mea
     "--format", "form", cls=Option, type=click.Choice((*FORMATS, "markdown")), default="auto", help=FORMAT_HELP
 )
 @json_option
-@click.option("--measure", is_flag=True, help="Measure copies, disk and products too. Loads torch; takes seconds once.")
+@click.option("--measure", is_flag=True, help=_MEASURE)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it as YAML to a file, for --device.")
 def detect(
     device: str | None, form: str, as_json: bool, measure: bool, output: str | None, **machine: str | None

@@ -19,12 +19,17 @@ _PAGEABLE_SHARE, _PAGEABLE_MOST = 0.5, 12e9
 UNHIDDEN = {"block": 0.05, "leaf": 0.65}
 
 
+# The head size from which attention without a mask has the fastest kernels: the kind `wide_attention`.
+WIDE_HEAD = 128
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """The rates of an accelerator and its host, to price candidates: per second, or seconds for one.
 
     `reached` is the share of the peak `half_flops_per_s` that a pipeline's products reach; kinds of operations and
     dtypes have shares of that, `stream_share` is of the link. `pageable_bytes_per_s` is None for half the link.
+    `measured` names what was measured on the machine itself, for people: `launches`.
     """
 
     memory_bytes_per_s: float
@@ -54,6 +59,7 @@ class Rates:
     # accelerate's hooks of one leaf: between the study's 0.56 ms (0.3 to 1.9) and 1.2 ms here, mostly of p100_*.
     leaf_seconds: float = 0.8e-3
     pause_seconds: float = 1e-4  # waiting for one transfer: a synchronisation and a launch. Assumed.
+    measured: tuple[str, ...] = ()
 
     @property
     def from_pageable_bytes_per_s(self) -> float:

@@ -15,13 +15,13 @@ AcceleratorKind = Literal["cuda", "rocm", "xpu", "mps"]
 class Measurement:
     """A measurement named `what`: the median of its runs, the least and the most.
 
-    `unit` is `bytes/s` or `operations/s`.
+    `unit` is `bytes/s`, `operations/s` or `s`, seconds for one.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     what: str
-    unit: Literal["bytes/s", "operations/s"]
+    unit: Literal["bytes/s", "operations/s", "s"]
     median: float
     least: float
     most: float

@@ -23,14 +23,24 @@ from vramplan.profiles.files import ProfileKind, mistake_lines, mistakes, read_d
 KeyPath = tuple[str, ...]
 
 
+_known: dict[tuple[str, str | None], PipelineSpec] = {}
+
+
 def spec_from_profile(profile: PipelineProfile, *, dtype: str | None = None) -> PipelineSpec:
-    """The spec of the profile's pipeline, loaded with `dtype` or the profile's own.
+    """The spec of the profile's pipeline, loaded with `dtype` or the profile's own. Made once per process.
 
     A component with a dtype of its own in the profile keeps it.
 
     Raises:
         VramplanError: a class unknown here, or a component that has weights and no `parameters` in the profile.
     """
+    key = repr(profile), dtype  # all that it is made of
+    if key not in _known:
+        _known[key] = _make_spec(profile, dtype)
+    return _known[key]
+
+
+def _make_spec(profile: PipelineProfile, dtype: str | None) -> PipelineSpec:
     cls = profile_class(profile)
     components = []
     for name, part in profile.components.items():

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from vramplan.hardware.rates import WIDE_HEAD
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.shapes import aten
 from vramplan.units import MIB
 
 _MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
-_WIDE_HEAD = 128
 _HALF = (torch.float16, torch.bfloat16)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Elements from which on the output of a half-precision convolution is not copied; see `Kernels.convolution_bytes`.
@@ -90,7 +90,7 @@ def product_kind(packet: Any, given: torch.Tensor) -> str:
 
 def attention_kind(query: torch.Tensor, mask: torch.Tensor | None) -> str:
     """The kind of fused attention: `wide` are heads of at least 128 without a mask, which have the fastest kernels."""
-    kind = "wide_attention" if query.shape[-1] >= _WIDE_HEAD and mask is None else "attention"
+    kind = "wide_attention" if query.shape[-1] >= WIDE_HEAD and mask is None else "attention"
     return f"{kind} {str(query.dtype).removeprefix('torch.')}"
 
 

@@ -18,6 +18,7 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.pipeline.own_class import plain_class
 from vramplan.pipeline.quantization import quantization_of
 from vramplan.simulator.engine import Engine
+from vramplan.simulator.module_copy import copy_module
 from vramplan.simulator.shapes import CPU
 from vramplan.simulator.tensor import SimTensor
 
@@ -157,7 +158,7 @@ def simulated_copy(module: torch.nn.Module, engine: Engine) -> torch.nn.Module:
     for tensor in (*module.parameters(), *module.buffers(), *_computed_tensors(module)):
         if id(tensor) not in memo:
             memo[id(tensor)] = _simulated_tensor(tensor, engine)
-    made = copy.deepcopy(module, memo)
+    made: torch.nn.Module = copy_module(module, memo)
     made.eval()
     return made
 

@@ -166,7 +166,7 @@ def _disk(host: Host) -> str:
 
 
 def _measurement(item: Measurement) -> str:
-    scale, unit = (1e9, "GB/s") if item.unit == "bytes/s" else (1e12, "Tflop/s")
+    scale, unit = {"bytes/s": (1e9, "GB/s"), "operations/s": (1e12, "Tflop/s"), "s": (1e-6, "us")}[item.unit]
     median, least, most = (f"{value / scale:.3g}" for value in (item.median, item.least, item.most))
     return f"measured {item.what.replace('_', ' ')}: {median} {unit} ({least} to {most} in {item.runs} runs)"
 
@@ -194,18 +194,25 @@ def probe_dict(record: ProbeRecord) -> dict[str, Any]:
 
 def probe_text(record: ProbeRecord) -> str:
     """The measurements of a device for a person, and notes on those that failed."""
-    rates = (
-        ("host to device, page-locked", record.pinned_to_device_bytes_per_s, 1e9, "GB/s"),
-        ("host to device, pageable", record.pageable_to_device_bytes_per_s, 1e9, "GB/s"),
-        ("device to host, page-locked", record.device_to_pinned_bytes_per_s, 1e9, "GB/s"),
-        ("device to host, pageable", record.device_to_pageable_bytes_per_s, 1e9, "GB/s"),
-        ("memory of the device", record.memory_bytes_per_s, 1e9, "GB/s"),
-        ("products in half precision", record.half_flops_per_s, 1e12, "TFLOP/s"),
-    )
     context = "not known" if record.context_bytes is None else format_bytes(record.context_bytes)
     lines = [f"measured of {record.device}", f"  {'driver context':<28} {context}"]
     lines += [
         f"  {name:<28} {'not known' if rate is None else f'{rate / unit:.3g} {word}'}"
-        for name, rate, unit, word in rates
+        for name, rate, unit, word in _probe_rows(record)
     ]
     return "\n".join([*lines, *(f"note: {name}: {reason}" for name, reason in record.notes.items())])
+
+
+def _probe_rows(record: ProbeRecord) -> Iterator[tuple[str, float | None, float, str]]:
+    """Each rate: its name, the rate, and the unit it is shown in."""
+    yield "host to device, page-locked", record.pinned_to_device_bytes_per_s, 1e9, "GB/s"
+    yield "host to device, pageable", record.pageable_to_device_bytes_per_s, 1e9, "GB/s"
+    yield "device to host, page-locked", record.device_to_pinned_bytes_per_s, 1e9, "GB/s"
+    yield "device to host, pageable", record.device_to_pageable_bytes_per_s, 1e9, "GB/s"
+    yield "memory of the device", record.memory_bytes_per_s, 1e9, "GB/s"
+    for side, rate in record.product_flops_per_s.items():
+        yield f"products of {side} x {side}", rate, 1e12, "TFLOP/s"
+    for size, rate in record.attention_flops_per_s.items():
+        yield f"attention, heads of {size}", rate, 1e12, "TFLOP/s"
+    yield "kernel launch", record.launch_seconds, 1e-6, "us"
+    yield "disk", record.disk_bytes_per_s, 1e9, "GB/s"

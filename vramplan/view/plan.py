@@ -64,6 +64,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("fits", fits_sentence(plan.projected, plan.machine.budget)),
         *_loading_row(plan),
         ("speed", _speed(plan)),
+        *_rates_row(plan),
         ("quality", plan.quality.replace("_", " ")),
         ("why", plan.reason),
         *_stock_row(plan),
@@ -105,6 +106,12 @@ def _speed(plan: Plan) -> str:
         f"about {format_seconds(demand.seconds_per_step)} a step, {format_seconds(demand.seconds_per_call)} a call, "
         f"limited by {demand.bottleneck} ({demand.basis})"
     )
+
+
+def _rates_row(plan: Plan) -> list[tuple[str, str]]:
+    """Where the rates behind the times are from, and which were measured; empty if none was."""
+    card = plan.machine.accelerator
+    return [("rates", card.rates.source)] if card and card.rates and card.rates.measured else []
 
 
 def _phase_rows(plan: Plan) -> list[Sequence[str]]:

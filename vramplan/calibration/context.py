@@ -1,4 +1,4 @@
-"""Measure a device: the size of its driver context, and the rates of its link, memory and products.
+"""Measure the size of a device's driver context.
 
 Written against torch.accelerator, so the same for every vendor. It is tested on the CPU, with the same code; its
 results on a card have not been checked.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vramplan.hardware import detect
-from vramplan.hardware.benchmark import Direction, measure_copy, measure_memory, measure_product
 from vramplan.hardware.types import Accelerator
 
 if TYPE_CHECKING:
@@ -31,35 +30,6 @@ def context_bytes(accelerator: Accelerator) -> int | None:
     after = _free_bytes(accelerator)
     held = torch.accelerator.memory.memory_reserved(accelerator.device)
     return None if after is None or before - after <= held else before - after - held
-
-
-def link_rates(device: str, size: int | None = None) -> dict[str, float]:
-    """Bytes per second of copies between host and device, by field of `ProbeRecord`: page-locked ones only on a device,
-    and only if the system allows page-locked memory."""
-    rates = {"pageable_to_device_bytes_per_s": _copy(device, "host_to_device_pageable", size)}
-    if device.startswith("cpu"):
-        return rates
-    rates["device_to_pageable_bytes_per_s"] = _copy(device, "device_to_host_pageable", size)
-    try:
-        rates["pinned_to_device_bytes_per_s"] = _copy(device, "host_to_device_pinned", size)
-        rates["device_to_pinned_bytes_per_s"] = _copy(device, "device_to_host", size)
-    except RuntimeError:
-        pass
-    return rates
-
-
-def _copy(device: str, direction: Direction, size: int | None) -> float:
-    return measure_copy(device, direction, size_bytes=size).median
-
-
-def memory_rate(device: str, size: int | None = None) -> float:
-    """Bytes per second that a copy within the device reads and writes."""
-    return measure_memory(device, size_bytes=size).median
-
-
-def product_rate(device: str, side: int | None = None) -> float:
-    """Operations per second of a square matrix product in half precision."""
-    return measure_product(device, "float16", side=side).median
 
 
 def _use(device: torch.device) -> None:
