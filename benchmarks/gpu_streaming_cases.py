@@ -69,7 +69,9 @@ def derived(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     if "phases" not in row:
         return {}
     step = median(row["step_seconds"])
-    made: dict[str, Any] = {"step_seconds": step, "call_seconds": row["call_seconds"], "equal": row["equal"]}
+    made: dict[str, Any] = {"step_seconds": step, "call_seconds": row["call_seconds"]}
+    # a plan may decode in tiles, which are blended: its latents are compared
+    made["equal"] = row["latents_equal"] and (row["pictures_equal"] or bool(row.get("decode")))
     made["peak_bytes"] = max(phase["allocated"] for phase in row["phases"].values())
     compute, bare = median(resident.get("step_seconds", [0.0])), found["link"]["pinned_to_device"]["best"]
     moved = row["denoiser_bytes"] if case.form in MOVES_ALL else median(row["streamed_bytes_per_step"])

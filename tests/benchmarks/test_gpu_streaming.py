@@ -78,8 +78,13 @@ def test_cases_of_every_kind_run(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 def test_other_bits_are_told(tmp_path: Path) -> None:
     bench = Bench(Pretend(), tmp_path)
-    bench.expected[VIDEO] = [b"something else"]
-    assert run_case(Case(model=VIDEO, form="whole", host="pageable"), bench)["equal"] is False
+    case = Case(model=VIDEO, form="whole", host="pageable")
+    run_case(case, bench)
+    latents, pictures = bench.expected[VIDEO]
+    for expected, equal in (([latents, b""], (True, False)), ([b"", pictures], (False, True))):
+        bench.expected[VIDEO] = expected
+        row = run_case(case, bench)
+        assert (row["latents_equal"], row["pictures_equal"]) == equal
 
 
 def test_one_broken_case_costs_no_other(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +111,8 @@ def test_figures_follow_from_what_was_measured() -> None:
         "denoiser_bytes": 300,
         "copy_bytes_per_s": 95.0,
         "bare_bytes_per_s": 100.0,
-        "equal": True,
+        "latents_equal": True,
+        "pictures_equal": False,
         "simulated": {"peak_allocated_bytes": 110 * MIB},
     }
     case, resident = Case(model=SDXL, form="blocks", host="locked"), Case(model=SDXL, form="resident")
@@ -114,6 +120,7 @@ def test_figures_follow_from_what_was_measured() -> None:
     found["cases"][resident.name] = row | {"step_seconds": [1.0, 1.0, 1.0]}
     figures = derived(case, found)
     assert figures["step_against_bound"] == pytest.approx(2.1 / 2.0)  # bound by copying 200 at 100 per second
+    assert figures["equal"] is False
     assert figures["link_share"] == pytest.approx(0.95)
     assert figures["locked_against_streamed"] == pytest.approx(1.01)
     assert figures["projected_error"] == pytest.approx(0.1)
@@ -121,6 +128,8 @@ def test_figures_follow_from_what_was_measured() -> None:
     assert derived(case, found)["step_against_bound"] == pytest.approx(2.1 / 4.0)
     planned = Case(model=SDXL, form="planned")
     found["cases"][planned.name] = row | {"budget_bytes": 90 * MIB, "projected_peak_bytes": 64 * MIB}
+    found["cases"][planned.name]["decode"] = ["vae_tiling:tile=256"]
+    assert derived(planned, found)["equal"] is True
     assert derived(planned, found)["idle_in_denoise_bytes"] == 30 * MIB
     assert derived(planned, found)["projected_error"] == pytest.approx(-0.5)
     block = Case(model=SDXL, form="block")
