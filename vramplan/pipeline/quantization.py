@@ -113,4 +113,5 @@ def extra_bytes(tensor: torch.Tensor) -> int:
 def _state_bytes(state: Any) -> int:
     tensors = (state.absmax, state.code, getattr(state, "offset", None))
     own: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-    return own + (_state_bytes(state.state2) if state.state2 is not None else 0)
+    nested = getattr(state, "state2", None)  # not there without nested scales
+    return own + (_state_bytes(nested) if nested is not None else 0)

@@ -21,8 +21,8 @@ from vramplan.simulator.engine import Engine
 from vramplan.simulator.ledger import AllocateEvent, Block, Cost, MoveEvent, Recorder
 from vramplan.simulator.shapes import label_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
-from vramplan.streaming.attach import APPLY, ATTACHED, After, Before
-from vramplan.streaming.cache import Other
+from vramplan.streaming.attach import APPLY, ATTACHED
+from vramplan.streaming.hooks import After, Before, Other
 
 # Attempts to record a forward: the first may fail because of state that it sets up once.
 _MAX_TRIES = 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
 from vramplan.streaming.cache import Cache, Member, refuse_training
-from vramplan.streaming.division import divide
+from vramplan.streaming.division import Division, divide
+from vramplan.streaming.hooks import After, Before, Guard
+from vramplan.streaming.locking import page_lock
 from vramplan.streaming.tensors import Block, move
 
 # The attributes that streaming leaves on modules.
@@ -49,7 +52,7 @@ def attach(
     Raises:
         ValueError: fewer blocks than that. VramplanError: it is streamed already.
     """
-    if ATTACHED in vars(module):
+    if stream_of(module) is not None:
         raise VramplanError(f"{name}: its weights are streamed already")
     stream = Stream(module, name, torch.device(device), streamed=streamed, keep=keep, locked=locked)
     try:
@@ -78,22 +81,32 @@ def join(pipe: Any) -> None:
     if not streams:
         return
     first = streams[0].cache
-    for stream in streams[1:]:
+    for stream in streams:
         if stream.cache is not first:
-            stream.move_to(first)
+            first.absorb(stream.cache)
     for name, module in modules_of(pipe).items():
-        if stream_of(module) is None and not runs_in_loop(name, module):
+        if stream_of(module) is not None:
+            first.unwatch(module)
+        elif not runs_in_loop(name, module):
             first.watch(module, [module, *_entries(module, set())])
     for part in pipes_of(pipe):
         _own_call(part, streams[0].device)
 
 
-def running(pipe: Any) -> AbstractContextManager[None]:
-    """Context manager around a call of the pipeline: other calls wait, and afterwards every weight is its master."""
+@contextmanager
+def running(pipe: Any, *, exposed: bool = False) -> Iterator[None]:
+    """Context manager around a call of the pipeline: other calls wait, and afterwards every weight is its master.
+
+    In one that is `exposed` others may change weights between steps.
+    """
     streams = _streams(pipe)
-    for stream in streams:
-        stream.refresh()
-    return streams[0].cache.call() if streams else nullcontext()
+    if not streams:
+        yield
+        return
+    with streams[0].cache.call(exposed=exposed):
+        for stream in _streams(pipe):
+            stream.refresh()
+        yield
 
 
 def _streams(pipe: Any) -> list[Stream]:
@@ -126,62 +139,62 @@ class Stream:
         self._handles: list[Any] = []
         self._guarded: list[torch.nn.Module] = []
         self._known: list[int] = []
+        self._division: Division | None = None
 
-    def attach(self) -> None:
-        """Divide the module, move what is kept, page-lock what is to be, and set the hooks."""
+    def attach(self, known: Mapping[int, tuple[Any, int]] = MappingProxyType({})) -> None:
+        """Divide the module, move what is kept, page-lock what is to be, and set the hooks. Weights at `known`
+        addresses are page-locked already."""
         # a VAE is called by its methods, piece by piece in tiles: its weights come and go as a whole
         units = [] if _role(self.name, self.module) == "vae" else units_of(self.module)
-        numbers = self.numbers
-        division = divide([module_bytes(unit) for unit in units], streamed=numbers["streamed"], keep=numbers["keep"])
+        division = self._divide(units)
         own, outside = _split(self.module, units)
         self.module.__dict__[ATTACHED] = self
-        kept = [tensor for place in division.kept for tensor in own[place]] + (outside if numbers["keep"] else [])
+        kept = [tensor for place in division.kept for tensor in own[place]] + (outside if self.numbers["keep"] else [])
         for tensor in kept:
             move(tensor, self.device)
         blocks = {
-            place: Block(f"{self.name}.{place}", own[place], units[place].modules())
-            for place in sorted(division.by_need)
+            place: Block(f"{self.name}.{place}", own[place], [units[place]]) for place in sorted(division.by_need)
         }
-        rest = None if numbers["keep"] else Block(self.name, outside, self.module.modules())
+        rest = None if self.numbers["keep"] else Block(self.name, outside, [self.module])
         self.member = Member(
             self.name,
             rest,
             list(blocks.values()),
             [blocks[place] for place in division.streamed],
             in_loop=runs_in_loop(self.name, self.module),
+            owner=self,
         )
         self.cache.members.append(self.member)
-        if numbers["locked"]:  # the weights outside of blocks first: every forward needs them
-            chosen = [blocks[place] for place in division.by_need[: numbers["locked"]]]
-            self.cache.page_lock([*([rest] if rest is not None else []), *chosen], self.name)
+        if self.numbers["locked"]:  # the weights outside of blocks first: every forward needs them
+            chosen = [blocks[place] for place in division.by_need[: self.numbers["locked"]]]
+            waiting = [*([rest] if rest is not None else []), *chosen]
+            note = page_lock(self.cache.backend, waiting, self.name, known)
+            self.cache.notes += [note] if note else []
         self._hook({id(units[place]): block for place, block in blocks.items()}, units)
         give_class(self.module, _devices(self.module, self.device, stream_of))
         self._known = _identities(self.module)
 
+    def _divide(self, units: Sequence[torch.nn.Module]) -> Division:
+        """The plan's division, also when adapters have changed sizes since."""
+        if self._division is None:
+            sizes = [module_bytes(unit) for unit in units]
+            self._division = divide(sizes, streamed=self.numbers["streamed"], keep=self.numbers["keep"])
+        return self._division
+
     def _hook(self, blocks: Mapping[int, Block], units: Sequence[torch.nn.Module]) -> None:
-        assert self.member is not None
-        self._on(self.module, partial(Before, self, None, outermost=True))
+        self._on(self.module, Before(self, None, outermost=True))
         for child in _entries(self.module, {id(unit) for unit in units}):
-            block = blocks.get(id(child))
-            self._on(child, partial(Before, self, block))
-            if block is not None and block in self.member.streamed:
-                self._handles.append(child.register_forward_hook(After(block)))
-        for block in self.member.blocks:
-            self._guard(block)
-
-    def _on(self, module: torch.nn.Module, make: Any) -> None:
-        self._handles.append(module.register_forward_pre_hook(make()))
-
-    def _guard(self, block: Block) -> None:
-        """Let `to`, `half` and the like change masters, not copies on the device."""
-        inside = {id(leaf.tensor) for leaf in block.leaves}
+            self._on(child, Before(self, blocks.get(id(child))))
         for child in self.module.modules():
-            own = chain(child._parameters.values(), child._buffers.values())
-            if APPLY not in vars(child) and any(id(tensor) in inside for tensor in own):
-                child.__dict__[APPLY] = Guard(child, self)
+            if not isinstance(vars(child).get(APPLY), Guard):
+                child.__dict__[APPLY] = Guard(child, self.device)
                 self._guarded.append(child)
 
-    def detach(self) -> None:
+    def _on(self, module: torch.nn.Module, before: Before) -> None:
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(After(before), always_call=True))
+
+    def detach(self, *, unlock: bool = True) -> None:
         """Take everything back that `attach` has set, as far as it came."""
         for handle in self._handles:
             handle.remove()
@@ -189,36 +202,32 @@ class Stream:
             child.__dict__.pop(APPLY, None)
         self._handles, self._guarded = [], []
         if self.member is not None:
-            self.cache.release(self.member)
+            self.cache.release(self.member, unlock=unlock)
         self.module.__dict__.pop(ATTACHED, None)
         take_class(self.module)
 
-    def move_to(self, cache: Cache) -> None:
-        """Take part in another cache from now on."""
-        assert self.member is not None
-        self.cache.drop_all()
-        self.cache.members.remove(self.member)
-        cache.members.append(self.member)
-        cache.notes += self.cache.notes
-        self.cache = cache
-
     def refresh(self) -> None:
         """Attach again if tensors came, went or were replaced since, as an adapter does."""
-        if _identities(self.module) != self._known:
-            cache = self.cache
-            self.detach()
-            self.attach()
-            self.move_to(cache)
+        if _identities(self.module) == self._known:
+            return
+        assert self.member is not None
+        known = {address: place for block in self.member.blocks for address, place in block.locked_places().items()}
+        self.detach(unlock=False)
+        self.attach(known)
 
-    def before(self, block: Block | None, *, outermost: bool) -> None:
+    def before(self, hook: Before) -> None:
         """Bring what is about to run to the device."""
         assert self.member is not None
-        if outermost:
+        if hook.outermost:
             refuse_training(self.module)
-            self.member.begin_forward()
-        self.cache.need(self.member, block)
-        if block is not None:
-            block.active += 1
+            self.refresh()
+            self.cache.begin(self.member)
+        self.cache.need(self.member, hook.block)
+
+    def after(self, hook: Before) -> None:
+        """Let weights be masters again once nothing that needs them runs."""
+        if self.member is not None:
+            self.cache.done(self.member, hook.block)
 
     def __deepcopy__(self, memo: Any) -> None:
         """None: copies of a module are not streamed."""
@@ -228,96 +237,13 @@ class Stream:
         return type(None), ()
 
 
-class Before:
-    """A hook before the forward of a module. Copies of the module have one that does nothing."""
-
-    __slots__ = ("block", "outermost", "stream")
-
-    def __init__(self, stream: Stream, block: Block | None, *, outermost: bool = False) -> None:
-        self.stream = stream
-        self.block = block
-        self.outermost = outermost
-
-    def __call__(self, module: torch.nn.Module, given: Any) -> None:
-        """Bring the block to the device."""
-        self.stream.before(self.block, outermost=self.outermost)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return no_hook
-
-    def __reduce__(self) -> Any:
-        return make_no_hook, ()
-
-
-class After:
-    """A hook after the forward of a streamed block, which may give way from then on."""
-
-    __slots__ = ("block",)
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-
-    def __call__(self, module: torch.nn.Module, given: Any, made: Any) -> None:
-        """Note that the block does not run any more."""
-        self.block.active = max(0, self.block.active - 1)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return no_hook
-
-    def __reduce__(self) -> Any:
-        return make_no_hook, ()
-
-
-def no_hook(*_: Any) -> None:
-    """The hook of a copy: nothing."""
-
-
-def make_no_hook() -> Callable[..., None]:
-    """`no_hook`, for pickle."""
-    return no_hook
-
-
-class Guard:
-    """In place of `Module._apply`: it changes the masters of the module's weights, and leaves them in host memory."""
-
-    __slots__ = ("module", "stream")
-
-    def __init__(self, module: torch.nn.Module, stream: Stream) -> None:
-        self.module = module
-        self.stream = stream
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Apply the function, without a change of device."""
-        member = self.stream.member
-        inside = {id(tensor) for tensor in chain(self.module._parameters.values(), self.module._buffers.values())}
-        for block in member.blocks if member is not None else ():
-            if any(id(leaf.tensor) in inside for leaf in block.leaves):
-                self.stream.cache.take_off(block)
-
-        def stay(tensor: torch.Tensor) -> Any:
-            made = function(tensor)
-            return made.to(tensor.device) if made.device != tensor.device else made
-
-        made = type(self.module)._apply(  # type: ignore[no-untyped-call]
-            self.module, stay, *args, **kwargs
-        )
-        self.stream._known = _identities(self.stream.module)
-        return made
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return types.MethodType(type(self.module)._apply, memo[id(self.module)])
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.module, APPLY)
-
-
 def _own_call(pipe: Any, device: torch.device) -> None:
     """Let the pipeline's calls take turns, name the device as its own, and not be moved."""
     plain = plain_class(pipe)
 
     @wraps(plain.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with running(self):
+        with running(self, exposed=_calls_back(plain.__call__, self, *args, **kwargs)):
             return plain.__call__(self, *args, **kwargs)
 
     @wraps(getattr(plain, "to", call))
@@ -329,6 +255,15 @@ def _own_call(pipe: Any, device: torch.device) -> None:
         return plain.to(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     give_class(pipe, {"__call__": call, "to": to, **_devices(pipe, device, _streams)})
+
+
+def _calls_back(function: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a callback is among the arguments of a call."""
+    try:
+        given = signature(function).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # the call itself will say so
+        return False
+    return any(callable(value) for name, value in {**given, **kwargs}.items() if name.startswith("callback"))
 
 
 def _devices(thing: Any, device: torch.device, streamed: Callable[[Any], object]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +16,8 @@ import torch
 from vramplan.errors import VramplanError
 from vramplan.streaming.backend import Backend
 from vramplan.streaming.division import SLOTS
-from vramplan.streaming.tensors import Block, Leaf, aligned
-from vramplan.units import format_bytes
-
-# Page-locked chunks are powers of two, as torch's host allocator rounds up to these, and at most this large: while a
-# component is moved into them, one chunk more than its weights is needed.
-_CHUNK_BYTES = 1 << 30
-_LEAST_CHUNK_BYTES = 1 << 20
+from vramplan.streaming.hooks import Other
+from vramplan.streaming.tensors import Block
 
 
 class Slot:
@@ -42,17 +36,26 @@ class Member:
 
     `order` is the order in which its blocks ran last, at first that of their definition, `seen` that of the forward
     that runs now. Those that are not `streamed` stay while the component's phase lasts: until another component runs,
-    or one outside of the loop for members that run `in_loop`.
+    or one outside of the loop for members that run `in_loop`. `owner` is told which cache the member is in.
     """
 
     def __init__(
-        self, name: str, rest: Block | None, order: Sequence[Block], streamed: Collection[Block], *, in_loop: bool
+        self,
+        name: str,
+        rest: Block | None,
+        order: Sequence[Block],
+        streamed: Collection[Block],
+        *,
+        in_loop: bool,
+        owner: Any = None,
     ) -> None:
         self.name = name
         self.rest = rest
         self.streamed = frozenset(streamed)
         self.in_loop = in_loop
+        self.owner = owner
         self.slots: list[Slot] = []
+        self.depth = 0  # forwards that run now, one in another
         self.order = list(order)
         self.seen: dict[Block, None] = {}
 
@@ -62,14 +65,12 @@ class Member:
         yield from ([self.rest] if self.rest is not None else [])
         yield from self.order
 
-    def begin_forward(self) -> None:
-        """Learn the order of the last forward. One that was interrupted left blocks marked as running."""
+    def learn_order(self) -> None:
+        """Learn the order of the last forward, before the next."""
         if self.seen:
             missing = [block for block in self.order if block not in self.seen]
             self.order = [*self.seen, *missing]
         self.seen = {}
-        for block in self.blocks:
-            block.active = 0
 
     def ahead(self, block: Block | None) -> Iterator[Block]:
         """The blocks that run after this one, to the next streamed one; in a loop the first follow the last."""
@@ -82,24 +83,6 @@ class Member:
                 return
 
 
-class Other:
-    """A hook before the forward of a component outside of the cache. Copies have one without a cache."""
-
-    __slots__ = ("cache",)
-
-    def __init__(self, cache: Cache | None) -> None:
-        self.cache = cache
-
-    def __call__(self, module: torch.nn.Module, given: Any) -> None:
-        """Take all blocks off the device."""
-        if self.cache is not None:
-            self.cache.others_run()
-
-    def __reduce__(self) -> Any:
-        """Without the cache, for pickle and `deepcopy`."""
-        return Other, (None,)
-
-
 class Cache:
     """The weights of several components on one device. One call at a time may use it: `call` makes another wait."""
 
@@ -108,44 +91,79 @@ class Cache:
         self.members: list[Member] = []
         self.notes: list[str] = []
         self._running: Member | None = None
-        self._watched: dict[torch.nn.Module, list[Any]] = {}
+        self._watched: dict[torch.nn.Module, tuple[Other, list[Any]]] = {}
         self._lock = threading.RLock()
         self._calls = 0
+        self._exposed = True
 
     # ---- calls
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Context manager around a call of the pipeline: afterwards every weight is its master again."""
+    def call(self, *, exposed: bool = False) -> Iterator[None]:
+        """Context manager around a call of the pipeline: afterwards every weight is its master again.
+
+        In one that is `exposed` others may change weights between forwards, as without any call.
+        """
         with self._lock:
+            before, self._exposed = self._exposed, exposed or (self._exposed and self._calls > 0)
             self._calls += 1
             try:
                 yield
             finally:
                 self._calls -= 1
+                self._exposed = before
                 if not self._calls:
                     self.drop_all()
 
     def drop_all(self) -> None:
         """Take every block off the device."""
-        self.backend.finish()
-        for member in self.members:
-            self._drop(member)
         self._running = None
+        try:
+            self.backend.finish()
+        finally:
+            self._drop(*self.members)
+
+    def absorb(self, other: Cache) -> None:
+        """Take over the members of another cache on the same device."""
+        with self.call(), other.call():
+            other.drop_all()
+            for member in other.members:
+                member.owner.cache = self
+            self.members += other.members
+            self.notes += other.notes
+            other.members = []
+            for module, (hook, handles) in other._watched.items():
+                hook.cache = self
+                self.unwatch(module)
+                self._watched[module] = hook, handles
+            other._watched = {}
 
     def watch(self, module: torch.nn.Module, entries: Iterable[torch.nn.Module]) -> None:
         """Take all blocks off the device when a component outside of the cache runs, by one of these modules of it."""
         if module not in self._watched:
-            self._watched[module] = [entry.register_forward_pre_hook(Other(self)) for entry in entries]
+            hook = Other(self)
+            self._watched[module] = hook, [entry.register_forward_pre_hook(hook) for entry in entries]
+
+    def unwatch(self, module: torch.nn.Module) -> None:
+        """Undo `watch`."""
+        for handle in self._watched.pop(module, (None, ()))[1]:
+            handle.remove()
 
     def others_run(self) -> None:
         """Let a component outside of the cache run."""
         if self._running is not None:
             self._running = None
-            for member in self.members:
-                self._drop(member)
+            self._drop(*self.members)
 
     # ---- blocks
+
+    def begin(self, member: Member) -> None:
+        """Begin a forward of the member. One that was interrupted left blocks that seem to run."""
+        member.learn_order()
+        member.depth = 0
+        for block in member.blocks:
+            if block.active:
+                self._hide(block)
 
     def need(self, member: Member, block: Block | None = None) -> None:
         """Bring a block of the member, and its weights outside of blocks, to the device before it runs.
@@ -153,6 +171,7 @@ class Cache:
         Raises:
             torch.OutOfMemoryError: the device is full.
         """
+        member.depth += 1
         if self._running is not member:
             self._switch(member)
         if member.rest is not None:
@@ -160,45 +179,59 @@ class Cache:
         if block is not None:
             member.seen[block] = None
             self._bring(member, block)
+        self._prefetch(member, block)
+
+    def done(self, member: Member, block: Block | None) -> None:
+        """Let the tensors of a block that has run, and those outside of blocks, be their masters again. Where others
+        may change these next, copies from them are done first."""
+        for item in (block, member.rest):
+            if item is not None and item.active:
+                item.active -= 1
+                if not item.active:
+                    self._hide(item)
+        member.depth = max(0, member.depth - 1)
+        if self._exposed and not member.depth:
+            self.backend.finish()
+
+    def _prefetch(self, member: Member, block: Block | None) -> None:
         upcoming = list(member.ahead(block))
         for item in upcoming:
             if item.buffer is None:
                 self._start(member, item, {*upcoming, *([block] if block is not None else [])})
 
-    def release(self, member: Member) -> None:
-        """Take the member out, its blocks off the device, and its masters out of page-locked memory."""
-        self.backend.finish()
-        self._drop(member)
-        for block in member.blocks:
-            if block.segments:
-                block.replace_masters([tensor.clone() for tensor in block.tensors])
-                block.segments = []
-        if member in self.members:
-            self.members.remove(member)
-        self._running = None
-        if not self.members:
-            for handle in chain.from_iterable(self._watched.values()):
-                handle.remove()
-            self._watched.clear()
-
-    def take_off(self, block: Block) -> None:
-        """Take one block off the device."""
-        if block.buffer is not None:
-            self._evict(block)
+    def release(self, member: Member, *, unlock: bool = True) -> None:
+        """Take the member out, its blocks off the device, and unless told otherwise its masters out of page-locked
+        memory."""
+        with self._lock:
+            self.backend.finish()
+            self._drop(member)
+            for block in member.blocks:
+                if block.segments and unlock:
+                    if block.moved:
+                        block.adopt()
+                    block.replace_masters([tensor.clone() for tensor in block.tensors])
+                    block.segments = []
+            if member in self.members:
+                self.members.remove(member)
+            self._running = None
+            for module in list(self._watched) if unlock and not self.members else ():
+                self.unwatch(module)
 
     def _switch(self, member: Member) -> None:
         """Let another component run: drop the blocks of those that do not run in turn with it."""
-        for other in self.members:
-            if other is not member and not (other.in_loop and member.in_loop):
-                self._drop(other)
+        self._drop(*(other for other in self.members if other is not member and not (other.in_loop and member.in_loop)))
         self._running = member
 
     def _bring(self, member: Member, block: Block) -> None:
+        if block.buffer is not None and block.outdated:
+            self._evict(block)
         if block.buffer is None:
             self._start(member, block)
         if block.ticket is not None:
             self.backend.compute_after(block.ticket)
             block.ticket = None
+        block.show()
+        block.active += 1
 
     def _start(self, member: Member, block: Block, upcoming: Collection[Block] | None = None) -> None:
         """Start to copy a block to the device. One that is only `upcoming` takes no slot from others that are."""
@@ -211,12 +244,15 @@ class Cache:
             slot.block, block.slot, buffer = block, slot, slot.buffer
         if buffer is None:
             return
-        if block.segments:
-            block.ticket = self.backend.copy(buffer, block.segments)
-        else:
-            block.ticket = self.backend.gather(buffer, list(zip(block.offsets, block.tensors, strict=True)))
-        block.buffer = buffer
-        block.show(lambda offset, like: self.backend.view(buffer, offset, like))
+        try:
+            if block.segments:
+                block.ticket = self.backend.copy(buffer, block.segments)
+            else:
+                block.ticket = self.backend.gather(buffer, list(zip(block.offsets, block.tensors, strict=True)))
+        except BaseException:  # some of the copies may be on their way, and nothing else would wait for them
+            self.backend.finish()
+            raise
+        block.on_device(buffer, self.backend.view)
 
     def _slot(self, member: Member, size: int, upcoming: Collection[Block] | None) -> Slot | None:
         """A slot for a streamed block, emptied once the kernels launched so far are done with it.
@@ -239,89 +275,34 @@ class Cache:
         return member.slots[-1]
 
     def _evict(self, block: Block) -> None:
-        if block.ticket is not None:  # never waited for: its memory must not be used before the copy is done
-            self.backend.compute_after(block.ticket)
-            block.ticket = None
-        if block.edited:
-            self._copy_back(block)
+        ticket, block.ticket = block.ticket, None
+        try:
+            if ticket is not None:  # never waited for: its memory must not be used before the copy is done
+                self._settle(ticket)
+        finally:
+            self._hide(block)
+            block.off_device()
+
+    def _settle(self, ticket: Any) -> None:
+        try:
+            self.backend.compute_after(ticket)
+        except Exception:  # the copy failed, which matters only to those who need the block
+            self.backend.finish()
+
+    def _hide(self, block: Block) -> None:
+        """Let the block's tensors be their masters: it does not run any more."""
+        block.active = 0
+        block.hide()
         if torch.is_grad_enabled():
-            _refuse_later_backward(block)
-        block.show_masters()
-        if block.slot is not None:
-            block.slot.block = block.slot = None
-        block.buffer = None
+            block.refuse_later_backward()
 
-    def _copy_back(self, block: Block) -> None:
-        """Write what was changed on the device into the masters, which are memory of the process from then on: a
-        mapped file is private."""
-        with torch.no_grad():
-            for leaf, masters in zip(block.leaves, block.masters, strict=True):
-                for now, master in zip(leaf.plain(), masters, strict=True):
-                    master.copy_(now)
-
-    def _drop(self, member: Member) -> None:
-        for block in member.blocks:
-            if block.buffer is not None:
-                self._evict(block)
-        member.slots = []
-
-    # ---- host memory
-
-    def page_lock(self, blocks: Iterable[Block], owner: str) -> None:
-        """Move masters into page-locked chunks, block by block. Where the system refuses one, they stay as they are."""
-        waiting, place = [block for block in blocks if block.size], -1
-        left = sum(block.size for block in waiting)
-        gaps: list[tuple[Any, int, int]] = []  # chunk, first free byte, free bytes
-        for block in waiting:
-            tensors: list[tuple[Any, int, int, torch.Tensor]] = []
-            for tensor in block.tensors:
-                size = aligned(tensor.numel() * tensor.element_size())
-                # a place right after the tensor before needs no copy of its own
-                places = ([place] if tensors else []) + list(range(len(gaps)))
-                place = next((number for number in places if gaps[number][2] >= size), -1)
-                if place < 0:
-                    chunk_bytes = _chunk_bytes(size, left)
-                    try:
-                        chunk = self.backend.page_lock(chunk_bytes, owner)
-                    except RuntimeError as error:
-                        self._note_refusal(owner, left, error)
-                        return
-                    gaps.append((chunk, 0, chunk_bytes))
-                    place = len(gaps) - 1
-                chunk, start, free = gaps[place]
-                gaps[place] = (chunk, start + size, free - size)
-                left -= size
-                tensors.append((chunk, start, size, tensor))
-            self._lock_block(block, tensors)
-
-    def _lock_block(self, block: Block, placed: Sequence[tuple[Any, int, int, torch.Tensor]]) -> None:
-        """Copy the masters of a block to their places in page-locked chunks."""
-        segments: list[tuple[Any, int, int, int]] = []
-        for (chunk, start, size, _), offset in zip(placed, block.offsets, strict=True):
-            last = segments[-1] if segments else None
-            if last is not None and last[0] is chunk and last[1] + last[3] == start:
-                segments[-1] = (chunk, last[1], last[2], last[3] + size)
-            else:
-                segments.append((chunk, start, offset, size))
-        block.replace_masters([self.backend.write(chunk, start, tensor) for chunk, start, _, tensor in placed])
-        block.segments = segments
-
-    def _note_refusal(self, owner: str, left: int, error: RuntimeError) -> None:
-        reason = str(error).partition("\n")[0]
-        self.notes.append(f"{owner}: {format_bytes(left)} could not be page-locked ({reason}): copied more slowly")
-
-
-def _chunk_bytes(size: int, left: int) -> int:
-    """The bytes of the next chunk: a power of two that holds the tensor, near what is left to place."""
-    wanted = max(size, min(_CHUNK_BYTES, 1 << (left.bit_length() - 1)), _LEAST_CHUNK_BYTES)
-    return 1 << (wanted - 1).bit_length()
-
-
-def _refuse_later_backward(block: Block) -> None:
-    """Let torch refuse a backward pass through weights that are no longer there (`increment_version`)."""
-    for leaf in block.leaves:
-        if type(leaf) is Leaf and not leaf.tensor.is_inference():
-            torch.autograd.graph.increment_version(leaf.tensor)
+    def _drop(self, *members: Member) -> None:
+        with ExitStack() as stack:  # every block, whatever fails
+            for member in members:
+                for block in member.blocks:
+                    if block.buffer is not None or block.ticket is not None or block.active:
+                        stack.callback(self._evict, block)
+                member.slots, member.depth = [], 0
 
 
 def refuse_training(module: torch.nn.Module) -> None:

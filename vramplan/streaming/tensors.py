@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 # Offsets within a buffer are multiples of this, as those of torch's own allocations: kernels choose by alignment, and
 # another kernel may round differently (torch 2.13, `kMinBlockSize` of CUDACachingAllocator).
 _ALIGNMENT = 512
+# Tensors smaller than this lie side by side in a buffer and in page-locked memory, so that one copy brings them all.
+SMALL_BYTES = 1 << 20
 
 
 class Leaf:
@@ -28,12 +31,29 @@ class Leaf:
         """Let it consist of these tensors from now on. It stays the same object."""
         self.tensor.data = tensors[0]
 
+    def places(self) -> list[Any]:
+        """Where its plain tensors lie and how: other data in place of them lie elsewhere, or otherwise."""
+        return [_place(self.tensor)]
+
     def version(self) -> int:
-        """A number that in-place changes raise. Tensors of inference mode have none."""
-        return 0 if self.tensor.is_inference() else self.tensor._version
+        """A number that in-place changes raise; 0 for tensors made in inference mode, which have none."""
+        try:
+            return self.tensor._version
+        except RuntimeError:
+            return 0
 
 
-class WrapperLeaf(Leaf):
+class _Nested(Leaf):
+    """A tensor that consists of several."""
+
+    __slots__ = ()
+
+    def places(self) -> list[Any]:
+        """Those of all of them."""
+        return list(map(_place, self.plain()))
+
+
+class WrapperLeaf(_Nested):
     """A tensor without memory of its own around others, such as torchao's (`__tensor_flatten__`)."""
 
     __slots__ = ()
@@ -54,7 +74,7 @@ class WrapperLeaf(Leaf):
         return 0
 
 
-class PackedLeaf(Leaf):
+class PackedLeaf(_Nested):
     """A 4-bit parameter of bitsandbytes, whose scales are attributes of its `quant_state`."""
 
     __slots__ = ()
@@ -73,7 +93,7 @@ class PackedLeaf(Leaf):
         found, state = [], getattr(self.tensor, "quant_state", None)
         while state is not None:
             found += [(state, name) for name in ("absmax", "code", "offset") if getattr(state, name, None) is not None]
-            state = state.state2
+            state = getattr(state, "state2", None)  # not there without nested scales
         return found
 
 
@@ -105,71 +125,172 @@ class Block:
     """Leaves that are on the device together.
 
     `masters` are their plain tensors in host memory, one list for each leaf. `offsets` places each of them in a buffer
-    of `size` bytes. `buffer` is the one on the device while the block is there, else None.
+    of `size` bytes. `buffer` is the one on the device while the block is there, else None. Leaves consist of views of
+    it while the block is `active`, that is while it runs, and of their masters at any other time: whoever reads or
+    changes weights between forwards meets the masters.
     """
 
-    def __init__(self, name: str, tensors: Iterable[torch.Tensor], modules: Iterable[torch.nn.Module] = ()) -> None:
+    def __init__(self, name: str, tensors: Iterable[torch.Tensor], roots: Sequence[torch.nn.Module] = ()) -> None:
         self.name = name
         self.leaves = [leaf_of(tensor) for tensor in tensors]
-        self.layers: list[Any] = [module for module in modules if hasattr(module, "merged_adapters")]
+        self.roots = roots
         self.buffer: Any = None
         self.slot: Any = None
         self.ticket: Any = None
         self.active = 0
         self.segments: list[tuple[Any, int, int, int]] = []  # page-locked: chunk, offset there, offset here, bytes
-        self._seen: Any = None
+        self._views: list[list[torch.Tensor]] = []
+        self._shown = False
+        self._copied: Any = None
         self.adopt()
 
     def adopt(self) -> None:
         """Take the tensors as they are now for the masters, and lay them out anew."""
         self.masters = [leaf.plain() for leaf in self.leaves]
         self.segments = []
-        self.offsets: list[int] = []
-        end = 0
-        for tensor in self.tensors:
-            self.offsets.append(end)
-            end += aligned(tensor.numel() * tensor.element_size())
-        self.size = end
+        sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors]
+        self.offsets = [0] * len(sizes)
+        self.size = 0
+        for number in sorted(range(len(sizes)), key=lambda number: sizes[number] < SMALL_BYTES):
+            self.offsets[number] = self.size
+            self.size += aligned(sizes[number])
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All masters."""
         return [tensor for several in self.masters for tensor in several]
 
+    def replace_master(self, number: int, tensor: torch.Tensor) -> None:
+        """Let this tensor be the master with this number among all of them. It has the same value."""
+        for leaf, several in zip(self.leaves, self.masters, strict=True):
+            if number < len(several):
+                several[number] = tensor
+                leaf.put(several)
+                return
+            number -= len(several)
+
+    def set_locked(self, places: Sequence[tuple[Any, int]]) -> None:
+        """Note the page-locked chunk of each master, and its offset there: neighbours are copied in one piece."""
+        segments: list[tuple[Any, int, int, int]] = []
+        tensors = self.tensors
+        for number in sorted(range(len(places)), key=lambda number: self.offsets[number]):
+            (chunk, there), here = places[number], self.offsets[number]
+            size = aligned(tensors[number].numel() * tensors[number].element_size())
+            last = segments[-1] if segments else None
+            if last is not None and last[0] is chunk and last[1] + last[3] == there and last[2] + last[3] == here:
+                segments[-1] = (chunk, last[1], last[2], last[3] + size)
+            else:
+                segments.append((chunk, there, here, size))
+        self.segments = segments
+
+    def locked_places(self) -> dict[int, tuple[Any, int]]:
+        """The chunk and the offset in it of each page-locked master, by its address."""
+        found: dict[int, tuple[Any, int]] = {}
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            for chunk, there, here, size in self.segments:
+                if here <= offset < here + size:
+                    found[tensor.data_ptr()] = chunk, there + offset - here
+        return found
+
     @property
     def moved(self) -> bool:
-        """Whether the user has put other data in place of a master, while the block is not on the device."""
-        return any(
-            type(leaf) is Leaf and leaf.tensor.data_ptr() != several[0].data_ptr()
-            for leaf, several in zip(self.leaves, self.masters, strict=True)
-        )
+        """Whether the user has put other data in place of a master, while the block does not run."""
+        return not self._shown and not self._consists_of(self.masters)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether masters were changed since they were copied, as far as version counters of torch tell, and the
+        merged adapters of PEFT, which adds to `weight.data`."""
+        return not self._shown and (self._copied != self._state() or self.moved)
 
     def replace_masters(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let these tensors be the masters, which hold the same values."""
         given = iter(tensors)
         self.masters = [[next(given) for _ in several] for several in self.masters]
-        self.show_masters()
+        self._put(self.masters)
 
-    def show_masters(self) -> None:
-        """Let every leaf consist of its masters."""
-        for leaf, several in zip(self.leaves, self.masters, strict=True):
+    def on_device(self, buffer: Any, view: Callable[[Any, int, torch.Tensor], torch.Tensor]) -> None:
+        """Note that the masters as they are now are on their way to a buffer: `view(buffer, offset, like)`."""
+        offsets = iter(self.offsets)
+        self._views = [[view(buffer, next(offsets), like) for like in several] for several in self.masters]
+        self._copied = self._state()
+        self.buffer = buffer
+
+    def off_device(self) -> None:
+        """Forget the buffer."""
+        self.hide()
+        if self.slot is not None:
+            self.slot.block = self.slot = None
+        self.buffer, self._views = None, []
+
+    def show(self) -> None:
+        """Let every leaf consist of its views of the buffer."""
+        if not self._shown:
+            self._shown = True
+            self._put(self._views)
+
+    def hide(self) -> None:
+        """Let every leaf consist of its masters again, and keep what was changed while it did not."""
+        if not self._shown:
+            return
+        replaced = False
+        if self._copied != self._state() or not self._consists_of(self._views):
+            replaced = self._copy_back()
+        self._put(self.masters)
+        self._shown = False
+        if replaced:
+            self.adopt()
+        self._copied = None if replaced else self._state()
+
+    def refuse_later_backward(self) -> None:
+        """Let torch refuse a backward pass through weights that are no longer there (`increment_version`)."""
+        for leaf in self.leaves:
+            if type(leaf) is Leaf:
+                with suppress(RuntimeError):  # made in inference mode
+                    torch.autograd.graph.increment_version(leaf.tensor)
+        if self._copied is not None:
+            self._copied = self._state()
+
+    def _put(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
+        for leaf, several in zip(self.leaves, tensors, strict=True):
             leaf.put(several)
 
-    def show(self, view: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-        """Let every leaf consist of views of the device's buffer: `view(offset, like)`."""
-        offsets = iter(self.offsets)
-        for leaf, several in zip(self.leaves, self.masters, strict=True):
-            leaf.put([view(next(offsets), like) for like in several])
-        self._seen = self._state()
+    def _consists_of(self, tensors: Sequence[Sequence[torch.Tensor]]) -> bool:
+        return all(
+            leaf.places() == list(map(_place, several)) for leaf, several in zip(self.leaves, tensors, strict=True)
+        )
 
-    @property
-    def edited(self) -> bool:
-        """Whether the tensors were changed in place since `show`, as far as torch's version counters and the merged
-        adapters of PEFT tell, which adds to `weight.data`."""
-        return bool(self._seen != self._state())
+    def _copy_back(self) -> bool:
+        """Write what was changed on the device into the masters, which are memory of the process from then on: a
+        mapped file is private. Other data in place of the views become masters themselves; return whether any did."""
+        replaced = False
+        with torch.no_grad(), torch.inference_mode(False):
+            for leaf, masters, views in zip(self.leaves, self.masters, self._views, strict=True):
+                places, of_views = leaf.places(), list(map(_place, views))
+                if places == list(map(_place, masters)):  # interrupted in `show` or `hide`
+                    continue
+                if places == of_views:
+                    for master, now in zip(masters, leaf.plain(), strict=True):
+                        with torch.inference_mode(master.is_inference()):
+                            master.copy_(now)
+                else:
+                    device = masters[0].device
+                    masters[:] = [torch.empty_like(now, device=device).copy_(now) for now in leaf.plain()]
+                    replaced = True
+        return replaced
 
     def _state(self) -> Any:
-        return [leaf.version() for leaf in self.leaves], [tuple(layer.merged_adapters) for layer in self.layers]
+        merged = [
+            tuple(adapters)
+            for root in self.roots
+            for layer in root.modules()
+            if (adapters := vars(layer).get("merged_adapters"))
+        ]
+        return [leaf.version() for leaf in self.leaves], merged
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def aligned(size: int) -> int:

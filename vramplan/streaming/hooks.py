@@ -1,0 +1,116 @@
+"""The hooks by which modules ask for their weights. In copies of a module, pickled ones too, they do nothing."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vramplan.errors import VramplanError
+
+
+class Before:
+    """A hook before the forward of a module of the stream, which brings a block of it to the device."""
+
+    __slots__ = ("block", "outermost", "stream")
+
+    def __init__(self, stream: Any, block: Any, *, outermost: bool = False) -> None:
+        self.stream = stream
+        self.block = block
+        self.outermost = outermost
+
+    def __call__(self, module: torch.nn.Module, given: Any) -> None:
+        """Bring the block to the device."""
+        self.stream.before(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return no_hook
+
+    def __reduce__(self) -> Any:
+        return make_no_hook, ()
+
+
+class After:
+    """A hook after the forward of a module of the stream, also after one that failed."""
+
+    __slots__ = ("before",)
+
+    def __init__(self, before: Before) -> None:
+        self.before = before
+
+    def __call__(self, module: torch.nn.Module, given: Any, made: Any) -> None:
+        """Note that the block does not run any more."""
+        self.before.stream.after(self.before)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return no_hook
+
+    def __reduce__(self) -> Any:
+        return make_no_hook, ()
+
+
+class Other:
+    """A hook before the forward of a component outside of the cache."""
+
+    __slots__ = ("cache",)
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, module: torch.nn.Module, given: Any) -> None:
+        """Take all blocks off the device."""
+        self.cache.others_run()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return no_hook
+
+    def __reduce__(self) -> Any:
+        return make_no_hook, ()
+
+
+def no_hook(*_: Any) -> None:
+    """The hook of a copy: nothing."""
+
+
+def make_no_hook() -> Callable[..., None]:
+    """`no_hook`, for pickle."""
+    return no_hook
+
+
+class Guard:
+    """In place of `Module._apply`, which `to`, `half` and the like go through: it changes weights, but moves none.
+
+    Moving to the stream's own device is what the hooks do; to another one is refused before anything has moved.
+    """
+
+    __slots__ = ("device", "module")
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.device = device
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply the function, without a change of device."""
+
+        def stay(tensor: torch.Tensor) -> Any:
+            made = function(tensor)
+            if made.device == tensor.device:
+                return made
+            if made.device != self.device:
+                raise VramplanError(
+                    f"the weights of {type(self.module).__name__} are streamed to {self.device} under a plan: undo it "
+                    f"before moving them to {made.device}"
+                )
+            return tensor if made.dtype == tensor.dtype else made.to(tensor.device)
+
+        return type(self.module)._apply(  # type: ignore[no-untyped-call]
+            self.module, stay, *args, **kwargs
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return types.MethodType(type(self.module)._apply, memo[id(self.module)])
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "_apply")
