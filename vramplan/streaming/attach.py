@@ -82,7 +82,9 @@ def join(pipe: Any) -> None:
         if stream.cache is not first:
             stream.move_to(first)
     for name, module in modules_of(pipe).items():
-        if stream_of(module) is None and not runs_in_loop(name, module):
+        if stream_of(module) is not None:
+            first.unwatch(module)
+        elif not runs_in_loop(name, module):
             first.watch(module, [module, *_entries(module, set())])
     for part in pipes_of(pipe):
         _own_call(part, streams[0].device)
@@ -91,8 +93,8 @@ def join(pipe: Any) -> None:
 def running(pipe: Any) -> AbstractContextManager[None]:
     """Context manager around a call of the pipeline: other calls wait, and afterwards every weight is its master."""
     streams = _streams(pipe)
-    for stream in streams:
-        stream.refresh()
+    if any([stream.refresh() for stream in streams]):
+        join(pipe)
     return streams[0].cache.call() if streams else nullcontext()
 
 
@@ -197,18 +199,20 @@ class Stream:
         """Take part in another cache from now on."""
         assert self.member is not None
         self.cache.drop_all()
-        self.cache.members.remove(self.member)
+        self.cache.leave(self.member)
         cache.members.append(self.member)
         cache.notes += self.cache.notes
         self.cache = cache
 
-    def refresh(self) -> None:
-        """Attach again if tensors came, went or were replaced since, as an adapter does."""
-        if _identities(self.module) != self._known:
-            cache = self.cache
-            self.detach()
-            self.attach()
-            self.move_to(cache)
+    def refresh(self) -> bool:
+        """Attach again if tensors came, went or were replaced since, as an adapter does. Returns whether they did."""
+        if _identities(self.module) == self._known:
+            return False
+        cache = self.cache
+        self.detach()
+        self.attach()
+        self.move_to(cache)
+        return True
 
     def before(self, block: Block | None, *, outermost: bool) -> None:
         """Bring what is about to run to the device."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -138,6 +137,19 @@ class Cache:
         if module not in self._watched:
             self._watched[module] = [entry.register_forward_pre_hook(Other(self)) for entry in entries]
 
+    def unwatch(self, module: torch.nn.Module) -> None:
+        """Watch the component no longer: it was taken into the cache."""
+        for handle in self._watched.pop(module, ()):
+            handle.remove()
+
+    def leave(self, member: Member) -> None:
+        """Let a member go that has nothing on the device."""
+        if member in self.members:
+            self.members.remove(member)
+        if not self.members:
+            for watched in list(self._watched):
+                self.unwatch(watched)
+
     def others_run(self) -> None:
         """Let a component outside of the cache run."""
         if self._running is not None:
@@ -173,13 +185,8 @@ class Cache:
             if block.segments:
                 block.replace_masters([tensor.clone() for tensor in block.tensors])
                 block.segments = []
-        if member in self.members:
-            self.members.remove(member)
+        self.leave(member)
         self._running = None
-        if not self.members:
-            for handle in chain.from_iterable(self._watched.values()):
-                handle.remove()
-            self._watched.clear()
 
     def take_off(self, block: Block) -> None:
         """Take one block off the device."""
