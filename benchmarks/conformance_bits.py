@@ -226,7 +226,8 @@ def _hooked(pipe: Any) -> set[str]:
     }
     pipes = {"pipe": pipe} | {name: part for name, part in vars(pipe).items() if hasattr(part, "components")}
     found = {f"{name}: {mark}" for name, child in modules.items() for mark in _marks(child)}
-    found |= {f"{name}: its class" for name, thing in (modules | pipes).items() if plain_class(thing) is not type(thing)}
+    things = modules | pipes
+    found |= {f"{name}: its class" for name, thing in things.items() if plain_class(thing) is not type(thing)}
     return found | {name for name, part in pipes.items() if getattr(part, "_all_hooks", None)}
 
 

@@ -93,7 +93,8 @@ def join(pipe: Any) -> None:
 def running(pipe: Any) -> AbstractContextManager[None]:
     """Context manager around a call of the pipeline: other calls wait, and afterwards every weight is its master."""
     streams = _streams(pipe)
-    if any([stream.refresh() for stream in streams]):
+    refreshed = [stream.refresh() for stream in streams]
+    if any(refreshed):
         join(pipe)
     return streams[0].cache.call() if streams else nullcontext()
 
