@@ -1,4 +1,4 @@
-"""Components that share a cache, those beside it, and what is left of both on a pipeline afterwards."""
+"""Components that share a cache, those beside it, how both are called, and what is left on a pipeline afterwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from make_pipeline import build
 
 import vramplan
@@ -19,7 +20,7 @@ from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import plain_class
 from vramplan.strategies.weight_streaming import WeightStreaming
-from vramplan.streaming.attach import detach, running, stream_of, stream_weights
+from vramplan.streaming.attach import attach, detach, running, stream_of, stream_weights
 from vramplan.streaming.cache import Other
 from vramplan.units import GIB
 
@@ -104,7 +105,7 @@ def test_a_plan_that_cannot_be_applied_leaves_no_class(monkeypatch: pytest.Monke
         raise VramplanError("no")
 
     monkeypatch.setattr(WeightStreaming, "apply", fail)
-    with pytest.raises(VramplanError, match="^no$"):
+    with pytest.raises(VramplanError, match=r"^no$"):
         vramplan.apply_plan(pipe, plan, device="cpu")
     assert not own_classes(pipe)
     assert not list(hooks(pipe))
@@ -122,3 +123,46 @@ def test_a_call_that_recovers_is_a_streamed_call_as_well(monkeypatch: pytest.Mon
     applied.undo()
     assert pipe.to("cpu") is pipe
     assert not own_classes(pipe)
+
+
+class Scaled(torch.nn.Module):
+    """A VAE whose methods read a weight before any submodule runs, and one that its forward does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("std", torch.full((4,), 2.0))
+
+    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return latents * self.std, self.std.data_ptr()
+
+    def normalized(self, latents: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return latents * self.std, self.std.data_ptr()
+
+
+@pytest.mark.parametrize("method", ["decode", "normalized"])
+def test_methods_that_read_weights_bring_them(method: str) -> None:
+    vae = Scaled()
+    master = vae.std.data_ptr()
+    attach(vae, "vae", "cpu")
+    scaled, read = getattr(vae, method)(torch.ones(4))
+    assert scaled.tolist() == [2.0] * 4
+    assert read != master
+    detach(vae)
+    assert getattr(vae, method)(torch.ones(4))[1] == master
+    assert type(vae) is Scaled
+
+
+class Looking(FluxPipeline):
+    """A pipeline that looks where its weights are."""
+
+    def _get_execution_device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+
+def test_every_way_to_ask_for_the_device_names_that_of_the_cache() -> None:
+    pipe = Looking(**build("flux-small").components)
+    stream_weights(pipe, "meta", transformer={})
+    assert {pipe.device, pipe._execution_device, pipe._get_execution_device()} == {torch.device("meta")}
+    assert pipe.transformer.device == torch.device("meta")
+    detach(pipe.transformer)
+    assert {pipe.device, pipe._execution_device, pipe._get_execution_device()} == {torch.device("cpu")}

@@ -87,7 +87,7 @@ def make_recovering(pipe: Any, *, say: Say = print) -> None:
         try:
             return recovering_call(self, _named_arguments(plain, self, args, kwargs), say=say)
         finally:
-            if applied_to(self) is not None:  # a retry has undone the earlier plan
+            if applied_to(self) is not None and type(self).__call__ is not call:  # a retry has undone the earlier plan
                 give_class(self, {"__call__": call})
 
     give_class(pipe, {"__call__": call})

@@ -40,6 +40,19 @@ def read_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> 
     return None
 
 
+def reading_methods(module: torch.nn.Module) -> dict[str, str]:
+    """The methods of the module's class that read a tensor of its own, which no forward calls; with its name."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    called = {"__init__", "forward", *(code.co_names if code else ())}
+    own = own_tensors(module)
+    found = {
+        name: own & set(inspect.unwrap(method).__code__.co_names)
+        for name, method in vars(type(module)).items()
+        if name not in called and inspect.isfunction(method)
+    }
+    return {name: min(read) for name, read in found.items() if read}
+
+
 def own_tensors(module: torch.nn.Module) -> set[str]:
     """The names of a module's own parameters and buffers, without those of its submodules."""
     return {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}

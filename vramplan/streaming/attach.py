@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from itertools import chain
 from typing import Any
@@ -19,6 +19,7 @@ from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
 from vramplan.streaming.cache import Cache, Member, refuse_training
+from vramplan.streaming.calls import devices, methods
 from vramplan.streaming.division import divide
 from vramplan.streaming.tensors import Block, move
 
@@ -70,6 +71,15 @@ def stream_of(module: torch.nn.Module) -> Stream | None:
     """The stream of a module, None without one."""
     found: Stream | None = vars(module).get(ATTACHED)
     return found
+
+
+@contextmanager
+def _entered(module: torch.nn.Module) -> Iterator[None]:
+    """Context manager around a method of a component that reads weights outside of blocks."""
+    stream = stream_of(module)
+    if stream is not None:
+        stream.before(None, outermost=False)
+    yield
 
 
 def join(pipe: Any) -> None:
@@ -158,7 +168,7 @@ class Stream:
             chosen = [blocks[place] for place in division.by_need[: numbers["locked"]]]
             self.cache.page_lock([*([rest] if rest is not None else []), *chosen], self.name)
         self._hook({id(units[place]): block for place, block in blocks.items()}, units)
-        give_class(self.module, _devices(self.module, self.device, stream_of))
+        give_class(self.module, {**devices(self.module, self.device, stream_of), **methods(self.module, _entered)})
         self._known = _identities(self.module)
 
     def _hook(self, blocks: Mapping[int, Block], units: Sequence[torch.nn.Module]) -> None:
@@ -333,17 +343,7 @@ def _own_call(pipe: Any, device: torch.device) -> None:
             )
         return plain.to(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    give_class(pipe, {"__call__": call, "to": to, **_devices(pipe, device, _streams)})
-
-
-def _devices(thing: Any, device: torch.device, streamed: Callable[[Any], object]) -> dict[str, Any]:
-    """Properties that name the device which the thing runs on, for as long as it is `streamed`."""
-
-    def here(plain: property) -> property:
-        return property(lambda self: device if streamed(self) else plain.__get__(self))
-
-    names = ("device", "_execution_device")
-    return {name: here(getattr(plain_class(thing), name)) for name in names if hasattr(plain_class(thing), name)}
+    give_class(pipe, {"__call__": call, "to": to, **devices(pipe, device, _streams)})
 
 
 def _split(
