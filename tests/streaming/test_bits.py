@@ -37,6 +37,7 @@ NAMES = (
     "kolors",  # ChatGLM
     "stable-cascade",  # two denoisers in two pipelines
     "kandinsky-2.2",  # a prior, pipelines combined
+    "dit",  # its last layer calls a part of its first block
     "deep-floyd",  # no VAE
     "sana",  # a denoiser of linear attention
     "stable-video",  # a picture in place of a prompt

@@ -13,6 +13,7 @@ import torch
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.component import role_of
+from vramplan.pipeline.direct_access import called_by_place
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
@@ -179,6 +180,12 @@ class Stream:
             self._on(child, partial(Before, self, block))
             if block is not None and block in self.member.streamed:
                 self._handles.append(child.register_forward_hook(After(block)))
+        for child in called_by_place(self.module):
+            for unit in units:
+                block = blocks.get(id(unit))
+                if block is not None and any(child is inner for inner in unit.modules()):
+                    self._on(child, partial(Before, self, block))
+                    self._handles.append(child.register_forward_hook(After(block)))
         for block in self.member.blocks:
             self._guard(block)
 
