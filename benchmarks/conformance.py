@@ -1,7 +1,7 @@
 """Simulate every pipeline that diffusers' own tests can build offline, under every placement; or run it for real.
 
     python benchmarks/conformance.py --diffusers-tests DIR [--only NAME] [--json FILE]
-                                     [--strategies resident,model,sequential,group,block,disk,partial]
+                                     [--strategies resident,model,sequential,group,block,disk,stream,phase]
                                      [--limit N] [--jobs N] [--part 1/4]
 
 `--strategies bits` makes each pipeline's call for real on the CPU under every lossless plan instead: see
@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from conformance_bits import BITS, outcomes
-from conformance_machine import accelerator
+from conformance_machine import accelerator, all_streamed
 
-STRATEGIES = ("resident", "model", "sequential", "group", "block", "disk", "partial")
+STRATEGIES = ("resident", "model", "sequential", "group", "block", "disk", "stream", "phase")
 _SECONDS = 180  # of the CPU, for one call
 _HF_IDS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_TEST_DEVICE": "cpu"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
@@ -291,14 +291,15 @@ def _whole(setting: Any) -> Callable[[Any], Place]:
     return choose
 
 
-def _parts(placement: str) -> Callable[[Any], Place]:
+def _parts(placement: str | Callable[[Any], str]) -> Callable[[Any], Place]:
     """That placement of every component that can be; what cannot stays on the device."""
 
     def choose(pipe: Any) -> Place:
         from vramplan.strategies.settings import parse_placement
 
         spec = _spec(pipe)
-        settings = {c.name: parse_placement(placement).complete(c) for c in spec.components}
+        texts = {c.name: placement if isinstance(placement, str) else placement(c) for c in spec.components}
+        settings = {c.name: parse_placement(texts[c.name]).complete(c) for c in spec.components}
         reasons = {c.name: settings[c.name].refusal(c, spec, accelerator()) for c in spec.components}
         names = [name for name, reason in reasons.items() if reason is None]
         if not names:
@@ -333,7 +334,8 @@ def _places() -> dict[str, Callable[[Any], Place]]:
         "group": _parts("group_offload:type=leaf"),
         "block": _parts("group_offload"),
         "disk": _parts("group_offload:disk=true"),
-        "partial": _parts("partial_residency:streamed=3"),
+        "stream": _parts(all_streamed),
+        "phase": _parts("weight_streaming"),
     }
 
 

@@ -4,7 +4,8 @@ A plan is `ok` only where every tensor of the result is the same, bit for bit, w
 once it is undone (hooks, forwards, files, weights elsewhere or changed), and where a last plain call still makes the
 same. What a card with streams would do runs on the CPU without one. Two things are otherwise than on a card, and
 put right here: accelerate's hooks of sequential offload lose parameters between the CPU and the CPU of number 0, and
-weights read from a file stay where it is mapped, unaligned, which makes the CPU add in another order.
+weights read from a file stay where it is mapped, unaligned, which makes the CPU add in another order. Weights that are
+streamed from a file are mapped as `from_pretrained` leaves them: the copies that run are aligned.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-BITS: Mapping[str, str] = {
+from conformance_machine import all_streamed, half_streamed
+
+# Placements of a component. Numbers of blocks depend on it.
+BITS: Mapping[str, str | Callable[[Any], str]] = {
     "bits-resident": "resident",  # with sliced decoding, where there is one: by itself it does nothing on the CPU
     "bits-model": "model_cpu_offload",
     "bits-sequential": "sequential_cpu_offload",
     "bits-leaf": "group_offload:type=leaf",
     "bits-block": "group_offload",
     "bits-disk": "group_offload:disk=true",
-    "bits-partial": "partial_residency:streamed=3",
+    "bits-stream": all_streamed,
+    "bits-half": half_streamed,
+    "bits-phase": "weight_streaming",
 }
+MAPPED = "bits-phase"  # with weights that are pages of a file
 Outcome = tuple[str, str]
 
 
@@ -84,13 +91,15 @@ def _outcome(
 ) -> Outcome:
     from vramplan.api.apply import apply_plan
 
-    with tempfile.TemporaryDirectory() as folder, _cpu_as_card(folder):
+    with tempfile.TemporaryDirectory() as folder, _cpu_as_card(folder), ExitStack() as files:
         try:
             with limited():
                 plan = _plan(pipe, BITS[name])
                 if isinstance(plan, str):
                     return "refused", plan
                 before = _State(pipe)
+                if name == MAPPED:
+                    files.enter_context(_mapped(pipe))
                 applied = apply_plan(pipe, plan, device="cpu")
                 try:
                     planned = tensors_of(pipe(**inputs()))
@@ -134,6 +143,31 @@ def _cpu_as_card(folder: str) -> Iterator[None]:
             patch.object(vramplan.runtime.applied, "planned_accelerator", lambda plan, _: plan.machine.accelerator)
         )
         yield
+
+
+@contextmanager
+def _mapped(pipe: Any) -> Iterator[None]:
+    """Inside, weights are pages of safetensors files, where the file can hold them as they are."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from vramplan.pipeline.modules import modules_of
+
+    weights = {id(each): each for module in modules_of(pipe).values() for each in module.parameters()}
+    plain = {str(key): each for key, each in weights.items() if type(each.data) is torch.Tensor}
+    kept = {key: each.data for key, each in plain.items() if each.is_contiguous() and not each.is_meta}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.safetensors")
+        save_file({key: data.clone() for key, data in kept.items()}, path)
+        with safe_open(path, "pt") as file:
+            for key in kept:
+                plain[key].data = file.get_tensor(key)
+        try:
+            yield
+        finally:
+            for key, data in kept.items():
+                plain[key].data = data
 
 
 class _State:
@@ -183,24 +217,30 @@ def _ties(weights: Mapping[str, Any]) -> set[tuple[str, ...]]:
 
 
 def _hooked(pipe: Any) -> set[str]:
-    """Where there are hooks of any kind, or forwards in place of the class's; and on the pipelines themselves."""
+    """Where there are hooks of any kind, and attributes or classes in place of their class's; pipelines included."""
     from vramplan.pipeline.modules import modules_of
+    from vramplan.pipeline.own_class import plain_class
 
-    found = {
-        f"{part}.{path}"
-        for part, module in modules_of(pipe).items()
-        for path, child in module.named_modules()
-        if "forward" in vars(child) or hasattr(child, "_hf_hook") or getattr(_registry(child), "hooks", None)
+    modules = {
+        f"{part}.{path}": child for part, module in modules_of(pipe).items() for path, child in module.named_modules()
     }
     pipes = {"pipe": pipe} | {name: part for name, part in vars(pipe).items() if hasattr(part, "components")}
+    found = {f"{name}: {mark}" for name, child in modules.items() for mark in _marks(child)}
+    things = modules | pipes
+    found |= {f"{name}: its class" for name, thing in things.items() if plain_class(thing) is not type(thing)}
     return found | {name for name, part in pipes.items() if getattr(part, "_all_hooks", None)}
 
 
-def _registry(child: Any) -> Any:
-    return vars(child).get("_diffusers_hook")
+def _marks(child: Any) -> Iterator[str]:
+    """What tells that something was put on a module: attributes, and the hooks of each kind by their number."""
+    own = vars(child)
+    yield from (key for key in own if key in ("forward", "_apply", "_hf_hook") or key.startswith("_vramplan"))
+    yield from (f"{len(hooks)} of {key}" for key, hooks in own.items() if key.endswith("_hooks") and hooks)
+    if getattr(own.get("_diffusers_hook"), "hooks", None):
+        yield "_diffusers_hook"
 
 
-def _plan(pipe: Any, placement: str) -> Any:
+def _plan(pipe: Any, form: str | Callable[[Any], str]) -> Any:
     """The plan that places every component so that can be, the others resident; or why none can."""
     from conformance_machine import accelerator
 
@@ -211,21 +251,24 @@ def _plan(pipe: Any, placement: str) -> Any:
     from vramplan.strategies.settings import parse_placement
 
     card = accelerator()
-    spec, setting = spec_from_pipeline(pipe), parse_placement(placement)
-    reasons = {c.name: setting.complete(c).refusal(c, spec, card) for c in spec.components}
+    spec = spec_from_pipeline(pipe)
+    placements = {c.name: form if isinstance(form, str) else form(c) for c in spec.components}
+    settings = {name: parse_placement(text) for name, text in placements.items()}
+    reasons = {c.name: settings[c.name].complete(c).refusal(c, spec, card) for c in spec.components}
     able = [name for name, reason in reasons.items() if reason is None]
-    if not able or (setting.whole_pipeline and len(able) < len(reasons)):
+    whole = any(setting.whole_pipeline for setting in settings.values())
+    if not able or (whole and len(able) < len(reasons)):
         return next(reason for reason in reasons.values() if reason is not None)
-    settings: dict[str, Any] = {f"placement.{name}": placement if name in able else "resident" for name in reasons}
-    settings = {"placement": placement} if setting.whole_pipeline else settings
+    fixed: dict[str, Any] = {f"placement.{name}": placements[name] if name in able else "resident" for name in reasons}
+    fixed = {"placement": form} if whole else fixed
     vae = getattr(pipe, "vae", None)
-    decodes = ["vae_slicing"] if placement == "resident" and hasattr(vae, "use_slicing") else []
+    decodes = ["vae_slicing"] if form == "resident" and hasattr(vae, "use_slicing") else []
     if getattr(vae, "use_tiling", False):  # it comes so, and may not do without
         decodes.append("vae_tiling")
     sizes = {"height": 1024, "width": 1024} if "vae_tiling" in decodes else {}
     machine = Hardware(accelerators=(card,), host=Host(total_bytes=1 << 40, available_bytes=1 << 40))
     try:
-        return plan(pipe, device=machine, settings=settings | {"decode": decodes or "plain"}, simulate=False, **sizes)
+        return plan(pipe, device=machine, settings=fixed | {"decode": decodes or "plain"}, simulate=False, **sizes)
     except VramplanError as error:
         return str(error)
 

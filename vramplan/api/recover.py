@@ -18,9 +18,10 @@ from vramplan.api.change import plan_again
 from vramplan.common.progress import Say
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.pipeline.component import describe_component
+from vramplan.pipeline.own_class import give_class, plain_class
 from vramplan.planfile.match import vae_names
 from vramplan.planfile.types import Plan, settings_text
-from vramplan.runtime.applied import PLAIN_CLASS, applied_to, apply_unchecked, plain_class
+from vramplan.runtime.applied import applied_to, apply_unchecked
 from vramplan.runtime.load import release_memory
 from vramplan.strategies import DECODES
 from vramplan.strategies.base import Decode
@@ -42,6 +43,8 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
         NothingFitsError: no smaller plan is left; the message says what the smallest one needs.
         VramplanError: vramplan has applied nothing to this pipeline, or a plan that cannot be undone.
     """
+    from vramplan.streaming.attach import running
+
     applied, call = applied_to(pipe), plain_class(pipe).__call__
     if applied is None:
         raise VramplanError("vramplan has applied no plan to this pipeline: there is nothing to step down from")
@@ -52,7 +55,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
     restorers = _random_state_restorers(arguments)
     for attempt in range(_MAX_RETRIES + 1):
         try:
-            with _retry_decodes(pipe, first.workload, vae_names(first), say):
+            with running(pipe), _retry_decodes(pipe, first.workload, vae_names(first), say):
                 return call(pipe, **arguments)
         except Exception as error:
             if not _is_out_of_memory(error):
@@ -74,11 +77,7 @@ def recovering_call(pipe: Any, arguments: Mapping[str, Any], *, say: Say = print
 
 
 def make_recovering(pipe: Any, *, say: Say = print) -> None:
-    """Make the pipeline's own call a `recovering_call`, until its applied plan is undone.
-
-    Python looks up `__call__` on the class, so this object gets its own class, derived from its present one and with
-    the same name. Classes of other objects are not changed.
-    """
+    """Make the pipeline's own call a `recovering_call`, until its applied plan is undone."""
     plain = plain_class(pipe)
 
     @wraps(plain.__call__)
@@ -88,12 +87,10 @@ def make_recovering(pipe: Any, *, say: Say = print) -> None:
         try:
             return recovering_call(self, _named_arguments(plain, self, args, kwargs), say=say)
         finally:
-            if applied_to(self) is not None:  # a retry has undone the earlier plan
-                self.__class__ = own
+            if applied_to(self) is not None and type(self).__call__ is not call:  # a retry has undone the earlier plan
+                give_class(self, {"__call__": call})
 
-    names = {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__, PLAIN_CLASS: plain}
-    own = type(plain.__name__, (plain,), names)
-    pipe.__class__ = own
+    give_class(pipe, {"__call__": call})
 
 
 def _named_arguments(cls: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

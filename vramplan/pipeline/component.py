@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vramplan.pipeline.direct_access import called_directly, own_tensors, read_directly
+from vramplan.pipeline.direct_access import called_directly, read_directly, reading_methods
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
 from vramplan.pipeline.quantization import element_count, mark_quantized, quantization_of
@@ -187,14 +187,8 @@ def _disk_refusal(module: torch.nn.Module) -> str | None:
     PriorTransformer moves the statistics of its latents to the device itself, which hides from torch that they are
     not loaded: uninitialised memory would go into the picture (diffusers 0.42, `ModuleGroup._offload_to_disk`).
     """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    called = {"__init__", "forward", *(code.co_names if code else ())}
-    own = own_tensors(module)
-    for name, method in vars(type(module)).items():
-        if name in called or not inspect.isfunction(method):
-            continue
-        if read := own & set(method.__code__.co_names):
-            return f"{type(module).__name__} reads {min(read)} in {name}(), while it is in its file: leave disk out"
+    for name, read in reading_methods(module).items():
+        return f"{type(module).__name__} reads {read} in {name}(), while it is in its file: leave disk out"
     return None
 
 

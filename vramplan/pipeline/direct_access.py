@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,40 @@ def read_directly(pipeline: type | None, name: str, module: torch.nn.Module) -> 
         if rest and rest[0] in own_tensors(holder):
             return ".".join(path[: len(path) - len(rest) + 1])
     return None
+
+
+def reading_methods(module: torch.nn.Module) -> dict[str, str]:
+    """The methods of the module's class that read a tensor of its own, which no forward calls; with its name."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    called = {"__init__", "forward", *(code.co_names if code else ())}
+    own = own_tensors(module)
+    found = {
+        name: own & set(inspect.unwrap(method).__code__.co_names)
+        for name, method in vars(type(module)).items()
+        if name not in called and inspect.isfunction(method)
+    }
+    return {name: min(read) for name, read in found.items() if read}
+
+
+def called_by_place(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The submodules that the module's own forward calls by a place in a list, past the item there.
+
+    DiT's last layer calls `self.transformer_blocks[0].norm1.emb` (diffusers 0.42).
+    """
+    paths = (tuple(path.split(".")) for path in _places(inspect.unwrap(type(module).forward)))
+    found = (_descend(module, path) for path in paths)
+    return [inner for inner, rest in found if not rest and _has_tensors(inner)]
+
+
+@lru_cache
+def _places(forward: Callable[..., object]) -> tuple[str, ...]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    called = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    found = (re.fullmatch(r"self((?:\.\w+)+)\[(\d+)\]((?:\.\w+)+)", text) for text in called)
+    return tuple(sorted({f"{each[1]}.{each[2]}{each[3]}"[1:] for each in found if each}))
 
 
 def own_tensors(module: torch.nn.Module) -> set[str]:

@@ -13,7 +13,8 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.live_memory import refuse_hooked
-from vramplan.pipeline.modules import modules_of
+from vramplan.pipeline.modules import modules_of, pipes_of
+from vramplan.pipeline.own_class import take_class
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.match import calls_of, check_match, parse_settings
 from vramplan.planfile.types import Plan
@@ -22,8 +23,6 @@ from vramplan.runtime.snapshot import Before, Snapshot, uninterrupted
 from vramplan.strategies.base import Decodes, Placed, apply_settings, unpinned
 
 _MARK = "_vramplan_applied"
-# An attribute of the class of a pipeline whose own call recovers: its class before.
-PLAIN_CLASS = "_vramplan_plain_class"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +60,8 @@ class Applied:
         with uninterrupted():
             if self.pipe.__dict__.get(_MARK) is self:
                 self._before.restore(self.pipe, self._placed)
-                self.pipe.__class__ = plain_class(self.pipe)
+                for part in pipes_of(self.pipe):
+                    take_class(part)
                 del self.pipe.__dict__[_MARK]
         return self.pipe
 
@@ -78,11 +78,6 @@ class Applied:
             with _restore_on_error(self.pipe, self._placed):
                 _apply_with_progress(self.pipe, self._placed, self._decodes, self.device)
                 self.pipe.__dict__[_MARK] = self
-
-
-def plain_class(pipe: Any) -> type:
-    """The pipeline's class in diffusers, also while its own call recovers."""
-    return getattr(type(pipe), PLAIN_CLASS, type(pipe))
 
 
 def applied_to(pipe: Any) -> Applied | None:

@@ -256,3 +256,6 @@ def release_memory() -> None:
         trim(0)
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
+        free_page_locked = getattr(torch.accelerator.memory, "empty_host_cache", None)  # not in every torch
+        if free_page_locked is not None:
+            free_page_locked()

@@ -103,19 +103,22 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """An object, its attributes, and what its dictionaries and lists contained."""
+    """An object, its class and attributes, and what its dictionaries and lists contained."""
 
     thing: Any
+    cls: type
     attributes: Mapping[str, Any]
     contents: Mapping[str, Any]
 
     @classmethod
     def of(cls, thing: Any) -> _Owner:
         own = dict(vars(thing))
-        return cls(thing, own, {name: value.copy() for name, value in own.items() if _is_container(value)})
+        return cls(thing, type(thing), own, {name: value.copy() for name, value in own.items() if _is_container(value)})
 
     def put_back(self) -> None:
-        """The same attributes, the same containers, the same contents."""
+        """The same class, the same attributes, the same containers, the same contents."""
+        if type(self.thing) is not self.cls:
+            self.thing.__class__ = self.cls
         for name, content in self.contents.items():
             container = self.attributes[name]
             container.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -14,12 +14,14 @@ import torch
 
 from vramplan.errors import VramplanError
 from vramplan.pipeline.component import role_of
+from vramplan.pipeline.direct_access import called_by_place
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
 from vramplan.streaming.cache import Cache, Member, refuse_training
+from vramplan.streaming.calls import devices, methods
 from vramplan.streaming.division import Division, divide
 from vramplan.streaming.hooks import After, Before, Guard
 from vramplan.streaming.locking import page_lock
@@ -73,6 +75,21 @@ def stream_of(module: torch.nn.Module) -> Stream | None:
     """The stream of a module, None without one."""
     found: Stream | None = vars(module).get(ATTACHED)
     return found
+
+
+@contextmanager
+def _entered(module: torch.nn.Module) -> Iterator[None]:
+    """Context manager around a method of a component that reads weights outside of blocks."""
+    stream = stream_of(module)
+    if stream is None:
+        yield
+        return
+    hook = Before(stream, None)
+    stream.before(hook)
+    try:
+        yield
+    finally:
+        stream.after(hook)
 
 
 def join(pipe: Any) -> None:
@@ -171,7 +188,7 @@ class Stream:
             note = page_lock(self.cache.backend, waiting, self.name, known)
             self.cache.notes += [note] if note else []
         self._hook({id(units[place]): block for place, block in blocks.items()}, units)
-        give_class(self.module, _devices(self.module, self.device, stream_of))
+        give_class(self.module, {**devices(self.module, self.device, stream_of), **methods(self.module, _entered)})
         self._known = _identities(self.module)
 
     def _divide(self, units: Sequence[torch.nn.Module]) -> Division:
@@ -185,6 +202,11 @@ class Stream:
         self._on(self.module, Before(self, None, outermost=True))
         for child in _entries(self.module, {id(unit) for unit in units}):
             self._on(child, Before(self, blocks.get(id(child))))
+        for child in called_by_place(self.module):
+            for unit in units:
+                block = blocks.get(id(unit))
+                if block is not None and any(child is inner for inner in unit.modules()):
+                    self._on(child, Before(self, block))
         for child in self.module.modules():
             if not isinstance(vars(child).get(APPLY), Guard):
                 child.__dict__[APPLY] = Guard(child, self.device)
@@ -254,7 +276,7 @@ def _own_call(pipe: Any, device: torch.device) -> None:
             )
         return plain.to(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    give_class(pipe, {"__call__": call, "to": to, **_devices(pipe, device, _streams)})
+    give_class(pipe, {"__call__": call, "to": to, **devices(pipe, device, _streams)})
 
 
 def _calls_back(function: Any, *args: Any, **kwargs: Any) -> bool:
@@ -264,16 +286,6 @@ def _calls_back(function: Any, *args: Any, **kwargs: Any) -> bool:
     except TypeError:  # the call itself will say so
         return False
     return any(callable(value) for name, value in {**given, **kwargs}.items() if name.startswith("callback"))
-
-
-def _devices(thing: Any, device: torch.device, streamed: Callable[[Any], object]) -> dict[str, Any]:
-    """Properties that name the device which the thing runs on, for as long as it is `streamed`."""
-
-    def here(plain: property) -> property:
-        return property(lambda self: device if streamed(self) else plain.__get__(self))
-
-    names = ("device", "_execution_device")
-    return {name: here(getattr(plain_class(thing), name)) for name in names if hasattr(plain_class(thing), name)}
 
 
 def _split(

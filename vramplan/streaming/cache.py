@@ -194,6 +194,8 @@ class Cache:
             self.backend.finish()
 
     def _prefetch(self, member: Member, block: Block | None) -> None:
+        if block is None:  # weights outside of blocks, in the middle of a forward
+            block = next(reversed(member.seen), None)
         upcoming = list(member.ahead(block))
         for item in upcoming:
             if item.buffer is None:
