@@ -268,7 +268,7 @@ def test_an_undo_that_fails_can_be_called_again_and_loses_nothing(subject, untou
     assert torch.equal(output(pipe, subject.kind), plain)
 
 
-REPLACED = [("leaf", "flux-small"), ("disk", "flux-small"), ("model", "sd15-small"), ("partial", "flux-small")]
+REPLACED = [("leaf", "flux-small"), ("disk", "flux-small"), ("model", "sd15-small"), ("streaming", "flux-small")]
 
 
 @pytest.mark.parametrize("subject", REPLACED, indirect=True, ids=" ".join)
