@@ -378,6 +378,7 @@ def race_device(late: Callable[[], bool] = lambda: True, stage_bytes: int = 4096
             (backend, "torch", _Torch(device)),
             (backend, "ThreadPoolExecutor", lambda *_, **__: Thread(device)),
             (backend, "backend_for", lambda _: backend.TorchBackend(torch.device("cpu"))),
+            (backend, "another_handle", lambda stream: stream),
             (backend, "STAGE_BYTES", stage_bytes),
             (attach, "move", device.keep),
             (torch.nn.Module, "__call__", deeper),
