@@ -198,6 +198,8 @@ KINDS = {
     "sequential_cpu_offload": "sequential offload",
     "": "group offload",
 }
+# Kinds of call that have a margin of their own (vramplan.planner.residuals.CallKind).
+MARGIN_KINDS = {QUANTIZED: "quantized", SEVERAL: "several"}
 
 
 def kind_of(row: Row) -> str:
@@ -268,7 +270,7 @@ def priced_bytes(row: Row, basis: str) -> int | None:
 
 
 def residuals(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Projected and measured bytes of every row that counts for the margin, by basis."""
+    """Projected and measured bytes of every row that counts for the margin, by basis and kind of call."""
     projections = []
     for basis in ("simulated", "derived", "assumed"):
         for row in rows:
@@ -278,6 +280,7 @@ def residuals(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> di
             projected = found[row["id"]]["gib"] * GIB if basis == "simulated" else priced_bytes(row, basis)
             if projected is not None:
                 item = {"basis": basis, "projected_bytes": round(projected), "measured_bytes": round(row["gib"] * GIB)}
+                item |= {"kind": MARGIN_KINDS.get(kind_of(row), "plain"), "fitted": row.get("fitted", False)}
                 projections.append(item | {"row": row["id"], "metric": row["metric"], "source": row["source"]})
     return {
         "about": "Peaks that others measured and published, and what was projected for them. Made by "

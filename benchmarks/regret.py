@@ -30,8 +30,8 @@ from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.candidates import ComponentPlacements, rows
-from vramplan.planner.decide import Confirm, decide, rank
-from vramplan.planner.decision import Decision
+from vramplan.planner.decide import Confirm, decide
+from vramplan.planner.decision import Decision, rank
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names

@@ -128,6 +128,27 @@ def times() -> str:
     )
 
 
+def time_errors() -> str:
+    """By what factors published timings were off, by what the rates rest on."""
+    from vramplan.calibration.published_errors import published_uncertainty
+
+    told = {
+        "assumed": "no timing of the card's architecture (Turing, Blackwell, other vendors)",
+        "fitted": "others have timed cards of its architecture",
+        "measured": "by `vramplan calibrate`, on a card of a fitted architecture",
+    }
+    judged = {
+        "assumed": "rows of which no other card of the architecture was fitted on",
+        "fitted": "rows of which one was",
+        "measured": "the latter and the former, their level set by the card's other rows",
+    }
+    lines = ["| rates | of the machine | judged on | computing | moving weights |", "|---|---|---|--:|--:|"]
+    for basis, text in told.items():
+        found = published_uncertainty(basis, "measured" if basis == "measured" else "fitted")
+        lines.append(f"| {basis} | {text} | {judged[basis]} | {found.computing:.2f}x | {found.moving:.2f}x |")
+    return "\n".join(lines)
+
+
 def regret() -> str:
     """How the choice compares with stock diffusers calls, by the model's own prices."""
     cases = json.loads(newest("regret", "json").read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramplan.errors import UsageError
-from vramplan.units import GIB, KIB, MIB, format_bytes, parse_amount, parse_bytes
+from vramplan.units import GIB, KIB, MIB, format_bytes, format_seconds_range, parse_amount, parse_bytes
 
 COUNTS = st.integers(min_value=0, max_value=1 << 44)
 
@@ -116,3 +116,19 @@ def test_an_amount_of_an_unknown_memory_asks_for_an_absolute_size(text: str) -> 
 @given(st.integers(min_value=1, max_value=100), st.integers(min_value=1 << 20, max_value=1 << 44))
 def test_a_share_is_never_more_than_the_total(share: int, total: int) -> None:
     assert 0 < parse_amount(f"{share}%", free_bytes=None, total_bytes=total) <= total
+
+
+@pytest.mark.parametrize(
+    ("seconds", "between", "text"),
+    [
+        (70, (60.4, 84.9), "60 to 85 s"),
+        (70, (43.2, 110.5), "43 to 110 s"),
+        (1, (0.836, 1.34), "0.84 to 1.3 s"),
+        (100, (60, 180), "60 s to 3.0 min"),
+        (0.01, (0.0066, 0.02), "6.6 ms to 0.02 s"),
+        (300, (200, 450), "3.3 to 7.5 min"),
+        (69.2, None, "69 s"),
+    ],
+)
+def test_a_range_of_seconds_names_its_unit_once(seconds: float, between: tuple[float, float] | None, text: str) -> None:
+    assert format_seconds_range(seconds, between) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from vramplan.errors import UsageError
 
@@ -82,3 +83,15 @@ def format_seconds(count: float) -> str:
     if count < 0.01:
         return f"{count * 1000:.2g} ms"
     return f"{count / 60:.1f} min" if count >= 120 else f"{count:.2g} s" if count < 10 else f"{count:.0f} s"
+
+
+def format_seconds_range(count: float, between: Sequence[float] | None) -> str:
+    """The range that seconds are in, for a person: `60 to 85 s`, `0.84 to 1.3 s`; the seconds themselves without one.
+
+    Two significant digits: no range is known better.
+    """
+    if between is None:
+        return format_seconds(count)
+    low, high = (format_seconds(float(f"{value:.2g}")) for value in between)
+    number, _, unit = low.partition(" ")
+    return f"{number} to {high}" if high.endswith(f" {unit}") else f"{low} to {high}"

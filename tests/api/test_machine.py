@@ -64,9 +64,19 @@ def test_the_link_that_was_read_counts_and_not_the_profiles(here, tmp_path: Path
     assert choose_machine(str(file))[1].rates == rates
 
 
+def test_known_rates_have_an_uncertainty_and_assumed_ones_none(here) -> None:
+    here(card())
+    own, profiled = choose_machine(None)[1].rates, choose_machine("a100-40gb")[1].rates
+    assert own.uncertainty == profiled.uncertainty
+    assert own.uncertainty.computing > 1
+    turing = choose_machine("rtx-2080-ti")[1].rates
+    assert turing.uncertainty.computing > own.uncertainty.computing
+
+
 def test_a_card_without_a_profile_still_has_its_link(here) -> None:
     here(card(name="NVIDIA Imaginary 1", link_bytes_per_s=X4))
     rates = choose_machine(None)[1].rates
+    assert rates.uncertainty is None
     assert rates.link_bytes_per_s == pytest.approx(0.8 * X4)
     assert rates.source == "assumed: a mid-range card, link assumed at 80% of the 3.94 GB/s of its slot"
     here(card(name="NVIDIA Imaginary 1"))

@@ -195,3 +195,20 @@ def test_a_spec_finds_its_components_by_name() -> None:
     with pytest.raises(KeyError):
         spec.component("unet")
     assert replace(spec, components=()).weight_bytes == 0
+
+
+def margin_of(made: Any) -> Any:
+    return next(item for item in made.machine.budget.deductions if (item.memory, item.name) == ("vram", "margin"))
+
+
+def test_a_kind_of_call_that_is_less_well_known_says_so_in_its_budget() -> None:
+    one, two = quick("stable-diffusion-1.5"), quick("stable-diffusion-1.5", batch=2)
+    assert (one.machine.budget.kinds, two.machine.budget.kinds) == ((), ("several",))
+    assert margin_of(two).size_bytes >= margin_of(one).size_bytes
+
+
+def test_a_plan_with_changed_weights_is_within_a_budget_of_its_own() -> None:
+    options = {"dtype": "bfloat16", "allow": "lossy"}
+    given = quick("flux.1-dev", settings={"weights.transformer": "layerwise_casting"}, **options)
+    assert given.machine.budget.kinds == ("quantized",)
+    assert quick("flux.1-dev", machine(64 * GIB), **options).machine.budget.kinds == ()

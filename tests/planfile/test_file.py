@@ -423,6 +423,6 @@ def test_the_plan_as_a_mapping_has_the_keys_of_the_contract(plan):
     found = plan_to_dict(plan)
     assert set(found["candidates"][0]) == {"settings", "verdict", "reason", "projected"}
     short = {"vram_allocated_bytes", "vram_reserved_bytes", "ram_bytes", "pinned_bytes", "disk_bytes", "bottleneck"}
-    short |= {"seconds_per_step", "seconds_per_call", "basis"}
+    short |= {"seconds_per_step", "seconds_per_call", "seconds_per_step_range", "seconds_per_call_range", "basis"}
     assert set(found["candidates"][0]["projected"]) == short
     assert short <= set(found["projected"])

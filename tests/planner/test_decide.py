@@ -15,7 +15,7 @@ from tests.support.specs import GIB, MIB, WORK, budget, card, component, geometr
 from vramplan.errors import NothingFitsError
 from vramplan.pipeline.types import PipelineSpec, Use
 from vramplan.planner.candidates import rows
-from vramplan.planner.decide import _explain_fastest, decide
+from vramplan.planner.decide import Alternative, _explain_fastest, decide
 from vramplan.planner.decision import Decision, Outcome, worst_quality
 from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed, parse_fixed
@@ -23,6 +23,7 @@ from vramplan.planner.footprint import AssumedFootprint, Estimate
 from vramplan.profiles.catalogue import load_pipeline_profile, pipeline_names
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
+from vramplan.strategies.torchao import Torchao
 from vramplan.strategies.vae_slicing import VaeSlicing
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.strategies.weight_streaming import WeightStreaming
@@ -544,3 +545,20 @@ def test_settings_by_hand_win_over_speed() -> None:
     assert set(profile_plan("stable-diffusion-xl", 80, fixed=fixed).chosen.placement.values()) == {
         SequentialCpuOffload()
     }
+
+
+def test_changed_weights_are_chosen_within_their_own_budget() -> None:
+    """The lighter form fits the budget of all others, but not its own, from which more is kept free."""
+    heavy, light = text_to_image(denoiser=30 * GIB), text_to_image(denoiser=10 * GIB)
+    form = Alternative(
+        weights={"transformer": Torchao()}, spec=light, footprint=AssumedFootprint(spec=light, workload=WORK)
+    )
+    fixed = Fixed(everywhere=Resident())
+    options = {"fixed": fixed, "alternatives": (form,), "allow": "lossy"}
+    found = choose(heavy, 24 * GIB, **options)
+    assert found.chosen.weights
+    narrow = budget(found.chosen.demand.vram_reserved_bytes - 1, 512 * GIB)
+    with pytest.raises(NothingFitsError, match="short by 1 B"):
+        choose(heavy, 24 * GIB, quantized_budget=narrow, **options)
+    exact = budget(found.chosen.demand.vram_reserved_bytes, 512 * GIB)
+    assert choose(heavy, 24 * GIB, quantized_budget=exact, **options).chosen.weights

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vramplan.calibration.published_errors import bundled_error
-from vramplan.planner.residuals import COVERAGE, ProjectionError, Residual, error_of, needed, raised, upper_bound
+from vramplan.planner.residuals import (
+    COVERAGE,
+    KIND_NAMES,
+    ProjectionError,
+    Residual,
+    call_kinds,
+    error_of,
+    needed,
+    raised,
+    upper_bound,
+)
 from vramplan.profiles.files import bundled_directory
 from vramplan.units import GIB, MIB
+from vramplan.workload import Workload
 
 ROWS = json.loads((bundled_directory() / "residuals.json").read_text(encoding="utf-8"))["projections"]
 
@@ -81,12 +93,43 @@ def test_few_measurements_can_only_raise_the_bound() -> None:
 @pytest.mark.parametrize("basis", ["simulated", "derived", "assumed"])
 def test_the_bundled_bound_covers_its_share_of_the_published_rows(basis) -> None:
     error = bundled_error(basis)
-    rows = [row for row in ROWS if row["basis"] == basis]
+    rows = [row for row in ROWS if row["basis"] == basis and row["kind"] != "quantized"]
     bound = [row["projected_bytes"] * (1 + error.share) + 1 for row in rows]
     within = sum(row["measured_bytes"] <= limit for row, limit in zip(rows, bound, strict=True))
     assert within / len(rows) >= COVERAGE
     assert f"of {len(rows)} published" in error.reason or f"all {len(rows)} published" in error.reason
     assert error.reason.startswith(basis)
+
+
+@pytest.mark.parametrize("basis", ["simulated", "derived", "assumed"])
+def test_a_kind_of_call_that_is_less_well_known_has_a_wider_bound(basis) -> None:
+    plain = bundled_error(basis)
+    for kind, name in KIND_NAMES.items():
+        own = [row for row in ROWS if (row["basis"], row["kind"]) == (basis, kind) and not row["fitted"]]
+        error = bundled_error(basis, [kind])
+        assert error.share >= plain.share
+        if len(own) >= needed() and error != plain:
+            assert f"published measurements of {name}" in error.reason
+            assert sum(item["measured_bytes"] <= item["projected_bytes"] * (1 + error.share) + 1 for item in own) >= (
+                COVERAGE * len(own)
+            )
+        elif error != plain:
+            assert f"too few are of {name}" in error.reason
+
+
+def test_simulated_peaks_of_quantized_weights_have_rows_of_their_own() -> None:
+    quantized = bundled_error("simulated", ["quantized"])
+    assert quantized.share > bundled_error("simulated").share
+    assert quantized.reason.endswith("published measurements of quantized weights")
+    for kinds in (["several"], ["sound"], ["several", "quantized"]):
+        assert bundled_error("simulated", kinds).share == quantized.share
+
+
+def test_kinds_of_a_call() -> None:
+    plain = Workload(height=64, width=64)
+    assert call_kinds(plain, quantized=False) == ()
+    assert call_kinds(replace(plain, num_images_per_prompt=2), quantized=True) == ("quantized", "several")
+    assert call_kinds(Workload(height=1, width=1), quantized=False) == ("sound",)
 
 
 def test_every_row_is_of_the_published_table_and_has_its_source() -> None:

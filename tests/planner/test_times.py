@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import vramplan
-from tests.support.specs import RATES
-from vramplan.hardware.rates import ARCHITECTURES, Rates, architecture
+from tests.support.specs import RATES, UNSURE
+from vramplan.hardware.rates import ARCHITECTURES, Rates, architecture, slower
 from vramplan.planner import times
 from vramplan.planner.footprint import Work
 from vramplan.strategies.base import Hold
@@ -120,7 +120,8 @@ def test_each_constant_is_used_in_one_place() -> None:
     text = "".join((package / name).read_text(encoding="utf-8") for name in ("planner/times.py", "planner/clock.py"))
     shares = {"convolution_share", "attention_share", "wide_attention_share"}  # by the name of the kind
     properties = {"pageable_bytes_per_s", "half_flops_per_s", "reached", "float32_share", "tf32_share"}
-    for name in {item.name for item in fields(Rates)} - shares - properties - {"source", "measured", "bfloat16_share"}:
+    others = {"source", "measured", "bfloat16_share", "basis", "uncertainty"}
+    for name in {item.name for item in fields(Rates)} - shares - properties - others:
         uses = text.count(f"rates.{name}") + text.count(f"RATES.{name}")
         assert uses == (2 if name == "back_bytes_per_s" else 1), name
 
@@ -130,3 +131,34 @@ def test_architectures_are_in_order_and_cover_every_card() -> None:
     found = [architecture(capability) for capability in (3.7, 6.1, 7.0, 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0)]
     assert [item.reached for item in found if item] == [0.87, 0.87, 0.45, 0.45, 0.53, 0.77, 0.84, 0.40, 0.40, 0.84]
     assert architecture(None) is None
+
+
+@pytest.mark.parametrize(
+    ("term", "longer"),
+    [
+        ("computing", {}),
+        ("pinned", {"moved_in_bytes": 20 * 10**9}),
+        ("pageable", {"moved_in_bytes": 10 * 10**9, "pageable": True}),
+        ("pageable", {"moved_out_bytes": 12 * 10**8, "pageable": True}),
+        ("files", {"disk_bytes": 2 * 10**9}),
+        ("hooks", {"leaf_hooks": 1250}),
+    ],
+)
+def test_each_term_is_slower_by_itself(term: str, longer: dict[str, object]) -> None:
+    """Each of these holds takes a second, and three where its own term is the slower one; computing is a factor."""
+    assert slower(UNSURE)["computing"] == (1.5, UNSURE)
+    for name, (factor, rates) in slower(UNSURE).items():
+        if longer:
+            seconds = times.moving(hold(**longer), 1, rates) + times.hooks(hold(**longer), 1, rates)
+            assert seconds == pytest.approx(3.0 if name == term else 1.0)
+            assert (factor != 1) == (name == "computing")
+    assert not slower(RATES)
+
+
+def test_a_range_is_as_wide_as_its_only_term_and_wider_with_two() -> None:
+    assert times.seconds_range(10, [15, 10]) == pytest.approx((10 / 1.5, 15))
+    low, high = times.seconds_range(10, [15, 15]) or (0, 0)
+    assert low < 10 / 1.5
+    assert 15 < high < 22.5
+    assert times.seconds_range(10, []) is None
+    assert times.seconds_range(0, [0, 0]) is None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from vramplan.hardware.rates import Rates
+from vramplan.hardware.rates import Rates, Uncertainty
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.call_order import uses_of
 from vramplan.pipeline.classes import ClassFacts
@@ -14,6 +15,7 @@ from vramplan.workload import Workload
 GIB = 1 << 30
 MIB = 1 << 20
 RATES = Rates(memory_bytes_per_s=500e9, link_bytes_per_s=20e9, half_flops_per_s=100e12, reached=0.6, source="made up")
+UNSURE = replace(RATES, uncertainty=Uncertainty(computing=1.5, moving=3.0, reason="made up"))
 WORK = Workload(height=1024, width=1024, num_inference_steps=20)
 DIT = {"num_attention_heads": 16, "attention_head_dim": 64, "patch_size": 2, "in_channels": 16}
 VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}

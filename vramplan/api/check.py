@@ -142,7 +142,8 @@ def _budget(plan: Plan, hardware: Hardware, here: Accelerator | None, held: Mapp
     """The budget as requested, capped at what is free now: a given amount does not account for other programs."""
     asked = plan.asked
     amounts = {"vram": asked.vram if here else None, "ram": asked.ram, "margin": asked.margin, **held}
-    budget = known_budget(hardware, here, amounts, basis=plan.projected.basis, pipeline=plan.model.class_name)
+    kinds, pipeline = plan.machine.budget.kinds, plan.model.class_name
+    budget = known_budget(hardware, here, amounts, basis=plan.projected.basis, pipeline=pipeline, kinds=kinds)
     free = here.free_bytes if here else None
     if asked.vram is not None and budget.vram_bytes is not None and free is not None:
         budget = replace(budget, vram_bytes=min(budget.vram_bytes, free + held.get("held_vram_bytes", 0)))

@@ -74,18 +74,21 @@ def known_budget(
     *,
     basis: Basis = "simulated",
     pipeline: str | None = None,
+    kinds: tuple[str, ...] = (),
 ) -> Budget:
-    """The budget for plans of this basis, from measurements of this machine; `amounts` are `make_budget`'s arguments.
+    """The budget for plans of this basis and of calls of these kinds, from measurements of this machine; `amounts` are
+    `make_budget`'s arguments.
 
     Raises:
         UsageError, NothingFitsError: as `make_budget` does.
     """
     from vramplan.calibration.learned import learned
 
-    known = learned(accelerator, basis, pipeline)
-    return make_budget(
+    known = learned(accelerator, basis, pipeline, kinds)
+    budget = make_budget(
         hardware, accelerator=accelerator, error=known.error, context_bytes=known.context_bytes, **amounts
     )
+    return replace(budget, kinds=kinds)
 
 
 def measure_here(hardware: Hardware, accelerator: Accelerator | None, device: str | None) -> Hardware:
@@ -129,16 +132,23 @@ def _with_store_notes(hardware: Hardware) -> Hardware:
 
 
 def _with_rates(accelerator: Accelerator, measured: Sequence[Measurement] | None) -> Accelerator:
-    """The accelerator with its known rates, with those that its file says were measured; None is this machine."""
+    """The accelerator with its known rates, with those that its file says were measured; None is this machine.
+
+    They have an uncertainty, unless the card's peak is assumed.
+    """
+    from vramplan.calibration.published_errors import with_published_uncertainty
     from vramplan.profiles.catalogue import rates_for, with_link
 
     if accelerator.rates is not None:
-        return accelerator
+        return with_published_uncertainty(accelerator)
     link = accelerator.link_bytes_per_s
     card = replace(accelerator, rates=rates_for(accelerator.name, accelerator.total_bytes, link))
+    profiled = card.rates is not None
     from vramplan.calibration.measured_rates import with_measured_rates, with_measurements
 
     card = with_measured_rates(card) if measured is None else with_measurements(card, measured)
+    if profiled or (card.rates is not None and "products" in card.rates.measured):
+        card = with_published_uncertainty(card)
     if card.rates is None and link is not None:
         from vramplan.planner.clock import DEFAULT_RATES
 

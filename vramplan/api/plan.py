@@ -16,9 +16,11 @@ from vramplan.pipeline.live_memory import held_bytes, refuse_hooked
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planfile.record import plan_record
 from vramplan.planfile.types import MachineRecord, Plan, StockPlan, all_stock
+from vramplan.planner.budget import Budgets
 from vramplan.planner.candidates import weight_settings
 from vramplan.planner.decide import decide
 from vramplan.planner.fixed import Fixed, parse_fixed
+from vramplan.planner.residuals import call_kinds
 from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.cost_model import CostModel, cost_model
 from vramplan.strategies.base import Decode, Quality
@@ -114,24 +116,25 @@ class Subject:
         Without `confirm` the plan is based on prices alone and is not simulated.
         """
         spec, request = self.spec, request or self.request
-        fixed, costs, budget = self._planner_inputs(work, hardware, accelerator, request)
+        fixed, costs, budgets = self._planner_inputs(work, hardware, accelerator, request)
         outcome = decide(
             spec,
             work,
-            budget,
+            budgets.stored,
+            quantized_budget=budgets.quantized,
             accelerator=accelerator,
             footprint=costs.footprint,
             fixed=fixed,
             allow=request.allow,
             prefer=request.prefer,
-            confirm=costs.confirm(budget) if confirm else None,
+            confirm=costs.confirm(budgets) if confirm else None,
             alternatives=costs.alternatives,
         )
         machine = MachineRecord(
             device=accelerator.device if accelerator else "cpu",
             accelerator=accelerator,
             host=hardware.host,
-            budget=budget,
+            budget=budgets.of(outcome.chosen.weights),
             software=versions(),
         )
         notes = (*_notes(spec, accelerator, hardware), *costs.notes)
@@ -172,13 +175,13 @@ class Subject:
         `decode` fixes the decode settings. None if RAM is too small for any candidate.
         """
         request = request or self.request
-        fixed, costs, budget = self._planner_inputs(work, hardware, accelerator, request)
+        fixed, costs, budgets = self._planner_inputs(work, hardware, accelerator, request)
         fallback: Quality = "lossy" if fixed.weights else "near_lossless"
         try:
             outcome = decide(
                 self.spec,
                 work,
-                replace(budget, vram_bytes=None),
+                replace(budgets.stored, vram_bytes=None),
                 accelerator=accelerator,
                 footprint=costs.footprint,
                 fixed=fixed if decode is None else replace(fixed, decode=decode),
@@ -189,20 +192,32 @@ class Subject:
         except NothingFitsError:
             return None
         demand, decode = outcome.chosen.demand, outcome.chosen.decode
-        return LeastMemory(vram_bytes=demand.vram_reserved_bytes, limit_bytes=budget.vram_bytes, decode=decode)
+        limit = budgets.of(outcome.chosen.weights).vram_bytes
+        return LeastMemory(vram_bytes=demand.vram_reserved_bytes, limit_bytes=limit, decode=decode)
 
     def _planner_inputs(
         self, work: Workload, hardware: Hardware, accelerator: Accelerator | None, request: PlanRequest
-    ) -> tuple[Fixed, CostModel, Budget]:
-        """The settings fixed by hand, the cost model, and the budget."""
+    ) -> tuple[Fixed, CostModel, Budgets]:
+        """The settings fixed by hand, the cost model, and the budgets."""
         spec = self.spec
         refuse_hooked(spec)
         amounts = {**request.amounts, **held_bytes(spec)}
         known_budget(hardware, accelerator, amounts)  # refuse an impossible amount before anything is simulated
         fixed = parse_fixed(request.settings, spec, accelerator, stock=request.stock)
         costs = self._cost_model(work, accelerator if request.simulate else None, request, fixed)
-        basis = costs.basis(spec)
-        return fixed, costs, known_budget(hardware, accelerator, amounts, basis=basis, pipeline=spec.class_name)
+        packed = any(component.quantized for component in spec.components)
+
+        def budget(changed: bool) -> Budget:
+            kinds = call_kinds(work, quantized=packed or changed)
+            basis, pipeline = costs.basis(spec), spec.class_name
+            return known_budget(hardware, accelerator, amounts, basis=basis, pipeline=pipeline, kinds=kinds)
+
+        stored = budget(changed=False)
+        try:
+            quantized = budget(changed=True)
+        except NothingFitsError:  # the wider margin is all of it, which rules out changed weights alone
+            quantized = replace(stored, vram_bytes=0)
+        return fixed, costs, Budgets(stored=stored, quantized=quantized)
 
     def _cost_model(
         self, work: Workload, accelerator: Accelerator | None, request: PlanRequest, fixed: Fixed

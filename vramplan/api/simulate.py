@@ -107,6 +107,7 @@ def simulate_model(model: Any, request: PlanRequest, *, timeline: bool = False) 
         if request.settings or accelerator is None:
             raise NothingFitsError("fixed by hand, or nothing limits it: not for the planner to judge")
         plan = subject.plan(work, hardware, accelerator)
+        limit = plan.machine.budget.vram_bytes
     except NothingFitsError:
         unlimited = replace(request, vram=None, ram=None, margin=None, simulate=False)
         roomy = _with_room(hardware, accelerator)

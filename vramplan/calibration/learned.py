@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from vramplan.calibration.published_errors import bundled_error
@@ -25,13 +25,15 @@ class Learned:
     context_bytes: int | None = None
 
 
-def learned(accelerator: Accelerator | None, basis: Basis, pipeline: str | None = None) -> Learned:
-    """The projection error and driver context for plans of this basis on this device.
+def learned(
+    accelerator: Accelerator | None, basis: Basis, pipeline: str | None = None, kinds: Collection[str] = ()
+) -> Learned:
+    """The projection error and driver context for plans of this basis and of calls of these kinds on this device.
 
     Enough plans of the same pipeline class measured here (`needed`) decide alone. Fewer, and those of other classes,
     can only raise the error of published measurements: the error of one architecture says little about another's.
     """
-    error = bundled_error(basis)
+    error = bundled_error(basis, kinds)
     if accelerator is None:
         return Learned(error=error)
     records = read_store().records

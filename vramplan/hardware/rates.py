@@ -7,7 +7,9 @@ be fitted on; what it finds stands beside (`here`). Rows are named as in `benchm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 # Copies from pageable memory pass through a small pinned buffer of the driver: about half the pinned rate is usual
 # (NVIDIA, "How to Optimize Data Transfers in CUDA C/C++", bandwidthTest figures), and one core of the host copies no
@@ -19,8 +21,21 @@ _PAGEABLE_SHARE, _PAGEABLE_MOST = 0.5, 12e9
 UNHIDDEN = {"block": 0.05, "leaf": 0.65}
 
 
+# What the rates of products rest on: a measurement of this machine, published timings of the card's architecture, or
+# nothing but a likeness to another architecture.
+RatesBasis = Literal["measured", "fitted", "assumed"]
+
 # The head size from which attention without a mask has the fastest kernels: the kind `wide_attention`.
 WIDE_HEAD = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty:
+    """The factors that computing and moving weights were at most off by in a stated share of published timings."""
+
+    computing: float
+    moving: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +44,8 @@ class Rates:
 
     `reached` is the share of the peak `half_flops_per_s` that a pipeline's products reach; kinds of operations and
     dtypes have shares of that, `stream_share` is of the link. `pageable_bytes_per_s` is None for half the link.
-    `measured` names what was measured on the machine itself, for people: `launches`.
+    `measured` names what was measured on the machine itself, for people: `launches`. `basis` is that of `reached`
+    before anything was measured; `uncertainty` is None where nothing tells how far off times may be.
     """
 
     memory_bytes_per_s: float
@@ -60,6 +76,8 @@ class Rates:
     leaf_seconds: float = 0.8e-3
     pause_seconds: float = 1e-4  # waiting for one transfer: a synchronisation and a launch. Assumed.
     measured: tuple[str, ...] = ()
+    basis: RatesBasis = "assumed"
+    uncertainty: Uncertainty | None = None
 
     @property
     def from_pageable_bytes_per_s(self) -> float:
@@ -77,15 +95,34 @@ class Rates:
         return self.half_flops_per_s * min(1.0, self.reached * share)
 
 
+def slower(rates: Rates) -> Mapping[str, tuple[float, Rates]]:
+    """The machine with one of its terms slower, by as much as published times were off: for each term a factor on
+    computing, and the rates. Empty where that is not known."""
+    known = rates.uncertainty
+    if known is None:
+        return {}
+    off, pageable = known.moving, rates.from_pageable_bytes_per_s
+    changes: dict[str, dict[str, Any]] = {
+        "pinned": {"link_bytes_per_s": rates.link_bytes_per_s / off, "pageable_bytes_per_s": pageable},
+        "pageable": {"pageable_bytes_per_s": pageable / off, "back_bytes_per_s": rates.back_bytes_per_s / off},
+        "files": {"disk_bytes_per_s": rates.disk_bytes_per_s / off},
+        "hooks": {"leaf_seconds": rates.leaf_seconds * off, "pause_seconds": rates.pause_seconds * off},
+    }
+    moving = {name: (1.0, replace(rates, **changed)) for name, changed in changes.items()}
+    return {"computing": (known.computing, rates), **moving}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """The shares that CUDA cards from one compute capability on reach: of their own peak in half precision, and of that
-    in float32 (datasheets), for convolutions with TF32 where there is any (torch's default)."""
+    in float32 (datasheets), for convolutions with TF32 where there is any (torch's default). `basis` is that of
+    `reached`."""
 
     since: float
     reached: float
     float32: float
     tf32: float
+    basis: RatesBasis = "fitted"
 
 
 # `reached`: from the study; here 0.77 Pascal, 0.45 A100, 0.77 consumer Ampere (taken), 0.37 Hopper, with other shares
@@ -94,12 +131,13 @@ class Architecture:
 ARCHITECTURES = (
     Architecture(since=0.0, reached=0.87, float32=1.0, tf32=1.0),
     Architecture(since=7.0, reached=0.45, float32=0.125, tf32=0.125),
-    Architecture(since=7.5, reached=0.45, float32=0.2, tf32=0.2),
+    Architecture(since=7.5, reached=0.45, float32=0.2, tf32=0.2, basis="assumed"),
     Architecture(since=8.0, reached=0.53, float32=0.0625, tf32=0.5),
     Architecture(since=8.6, reached=0.77, float32=0.5, tf32=0.5),
     Architecture(since=8.9, reached=0.84, float32=0.5, tf32=0.5),
     Architecture(since=9.0, reached=0.40, float32=0.067, tf32=0.5),
-    Architecture(since=12.0, reached=0.84, float32=0.5, tf32=0.5),
+    Architecture(since=10.0, reached=0.40, float32=0.067, tf32=0.5, basis="assumed"),
+    Architecture(since=12.0, reached=0.84, float32=0.5, tf32=0.5, basis="assumed"),
 )
 # Cards of other vendors: nobody's timings were at hand. Assumed.
 UNKNOWN_REACHED = 0.6

@@ -190,9 +190,11 @@ class Deduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The memory a plan may use. `vram_bytes` is None without an accelerator, `disk_bytes` if unknown."""
+    """The memory a plan may use. `vram_bytes` is None without an accelerator, `disk_bytes` if unknown. `kinds` are
+    those of the call that its margin is for."""
 
     vram_bytes: int | None
     ram_bytes: int
     disk_bytes: int | None = None
     deductions: tuple[Deduction, ...] = ()
+    kinds: tuple[str, ...] = ()

@@ -93,7 +93,7 @@ def _check_schema(content: Any, name: str) -> None:
 def _plain(value: Any, name: str = "") -> Any:
     """Convert tuples to lists, and round seconds to four digits."""
     if isinstance(value, dict):
-        return {str(key): _plain(item, str(key)) for key, item in value.items()}
+        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, name) for item in value]
     return float(f"{value:.4g}") if isinstance(value, float) and "seconds" in name else value

@@ -20,7 +20,7 @@ from vramplan.planner.residuals import Basis
 from vramplan.strategies import AXES
 from vramplan.strategies.base import Quality
 from vramplan.strategies.settings import is_stock
-from vramplan.units import format_bytes, format_seconds
+from vramplan.units import format_bytes, format_seconds_range
 from vramplan.workload import Workload
 
 SCHEMA_VERSION = 2  # 1 had no `stock`, neither in a plan nor in its preferences
@@ -103,6 +103,8 @@ class Projected:
     seconds_per_call: float
     bottleneck: Bottleneck
     basis: Basis
+    seconds_per_step_range: tuple[float, float] | None = None
+    seconds_per_call_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,8 @@ def stock_cost(plan: Plan) -> str:
         return ""
     price, quality = plan.stock.projected, plan.stock.quality.replace("_", " ")
     slower = price.seconds_per_call / max(plan.projected.seconds_per_call, 1e-9)
-    text = f"{slower:.2f}x the time, {format_seconds(price.seconds_per_call)} a call"
+    seconds = format_seconds_range(price.seconds_per_call, price.seconds_per_call_range)
+    text = f"{slower:.2f}x the time, {seconds} a call"
     text += f", {format_bytes(price.vram_reserved_bytes)} of VRAM"
     return text if plan.stock.quality == plan.quality else f"{text}, {quality}"
 

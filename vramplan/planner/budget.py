@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from vramplan.errors import NothingFitsError, UsageError
@@ -27,6 +28,18 @@ _UNIFIED_SHARE, _UNIFIED_LEAST = 0.20, 2 * GIB
 _NOMINAL_EXCESS = 1.1
 # The interpreter, the libraries and other programs, on the host.
 _RESERVE_SHARE, _RESERVE_LEAST = 0.05, 1 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """The budget for candidates with the weights as they are stored, and that for changed weights, less well known."""
+
+    stored: Budget
+    quantized: Budget
+
+    def of(self, weights: Mapping[str, object]) -> Budget:
+        """The budget for a candidate with these settings of the weights."""
+        return self.quantized if weights else self.stored
 
 
 def make_budget(

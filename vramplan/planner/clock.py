@@ -50,11 +50,15 @@ class UseCost:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Turns replayed uses into seconds: the longer of compute and kernel launches, and transfers."""
+    """Turns replayed uses into seconds: the longer of compute and kernel launches, and transfers.
+
+    `computing` is a factor on the former.
+    """
 
     costs: Mapping[Use, UseCost]
     holds: Mapping[str, Hold]
     rates: Rates
+    computing: float = 1.0
 
     def time(self, uses: Sequence[ReplayedUse], evaluations: int) -> tuple[float, float]:
         """Return the seconds of one evaluation of the denoiser, and of a call with this many."""
@@ -86,7 +90,7 @@ class Clock:
         hold, cost = self.holds[replayed.use.component], self.costs[replayed.use]
         waited = times.copies_around(cost.forwards * hold.waited_bytes, self.rates)
         moved = self.transfer(replayed) - waited + self._pauses(replayed)
-        return times.together(max(cost.kernels, cost.launches), moved, hold) + waited
+        return times.together(max(cost.kernels, cost.launches) * self.computing, moved, hold) + waited
 
     def _freed(self, uses: Sequence[ReplayedUse]) -> float:
         """Return the seconds of sending back what is on the device when the call ends (`maybe_free_model_hooks`)."""

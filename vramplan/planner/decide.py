@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import inf
 
 from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.budget import Budgets
 from vramplan.planner.candidates import CandidateRow, Refused, rows
-from vramplan.planner.decision import Decision, Outcome
+from vramplan.planner.decision import Decision, Outcome, first_decision, rank
 from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
-from vramplan.planner.order import Prefer, Verdict, order, rounded
+from vramplan.planner.order import Prefer, Verdict, rounded, surely_faster
 from vramplan.planner.pool import CandidatePool
 from vramplan.planner.streaming import with_more_kept
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
-from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB, format_bytes, format_seconds
 from vramplan.workload import Workload
@@ -51,6 +50,7 @@ def decide(
     workload: Workload,
     budget: Budget,
     *,
+    quantized_budget: Budget | None = None,
     accelerator: Accelerator | None,
     footprint: Footprint,
     fixed: Fixed,
@@ -61,6 +61,7 @@ def decide(
 ) -> Outcome:
     """Price every candidate and choose.
 
+    `quantized_budget` is for candidates that change the weights; by default it is the budget of all others.
     `alternatives` are further forms of the pipeline; if `fixed` names weights, they are the only forms considered.
     With `allow`, the best candidate up to that quality is taken. With None only lossless ones are, and near lossless
     ones (tiling) if no lossless one fits. `confirm` checks a candidate that fits by its price: it returns the decision
@@ -81,7 +82,12 @@ def decide(
         pricers.append((form, Pricer(form.spec, workload, form.footprint, accelerator)))
     if not found:
         raise UsageError(_impossible(refused, fixed))
-    chooser = _Chooser(pricers, budget, prefer, fixed)
+    budgets = Budgets(stored=budget, quantized=quantized_budget or budget)
+
+    def unlocking(item: Decision) -> list[str]:
+        return unlocks(item.demand, budgets.of(item.weights), spec, workload, accelerator)
+
+    chooser = _Chooser(pricers, budgets, prefer, fixed)
     check = confirm or (lambda item: item)
     entries = [(row, chooser.best(row)) for row in found]
     default = (*_DEFAULT, "lossy") if fixed.weights else _DEFAULT  # fixed settings are allowed
@@ -94,7 +100,6 @@ def decide(
             if prefer == "memory":
                 chosen = _explain_smallest(chosen, chooser.seconds_of_fastest(found, limit))
             else:
-                unlocking = partial(unlocks, budget=budget, spec=spec, workload=workload, accelerator=accelerator)
                 chosen = _explain_fastest(chosen, others, unlocking)
             return Outcome(decisions=(chosen, *others), refused=tuple(refused))
     raise NothingFitsError(_nothing_fits([item for _, item in entries], allow))
@@ -102,10 +107,10 @@ def decide(
 
 @dataclass(frozen=True, slots=True)
 class _Chooser:
-    """Finds the best candidate of a row within a budget."""
+    """Finds the best candidate of a row within its budget."""
 
     pricers: Sequence[tuple[Alternative, Pricer]]
-    budget: Budget
+    budgets: Budgets
     prefer: Prefer
     fixed: Fixed
     tables: dict[tuple[int, int], Table] = field(default_factory=dict)
@@ -116,12 +121,14 @@ class _Chooser:
 
     def best(self, row: CandidateRow, vram_bytes: int | None = None) -> Decision:
         """Return the best candidate of the row, within `vram_bytes` in place of the budget's VRAM if given."""
-        limit = self.budget.vram_bytes if vram_bytes is None else vram_bytes
-        budget = replace(self.budget, vram_bytes=limit)
+        budget = self.budgets.of(row.weights)
+        if vram_bytes is not None:
+            budget = replace(budget, vram_bytes=vram_bytes)
         pricer = self._pricer(row)
         best = (self._best_of(pool, pricer, row.decode, budget) for pool in row.pools)
-        judged = (_judge(row, placement, pricer(placement, row.decode), budget) for placement in best)
-        return min(judged, key=lambda item: (item.deficit_bytes, *rank(item, self.prefer)))
+        judged = [_judge(row, placement, pricer(placement, row.decode), budget) for placement in best]
+        least = min(item.deficit_bytes for item in judged)
+        return first_decision([item for item in judged if item.deficit_bytes == least], self.prefer)
 
     def filled(self, item: Decision) -> Decision:
         """Return the decision with as many streamed blocks kept as its peak of device memory leaves room for."""
@@ -209,7 +216,8 @@ class _Search:
         if not able and self.failed and not self.retried:
             self._retry()
             return self._next()
-        return min(able, key=lambda entry: rank(entry[1], self.chooser.prefer), default=None)
+        chosen = first_decision([item for _, item in able], self.chooser.prefer) if able else None
+        return next((entry for entry in able if entry[1] is chosen), None)
 
     def _retry(self) -> None:
         """Queue every row again, from just below the lowest price that failed with its decode."""
@@ -254,7 +262,7 @@ class _Search:
 
     def _one_step_up(self, row: CandidateRow, priced: Decision, found: Decision) -> Decision:
         """Try a faster candidate of the row, if the simulation needed less than the price."""
-        spare, limit, failed = _vram(priced) - _vram(found), self.chooser.budget.vram_bytes, self.failed.get(row.decode)
+        spare, limit, failed = _vram(priced) - _vram(found), self._limit(row), self.failed.get(row.decode)
         if spare <= 0 or limit is None:
             return found
         higher = self.chooser.best(row, limit + spare)
@@ -262,6 +270,9 @@ class _Search:
             return found
         tried = self.confirm(higher)
         return found if tried.verdict == "rejected" else tried
+
+    def _limit(self, row: CandidateRow) -> int | None:
+        return self.chooser.budgets.of(row.weights).vram_bytes
 
     def _bisect(self, row: CandidateRow, failed: Decision, found: Decision) -> Decision:
         """Bisect the row for a candidate priced below the failed one that is faster than the one found."""
@@ -289,7 +300,9 @@ def _vram(item: Decision) -> int:
 
 
 def _worth_trying(other: Decision, found: Decision) -> bool:
-    return not other.deficit_bytes and other.demand.seconds_per_call <= found.demand.seconds_per_call * _WORTH_TRYING
+    one, two = other.demand, found.demand
+    faster = one.seconds_per_call <= two.seconds_per_call * _WORTH_TRYING
+    return not other.deficit_bytes and faster and surely_faster(one.seconds_if_slower, two.seconds_if_slower)
 
 
 def _judge(row: CandidateRow, placement: Mapping[str, Placement], demand: Demand, budget: Budget) -> Decision:
@@ -306,21 +319,6 @@ def _judge(row: CandidateRow, placement: Mapping[str, Placement], demand: Demand
     )
 
 
-def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
-    """Return the values that candidates are ordered by (`order`); lower is better."""
-    demand = decision.demand
-    compared = order(
-        prefer,
-        seconds=demand.seconds_per_call,
-        quality=QUALITIES.index(decision.quality),
-        changed=len(decision.weights),
-        offloaded=sum(setting != Resident() for setting in decision.placement.values()),
-        ram_bytes=demand.ram_bytes,
-        vram_bytes=demand.vram_reserved_bytes,
-    )
-    return tuple(rounded(value, digits) for value, digits in compared)
-
-
 def _explain_other(item: Decision, chosen: Decision, limit: Quality, chooser: _Chooser) -> Decision:
     """Return a candidate that was not chosen, with the reason."""
     if item.verdict == "rejected":
@@ -334,25 +332,31 @@ def _explain_other(item: Decision, chosen: Decision, limit: Quality, chooser: _C
         more = max(0, _vram(item) - _vram(chosen))
         return _with_verdict(item, "fits", f"{format_bytes(more)} more memory than the chosen one")
     slower = item.demand.seconds_per_call / max(chosen.demand.seconds_per_call, 1e-9)
-    return _with_verdict(item, "fits", f"{slower:.2f}x the time of the chosen one")
+    unsure = "" if rounded(slower, 3) >= 1 else ", which is simpler: no sure gain"
+    return _with_verdict(item, "fits", f"{slower:.2f}x the time of the chosen one{unsure}")
 
 
 def _explain_fastest(
-    chosen: Decision, others: Sequence[Decision], unlocking: Callable[[Demand], list[str]]
+    chosen: Decision, others: Sequence[Decision], unlocking: Callable[[Decision], list[str]]
 ) -> Decision:
     """Return the chosen decision with its reason: why the nearest faster one fails, and what would change that."""
     seconds = chosen.demand.seconds_per_call
     rejected = [item for item in others if item.verdict == "rejected" and item.demand.seconds_per_call < seconds]
     faster = [item for item in rejected if item.demand.seconds_per_call < seconds * 0.95]
+    simpler = any(
+        item.verdict == "fits" and rounded(item.demand.seconds_per_call / max(seconds, 1e-9), 3) < 1 for item in others
+    )
     if not faster:
         first = "the fastest that fits; none is 5% faster" if rejected else "the fastest of all candidates, and it fits"
+        first = "the simplest that fits; none is surely faster" if simpler else first
         return _with_verdict(chosen, "chosen", first)
     nearest = sorted(faster, key=lambda item: item.deficit_bytes)
-    reason = f"the fastest that fits; a faster one: {nearest[0].reason}"
-    short = next((item.demand for item in nearest if item.deficit_bytes), None)
+    first = "the simplest that fits, of which none is surely faster" if simpler else "the fastest that fits"
+    reason = f"{first}; a faster one: {nearest[0].reason}"
+    short = next((item for item in nearest if item.deficit_bytes), None)
     if short is not None:
         ways = " or ".join(unlocking(short))
-        reason += f"; {seconds / max(short.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
+        reason += f"; {seconds / max(short.demand.seconds_per_call, 1e-9):.1f}x as fast with {ways}" if ways else ""
     return _with_verdict(chosen, "chosen", reason)
 
 

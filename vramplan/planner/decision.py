@@ -1,4 +1,4 @@
-"""A candidate with its price and verdict, and all of them with the chosen one first."""
+"""A candidate with its price and verdict, the order of several, and all of them with the chosen one first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from vramplan.planner.candidates import Refused
 from vramplan.planner.demand import Demand
-from vramplan.planner.order import Verdict
+from vramplan.planner.order import Prefer, Verdict, first_of, order, rounded
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
+from vramplan.strategies.resident import Resident
 
 
 def worst_quality(settings: Sequence[Weights | Placement | Decode | Execution]) -> Quality:
@@ -53,3 +54,26 @@ class Outcome:
     def chosen(self) -> Decision:
         """The decision that the plan records."""
         return self.decisions[0]
+
+
+def _compared(decision: Decision) -> dict[str, float]:
+    """Return the values that candidates are ordered by (`order`)."""
+    return {
+        "seconds": decision.demand.seconds_per_call,
+        "quality": QUALITIES.index(decision.quality),
+        "changed": len(decision.weights),
+        "custom": sum(not setting.stock for setting in decision.placement.values()),
+        "offloaded": sum(setting != Resident() for setting in decision.placement.values()),
+        "ram_bytes": decision.demand.ram_bytes,
+        "vram_bytes": decision.demand.vram_reserved_bytes,
+    }
+
+
+def first_decision(items: Sequence[Decision], prefer: Prefer) -> Decision:
+    """Return the first in order, with times compared as far as they are known."""
+    return items[first_of(prefer, [(_compared(item), item.demand.seconds_if_slower) for item in items])]
+
+
+def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
+    """Return the values to list candidates by; lower is better."""
+    return tuple(rounded(value, digits) for value, digits in order(prefer, **_compared(decision)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from vramplan.hardware.rates import slower
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
+from vramplan.planner import times
 from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, UseCost
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
@@ -44,8 +46,10 @@ class Demand:
     """The price of a candidate. `basis` is the basis of its weakest number; weights are always derived.
 
     `transfer_seconds_per_step` is the time of moving weights, hidden behind compute or not; `bottleneck` is the longest
-    part of a step. `ram_bytes` is the higher of running and loading; `load` is the peak of loading, None for a pipeline
-    that is loaded already or stays on the CPU.
+    part of a step. The ranges are those of the seconds (`times.seconds_range`), `seconds_if_slower` a call with one
+    term slower (`rates.slower`): None and empty where it is not known how far off times are. `ram_bytes` is the higher
+    of running and loading; `load` is the peak of loading, None for a pipeline that is loaded already or stays on the
+    CPU.
     """
 
     vram_allocated_bytes: int
@@ -60,6 +64,9 @@ class Demand:
     basis: Basis
     phases: tuple[PhaseDemand, ...]
     load: LoadDemand | None = None
+    seconds_per_step_range: tuple[float, float] | None = None
+    seconds_per_call_range: tuple[float, float] | None = None
+    seconds_if_slower: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +89,8 @@ class ComponentPrice:
 
     `load` is None for a component that is loaded already. `beside_bytes` are its weights on the device while others
     run, and `extra_bytes` are reserved at its own peak in addition to those of all, None for one that is never used;
-    each outside of the denoising loop and within it. `seconds` are per call.
+    each outside of the denoising loop and within it. `seconds` are per call, `if_slower` those with one term slower
+    (`rates.slower`).
     """
 
     hold: Hold
@@ -90,6 +98,7 @@ class ComponentPrice:
     beside_bytes: tuple[int, int]
     extra_bytes: tuple[int | None, int | None]
     seconds: float
+    if_slower: tuple[float, ...] = ()
 
 
 class Pricer:
@@ -104,6 +113,7 @@ class Pricer:
         self.footprint = footprint
         self.accelerator = accelerator
         self.rates = (accelerator.rates or DEFAULT_RATES) if accelerator else CPU_RATES
+        self.slower = slower(self.rates)
         self.loaded = is_loaded(spec)
         self._components = {component.name: component for component in spec.components}
         self._skips = any(use.optional for use in self.spec.uses)
@@ -122,6 +132,7 @@ class Pricer:
         phases = _phase_peaks(demands)
         clock = Clock(needs, holds, self.rates)
         step, call = clock.time(replayed_uses, self.evaluations)
+        longer = self._if_slower(clock, replayed_uses)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
@@ -141,7 +152,17 @@ class Pricer:
             basis=weakest_basis(need.activation.basis for need in needs.values()),
             phases=phases,
             load=load,
+            seconds_per_step_range=times.seconds_range(
+                step * self._per_step, [one * self._per_step for one, _ in longer]
+            ),
+            seconds_per_call_range=times.seconds_range(call, [whole for _, whole in longer]),
+            seconds_if_slower={term: whole for term, (_, whole) in zip(self.slower, longer, strict=True)},
         )
+
+    def _if_slower(self, clock: Clock, replayed_uses: Sequence[ReplayedUse]) -> list[tuple[float, float]]:
+        """Return the seconds of one evaluation and of a call, with one term after the other slower."""
+        clocks = (replace(clock, computing=factor, rates=rates) for factor, rates in self.slower.values())
+        return [item.time(replayed_uses, self.evaluations) for item in clocks]
 
     @property
     def workspace_bytes(self) -> int:
@@ -176,6 +197,7 @@ class Pricer:
             beside_bytes=beside,
             extra_bytes=(extra.get(False), extra.get(True)),
             seconds=clock.time(replayed_uses, self.evaluations)[1],
+            if_slower=tuple(call for _, call in self._if_slower(clock, replayed_uses)),
         )
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:

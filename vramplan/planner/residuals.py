@@ -8,8 +8,16 @@ from math import ceil
 from typing import Literal
 
 from vramplan.units import format_bytes
+from vramplan.workload import Workload
 
 Basis = Literal["measured", "simulated", "derived", "assumed"]
+# Kinds of call whose projections are less well known than those of one picture or video with the weights as stored.
+CallKind = Literal["quantized", "several", "sound"]
+KIND_NAMES: dict[CallKind, str] = {
+    "quantized": "quantized weights",
+    "several": "several pictures at once",
+    "sound": "sound",
+}
 # The share of calls to stay below the bound. A call above it is retried with a smaller plan (recover.py), so a higher
 # share would cost more memory than it saves time; and nine in ten need only nine measurements.
 COVERAGE = 0.9
@@ -35,6 +43,13 @@ class ProjectionError:
         """Return the part of the memory to keep free, so that a projection within the rest still fits if it is too low
         by `share` or `least_bytes`."""
         return max(self.least_bytes, usable_bytes - int(usable_bytes / (1 + self.share)))
+
+
+def call_kinds(workload: Workload, *, quantized: bool) -> tuple[CallKind, ...]:
+    """Return the kinds that a call is of."""
+    several = workload.num_images_per_prompt > 1
+    found: dict[CallKind, bool] = {"quantized": quantized, "several": several, "sound": workload.sound}
+    return tuple(kind for kind, present in found.items() if present)
 
 
 def needed(coverage: float = COVERAGE) -> int:

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vramplan.hardware.types import Budget
 from vramplan.planner.demand import ComponentPrice, Pricer
 from vramplan.planner.loading import Load
-from vramplan.planner.order import Prefer, order, rounded
+from vramplan.planner.order import Array, Prefer, first
 from vramplan.planner.pool import CandidatePool
 from vramplan.strategies import Decode, Placement
 from vramplan.strategies.base import QUALITIES
 from vramplan.strategies.resident import Resident
 
-Array = npt.NDArray[Any]
 _ZERO: Array = np.zeros((), int)
 
 
@@ -70,8 +67,10 @@ class Table:
         self.ram = self._whole(_ram(_stages(columns), loaded=pricer.loaded))
         self.disk = self._whole(_sum(column.of_prices(lambda price: price.hold.disk_bytes) for column in columns))
         self.quality = self._whole(_largest(column.of_settings(_quality) for column in columns))
+        self.custom = self._whole(_sum(column.of_settings(_custom) for column in columns))
         self.offloaded = self._whole(_sum(column.of_settings(_offloaded) for column in columns))
         self._by_decode: dict[tuple[Decode, ...], tuple[Array, Array]] = {}
+        self._slower: dict[tuple[Decode, ...], list[Array]] = {}
 
     def best(self, decode: tuple[Decode, ...], budget: Budget, prefer: Prefer) -> dict[str, Placement]:
         """Return the first in order among the candidates with the least deficit under this decode."""
@@ -79,20 +78,29 @@ class Table:
         short = _excess(self.ram, budget.ram_bytes)
         for needed, usable in ((vram, budget.vram_bytes), (self.disk, budget.disk_bytes)):
             short = short + _excess(needed, usable)
-        kept = _lowest(short, np.arange(len(short)), 0)
-        ordered = order(
+        place = first(
             prefer,
+            np.flatnonzero(short == short.min()),
+            self.if_slower(decode),
             seconds=seconds,
             quality=self.quality,
             changed=np.zeros_like(self.quality),  # the same for a whole pool
+            custom=self.custom,
             offloaded=self.offloaded,
             ram_bytes=self.ram,
             vram_bytes=vram,
         )
-        for values, digits in ordered:
-            kept = _lowest(values, kept, digits) if len(kept) > 1 else kept
-        place = np.unravel_index(int(kept[0]), self.lengths)
-        return self.pool.merge(axis[int(index)] for axis, index in zip(self.pool.axes, place, strict=True))
+        indices = np.unravel_index(place, self.lengths)
+        return self.pool.merge(axis[int(index)] for axis, index in zip(self.pool.axes, indices, strict=True))
+
+    def if_slower(self, decode: tuple[Decode, ...]) -> list[Array]:
+        """Return the seconds per call with one term after the other slower (`rates.slower`)."""
+        found = self._slower.get(decode)
+        if found is None:
+            columns = self._columns(decode)
+            terms = range(len(self.pricer.slower))
+            found = self._slower[decode] = [self._whole(_if_slower(columns, term)) for term in terms]
+        return found
 
     def vram_and_seconds(self, decode: tuple[Decode, ...]) -> tuple[Array, Array]:
         """Return the reserved device memory in bytes, and the seconds per call."""
@@ -149,6 +157,11 @@ def _ram(stages: Sequence[Sequence[_Column]], *, loaded: bool) -> Array:
     return running if loaded else _largest([running, *map(_loading, stages)])
 
 
+def _if_slower(columns: Sequence[_Column], term: int) -> Array:
+    """Return the seconds per call with this term slower."""
+    return _sum(column.of_prices(lambda price: price.if_slower[term]) for column in columns)
+
+
 def _transient(price: ComponentPrice, loaded: bool) -> int:
     """Return the RAM a component needs in addition to its weights while a plan is applied or files are read."""
     return price.hold.host_transient_bytes if loaded or price.hold.disk_bytes else 0
@@ -174,6 +187,10 @@ def _quality(setting: Placement) -> int:
     return QUALITIES.index(setting.quality)
 
 
+def _custom(setting: Placement) -> int:
+    return not setting.stock
+
+
 def _offloaded(setting: Placement) -> int:
     return setting != Resident()
 
@@ -190,16 +207,3 @@ def _largest(arrays: Iterable[Array]) -> Array:
 
 def _excess(needed: Array, usable: int | None) -> Array:
     return _ZERO if usable is None else _largest([needed - usable, _ZERO])
-
-
-def _lowest(values: Array, kept: Array, digits: int) -> Array:
-    """Return the kept indices with the lowest value, compared to so many digits."""
-    found = values[kept]
-    if not digits:
-        same: Array = kept[found == found.min()]
-        return same
-    near: Array = kept[found <= found.min() * (1 + 10.0 ** (2 - digits))]  # more than one in the last digit
-    every, place = np.unique(values[near], return_inverse=True)
-    shorter = np.array([rounded(value, digits) for value in every.tolist()])[place]
-    lowest: Array = near[shorter == shorter.min()]
-    return lowest

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from math import exp, hypot, log
+
 from vramplan.hardware.rates import Rates
 from vramplan.planner.footprint import Work
 from vramplan.strategies.base import Hold
@@ -72,3 +75,12 @@ def together(busy: float, moved: float, hold: Hold) -> float:
     if not hold.overlapped:
         return busy + moved
     return max(busy, moved) + hold.unhidden * min(busy, moved)
+
+
+def seconds_range(seconds: float, if_slower: Collection[float]) -> tuple[float, float] | None:
+    """The shortest and the longest that a time may be, with terms that are off independently of each other; None
+    where how far they may be off is not known."""
+    if not if_slower or seconds <= 0:
+        return None
+    width = exp(hypot(*(log(longer / seconds) for longer in if_slower)))
+    return seconds / width, seconds * width

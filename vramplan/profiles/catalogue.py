@@ -321,10 +321,11 @@ def _shares(profile: DeviceProfile) -> dict[str, Any]:
     """The shares of its peak that a card reaches, by its architecture; without bfloat16 that is computed in float32."""
     found = architecture(_capability(profile))
     if found is None:
-        return {"reached": profile.reached or UNKNOWN_REACHED}
+        return {"reached": profile.reached or UNKNOWN_REACHED, "basis": "fitted" if profile.reached else "assumed"}
     emulated = {} if "bfloat16" in profile.native else {"bfloat16_share": found.float32}
     reached = profile.reached or found.reached
-    return {"reached": reached, "float32_share": found.float32, "tf32_share": found.tf32, **emulated}
+    basis = "fitted" if profile.reached else found.basis
+    return {"reached": reached, "float32_share": found.float32, "tf32_share": found.tf32, "basis": basis, **emulated}
 
 
 def _link_source(profile: DeviceProfile) -> str:

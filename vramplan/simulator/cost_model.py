@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vramplan.errors import VramplanError
-from vramplan.hardware.types import Accelerator, Budget
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import PipelineSpec
+from vramplan.planner.budget import Budgets
 from vramplan.planner.candidates import execution_settings
 from vramplan.planner.decide import Alternative
 from vramplan.planner.decision import Decision
@@ -40,17 +41,18 @@ class CostModel:
         uses = [use for use in spec.uses if use.phase != "decode" and self.footprint.makes(use)]
         return weakest_basis(self.footprint.activation(use, ()).basis for use in uses)
 
-    def confirm(self, budget: Budget) -> Callable[[Decision], Decision] | None:
-        """Return a function that checks a decision by simulating it within this budget; None without a simulation."""
-        run, capacity = self.simulate, budget.vram_bytes
-        if run is None or capacity is None:
+    def confirm(self, budgets: Budgets) -> Callable[[Decision], Decision] | None:
+        """Return a function that checks a decision by simulating it within its budget; None without a simulation."""
+        run = self.simulate
+        if run is None or budgets.stored.vram_bytes is None:
             return None
 
         def confirm(decision: Decision) -> Decision:
             from vramplan.simulator.run import SimulationError
 
             try:
-                return apply_simulation(decision, run(decision, capacity))
+                capacity = budgets.of(decision.weights).vram_bytes
+                return decision if capacity is None else apply_simulation(decision, run(decision, capacity))
             except SimulationError as error:  # everything resident ran, so these settings are the cause
                 return replace(decision, verdict="rejected", reason=f"does not run: {error}")
 

@@ -104,9 +104,9 @@ def _request(selection: Selection) -> PlanRequest:
 def _answer_of(plan: Plan, known: dict[str, Any]) -> Answer:
     from vramplan.api.code import plan_code
     from vramplan.planfile.types import settings_text
-    from vramplan.units import format_bytes, format_seconds
+    from vramplan.units import format_bytes
     from vramplan.view.bars import plan_bar
-    from vramplan.view.plan import plan_rows
+    from vramplan.view.plan import plan_rows, times_text
     from vramplan.view.plot.candidates import candidates_picture
     from vramplan.view.plot.plotly_figures import candidates_figure
 
@@ -121,7 +121,7 @@ def _answer_of(plan: Plan, known: dict[str, Any]) -> Answer:
                 item.verdict,
                 format_bytes(item.projected.vram_reserved_bytes),
                 format_bytes(item.projected.ram_bytes),
-                format_seconds(item.projected.seconds_per_call),
+                times_text(item.projected)[1],
                 settings_text(item.settings),
                 item.reason,
             )

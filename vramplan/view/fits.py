@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.fitting.types import Fits, Largest, Row, Smallest
 from vramplan.planfile.types import settings_text
-from vramplan.units import GIB, format_bytes, format_seconds
+from vramplan.units import GIB, format_bytes, format_seconds_range
 from vramplan.view.shared import table_view
 from vramplan.workload import workload_text
 
@@ -94,7 +94,7 @@ def _price(row: Row) -> tuple[str, str, str]:
     price = row.projected
     return (
         format_bytes(price.vram_reserved_bytes),
-        format_seconds(price.seconds_per_call),
+        format_seconds_range(price.seconds_per_call, price.seconds_per_call_range),
         row.quality.replace("_", " "),
     )
 
@@ -134,7 +134,7 @@ def _largest_lines(row: Row, beyond: Largest) -> Iterable[str]:
     vram, seconds, quality = _price(row)
     yield f"{row.model}: the largest {beyond.dimension} is {workload_text(row.workload)}"
     yield f"  chosen  {_chosen(row)}"
-    yield f"  takes   {vram} of VRAM, about {seconds} a call; {quality}"
+    yield f"  takes   {vram} of VRAM, {seconds} a call; {quality}"
     if beyond.next is None:
         yield "  beyond  nothing larger was looked for"
     else:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vramplan.planfile.types import settings_text, stock_cost
-from vramplan.units import format_bytes, format_seconds
+from vramplan.units import format_bytes, format_seconds_range
 from vramplan.view.shared import _NUMERIC, notes_view
 from vramplan.workload import workload_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vramplan.planfile.types import Plan
+    from vramplan.planfile.types import Plan, Projected
+    from vramplan.planner.demand import Demand
 
 _VERDICT_STYLES = {"chosen": "bold green", "fits": "green", "rejected": "red"}
 
@@ -102,9 +103,16 @@ def _loading_row(plan: Plan) -> list[tuple[str, str]]:
 
 def _speed(plan: Plan) -> str:
     demand = plan.projected
+    step, call = times_text(demand)
+    about = "about " if demand.seconds_per_call_range is None else ""
+    return f"{about}{step} a step, {call} a call, limited by {demand.bottleneck} ({demand.basis})"
+
+
+def times_text(price: Demand | Projected) -> tuple[str, str]:
+    """The seconds of a step and of a call, as ranges where it is known how far off they may be."""
     return (
-        f"about {format_seconds(demand.seconds_per_step)} a step, {format_seconds(demand.seconds_per_call)} a call, "
-        f"limited by {demand.bottleneck} ({demand.basis})"
+        format_seconds_range(price.seconds_per_step, price.seconds_per_step_range),
+        format_seconds_range(price.seconds_per_call, price.seconds_per_call_range),
     )
 
 
@@ -137,12 +145,12 @@ def explain_view(plan: Plan) -> RenderableType:
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
         *(hang(f"{name}: {text}", 2) for name, text in _stock_row(plan)),
         "",
-        Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>9} {'call':>9}  limited by", "bold"),
+        Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>15} {'call':>15}  limited by", "bold"),
     ]
     for item in plan.candidates:
         price = item.projected
         sizes = f"{format_bytes(price.vram_reserved_bytes):>10} {format_bytes(price.ram_bytes):>10}"
-        times = f"{format_seconds(price.seconds_per_step):>9} {format_seconds(price.seconds_per_call):>9}"
+        times = " ".join(f"{text:>15}" for text in times_text(price))
         lines.append(hang(f"{item.verdict:8} {sizes} {times}  {price.bottleneck}", 9, _VERDICT_STYLES[item.verdict]))
         lines += [hang(f"{'':8} {text}", 9) for text in (settings_text(item.settings), item.reason)]
     if plan.refused:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vramplan.units import format_bytes, format_seconds
-from vramplan.view.plan import plan_rows
+from vramplan.view.plan import plan_rows, times_text
 from vramplan.view.shared import notes_view, table_view
 
 if TYPE_CHECKING:
@@ -81,13 +81,14 @@ def _comparison_rows(plan: Plan, measured: Measured) -> Iterator[tuple[str, str,
         if took is not None:
             difference = f"{(projected - took) / took:+.1%}" if took else ""
             yield name, format_bytes(projected), format_bytes(took), difference
+    step, call = times_text(demand)
     times = [
-        ("a step", demand.seconds_per_step, measured.seconds_per_step),
-        ("a call", demand.seconds_per_call, measured.seconds),
+        ("a step", step, measured.seconds_per_step),
+        ("a call", call, measured.seconds),
     ]
     for name, expected, seconds in times:
         if seconds is not None:
-            yield name, format_seconds(expected), format_seconds(seconds), ""
+            yield name, expected, format_seconds(seconds), ""
 
 
 def _phases(plan: Plan, measured: Measured) -> Iterator[tuple[str, int, int]]:
