@@ -62,7 +62,8 @@ def with_published_uncertainty(accelerator: Accelerator) -> Accelerator:
     """The accelerator with the uncertainty of its rates; unchanged without rates.
 
     It comes from `profiles/time_errors.json`, made by benchmarks/time_errors.py. Computing counts as measured where
-    products or attention were and the architecture's shares are not assumed, moving where copies of pageable memory were.
+    products or attention were and the architecture's shares are not assumed, moving where copies of pageable memory
+    were.
     """
     rates = accelerator.rates
     if rates is None:
