@@ -12,6 +12,7 @@ from vramplan.pipeline.prompt import Encoded
 from vramplan.pipeline.sources import Hub, Source
 from vramplan.planfile.types import ComponentRecord, Plan
 from vramplan.strategies.base import AtLoad, Decodes, Placed, Placement, freed_first
+from vramplan.strategies.weight_streaming import WeightStreaming
 
 PROMPT = "a photo of a red fox in the snow"
 
@@ -91,6 +92,8 @@ class Script:
         )
         gone = "".join(f", {name}=None" for name in _placed_names(first))
         yield f"pipe = {self.plan.model.class_name}.from_pretrained({self._source}, **vars(pipe){gone})"
+        if any(isinstance(setting, WeightStreaming) for setting, _ in rest):
+            yield f'stream_weights(pipe, "{self._device}")  # all in one cache'
         yield from self._decode_lines()
         for setting, names in self._pipeline_placements:
             yield from setting.code(names, self._device)

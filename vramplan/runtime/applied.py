@@ -162,6 +162,8 @@ def finish_applying(
 
     `devices` gives the device that undoing returns each component to, for a pipeline placed while it was loaded.
     """
+    from vramplan.streaming.attach import join
+
     rounded = {name for setting, names in placed if setting.axis == "weights" for name in names}
     applied = Applied(
         pipe=pipe,
@@ -175,6 +177,7 @@ def finish_applying(
     )
     with _restore_on_error(pipe, remaining):
         _apply_with_progress(pipe, remaining, decodes, target)
+        join(pipe)  # what was streamed while it was loaded shares one cache from now on
         applied._state = state_of(pipe)
         pipe.__dict__[_MARK] = applied
     return applied

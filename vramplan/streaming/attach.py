@@ -34,12 +34,18 @@ ATTACHED, APPLY = "_vramplan_stream", "_apply"
 def stream_weights(pipe: Any, device: str, **components: Mapping[str, int]) -> None:
     """Stream the weights of these components of a pipeline to the device, each with the options of `attach`.
 
+    Components may be streamed one after another, before there is a pipeline of them: `pipe` is then any object that has
+    them as attributes. A last call with the pipeline itself lets them share one cache.
+
     Raises:
         ValueError: a component has fewer blocks. VramplanError: it is streamed already.
     """
+    assembled = hasattr(type(pipe), "components")
     for name, options in components.items():
-        attach(pipe.components[name], name, device, **options)
-    join(pipe)
+        module = getattr(pipe, "components", {}).get(name) or getattr(pipe, name)
+        attach(module, name, device, **options)
+    if assembled:
+        join(pipe)
 
 
 def attach(
