@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.support.race_device import RaceDevice, race_device
@@ -31,6 +31,7 @@ from tests.support.random_nets import (
 PLAIN = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes
     max_examples=600 if os.environ.get("VRAMPLAN_TESTS") == "all" else 20,
 )
 LATENESS = {"always": lambda _: True, "never": lambda _: False, "at random": lambda r: r.random() < 0.5}

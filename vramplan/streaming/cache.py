@@ -269,7 +269,7 @@ class Cache:
             if slot.size >= size and (held is None or not (held.active or held in (upcoming or ()))):
                 if held is not None:
                     self._evict(held)
-                    self.backend.copy_after_compute()
+                self.backend.copy_after_compute()  # also if it was emptied before: a block changed since gives it up
                 return slot
         if upcoming is not None:
             return None

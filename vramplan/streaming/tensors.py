@@ -133,7 +133,7 @@ class Block:
     def __init__(self, name: str, tensors: Iterable[torch.Tensor], roots: Sequence[torch.nn.Module] = ()) -> None:
         self.name = name
         self.leaves = [leaf_of(tensor) for tensor in tensors]
-        self.roots = roots
+        self._layers = [item for root in roots for item in root.modules() if "merged_adapters" in vars(item)]
         self.buffer: Any = None
         self.slot: Any = None
         self.ticket: Any = None
@@ -233,14 +233,14 @@ class Block:
         """Let every leaf consist of its masters again, and keep what was changed while it did not."""
         if not self._shown:
             return
-        replaced = False
-        if self._copied != self._state() or not self._consists_of(self._views):
+        state, replaced = self._state(), False
+        if self._copied != state or not self._consists_of(self._views):
             replaced = self._copy_back()
         self._put(self.masters)
         self._shown = False
         if replaced:
             self.adopt()
-        self._copied = None if replaced else self._state()
+        self._copied = None if replaced else state
 
     def refuse_later_backward(self) -> None:
         """Let torch refuse a backward pass through weights that are no longer there (`increment_version`)."""
@@ -280,12 +280,7 @@ class Block:
         return replaced
 
     def _state(self) -> Any:
-        merged = [
-            tuple(adapters)
-            for root in self.roots
-            for layer in root.modules()
-            if (adapters := vars(layer).get("merged_adapters"))
-        ]
+        merged = [tuple(vars(layer)["merged_adapters"]) for layer in self._layers]
         return [leaf.version() for leaf in self.leaves], merged
 
 
