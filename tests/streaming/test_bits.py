@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def pipeline(name: str) -> Any:
 def output(name: str) -> torch.Tensor:
     pipe = pipeline(name)
     workload = FAMILIES["wan" if name == "wan-2.2" else name].workload
+    workload = replace(workload, num_frames=min(workload.num_frames, 5 if name == "wan-2.2" else 2))
     result = pipe(**call_inputs(pipe, workload) | {"generator": torch.Generator().manual_seed(3)})
     found = next(getattr(result, kind) for kind in ("images", "frames", "audios") if hasattr(result, kind))
     return torch.as_tensor(found).nan_to_num(7.0)  # weights at random: some give no number
