@@ -11,7 +11,7 @@ from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.budget import Budgets
 from vramplan.planner.candidates import CandidateRow, Refused, rows
-from vramplan.planner.decision import Decision, Outcome, first_decision, rank
+from vramplan.planner.decision import Decision, Outcome, distinct, first_decision, rank
 from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
@@ -92,10 +92,11 @@ def decide(
     entries = [(row, chooser.best(row)) for row in found]
     default = (*_DEFAULT, "lossy") if fixed.weights else _DEFAULT  # fixed settings are allowed
     for limit in (allow,) if allow else default:
-        search = _Search(entries, limit, chooser, lambda item: check(chooser.filled(item)))
+        search = _Search(entries, limit, chooser, check)
         chosen, entries = search.run(), [*search.simulated, *search.waiting]
         if chosen is not None:
-            others = [_explain_other(item, chosen, limit, chooser) for _, item in entries if item is not chosen]
+            rest = distinct([item for _, item in entries if item is not chosen], chosen)
+            others = [_explain_other(item, chosen, limit, chooser) for item in rest]
             others.sort(key=lambda item: (item.verdict == "rejected", item.deficit_bytes, rank(item, prefer)))
             if prefer == "memory":
                 chosen = _explain_smallest(chosen, chooser.seconds_of_fastest(found, limit))
@@ -130,15 +131,15 @@ class _Chooser:
         least = min(item.deficit_bytes for item in judged)
         return first_decision([item for item in judged if item.deficit_bytes == least], self.prefer)
 
-    def filled(self, item: Decision) -> Decision:
-        """Return the decision with as many streamed blocks kept as its peak of device memory leaves room for."""
+    def filled(self, item: Decision, vram_bytes: int | None) -> Decision:
+        """Return the decision with as many blocks of streamed components kept as fit into this much device memory."""
         if self.prefer == "memory":
             return item
-        pricer, most = self._pricer(item), item.demand
+        pricer, most = self._pricer(item), inf if vram_bytes is None else vram_bytes
 
         def fits(placement: Mapping[str, Placement]) -> bool:
             price = pricer(placement, item.decode)
-            return price.vram_reserved_bytes <= most.vram_reserved_bytes and price.ram_bytes <= most.ram_bytes
+            return price.vram_reserved_bytes <= most and price.ram_bytes <= item.demand.ram_bytes
 
         placement = with_more_kept(item.placement, pricer.spec, self.fixed, fits)
         return replace(item, placement=placement, demand=pricer(placement, item.decode))
@@ -186,7 +187,7 @@ class _Search:
     def __init__(self, entries: Sequence[Entry], limit: Quality, chooser: _Chooser, confirm: Confirm) -> None:
         self.limit = limit
         self.chooser = chooser
-        self.confirm = confirm
+        self.check = confirm
         self.rows = list({id(row): row for row, _ in entries}.values())
         self.waiting = list(entries)
         self.simulated: list[Entry] = []
@@ -199,7 +200,7 @@ class _Search:
             row, priced = entry
             self.waiting.remove(entry)
             if priced.demand.basis in ("assumed", "derived"):
-                priced = self.chooser.filled(priced)
+                priced = self._filled(priced)
                 self.simulated.append((row, priced))
                 return priced
             found = self.confirm(priced)
@@ -209,6 +210,19 @@ class _Search:
             if found.deficit_bytes:  # without a deficit it cannot run at all, which rules out no other candidate
                 self._exclude(row, priced, found)
         return None
+
+    def confirm(self, priced: Decision) -> Decision:
+        """Check a decision, with as many blocks kept as fit."""
+        return self.check(self._filled(priced))
+
+    def _filled(self, priced: Decision) -> Decision:
+        """Fill what is left of the budget; once a decision with that decode has failed, only what is below its peak."""
+        most = (
+            priced.demand.vram_reserved_bytes
+            if priced.decode in self.failed
+            else self.chooser.budgets.of(priced.weights).vram_bytes
+        )
+        return self.chooser.filled(priced, most)
 
     def _next(self) -> Entry | None:
         """Return the best waiting entry that fits and is allowed; if there is none, retry once."""
@@ -230,7 +244,7 @@ class _Search:
     def _exclude(self, row: CandidateRow, priced: Decision, found: Decision) -> None:
         """Lower the limit of all entries that decode as the failed one does, and queue the next best of its row."""
         self.failed[row.decode] = priced
-        limit = _vram(priced) - (1 if self.retried else found.deficit_bytes)
+        limit = _vram(priced) - (0 if self.retried else found.deficit_bytes)
         self.waiting = [
             self._lowered(entry, limit, found) if entry[0].decode == row.decode else entry for entry in self.waiting
         ]

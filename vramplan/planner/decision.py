@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vramplan.planner.candidates import Refused
 from vramplan.planner.demand import Demand
@@ -77,3 +78,18 @@ def first_decision(items: Sequence[Decision], prefer: Prefer) -> Decision:
 def rank(decision: Decision, prefer: Prefer) -> tuple[float, ...]:
     """Return the values to list candidates by; lower is better."""
     return tuple(rounded(value, digits) for value, digits in order(prefer, **_compared(decision)))
+
+
+def distinct(items: Sequence[Decision], chosen: Decision) -> list[Decision]:
+    """Each of the decisions once, without the chosen one: rows may have the same best candidate."""
+    told: list[Any] = [_key(chosen)]
+    found = []
+    for item in items:
+        if _key(item) not in told:
+            told.append(_key(item))
+            found.append(item)
+    return found
+
+
+def _key(item: Decision) -> Any:
+    return dict(item.placement), item.decode, dict(item.weights), dict(item.execution)

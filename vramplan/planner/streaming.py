@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, combinations
 from math import prod
@@ -187,17 +186,12 @@ def with_more_kept(
     fixed: Fixed,
     fits: Callable[[Mapping[str, Placement]], bool],
 ) -> dict[str, Placement]:
-    """Keep as many more blocks of each denoiser as `fits` allows: the levels leave some numbers out."""
+    """Keep as many more blocks of each component, the denoisers first, as `fits` allows: levels leave numbers out."""
     found = dict(placement)
-    for component in spec.components:
+    for component in sorted(spec.components, key=lambda component: component.role not in ("denoiser", "control")):
         setting = found.get(component.name)
-        if not isinstance(setting, WeightStreaming) or not _is_open(component, fixed) or not setting.streamed:
-            continue
-        if component.role in ("denoiser", "control"):
-            able = [
-                _keeping(setting, component, keep)
-                for keep in range(setting.keep, len(streaming_sizes(component)) - setting.streamed + 1)
-            ]
+        if isinstance(setting, WeightStreaming) and _is_open(component, fixed) and setting.streamed:
+            able = _keeping_more(setting, component)
             most = bisect_left(able, True, key=partial(_too_many, found, component.name, fits))
             found[component.name] = able[max(0, most - 1)]
     return found
@@ -212,7 +206,16 @@ def _too_many(
     return not fits({**placement, name: setting})
 
 
-def _keeping(setting: WeightStreaming, component: Component, keep: int) -> WeightStreaming:
-    """The setting with another number of kept blocks, which need no copy in host memory."""
-    fewer = len(streaming_sizes(component)) - keep
-    return replace(setting, keep=keep, locked=min(setting.locked, fewer))
+def _keeping_more(setting: WeightStreaming, component: Component) -> list[WeightStreaming]:
+    """The setting with ever more kept blocks, which need no copy in host memory: of a denoiser cached ones, of a
+    component that passes through streamed ones."""
+    count = len(streaming_sizes(component))
+    if component.role in ("denoiser", "control"):
+        pairs = [(setting.streamed, keep) for keep in range(setting.keep, count - setting.streamed + 1)]
+    else:
+        more = range(setting.streamed - LEAST_STREAMED + 1)
+        pairs = [(setting.streamed - number, setting.keep + number) for number in more]
+    return [
+        WeightStreaming(streamed=streamed, keep=keep, locked=min(setting.locked, count - keep))
+        for streamed, keep in pairs
+    ]
