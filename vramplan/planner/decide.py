@@ -31,6 +31,8 @@ Entry = tuple[CandidateRow, Decision]
 _WORTH_TRYING = 0.99
 # The smallest difference in bytes worth a simulation: the size of a segment of torch's allocator.
 _STEP_BYTES = 20 * MIB
+# After a failure at least this share less is tried: where memory is free in pieces too small, no more is known.
+_STEP_SHARE = 0.02
 # The qualities tried in turn if the user allowed none.
 _DEFAULT: tuple[Quality, ...] = ("lossless", "near_lossless")
 
@@ -242,13 +244,15 @@ class _Search:
         self.waiting = [entry for entry in self.waiting if all(entry[0] is not row for row, _ in again)] + again
 
     def _exclude(self, row: CandidateRow, priced: Decision, found: Decision) -> None:
-        """Lower the limit of all entries that decode as the failed one does, and queue the next best of its row."""
+        """Lower the limit of all entries that decode as the failed one does, and queue the next best of its row. When
+        rows are tried again, prices that are no segment of the allocator apart rule out nothing."""
         self.failed[row.decode] = priced
-        limit = _vram(priced) - (0 if self.retried else found.deficit_bytes)
+        step = max(found.deficit_bytes, int(_vram(priced) * _STEP_SHARE))
+        limit = _vram(priced) + (_STEP_BYTES if self.retried else -step)
         self.waiting = [
             self._lowered(entry, limit, found) if entry[0].decode == row.decode else entry for entry in self.waiting
         ]
-        smaller = self.chooser.best(row, _vram(priced) - found.deficit_bytes)
+        smaller = self.chooser.best(row, _vram(priced) - step)
         self.waiting += [(row, smaller)] if not smaller.deficit_bytes else []
 
     def _lowered(self, entry: Entry, limit: int, failed: Decision) -> Entry:
