@@ -19,6 +19,7 @@ from vramplan.planner.pool import CandidatePool
 from vramplan.planner.streaming import with_more_kept
 from vramplan.planner.table import Table
 from vramplan.strategies.base import Placement
+from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
 from vramplan.workload import Workload
@@ -66,6 +67,40 @@ def test_kept_blocks_fill_the_room_that_levels_leave() -> None:
     assert more == {"transformer": WeightStreaming(streamed=20, keep=13, locked=27)}
     fixed = Fixed(placement=chosen)
     assert with_more_kept(chosen, spec, fixed, lambda _: True) == chosen
+
+
+def test_a_vae_goes_leaf_by_leaf_beside_a_streamed_denoiser_where_it_does_not_fit_as_a_whole() -> None:
+    spec = pipeline(
+        component("text_encoder", GIB, role="text_encoder", blocks=12),
+        component("transformer", 4 * GIB, blocks=20),
+        component("vae", GIB, role="vae"),
+    )
+    work = Workload(height=1024, width=1024, num_inference_steps=8)
+    price = Pricer(spec, work, AssumedFootprint(spec=spec, workload=work), card(9 * GIB))
+    whole = price({part.name: WeightStreaming() for part in spec.components}, ())
+    assert max(whole.phases, key=lambda phase: phase.reserved_bytes).name == "decode"
+    vram = whole.vram_reserved_bytes - GIB // 2
+    chosen = choose(spec, vram, ram=64 * GIB, work=work, fixed=Fixed(decode=())).chosen.placement
+    assert chosen["vae"] == GroupOffload(type="leaf")
+    assert isinstance(chosen["transformer"], WeightStreaming)
+
+
+@pytest.mark.parametrize(("vram", "ram"), [(6, 16), (12, 16), (16, 16), (12, 24)])
+def test_no_other_number_of_the_denoiser_is_faster_where_ram_is_short(vram: int, ram: int) -> None:
+    spec = pipeline(
+        component("text_encoder", GIB // 4, role="text_encoder", blocks=12),
+        component("text_encoder_2", 9 * GIB, role="text_encoder", blocks=24),
+        component("transformer", 22 * GIB, blocks=57),
+        component("vae", GIB // 4, role="vae"),
+    )
+    limit = budget(vram * GIB, ram * GIB)
+    price = Pricer(spec, WORK, AssumedFootprint(spec=spec, workload=WORK), card(vram * GIB))
+    chosen = choose(spec, vram * GIB, ram=ram * GIB, work=WORK, fixed=Fixed(decode=())).chosen
+    settings = [each for each in every(spec.component("transformer")) if getattr(each, "keep", 0) % 3 == 0]
+    axis = tuple({"transformer": each} for each in settings)
+    others = [({name: each},) for name, each in chosen.placement.items() if name != "transformer"]
+    best = Table(CandidatePool(axes=(axis, *others)), price, ()).best((), limit, "speed")
+    assert chosen.demand.seconds_per_call <= price(best, ()).seconds_per_call * 1.01
 
 
 @pytest.mark.parametrize("role", ["denoiser", "text_encoder"])

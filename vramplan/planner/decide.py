@@ -17,7 +17,7 @@ from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import Footprint
 from vramplan.planner.order import Prefer, Verdict, rounded, surely_faster
 from vramplan.planner.pool import CandidatePool
-from vramplan.planner.streaming import with_more_kept
+from vramplan.planner.streaming import with_finer_numbers, with_more_kept
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
@@ -165,7 +165,14 @@ class _Chooser:
         key = id(pool), id(pricer)
         if key not in self.tables:
             self.tables[key] = Table(pool, pricer, decode)
-        return self.tables[key].best(decode, budget, self.prefer)
+        best = self.tables[key].best(decode, budget, self.prefer)
+        if self.prefer == "memory":
+            return best
+
+        def solve(pool: CandidatePool) -> Mapping[str, Placement]:
+            return Table(pool, pricer, decode).best(decode, budget, self.prefer)
+
+        return with_finer_numbers(best, pricer.spec, self.fixed, budget.ram_bytes, solve)
 
 
 def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:

@@ -16,15 +16,18 @@ from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.pool import CandidatePool, ComponentPlacements
 from vramplan.strategies.base import Placement
+from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.weight_streaming import LEAST_STREAMED, WeightStreaming, streaming_sizes
 from vramplan.streaming.division import divide, slot_bytes, spread_evenly, worth_streaming
-from vramplan.units import MIB
+from vramplan.units import GIB, MIB
 
 # The most candidates of the table: some 20 arrays of that length take 30 MB and a tenth of a second.
 _MOST = 200_000
 # Numbers of levels, tried in turn until the table is small enough.
 _FINENESS = (64, 12, 6, 3, 2)
+# The number of levels of kept blocks where a denoiser is solved for alone; `with_more_kept` fills what they leave.
+_FINER = 12
 # RAM beside the weights: buffers that copies pass through, and rounding of page-locked chunks.
 _BESIDE = 192 * MIB
 
@@ -68,12 +71,14 @@ def _is_open(component: Component, fixed: Fixed) -> bool:
 
 
 def _settled(component: Component, fixed: Fixed, allowed: Allowed) -> list[Placement]:
-    """The placements beside open streaming: the fixed one, or resident."""
+    """The placements beside open streaming: the fixed one; else resident, and for a VAE, which streaming does not cut,
+    leaf by leaf."""
     given = fixed.placement.get(component.name)
-    wanted: Placement = Resident() if given is None else given
     if given == WeightStreaming() or (given is None and fixed.everywhere is not None):
         return []
-    return [wanted] if not wanted.freed and allowed(component, wanted) else []
+    leaves = [GroupOffload(type="leaf")] if component.role == "vae" else []
+    wanted: list[Placement] = [Resident(), *leaves] if given is None else [given]
+    return [setting for setting in wanted if not setting.freed and allowed(component, setting)]
 
 
 def _groups(spec: PipelineSpec, denoisers: Sequence[Component]) -> list[list[Component]]:
@@ -178,6 +183,34 @@ def _spread(values: Sequence[int], most: int) -> list[int]:
     if len(values) <= most:
         return list(values)
     return [values[number * (len(values) - 1) // (most - 1)] for number in range(most)]
+
+
+def with_finer_numbers(
+    placement: Mapping[str, Placement],
+    spec: PipelineSpec,
+    fixed: Fixed,
+    ram_bytes: int,
+    best: Callable[[CandidatePool], Mapping[str, Placement]],
+) -> Mapping[str, Placement]:
+    """Solve for the numbers of one component after another, the others as they are: with little RAM the levels leave
+    most numbers out. `best` returns the best of a pool."""
+    found = placement
+    denoisers = [component for component in spec.components if component.role in ("denoiser", "control")]
+    others = [component for component in spec.components if component not in denoisers]
+    for component in (*denoisers, *others, *denoisers):
+        setting = found.get(component.name)
+        if not isinstance(setting, WeightStreaming) or not _is_open(component, fixed):
+            continue
+        holds = {other.name: found[other.name].hold(other, spec) for other in spec.components if other is not component}
+        left = ram_bytes - sum(hold.host_bytes + hold.pinned_bytes for hold in holds.values())
+        levels = [max(0, left - beside) for beside in (0, _BESIDE, _BESIDE + GIB)]
+        if component.weight_bytes <= levels[-1]:
+            continue  # all of it may be page-locked
+        fineness = _FINER if component in denoisers else _FINENESS[0]
+        settings = [setting, *_options(component, fineness, levels, leading=True)]
+        axes = [({other: found[other]},) for other in holds]
+        found = best(CandidatePool(axes=(tuple({component.name: each} for each in settings), *axes)))
+    return found
 
 
 def with_more_kept(
