@@ -1,39 +1,44 @@
 """What the planner's choice gives away: against all of its candidates, stock diffusers calls, and other tools' rules.
 
-    python benchmarks/regret.py [PIPELINE ...] [--all] [--confirm NAME ...] [-o FILE.json]
+    python benchmarks/regret.py [PIPELINE ...] [--all] [--confirm NAME ...] [--named] [-o FILE.json] [--parts FOLDER]
 
-For each bundled pipeline, budgets of VRAM and RAM, and both levels of quality: what `decide` chooses must be the best
-of every candidate priced one by one, and never slower than the best stock call that fits. The rules of other tools
-(`regret_peers.py`) are priced alike. With `--confirm` the choices are also run on a simulated device of that capacity.
-Writes every case as JSON and a summary as Markdown beside it; ends with 1 where the choice is not the best.
+For each bundled pipeline, budgets of VRAM and RAM, and both levels of quality: no candidate of any table
+(`planner.table`) may be faster than what `decide` chooses, nor may the best stock call that fits. The rules of other
+tools (`regret_peers.py`) are priced alike. With `--confirm` the choices are also run on a simulated device of that
+capacity; with `--named` a few well-known requests are told before and after weight streaming (`regret_named.py`).
+Writes every case as JSON and a summary as Markdown beside it; ends with 1 where the choice is not the best. With
+`--parts` what is done is kept there by pipeline, and read again.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
-from regret_peers import PEERS, Asked, Choice
+from regret_peers import PEERS, TOLD, Asked, Choice
+from regret_summary import LEVELS, Cases, Grid, summary
 
 from vramplan.errors import NothingFitsError, VramplanError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.candidates import ComponentPlacements, rows
+from vramplan.planner.candidates import CandidateRow, rows
 from vramplan.planner.decide import Confirm, decide
-from vramplan.planner.decision import Decision, rank
+from vramplan.planner.decision import Decision, worst_quality
 from vramplan.planner.demand import Demand, Pricer
 from vramplan.planner.fixed import Fixed
+from vramplan.planner.pool import CandidatePool
+from vramplan.planner.table import Table
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names
 from vramplan.simulator.cost_model import apply_simulation
 from vramplan.simulator.footprint import SimulatedFootprint
@@ -48,6 +53,7 @@ from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.strategies.vae_tiling import VaeTiling
+from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
 from vramplan.units import GIB
 from vramplan.workload import Workload, make_workload
 
@@ -63,12 +69,16 @@ PIPELINES = (
     "hunyuanvideo",
 )
 CARD = "rtx-4090"
-VRAM_GIB = (6, 8, 10, 12, 16, 24, 32, 48, 80)
-RAM_GIB = (16, 32, 64, 128)
+VRAM_GIB = (6, 8, 12, 16, 24, 48)
+RAM_GIB = (16, 32, 64)
 ALLOWED: tuple[Quality | None, ...] = (None, "near_lossless")
 CONFIRMED_RAM_GIB = 64
-# Idle VRAM that is forgiven while something is offloaded: this much, or this share of the budget.
-IDLE_GIB, IDLE_SHARE = 0.5, 0.05
+CONFIRMED_VRAM_GIB = (6, 12, 24)
+GRID = Grid(card=CARD, vram_gib=VRAM_GIB, ram_gib=RAM_GIB, confirmed_ram_gib=CONFIRMED_RAM_GIB)
+# A tool that is told how much VRAM to use is told so much less until its choice fits.
+LOWERED_BYTES = GIB // 4
+# Times this much apart differ in the third digit.
+APART = 1.005
 Decodes = tuple[Decode, ...]
 
 
@@ -92,9 +102,12 @@ class Candidate:
         return vram + max(0, self.demand.ram_bytes - budget.ram_bytes)
 
 
+Lines = npt.NDArray[np.float64]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A pipeline with every candidate priced."""
+    """A pipeline whose candidates are priced when they are first asked for: streamed ones for each amount of RAM."""
 
     name: str
     spec: PipelineSpec
@@ -105,10 +118,25 @@ class Subject:
     price: Pricer
     plain: Decodes
     tiled: Decodes
-    # A line each, priced one by one: VRAM and RAM in bytes, quality, and the rank.
-    candidates: npt.NDArray[np.float64]
     stock: Mapping[str, Candidate]
-    priced_per_second: float
+    # A line a candidate: VRAM and RAM in bytes, quality, seconds, and seconds with one term after the other slower.
+    unstreamed: Lines
+    streamed: dict[int, Lines] = field(default_factory=dict)
+    # Candidates priced, and the seconds of it.
+    speed: list[float] = field(default_factory=lambda: [0, 0.0])
+
+    def able(self, budget: Budget, allow: Quality | None, *, streaming: bool = True) -> Lines:
+        """The candidates that fit, at the first level of quality that has any."""
+        if streaming and budget.ram_bytes not in self.streamed:
+            found, _ = rows(self.spec, self.work, Fixed(), self.accelerator, ram_bytes=budget.ram_bytes)
+            self.streamed[budget.ram_bytes] = priced(found, self.price, is_streaming, self.speed)
+        every = [self.unstreamed, *([self.streamed[budget.ram_bytes]] if streaming else [])]
+        fitting = [each[(each[:, 0] <= budget.vram_bytes) & (each[:, 1] <= budget.ram_bytes)] for each in every]
+        for level in (allow,) if allow else LEVELS:
+            found = np.concatenate([each[each[:, 2] <= QUALITIES.index(level)] for each in fitting])
+            if len(found):
+                return found
+        return found
 
 
 # ---- everything that can be chosen, priced
@@ -122,12 +150,12 @@ def subject_of(name: str, accelerator: Accelerator) -> Subject:
     price = Pricer(spec, work, footprint, accelerator)
     found, _ = rows(spec, work, Fixed(), accelerator)
     decodes = list(dict.fromkeys(row.decode for row in found))
+    first = next(iter(found[0].pools[0].placements))
     for decode in decodes:  # simulates each, which is not what is timed below
-        price(found[0].placements[0], decode)
-    began = time.perf_counter()
-    lines = [_line_of(placed, row.decode, price(placed, row.decode)) for row in found for placed in row.placements]
-    took = time.perf_counter() - began
+        price(first, decode)
     tiled = max(decodes, key=_tile)
+    plain = () if () in decodes else tiled
+    speed = [0, 0.0]
     return Subject(
         name=name,
         spec=spec,
@@ -136,18 +164,56 @@ def subject_of(name: str, accelerator: Accelerator) -> Subject:
         source=source,
         footprint=footprint,
         price=price,
-        plain=() if () in decodes else tiled,
+        plain=plain,
         tiled=tiled,
-        candidates=np.array(lines),
-        stock=stock_calls(spec, accelerator, price, () if () in decodes else tiled, tiled),
-        priced_per_second=len(lines) / took,
+        stock=stock_calls(spec, accelerator, price, plain, tiled),
+        unstreamed=priced(found, price, lambda pool: not is_streaming(pool), speed),
+        speed=speed,
     )
 
 
-def _line_of(placed: ComponentPlacements, decode: Decodes, demand: Demand) -> tuple[float, ...]:
-    candidate = Candidate(placement=placed, decode=decode, demand=demand)
-    quality = QUALITIES.index(candidate.decision.quality)
-    return demand.vram_reserved_bytes, demand.ram_bytes, quality, *rank(candidate.decision, "speed")
+def is_streaming(pool: CandidatePool) -> bool:
+    return any(isinstance(setting, WeightStreaming) for axis in pool.axes for each in axis for setting in each.values())
+
+
+def priced(
+    found: Sequence[CandidateRow], price: Pricer, wanted: Callable[[CandidatePool], bool], speed: list[float]
+) -> Lines:
+    """The candidates of the wanted pools, a pool's by one table for all decodes."""
+    tables: dict[int, Table] = {}
+    lines = [np.empty((0, 4 + len(price.slower)))]
+    began = time.perf_counter()
+    for row in found:
+        for pool in filter(wanted, row.pools):
+            if prod(map(len, pool.axes)) == 1:  # its components may depend on each other
+                lines.append(np.array([_line_of(pool, row.decode, price)]))
+                continue
+            table = tables.setdefault(id(pool), Table(pool, price, row.decode))
+            vram, seconds = table.vram_and_seconds(row.decode)
+            quality = np.maximum(table.quality, QUALITIES.index(worst_quality(row.decode)))
+            lines.append(np.stack([vram, table.ram, quality, seconds, *table.if_slower(row.decode)], axis=1))
+    every = np.concatenate(lines)
+    speed[0] += len(every)
+    speed[1] += time.perf_counter() - began
+    return every
+
+
+def _line_of(pool: CandidatePool, decode: Decodes, price: Pricer) -> tuple[float, ...]:
+    placed = next(iter(pool.placements))
+    candidate = Candidate(placement=placed, decode=decode, demand=price(placed, decode))
+    demand, quality = candidate.demand, QUALITIES.index(candidate.decision.quality)
+    return demand.vram_reserved_bytes, demand.ram_bytes, quality, *times_of(candidate, price)
+
+
+def times_of(candidate: Candidate, price: Pricer) -> tuple[float, ...]:
+    """Its seconds, and those with one term after the other slower."""
+    told = candidate.demand.seconds_if_slower
+    return candidate.demand.seconds_per_call, *(told[term] for term in price.slower)
+
+
+def is_faster(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether times are shorter in the third digit, whichever term is slower."""
+    return one[0] * APART < other[0] and all(left < right for left, right in zip(one[1:], other[1:], strict=True))
 
 
 def _tile(decode: Decodes) -> int:
@@ -232,21 +298,13 @@ class Case:
             reason = str(error)
         return chosen, reason, time.perf_counter() - began
 
-    def best(self) -> tuple[float, ...] | None:
-        """The rank of the best of every candidate that fits, at the first level of quality that has one."""
-        budget, every = self.budget, self.subject.candidates
-        fitting = every[(every[:, 0] <= budget.vram_bytes) & (every[:, 1] <= budget.ram_bytes)]
-        for level in (self.allow,) if self.allow else ("lossless", "near_lossless"):
-            able = fitting[fitting[:, 2] <= QUALITIES.index(level)]
-            if len(able):
-                return tuple(min(map(tuple, able[able[:, 3] == able[:, 3].min(), 3:].tolist())))
-        return None
-
 
 def judged(case: Case) -> dict[str, Any]:
     """The case as it is written."""
     chosen, reason, took = case.choose()
-    best = case.best()
+    every = case.subject.able(case.budget, case.allow)[:, 3:]
+    best = float(every[:, 0].min()) if len(every) else None
+    ours = times_of(chosen, case.subject.price) if chosen else None
     found: dict[str, Any] = {
         "pipeline": case.subject.name,
         "vram_gib": case.vram_gib,
@@ -255,27 +313,26 @@ def judged(case: Case) -> dict[str, Any]:
         "planning_seconds": round(took, 4),
         "chosen": told(chosen) if chosen else None,
         "nothing_fits": reason or None,
-        "best_seconds": best[0] if best else None,
-        "failures": _failures(chosen, best),
+        "best_seconds": _rounded(best) if best else None,
+        "failures": _failures(ours, every),
     }
     quality = chosen.decision.quality if chosen else case.allow or "near_lossless"
     stock = fastest_stock(case, quality)
     found["stock"] = {"call": stock[0], "seconds": _rounded(stock[1])} if stock else None
     found["stock_short"] = [call for call, item in case.subject.stock.items() if item.short_bytes(case.budget)]
-    if stock and (chosen is None or _digits(stock[1]) < _digits(chosen.demand.seconds_per_call)):
+    if stock and (ours is None or is_faster(times_of(case.subject.stock[stock[0]], case.subject.price), ours)):
         found["failures"].append("a stock call is faster")
-    found["peers"] = {name: _peer(case, name) for name in PEERS}
-    found |= _idle(case, chosen) if chosen else {}
+    found["peers"] = {name: _peer(case, name, ours) for name in PEERS}
+    found |= {**_idle(case, chosen), **_locked(case, chosen)} if chosen else {}
     return found
 
 
-def _failures(chosen: Candidate | None, best: tuple[float, ...] | None) -> list[str]:
-    if chosen is None or best is None:
-        return [] if chosen is None and best is None else ["chosen and best do not agree on whether anything fits"]
-    ours = tuple(rank(chosen.decision, "speed"))
-    if ours == best:
-        return []
-    return ["not the fastest" if ours[0] > best[0] else "as fast as the best, but not ranked with it"]
+def _failures(ours: Sequence[float] | None, every: Lines) -> list[str]:
+    """Any candidate that is surely faster than the choice: the planner takes the simplest of all others."""
+    if ours is None or not len(every):
+        return [] if ours is None and not len(every) else ["chosen and best do not agree on whether anything fits"]
+    faster = (every[:, 0] * APART < ours[0]) & (every[:, 1:] < np.array(ours[1:])).all(axis=1)
+    return ["not the fastest"] if faster.any() else []
 
 
 def fastest_stock(case: Case, quality: Quality) -> tuple[str, float] | None:
@@ -288,36 +345,75 @@ def fastest_stock(case: Case, quality: Quality) -> tuple[str, float] | None:
     return min(able)[::-1] if able else None
 
 
-def peer_choice(case: Case, name: str) -> Choice | None:
-    subject = case.subject
-    asked = Asked(spec=subject.spec, budget=case.budget, accelerator=subject.accelerator, footprint=subject.footprint)
-    return PEERS[name](asked)
+def peer_choices(case: Case, name: str) -> Iterator[Choice]:
+    """What a tool chooses: within the budget, and within less of it where a user can tell the tool so."""
+    subject, least = case.subject, int(case.budget.vram_bytes or 0) // 2
+    for vram in range(int(case.budget.vram_bytes or 0), least, -LOWERED_BYTES):
+        choice = PEERS[name](
+            Asked(
+                spec=subject.spec,
+                work=subject.work,
+                budget=replace(case.budget, vram_bytes=vram),
+                accelerator=subject.accelerator,
+                footprint=subject.footprint,
+            )
+        )
+        yield from () if choice is None else (choice,)
+        if name not in TOLD:
+            return
 
 
-def _peer(case: Case, name: str) -> dict[str, Any]:
+def _peer(case: Case, name: str, ours: Sequence[float] | None) -> dict[str, Any]:
     """The price of a tool's choice: decoded plainly, or in tiles by a user who knows, where only that fits."""
-    choice, subject = peer_choice(case, name), case.subject
-    if choice is None:
-        return {"refuses": True}
-    demands = {decode: subject.price(choice.priced, decode) for decode in (subject.plain, subject.tiled)}
-    items = [Candidate(placement=choice.priced, decode=decode, demand=demand) for decode, demand in demands.items()]
-    shorts = [item.short_bytes(case.budget) for item in items]
-    if all(shorts):
-        return {"short_gib": _rounded(min(shorts) / GIB)}
-    item = items[shorts.index(0)]
-    vram = _rounded(item.demand.vram_reserved_bytes / GIB)
-    return {"seconds": _rounded(item.demand.seconds_per_call), "vram_gib": vram, "tiled": bool(shorts[0])}
+    subject, short = case.subject, inf
+    for choice in peer_choices(case, name):
+        for decode in dict.fromkeys((subject.plain, subject.tiled)):
+            item = Candidate(placement=choice.priced, decode=decode, demand=subject.price(choice.priced, decode))
+            if not item.short_bytes(case.budget):
+                return {
+                    "seconds": _rounded(item.demand.seconds_per_call),
+                    "step": _rounded(item.demand.seconds_per_step),
+                    "vram_gib": _rounded(item.demand.vram_reserved_bytes / GIB),
+                    "tiled": decode != subject.plain,
+                    "surely_faster": ours is not None and is_faster(times_of(item, subject.price), ours),
+                }
+            short = min(short, item.short_bytes(case.budget))
+    return {"refuses": True} if short == inf else {"short_gib": _rounded(short / GIB)}
 
 
 def _idle(case: Case, chosen: Candidate) -> dict[str, Any]:
-    """VRAM left idle while anything is offloaded, and the share of the call's time that room for all of it would save:
-    more than any use of what is idle could."""
-    offloaded = [name for name, setting in chosen.placement.items() if not isinstance(setting, Resident)]
-    idle = case.vram_gib - chosen.demand.vram_reserved_bytes / GIB if offloaded else 0.0
-    beyond = idle > max(IDLE_GIB, IDLE_SHARE * case.vram_gib)
+    """VRAM left idle while denoising, the smallest block that is streamed, if any is, and the share of the call's time
+    that room for everything would save: more than any use of what is idle could."""
+    denoising = next(phase.reserved_bytes for phase in chosen.demand.phases if phase.name == "denoise")
+    blocks = {name: smallest_streamed(case.subject.spec.component(name), each) for name, each in streams(chosen)}
     seconds = case.subject.price(dict.fromkeys(chosen.placement, Resident()), chosen.decode).seconds_per_call
-    worth = 1 - seconds / chosen.demand.seconds_per_call
-    return {"idle_gib": _rounded(idle), "idle_beyond": beyond, "idle_worth": _rounded(worth)}
+    return {
+        "idle_gib": _rounded(case.vram_gib - denoising / GIB),
+        "blocks_gib": {name: _rounded(size / GIB) for name, size in blocks.items() if size},
+        "in_loop": any(blocks.get(use.component) for use in case.subject.spec.uses if use.in_loop),
+        "idle_worth": _rounded(1 - seconds / chosen.demand.seconds_per_call),
+    }
+
+
+def streams(candidate: Candidate) -> Iterator[tuple[str, WeightStreaming]]:
+    """The components under weight streaming."""
+    placed = candidate.placement.items()
+    yield from ((name, setting) for name, setting in placed if isinstance(setting, WeightStreaming))
+
+
+def smallest_streamed(component: Component, setting: WeightStreaming) -> int:
+    sizes = streaming_sizes(component)
+    return min((sizes[place] for place in setting.division(component).streamed), default=0)
+
+
+def _locked(case: Case, chosen: Candidate) -> dict[str, Any]:
+    """Page-locked bytes under weight streaming, and those of weights that are copied from them."""
+    holds = [each.hold(case.subject.spec.component(name), case.subject.spec) for name, each in streams(chosen)]
+    used = sum(hold.moved_in_bytes + hold.entry_bytes for hold in holds)
+    return {
+        "locked_gib": _rounded(sum(hold.pinned_bytes for hold in holds) / GIB),
+        "locked_used_gib": _rounded(used / GIB),
+    }
 
 
 def told(candidate: Candidate) -> dict[str, Any]:
@@ -326,6 +422,7 @@ def told(candidate: Candidate) -> dict[str, Any]:
         "placement": {name: format_setting(setting) for name, setting in candidate.placement.items()},
         "decode": [format_setting(setting) for setting in candidate.decode],
         "seconds": _rounded(demand.seconds_per_call),
+        "step": _rounded(demand.seconds_per_step),
         "vram_gib": _rounded(demand.vram_reserved_bytes / GIB),
         "ram_gib": _rounded(demand.ram_bytes / GIB),
         "quality": candidate.decision.quality,
@@ -334,11 +431,6 @@ def told(candidate: Candidate) -> dict[str, Any]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def _digits(value: float) -> float:
-    """To three digits: what differs by less is equally fast."""
-    return float(f"{value:.3g}")
 
 
 # ---- on the simulated device
@@ -378,17 +470,15 @@ def simulated(case: Case) -> dict[str, Any]:
 
 def _peer_runs(case: Case, name: str, capacity: int) -> str:
     """`plain` or `tiled` where the choice runs so, else what stopped it."""
-    choice = peer_choice(case, name)
-    if choice is None:
-        return "refuses"
-    stopped = "does not run"
-    for how, decode in (("plain", case.subject.plain), ("tiled", case.subject.tiled)):
-        try:
-            stopped = _stopped(case.subject, choice.runs_as, decode, capacity)
-        except (SimulationError, VramplanError, ValueError) as error:
-            return f"cannot be simulated: {' '.join(str(error).split())[:120]}"
-        if not stopped:
-            return how
+    stopped = "refuses"
+    for choice in peer_choices(case, name):
+        for how, decode in (("plain", case.subject.plain), ("tiled", case.subject.tiled)):
+            try:
+                stopped = _stopped(case.subject, choice.runs_as, decode, capacity)
+            except (SimulationError, VramplanError, ValueError) as error:
+                return f"cannot be simulated: {' '.join(str(error).split())[:120]}"
+            if not stopped:
+                return how
     return stopped
 
 
@@ -402,186 +492,40 @@ def _stopped(subject: Subject, placement: Mapping[str, Placement], decode: Decod
     return "out of memory" if run(subject, placement, decode, capacity).stopped else ""
 
 
-# ---- the summary
-
-
-Cases = Sequence[Mapping[str, Any]]
-
-
-def ratios(cases: Cases, of: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
-    """By how much what `of` gives is slower than the choice, where both are."""
-    pairs = ((of(case), case["chosen"]) for case in cases)
-    return [seconds / chosen["seconds"] for seconds, chosen in pairs if seconds and chosen]
-
-
-def mean_and_worst(values: Sequence[float]) -> list[str]:
-    """Geometric mean, the least and the largest."""
-    if not values:
-        return ["-", "-", "-"]
-    return [f"{math.exp(statistics.fmean(map(math.log, values))):.2f}", f"{min(values):.2f}", f"{max(values):.2f}"]
-
-
-def by_pipeline(cases: Cases) -> list[str]:
-    lines = [
-        "| pipeline | cases | something fits | failures | fastest stock / chosen: mean | least | largest |"
-        " only ours fits | idle beyond the target | seconds a decision, median, largest |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for name in (*dict.fromkeys(case["pipeline"] for case in cases), "all"):
-        own = [case for case in cases if name in ("all", case["pipeline"])]
-        fits = [case for case in own if case["chosen"]]
-        took = [case["planning_seconds"] for case in own]
-        cells = [name, len(own), len(fits), sum(bool(case["failures"]) for case in own)]
-        cells += mean_and_worst(ratios(own, _stock_seconds))
-        cells += [sum(not case["stock"] for case in fits), sum(case["idle_beyond"] for case in fits)]
-        cells += [f"{statistics.median(took):.3f}, {max(took):.3f}"]
-        lines.append(_line(cells))
-    return lines
-
-
-def _stock_seconds(case: Mapping[str, Any]) -> float | None:
-    return case["stock"]["seconds"] if case["stock"] else None
-
-
-def by_peer(cases: Cases) -> list[str]:
-    lines = [
-        "| rule | fits plainly | only with tiles set by hand | out of memory or refuses, where ours fits |"
-        " its seconds / chosen: mean | least | largest |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    fits = [case for case in cases if case["chosen"]]
-    for name in PEERS:
-        found = [case["peers"][name] for case in fits]
-        able = [item for item in found if "seconds" in item]
-        tiled = sum(item["tiled"] for item in able)
-        cells = [name, len(able) - tiled, tiled, len(found) - len(able)]
-        lines.append(_line([*cells, *mean_and_worst(ratios(fits, _seconds_of(name)))]))
-    return lines
-
-
-def _seconds_of(peer: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda case: case["peers"][peer].get("seconds")
-
-
-def by_stock_call(cases: Cases) -> list[str]:
-    """How often each stock call runs out of memory where the choice fits."""
-    fits = [case for case in cases if case["chosen"]]
-    short: dict[str, int] = {}
-    fastest: dict[str, int] = {}
-    for case in fits:
-        for call in case["stock_short"]:
-            short[call] = short.get(call, 0) + 1
-        if case["stock"]:
-            fastest[case["stock"]["call"]] = fastest.get(case["stock"]["call"], 0) + 1
-    lines = ["| stock call | out of memory where ours fits | the fastest that fits |", "|---|--:|--:|"]
-    return lines + [_line([call, short.get(call, 0), fastest.get(call, 0)]) for call in sorted({*short, *fastest})]
-
-
-def by_run(cases: Cases) -> list[str]:
-    """What ran on the simulated device."""
-    ran = [case for case in cases if "simulated" in case]
-    ours = [case for case in ran if case["simulated"]["chosen"]]
-    tries = [case["simulated"]["tries"] for case in ours]
-    stock = [case["simulated"]["stock_runs"] for case in ran if case["stock"]]
-    worse = [case["simulated"]["chosen"]["seconds"] / case["chosen"]["seconds"] for case in ours if case["chosen"]]
-    lines = [
-        f"{len(ran)} cases were run within their capacity ({', '.join(dict.fromkeys(c['pipeline'] for c in ran))}, "
-        f"{CONFIRMED_RAM_GIB} GiB of RAM). A plan was confirmed in {len(ours)}, after {statistics.fmean(tries):.1f} "
-        f"simulations on average and {max(tries)} at most; it takes at most {max(worse):.2f} times as long as the "
-        f"unconfirmed one. The fastest stock call ran in {stock.count(True)} of the {len(stock)} that had one.",
-        "",
-        "| rule | runs plainly | only with tiles set by hand | out of memory, where ours runs | not simulated |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for name in PEERS:
-        found = [case["simulated"]["peers"][name] for case in ours]
-        counted = [found.count(kind) for kind in ("plain", "tiled", "out of memory")]
-        lines.append(_line([name, *counted, len(found) - sum(counted)]))
-    return lines
-
-
-def listed(cases: Cases, wanted: Callable[[Mapping[str, Any]], str]) -> list[str]:
-    """One line for each remark, with the budgets it was made at."""
-    found: dict[str, list[str]] = {}
-    for case in cases:
-        remark = wanted(case)
-        if remark:
-            allow = "" if case["allow"] is None else f" {case['allow']}"
-            found.setdefault(remark, []).append(f"{case['vram_gib']}/{case['ram_gib']}{allow}")
-    return [f"* {remark}: {', '.join(places)}" for remark, places in found.items()]
-
-
-def _failure_remark(case: Mapping[str, Any]) -> str:
-    if not case["failures"]:
-        return ""
-    chosen = f"{case['chosen']['seconds']:g} s" if case["chosen"] else "nothing"
-    stock = f", {case['stock']['call']} {case['stock']['seconds']:g} s" if case["stock"] else ""
-    best = f"{case['best_seconds']:g} s" if case["best_seconds"] else "nothing"
-    return f"{case['pipeline']}: {'; '.join(case['failures'])} (chosen {chosen}, best candidate {best}{stock})"
-
-
-def _idle_remark(case: Mapping[str, Any]) -> str:
-    if not case.get("idle_beyond"):
-        return ""
-    placed = case["chosen"]["placement"]
-    away = ", ".join(f"{name} {setting}" for name, setting in placed.items() if setting != "resident")
-    return f"{case['pipeline']}: {case['idle_gib']:g} GiB idle, with {away}; worth at most {case['idle_worth']:.1%}"
-
-
-def _line(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def summary(cases: Cases, speeds: Mapping[str, float], left_out: Mapping[str, str]) -> str:
-    failed = listed(cases, _failure_remark)
-    idle = listed(cases, _idle_remark)
-    lines = [
-        f"{len(cases)} cases: {len(speeds)} pipelines at their default workload on the rates of an {CARD}, with "
-        f"{', '.join(map(str, VRAM_GIB))} GiB of VRAM and {', '.join(map(str, RAM_GIB))} GiB of RAM, lossless with the "
-        "last resort, and near lossless allowed. All times are the planner's own prices: they rank choices, none was "
-        f"measured. {sum(bool(case['failures']) for case in cases)} failures.",
-        "",
-        *by_pipeline(cases),
-        "",
-        f"Candidates priced in a second: {min(speeds.values()):.0f} to {max(speeds.values()):.0f} (target 1000).",
-        "",
-        "## Other tools' rules",
-        "",
-        "As `regret_peers.py` has them, without quantising. A rule decodes plainly, in tiles only where nothing else "
-        "fits: a user sets that by hand, no rule does. A ratio below 1 is a choice that is faster by the price: with "
-        "components that come back from pinned memory or leave by need, which no diffusers pipeline does by itself.",
-        "",
-        *by_peer(cases),
-        "",
-        *(["## On the simulated device", "", *by_run(cases), ""] if any("simulated" in case for case in cases) else []),
-        "## Stock calls",
-        "",
-        *by_stock_call(cases),
-        "",
-        "## Failures",
-        "",
-        *(failed or ["None."]),
-        "",
-        f"## VRAM idle beyond max({IDLE_GIB} GiB, {IDLE_SHARE:.0%}) while something is offloaded",
-        "",
-        *(idle or ["None."]),
-    ]
-    lines += ["", "## Left out", "", *(f"* {name}: {why}" for name, why in left_out.items())] if left_out else []
-    return "\n".join(lines) + "\n"
-
-
 # ---- all of it
 
 
-def cases_of(subject: Subject, *, confirm: bool) -> Iterator[dict[str, Any]]:
-    for vram in VRAM_GIB:
-        for ram in RAM_GIB:
+def cases_of(subject: Subject) -> Iterator[dict[str, Any]]:
+    for ram in RAM_GIB:
+        for vram in VRAM_GIB:
             for allow in ALLOWED:
-                case = Case(subject=subject, vram_gib=vram, ram_gib=ram, allow=allow)
-                found = judged(case)
-                if confirm and ram == CONFIRMED_RAM_GIB and allow is None:
-                    found["simulated"] = simulated(case)
-                yield found
+                yield judged(Case(subject=subject, vram_gib=vram, ram_gib=ram, allow=allow))
+        subject.streamed.clear()
+
+
+def part_of(name: str) -> dict[str, Any]:
+    """All cases of one pipeline, or why there are none."""
+    try:
+        subject = subject_of(name, device_accelerator(load_device_profile(CARD)))
+    except (SimulationError, VramplanError) as error:
+        return {"name": name, "left_out": " ".join(str(error).split())}
+    return {"name": name, "cases": list(cases_of(subject)), "speed": subject.speed[0] / subject.speed[1]}
+
+
+def simulated_part(name: str) -> list[tuple[int, dict[str, Any]]]:
+    """What ran within each capacity of those that are confirmed."""
+    subject = subject_of(name, device_accelerator(load_device_profile(CARD)))
+    cases = [Case(subject=subject, vram_gib=vram, ram_gib=CONFIRMED_RAM_GIB, allow=None) for vram in CONFIRMED_VRAM_GIB]
+    return [(vram, simulated(case)) for vram, case in zip(CONFIRMED_VRAM_GIB, cases, strict=True)]
+
+
+def merge(cases: Cases, name: str, found: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    """Put what was simulated to the cases of the pipeline."""
+    by_vram = dict(found)
+    for case in cases:
+        same = (case["pipeline"], case["ram_gib"], case["allow"]) == (name, CONFIRMED_RAM_GIB, None)
+        if same and case["vram_gib"] in by_vram:
+            case["simulated"] = by_vram[case["vram_gib"]]
 
 
 def written(cases: Cases) -> str:
@@ -589,31 +533,54 @@ def written(cases: Cases) -> str:
     return "[\n" + ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases) + "\n]\n"
 
 
+def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
+    """What was made before, else made now and kept in the folder, if there is one."""
+    path = folder / f"{name}.json" if folder else None
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    click.echo(name, err=True)
+    found = make()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
 @click.command()
 @click.argument("pipelines", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every bundled pipeline.")
 @click.option("--confirm", multiple=True, help="Run the choices for this pipeline on the simulated device too.")
+@click.option("--named", is_flag=True, help="Tell well-known requests before and after weight streaming too.")
+@click.option("--parts", type=click.Path(file_okay=False, path_type=Path), help="Keep what is done here, and go on.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
-def main(pipelines: tuple[str, ...], everything: bool, confirm: tuple[str, ...], output: Path | None) -> None:
-    accelerator = device_accelerator(load_device_profile(CARD))
-    cases: list[dict[str, Any]] = []
-    speeds: dict[str, float] = {}
-    left_out: dict[str, str] = {}
-    for name in pipelines or (pipeline_names() if everything else PIPELINES):
-        click.echo(name, err=True)
-        try:
-            subject = subject_of(name, accelerator)
-        except (SimulationError, VramplanError) as error:
-            left_out[name] = " ".join(str(error).split())
-            continue
-        speeds[name] = subject.priced_per_second
-        cases += cases_of(subject, confirm=name in confirm)
-    text = summary(cases, speeds, left_out)
+def main(
+    pipelines: tuple[str, ...],
+    everything: bool,
+    confirm: tuple[str, ...],
+    named: bool,
+    parts: Path | None,
+    output: Path | None,
+) -> None:
+    names = pipelines or (pipeline_names() if everything else PIPELINES)
+    found = [kept(parts, name, partial(part_of, name)) for name in names]
+    table = kept(parts, "named", _named) if named else []
+    cases = [case for part in found for case in part.get("cases", ())]
+    for name in confirm:
+        merge(cases, name, kept(parts, f"{name}-simulated", partial(simulated_part, name)))
+    speeds = {part["name"]: part["speed"] for part in found if "speed" in part}
+    left_out = {part["name"]: part["left_out"] for part in found if "left_out" in part}
+    text = summary(cases, speeds, left_out, table, GRID)
     click.echo(text)
     if output:
         output.write_text(written(cases), encoding="utf-8")
         output.with_suffix(".md").write_text(text, encoding="utf-8")
     sys.exit(any(case["failures"] for case in cases))
+
+
+def _named() -> list[str]:
+    from regret_named import named_table
+
+    return named_table()
 
 
 if __name__ == "__main__":

@@ -6,39 +6,29 @@
   room, then the smallest sufficient combination leaves; 3 GB are kept free for everything else.
 * diffusers-mm 0.4 (`managed(pipe)`, strategy auto): a ladder of resident, pinned blocks, model offload and leaves, with
   a working set of 8 GiB where no workload was recorded, as by default.
+* AirCanvas 0.1 and diffusers-dynamic-offloader 0.1: `regret_streamers.py`.
 
-None of the three chooses how the VAE decodes. What a rule places is priced with this project's own prices, so that only
-the choices are compared. What it has on the device, and when, can also be put on a pipeline (`OneAtATime`), to be run
-on a simulated device.
+What a rule places is priced with this project's own prices, so that only the choices are compared: no tool copies
+faster than large page-locked blocks are copied, whatever it copies. None but AirCanvas chooses how the VAE decodes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from vramplan.strategies.partial_residency import PartialResidency
+from regret_asked import Asked, Choice, Held, Rule, mixed_rate
+from regret_streamers import aircanvas, dynamic_offloader
 
-from vramplan.hardware.types import Accelerator, Budget
-from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.footprint import Footprint
-from vramplan.strategies import Placement
-from vramplan.strategies.base import Hold, Quality
+from vramplan.pipeline.types import Component
+from vramplan.strategies.base import Hold
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.model_cpu_offload import ModelCpuOffload
 from vramplan.strategies.resident import Resident
+from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.units import GIB, MIB
 
-if TYPE_CHECKING:
-    import torch
-
 # mmgp: the part of all VRAM that weights may take, and of all RAM that may be pinned.
-_PAGEABLE_RATE = 0.5  # copies from pageable memory, of the pinned rate
 _MMGP_VRAM_SHARE, _MMGP_PINNED_SHARE = 0.8, 0.5
 _MMGP_BUDGETS_MIB: Mapping[int, Mapping[str, int]] = {
     1: {},
@@ -51,141 +41,6 @@ _COMPONENTS_MANAGER_MARGIN = 3 * 10**9
 # diffusers-mm: what it takes activations for where nobody told a workload, times its safety factor, and its headroom.
 _MM_WORKING_SET = int((4.0 * 1.5 + 2.0) * GIB)
 _MM_MODEL_OFFLOAD_FACTOR, _MM_LEAST_BLOCKS, _MM_RAM_HEADROOM = 1.5, 8, 16 * GIB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """A placement known by its hold alone: it can be priced, not applied."""
-
-    held: Hold
-    name = "peer"
-    direct = False
-    quality: Quality = "lossless"
-
-    def hold(self, component: Component, spec: PipelineSpec) -> Hold:
-        return self.held
-
-
-@cache
-def _code() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OneAtATime:
-    """A whole pipeline as a tool has it: what leaves the device when another component runs, and what is streamed.
-
-    `swapped` components bring all they hold resident when they run and take it away when another one does, `streamed`
-    ones have so many blocks streamed (`PartialResidency`), `leaves` come leaf by leaf; all else stays.
-    """
-
-    name = "one_at_a_time"
-    axis = "placement"
-
-    # All components: settings are put on one after another, this one once, with the first of them.
-    everything: tuple[str, ...] = ()
-    swapped: tuple[str, ...] = ()
-    streamed: tuple[tuple[str, int], ...] = ()
-    leaves: tuple[str, ...] = ()
-    # Part of its text, so that a simulation of another version of this file is not taken from the cache.
-    code: str = field(default_factory=_code)
-
-    def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Through the same hooks of accelerate and diffusers that the tools use."""
-        from accelerate.hooks import add_hook_to_module
-
-        for name, count in self.streamed:
-            PartialResidency(streamed=count).apply(pipe, [name], device)
-        for name in self.leaves:
-            of_a_vae = hasattr(pipe.components[name], "decode")  # streams do nothing there
-            GroupOffload(type="leaf", stream=not of_a_vae).apply(pipe, [name], device)
-        streamed = dict(self.streamed)
-        held: dict[str, list[torch.Tensor]] = {}
-        for name in self.everything:
-            module = pipe.components[name]
-            if name in self.swapped:
-                own = [*module.parameters(), *module.buffers()]
-                held[name] = [tensor for tensor in own if name not in streamed or tensor.device.type != "cpu"]
-            elif name not in streamed and name not in self.leaves:
-                module.to(device)
-        for tensors in held.values():
-            _move(tensors, "cpu")
-        for name in self.everything:
-            add_hook_to_module(pipe.components[name], _swap_hook(name, held, device))
-
-
-def _swap_hook(name: str, held: Mapping[str, Sequence[torch.Tensor]], device: str) -> Any:
-    """A hook that makes room for a component and brings it."""
-    import torch
-    from accelerate.hooks import ModelHook
-
-    class Hook(ModelHook):  # type: ignore[misc]
-        execution_device = torch.device(device)
-
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            for other, tensors in held.items():
-                if other != name:
-                    _move(tensors, "cpu")
-            torch.cuda.empty_cache()
-            _move(held.get(name, ()), device)
-            return args, kwargs
-
-    return Hook()
-
-
-def _move(tensors: Sequence[torch.Tensor], device: str) -> None:
-    for tensor in tensors:
-        tensor.data = tensor.data.to(device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What a rule places: to be priced, and to be put on a pipeline."""
-
-    priced: Mapping[str, Any]
-    runs_as: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What a rule may look at; `footprint` stands for the free memory that a tool reads while a call runs."""
-
-    spec: PipelineSpec
-    budget: Budget
-    accelerator: Accelerator
-    footprint: Footprint
-
-    @property
-    def vram(self) -> int:
-        return self.budget.vram_bytes or 0
-
-    def streamed(self, limits: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-        """For each component the number of streamed blocks that keeps it within so many bytes, where it can be."""
-        found = []
-        for name, limit in limits.items():
-            component = self.spec.component(name)
-            pinned = (setting for setting in PartialResidency.variants(component) if not setting.disk)
-            settings = [setting for setting in pinned if self._within(setting, component, limit)]
-            found += [(name, settings[-1].streamed)] if settings else []
-        return tuple(found)
-
-    def _within(self, setting: PartialResidency, component: Component, limit: int) -> bool:
-        able = setting.refusal(component, self.spec, self.accelerator) is None
-        return able and setting.hold(component, self.spec).running_bytes <= limit
-
-    def everywhere(self, setting: Placement) -> Choice | None:
-        """One setting for the whole pipeline; None where a component cannot take it."""
-        if any(setting.refusal(component, self.spec, self.accelerator) for component in self.spec.components):
-            return None
-        placed = {component.name: setting for component in self.spec.components}
-        return Choice(priced=placed, runs_as=placed)
-
-    def run_as(self, setting: OneAtATime) -> Mapping[str, Any]:
-        names = tuple(component.name for component in self.spec.components)
-        return {names[0]: replace(setting, everything=names)}
-
-
-Rule = Callable[[Asked], Choice | None]
 
 
 # ---- mmgp
@@ -201,13 +56,9 @@ def mmgp(number: int) -> Rule:
         share = min(1.0, _MMGP_PINNED_SHARE * asked.budget.ram_bytes / max(1, to_pin))
         limits = {c.name: _mmgp_limit(c, number, asked.vram) for c in components}
         holds = {c.name: _mmgp_hold(c, limits[c.name], share if c in pinned else 0.0) for c in components}
-        cut = {name: holds[name].running_bytes for name, limit in limits.items() if limit}
-        streamed = asked.streamed(cut)
-        leaves = tuple(name for name in cut if name not in dict(streamed))
-        swapped = tuple(name for name in limits if name not in leaves)
         return Choice(
             priced={name: Held(held=hold) for name, hold in holds.items()},
-            runs_as=asked.run_as(OneAtATime(swapped=swapped, streamed=streamed, leaves=leaves)),
+            runs_as={c.name: asked.within(c, holds[c.name].running_bytes) for c in components},
         )
 
     return rule
@@ -226,10 +77,11 @@ def _mmgp_hold(component: Component, limit: int, pinned_share: float) -> Hold:
     """Whole on demand, or a base, evenly spread blocks that stay, and two blocks in flight. Nothing is copied back."""
     size = component.weight_bytes
     pinned = int(size * pinned_share)
-    rate = 1 / (pinned_share + (1 - pinned_share) / _PAGEABLE_RATE)
+    rate = mixed_rate(pinned_share)
     if not limit:
         # not `pageable`: mmgp only drops a component that leaves, and nothing is copied back
-        return Hold(running_bytes=size, lingers=True, pinned_bytes=pinned, host_bytes=size - pinned, rate=rate)
+        host = size - pinned
+        return Hold(running_bytes=size, lingers=True, pinned_bytes=pinned, host_bytes=host, rate=rate, flat=True)
     lists = component.geometry.block_lists or ((component.geometry.largest_leaf_bytes,),)
     largest = max(map(max, lists))
     base = component.geometry.rest_bytes if component.geometry.block_lists else 0
@@ -263,7 +115,7 @@ def components_manager(asked: Asked) -> Choice:
     components = asked.spec.components
     return Choice(
         priced={c.name: _on_demand(c) if c.name in swapped else Resident() for c in components},
-        runs_as=asked.run_as(OneAtATime(swapped=tuple(c.name for c in components if c.name in swapped))),
+        runs_as={c.name: WeightStreaming() if c.name in swapped else Resident() for c in components},
     )
 
 
@@ -306,7 +158,7 @@ def diffusers_mm(asked: Asked) -> Choice | None:
     """Its ladder, first match wins."""
     spec, vram = asked.spec, asked.vram
     sizes = [component.weight_bytes for component in spec.components]
-    denoisers = [component for component in spec.components if component.role in ("denoiser", "control")]
+    denoisers = asked.denoisers
     if sum(sizes) + _MM_WORKING_SET <= vram:
         return asked.everywhere(Resident())
     blocks = max((len(_mm_blocks(component)) for component in denoisers), default=0)
@@ -332,24 +184,22 @@ def _mm_leaf(asked: Asked) -> GroupOffload:
 
 
 def _mm_leaves(asked: Asked) -> Choice:
-    names = tuple(component.name for component in asked.spec.components)
     return Choice(
-        priced=dict.fromkeys(names, _mm_leaf(asked)),
-        runs_as=asked.run_as(OneAtATime(leaves=names)),
+        priced=dict.fromkeys((c.name for c in asked.spec.components), _mm_leaf(asked)),
+        runs_as={c.name: asked.leaves(c) for c in asked.spec.components},
     )
 
 
 def _mm_pinned(asked: Asked) -> Choice:
     """The first blocks of the denoiser stay, the rest of it is streamed by leaves, as is everything else."""
-    components = asked.spec.components
-    holds = {c.name: _mm_pin(asked, c) for c in components if c.role in ("denoiser", "control")}
-    streamed = asked.streamed({name: hold.running_bytes for name, hold in holds.items() if hold.moved_in_bytes})
-    leaves = tuple(c.name for c in components if c.name not in holds)
-    swapped = tuple(name for name, hold in holds.items() if hold.lingers)
-    return Choice(
-        priced={**dict.fromkeys(leaves, _mm_leaf(asked)), **{name: Held(held=hold) for name, hold in holds.items()}},
-        runs_as=asked.run_as(OneAtATime(swapped=swapped, streamed=streamed, leaves=leaves)),
-    )
+    holds = {c.name: _mm_pin(asked, c) for c in asked.denoisers}
+    others = [c for c in asked.spec.components if c.name not in holds]
+    runs_as = {c.name: asked.leaves(c) for c in others}
+    for component in asked.denoisers:
+        hold = holds[component.name]
+        runs_as[component.name] = asked.within(component, hold.running_bytes, stays=not hold.lingers)
+    leaves = dict.fromkeys((c.name for c in others), _mm_leaf(asked))
+    return Choice(priced={**leaves, **{name: Held(held=hold) for name, hold in holds.items()}}, runs_as=runs_as)
 
 
 def _mm_pin(asked: Asked, component: Component) -> Hold:
@@ -383,4 +233,9 @@ PEERS: Mapping[str, Rule] = {
     **{f"mmgp profile {number}": mmgp(number) for number in _MMGP_BUDGETS_MIB},
     "ComponentsManager": components_manager,
     "diffusers-mm auto": diffusers_mm,
+    "AirCanvas": aircanvas,
+    "diffusers-dynamic-offloader auto": dynamic_offloader(profiled=False),
+    "diffusers-dynamic-offloader, profiled": dynamic_offloader(profiled=True),
 }
+# Rules that take an amount of VRAM from their user: it is lowered until the choice fits.
+TOLD = ("AirCanvas",)
