@@ -37,24 +37,24 @@ class TestAnotherProcessTakesTwoGibibytes:
             assert vramplan.apply_plan(pipe, plan) == "applied"
 
     def test_where_it_does_not_the_pipeline_stays_as_it_was(self, monkeypatch, small_pipeline) -> None:
-        full = replace(CARD, free_bytes=TAKEN + 1030 * MIB)
+        full = replace(CARD, free_bytes=TAKEN + 1400 * MIB)
         machine(monkeypatch, full)
         pipe = small_pipeline("sd15-small")
         plan = planned(pipe, settings={"placement": "resident"}, batch=8)
-        machine(monkeypatch, replace(full, free_bytes=1030 * MIB))
+        machine(monkeypatch, replace(full, free_bytes=1400 * MIB))
         monkeypatch.setattr(vramplan.api.apply, "check_device", lambda *_: None)
         with pytest.raises(MismatchError, match=r"the plan no longer fits: it needs .* make it again"):
             vramplan.apply_plan(pipe, plan)
         assert applied_to(pipe) is None
 
     def test_the_command_ends_with_4_and_replans_on_request(self, monkeypatch, folder, tmp_path) -> None:  # noqa: F811
-        full = replace(CARD, free_bytes=TAKEN + 1030 * MIB)
+        full = replace(CARD, free_bytes=TAKEN + 1400 * MIB)
         machine(monkeypatch, full)
         plan = planned(folder, batch=8)
         fast = planned(folder, settings={"placement": "resident"}, batch=8)
         path = tmp_path / "plan.yaml"
         path.write_text(dump_plan(replace(plan, settings=fast.settings, projected=fast.projected)))
-        machine(monkeypatch, replace(full, free_bytes=1030 * MIB))
+        machine(monkeypatch, replace(full, free_bytes=1400 * MIB))
         for command in ("apply", "check"):
             done = CliRunner().invoke(main, [command, str(path)])
             assert done.exit_code == 4, done.output

@@ -130,7 +130,7 @@ class TestLoading:
         first = loaded(plan, small_folder("sd15-small")).applied
         told, moved = {"unet": "cuda:1", "vae": "cpu", "text_encoder": "cuda:0"}, {}
         monkeypatch.setattr(
-            "vramplan.runtime.snapshot._move", lambda tensor, device: moved.setdefault(id(tensor), device)
+            "vramplan.streaming.tensors.move", lambda tensor, device: moved.setdefault(id(tensor), device)
         )
         options = {"placed": first._placed, "decodes": [], "remaining": [], "devices": told}
         pipe = finish_applying(first.pipe, plan, "cpu", **options).undo()

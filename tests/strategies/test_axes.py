@@ -55,7 +55,7 @@ def test_settings_of_a_plan_have_a_field_for_each_axis() -> None:
 
 def test_what_is_fixed_by_hand_has_a_place_for_each_axis() -> None:
     places = {field.name for field in fields(Fixed)}
-    assert places - {"everywhere", "executions"} == {row.name for row in ROWS if row.kind is not Execution}
+    assert places - {"everywhere", "executions", "stock"} == {row.name for row in ROWS if row.kind is not Execution}
 
 
 @pytest.mark.parametrize("cls", REGISTRY)

@@ -16,6 +16,8 @@ from vramplan.pipeline.types import Component, Role
 if TYPE_CHECKING:
     import torch
 
+# The attribute of a module whose weights vramplan streams.
+STREAMED = "_vramplan_stream"
 _VAE_MARKS = ("Autoencoder", "VAE", "VQ", "MoVQ", "Vae")
 _CONTROL_MARKS = ("ControlNet", "T2IAdapter", "MultiAdapter")
 _DENOISER_MARKS = ("Transformer", "UNet", "DiT", "Prior", "Denoiser")
@@ -91,12 +93,13 @@ def device_of(module: torch.nn.Module) -> str | None:
 
 
 def hooks_of(module: torch.nn.Module) -> tuple[str, ...]:
-    """The offloading and casting hooks that a live module already has, by diffusers' names."""
+    """The offloading and casting hooks a live module already has, by diffusers' names, and streaming by vramplan."""
     found = {_accelerate_hook(child) for child in module.modules() if hasattr(child, "_hf_hook")}
     for child in module.modules():
         registry = getattr(child, "_diffusers_hook", None)
         if registry is not None:
             found |= {hook for hook in ("group_offloading", "layerwise_casting") if registry.get_hook(hook)}
+    found |= {"weight_streaming"} if STREAMED in vars(module) else set()
     return tuple(sorted(found))
 
 

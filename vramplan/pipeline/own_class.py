@@ -30,8 +30,17 @@ def give_class(thing: Any, names: Mapping[str, Any]) -> None:
         return (new_of, (plain,), *rest)
 
     own = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    made = type(plain.__name__, (plain,), {**own, "__reduce_ex__": reduce, _PLAIN: plain, _NAMES: given, **given})
-    thing.__class__ = made
+    names = {**own, "__reduce_ex__": reduce, _PLAIN: plain, _NAMES: given, **given}
+    thing.__class__ = _equal_to(plain)(plain.__name__, (plain,), names)
+
+
+def _equal_to(plain: type) -> type:
+    """A metaclass whose classes equal this one: libraries look types up in tuples (diffusers 0.42, `from_pipe`)."""
+
+    def equal(cls: type, other: object) -> bool:
+        return other is cls or other is plain
+
+    return type("Own", (type(plain),), {"__eq__": equal, "__hash__": lambda cls: hash(plain)})
 
 
 def take_class(thing: Any) -> None:

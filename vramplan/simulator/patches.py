@@ -25,7 +25,7 @@ from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.shapes import normalize_device
 from vramplan.simulator.streams import SimulatedBackend
 from vramplan.simulator.tensor import SimTensor
-from vramplan.streaming import backend as streaming
+from vramplan.streaming import backend
 
 
 class SimStream:
@@ -110,15 +110,15 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
     from diffusers.pipelines import pipeline_utils
     from torch.nn.attention import flex_attention as flex
 
-    backend = SimBackend(engine)
+    streams = SimBackend(engine)
 
     def empty_cache(*args: Any, **kwargs: Any) -> None:
         engine.ledger.allocator.empty_cache()
 
     with ExitStack() as stack:
         for module, name, stand_in in (
-            *_stream_stand_ins(backend),
-            (streaming, "backend_for", partial(SimulatedBackend, engine)),
+            *_stream_stand_ins(streams),
+            (backend, "backend_for", partial(SimulatedBackend, engine)),
             (pipeline_utils, "empty_device_cache", empty_cache),
             (accelerate.hooks, "clear_device_cache", empty_cache),
             (accelerate.utils.modeling, "clear_device_cache", empty_cache),
@@ -154,15 +154,15 @@ def _ftfy_stand_in(engine: Engine) -> Any:
     return SimpleNamespace(fix_text=fix_text)
 
 
-def _stream_stand_ins(backend: SimBackend) -> list[tuple[Any, str, Any]]:
+def _stream_stand_ins(streams: SimBackend) -> list[tuple[Any, str, Any]]:
     """The stand-ins for group offloading's streams: older versions use `torch` itself, those before 0.33 have none."""
     try:
         from diffusers.hooks import group_offloading
     except ImportError:
         return []
     if hasattr(group_offloading, "TorchDeviceBackend"):
-        return [(group_offloading, "TorchDeviceBackend", lambda device=None: backend)]
-    return [(group_offloading, "torch", _TorchWithStreams(backend))]
+        return [(group_offloading, "TorchDeviceBackend", lambda device=None: streams)]
+    return [(group_offloading, "torch", _TorchWithStreams(streams))]
 
 
 def _file_stand_ins(engine: Engine) -> list[tuple[Any, str, Any]]:

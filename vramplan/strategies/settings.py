@@ -35,9 +35,7 @@ def parse_setting(axis: Axis, text: str) -> Any:
     name, _, rest = text.partition(":")
     cls = known.get(name.strip())
     if cls is None and name.strip() in REPLACED:
-        raise UsageError(
-            f"{name.strip()!r} was replaced by {REPLACED[name.strip()]}: make a new plan, as `vramplan plan`"
-        )
+        raise UsageError(f"{name.strip()!r} was replaced by {REPLACED[name.strip()]}: make a new plan")
     if cls is None:
         near = get_close_matches(name.strip(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vramplan.errors import VramplanError
-from vramplan.pipeline.component import role_of
+from vramplan.pipeline.component import STREAMED, role_of
 from vramplan.pipeline.direct_access import called_by_place
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.pipeline.modules import modules_of, pipes_of
@@ -28,7 +28,7 @@ from vramplan.streaming.locking import page_lock
 from vramplan.streaming.tensors import Block, move
 
 # The attributes that streaming leaves on modules.
-ATTACHED, APPLY = "_vramplan_stream", "_apply"
+ATTACHED, APPLY = STREAMED, "_apply"
 
 
 def stream_weights(pipe: Any, device: str, **components: Mapping[str, int]) -> None:
