@@ -237,8 +237,9 @@ def summary(
         f"{len(cases)} cases: {len(speeds)} pipelines at their default workload on the rates of an {grid.card}, with "
         f"{', '.join(map(str, grid.vram_gib))} GiB of VRAM and {', '.join(map(str, grid.ram_gib))} GiB of RAM, "
         "lossless with the last resort, and near lossless allowed. All times are the planner's own prices: they rank "
-        f"choices, none was measured. {sum(bool(case['failures']) for case in cases)} failures. Until 27 November there were 10, 32 and 80 "
-        "GiB of VRAM and 128 GiB of RAM too: left out to save time, not for what they would show.",
+        f"choices, none was measured. {sum(bool(case['failures']) for case in cases)} failures. "
+        "Until 27 November there were 10, 32 and 80 GiB of VRAM and 128 GiB of RAM too: left out to save time, not for "
+        "what they would show.",
         "",
         *by_pipeline(cases),
         "",

@@ -128,7 +128,7 @@ class TestDetect:
         assert {"total_bytes", "available_bytes", "limit_bytes", "limit_source", "disk_free_bytes"} <= set(
             found["host"]
         )
-        assert set(found["budget"]) == {"vram_bytes", "ram_bytes", "disk_bytes", "deductions"}
+        assert set(found["budget"]) == {"vram_bytes", "ram_bytes", "disk_bytes", "deductions", "kinds"}
 
     def test_an_accelerator_has_the_keys_scripts_rely_on(self):
         (card,) = json.loads(ok("detect", "--json", "--device", "rtx-4070").stdout)["accelerators"]
@@ -164,6 +164,7 @@ class TestPlan:
         data = json.loads(ok("plan", sd15, *CARD, *SMALL, "--json").stdout)
         keys = {"vram_allocated_bytes", "vram_reserved_bytes", "ram_bytes", "pinned_bytes", "disk_bytes"}
         keys |= {"seconds_per_step", "seconds_per_call", "bottleneck", "basis"}
+        keys |= {"seconds_per_step_range", "seconds_per_call_range"}
         assert keys <= set(data["projected"])
         for candidate in data["candidates"]:
             assert set(candidate) == {"settings", "verdict", "reason", "projected"}
