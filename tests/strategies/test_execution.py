@@ -34,6 +34,7 @@ from vramplan.strategies.layerwise_casting import LayerwiseCasting
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.settings import format_setting, grouped, parse_setting
+from vramplan.strategies.weight_streaming import WeightStreaming
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=30 * GIB)
 CUDA = Hardware(accelerators=(card(8 * GIB),), host=HOST)
@@ -169,6 +170,12 @@ def test_the_order_is_weights_attention_hooks_residents_and_compiling() -> None:
     execution = {"transformer": (CompileRepeatedBlocks(), AttentionBackend())}
     order = [setting for setting, _ in grouped({"vae": Resident(), "transformer": hooks}, {"a": casting}, execution)]
     assert order == [casting, AttentionBackend(), hooks, Resident(), CompileRepeatedBlocks()]
+
+
+@pytest.mark.parametrize("placement", [WeightStreaming(streamed=3), SequentialCpuOffload()])
+def test_compiled_blocks_exclude_hooks_that_the_compiler_would_trace(placement: Any) -> None:
+    assert str(CompileRepeatedBlocks().conflict_with(placement)).startswith(placement.name)
+    assert CompileRepeatedBlocks().conflict_with(Resident()) is None
 
 
 # --- on a live pipeline and back -------------------------------------------------------------------------

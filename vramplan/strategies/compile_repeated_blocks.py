@@ -10,6 +10,7 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Axis, Placement, Quality
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
+from vramplan.strategies.weight_streaming import WeightStreaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +45,12 @@ class CompileRepeatedBlocks:
         return component.compile_refusal
 
     def conflict_with(self, placement: Placement) -> str | None:
-        """Refuse hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13)."""
+        """Refuse hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13); and streamed weights,
+        whose hooks the compiler would trace."""
         if isinstance(placement, SequentialCpuOffload):
             return f"{placement.name} cuts blocks at every leaf, so that nothing is left to compile together"
+        if isinstance(placement, WeightStreaming):
+            return f"{placement.name} changes the memory of blocks between their runs, which is untested when compiled"
         return None
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
