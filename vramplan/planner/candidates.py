@@ -102,6 +102,15 @@ def rows(
     return found, list(refused.values())
 
 
+def why_impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
+    """Give the reasons against the settings that the user fixed, or all reasons if none concerns those."""
+    given = [fixed.everywhere, *fixed.placement.values(), *(fixed.decode or ())]
+    texts = {format_setting(setting) for setting in given if setting is not None}
+    concerned = [item for item in refused if item.setting in texts] or refused
+    reasons = dict.fromkeys(f"{item.setting}: {item.reason}" for item in concerned)
+    return "; ".join(reasons) or "no combination of these settings is possible"
+
+
 def _placement_groups(
     spec: PipelineSpec,
     fixed: Fixed,

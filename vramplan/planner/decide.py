@@ -10,7 +10,7 @@ from vramplan.errors import NothingFitsError, UsageError
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.budget import Budgets
-from vramplan.planner.candidates import CandidateRow, Refused, rows
+from vramplan.planner.candidates import CandidateRow, Refused, rows, why_impossible
 from vramplan.planner.decision import Decision, Outcome, distinct, first_decision, rank
 from vramplan.planner.demand import Demand, Pricer, shortage
 from vramplan.planner.fixed import Fixed
@@ -21,7 +21,6 @@ from vramplan.planner.streaming import with_finer_numbers, with_more_kept
 from vramplan.planner.table import Table
 from vramplan.planner.unlock import unlocks
 from vramplan.strategies.base import QUALITIES, Decode, Execution, Placement, Quality, Weights
-from vramplan.strategies.settings import format_setting
 from vramplan.units import MIB, format_bytes, format_seconds
 from vramplan.workload import Workload
 
@@ -83,7 +82,7 @@ def decide(
         refused += [item for item in impossible if item not in refused]
         pricers.append((form, Pricer(form.spec, workload, form.footprint, accelerator)))
     if not found:
-        raise UsageError(_impossible(refused, fixed))
+        raise UsageError(why_impossible(refused, fixed))
     budgets = Budgets(stored=budget, quantized=quantized_budget or budget)
 
     def unlocking(item: Decision) -> list[str]:
@@ -173,15 +172,6 @@ class _Chooser:
             return Table(pool, pricer, decode).best(decode, budget, self.prefer)
 
         return with_finer_numbers(best, pricer.spec, self.fixed, budget.ram_bytes, solve)
-
-
-def _impossible(refused: Sequence[Refused], fixed: Fixed) -> str:
-    """Give the reasons against the settings that the user fixed, or all reasons if none concerns those."""
-    given = [fixed.everywhere, *fixed.placement.values(), *(fixed.decode or ())]
-    texts = {format_setting(setting) for setting in given if setting is not None}
-    concerned = [item for item in refused if item.setting in texts] or refused
-    reasons = dict.fromkeys(f"{item.setting}: {item.reason}" for item in concerned)
-    return "; ".join(reasons) or "no combination of these settings is possible"
 
 
 class _Search:

@@ -364,17 +364,6 @@ def unpinned(placed: Placed) -> Placed:
 DIFFUSERS_HOOK = ("_diffusers_hook", "forward")
 
 
-def remove_group_hooks(pipe: Any, names: Sequence[str]) -> None:
-    """Remove diffusers' group offloading hooks, for which it has no public call (0.42)."""
-    from diffusers.hooks import HookRegistry
-
-    hooks = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
-    for name in names:
-        registry = HookRegistry.check_if_exists_or_initialize(pipe.components[name])
-        for hook in hooks:
-            registry.remove_hook(hook, recurse=True)
-
-
 class WithoutOptions:
     """Base of a placement without open options, by default with one variant."""
 

@@ -12,7 +12,7 @@ from vramplan.hardware.rates import UNHIDDEN
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component, Geometry, PipelineSpec
 from vramplan.strategies import disk
-from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Hold, Quality, offload_refusal, remove_group_hooks
+from vramplan.strategies.base import DIFFUSERS_HOOK, Axis, Hold, Quality, offload_refusal
 from vramplan.units import GIB
 
 # Rate of page-locking on the fly: measured at 38.1 s against 9.75 s by block, 13.7 s against 9.48 s by leaf, for five
@@ -196,7 +196,7 @@ class GroupOffload:
         if self.disk:
             for name in names:
                 disk.bring_back(pipe.components[name])
-        remove_group_hooks(pipe, names)
+        _remove_hooks(pipe, names)
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """An import and one call for each component."""
@@ -236,3 +236,14 @@ def _largest_run(groups: Sequence[int], live: int) -> int:
         return max(first + second for first, second in pairwise(groups))
     windows = range(max(1, len(groups) - live + 1))
     return max((sum(groups[start : start + live]) for start in windows), default=0)
+
+
+def _remove_hooks(pipe: Any, names: Sequence[str]) -> None:
+    """Remove diffusers' group offloading hooks, for which it has no public call (0.42)."""
+    from diffusers.hooks import HookRegistry
+
+    hooks = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+    for name in names:
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.components[name])
+        for hook in hooks:
+            registry.remove_hook(hook, recurse=True)
