@@ -143,7 +143,7 @@ def explain_view(plan: Plan) -> RenderableType:
 
     lines: list[RenderableType] = [
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
-        *(hang(f"{name}: {text}", 2) for name, text in _stock_row(plan)),
+        *(hang(f"{name}: {text}", 2) for name, text in (*_blocks_row(plan), *_stock_row(plan))),
         "",
         Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>15} {'call':>15}  limited by", "bold"),
     ]
