@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vramplan.hardware.types import Accelerator
+from vramplan.pipeline.component import STREAMED
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal
 from vramplan.streaming.division import Division, divide, slot_bytes, worth_streaming
@@ -36,7 +37,7 @@ class WeightStreaming:
     whole_pipeline: ClassVar[bool] = False
     freed: ClassVar[bool] = False
     direct: ClassVar[bool] = False
-    leaves: ClassVar[tuple[str, ...]] = ("_vramplan_stream", "_apply")
+    leaves: ClassVar[tuple[str, ...]] = (STREAMED, "_apply")
 
     streamed: int = 0
     keep: int = 0

@@ -15,7 +15,7 @@ import torch
 from vramplan.errors import VramplanError
 from vramplan.pipeline.component import STREAMED, role_of
 from vramplan.pipeline.direct_access import called_by_place
-from vramplan.pipeline.geometry import module_bytes, units_of
+from vramplan.pipeline.geometry import module_bytes, tensors_of, units_of
 from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
@@ -298,7 +298,7 @@ def _split(
     module: torch.nn.Module, units: Iterable[torch.nn.Module]
 ) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
     """The tensors of each unit, and those outside of units. One that several share is outside."""
-    per_unit = [{id(tensor): tensor for tensor in _tensors(unit)} for unit in units]
+    per_unit = [{id(tensor): tensor for tensor in tensors_of(unit)} for unit in units]
     inside = {id(child) for unit in units for child in unit.modules()}
     owners: dict[int, int] = {}
     for found in per_unit:
@@ -314,11 +314,6 @@ def _split(
             }
     outside |= {key: tensor for found in per_unit for key, tensor in found.items() if owners[key] > 1}
     return [[t for key, t in found.items() if key not in outside] for found in per_unit], list(outside.values())
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _entries(module: torch.nn.Module, units: set[int]) -> Iterator[torch.nn.Module]:

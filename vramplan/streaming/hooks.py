@@ -11,7 +11,19 @@ import torch
 from vramplan.errors import VramplanError
 
 
-class Before:
+class _Hook:
+    """Base of hooks: copies of their module have one that does nothing."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return no_hook
+
+    def __reduce__(self) -> Any:
+        return make_no_hook, ()
+
+
+class Before(_Hook):
     """A hook before the forward of a module of the stream, which brings a block of it to the device."""
 
     __slots__ = ("block", "outermost", "stream")
@@ -25,14 +37,8 @@ class Before:
         """Bring the block to the device."""
         self.stream.before(self)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return no_hook
 
-    def __reduce__(self) -> Any:
-        return make_no_hook, ()
-
-
-class After:
+class After(_Hook):
     """A hook after the forward of a module of the stream, also after one that failed."""
 
     __slots__ = ("before",)
@@ -44,14 +50,8 @@ class After:
         """Note that the block does not run any more."""
         self.before.stream.after(self.before)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return no_hook
 
-    def __reduce__(self) -> Any:
-        return make_no_hook, ()
-
-
-class Other:
+class Other(_Hook):
     """A hook before the forward of a component outside of the cache."""
 
     __slots__ = ("cache",)
@@ -62,12 +62,6 @@ class Other:
     def __call__(self, module: torch.nn.Module, given: Any) -> None:
         """Take all blocks off the device."""
         self.cache.others_run()
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return no_hook
-
-    def __reduce__(self) -> Any:
-        return make_no_hook, ()
 
 
 def no_hook(*_: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from vramplan.pipeline.geometry import power_of_two
 from vramplan.streaming.backend import Backend
 from vramplan.streaming.tensors import SMALL_BYTES, Block, aligned
 from vramplan.units import format_bytes
@@ -140,4 +141,4 @@ def _fill(sizes: Sequence[int], capacity: int) -> set[int]:
 def _chunk_bytes(size: int, left: int) -> int:
     """The bytes of the next chunk: a power of two that holds the tensor, near what is left to place."""
     wanted = max(size, min(_CHUNK_BYTES, 1 << (left.bit_length() - 1)), _LEAST_CHUNK_BYTES)
-    return 1 << (wanted - 1).bit_length()
+    return power_of_two(wanted)
