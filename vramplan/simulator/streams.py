@@ -12,7 +12,7 @@ from vramplan.simulator.engine import Engine
 from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.shapes import CPU, normalize_device
 from vramplan.simulator.tensor import SimTensor, make_tensor
-from vramplan.streaming.backend import STAGE_BYTES, STAGES
+from vramplan.streaming.division import STAGE_BYTES, STAGES
 
 
 class SimulatedBackend:

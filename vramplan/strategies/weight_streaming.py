@@ -10,14 +10,18 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.component import STREAMED
 from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.strategies.base import Axis, Hold, Quality, offload_refusal
-from vramplan.streaming.division import Division, divide, slot_bytes, worth_streaming
-from vramplan.units import GIB, MIB
+from vramplan.streaming.division import (
+    CHUNK_BYTES,
+    STAGE_BYTES,
+    STAGES,
+    Division,
+    divide,
+    slot_bytes,
+    worth_streaming,
+)
 
 # Fewer streamed blocks save nothing: two are on the device at once.
 LEAST_STREAMED = 3
-# The size of a page-locked chunk, and of the buffers that other memory is copied through (`streaming.cache` and
-# `streaming.backend`, which need torch).
-_CHUNK_BYTES, _STAGES_BYTES = 1 * GIB, 128 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +85,8 @@ class WeightStreaming:
             idle_bytes=idle,
             loop_bytes=running,
             host_bytes=0 if mapped else loose,
-            pinned_bytes=pinned + (_STAGES_BYTES if loose else 0),
-            host_transient_bytes=0 if mapped else min(pinned, _CHUNK_BYTES),
+            pinned_bytes=pinned + (STAGES * STAGE_BYTES if loose else 0),
+            host_transient_bytes=0 if mapped else min(pinned, CHUNK_BYTES),
             moved_in_bytes=locked_moved,
             gathered_bytes=moved - locked_moved,
             entry_bytes=locked_cached,

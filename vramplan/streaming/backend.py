@@ -11,12 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from vramplan.streaming.division import STAGE_BYTES, STAGES
 from vramplan.streaming.tensors import is_dense
-from vramplan.units import MIB
-
-# Copies from pageable memory and files pass through this many page-locked buffers of this size: large enough for the
-# full rate of a link, small enough to be forgotten. Assumed.
-STAGES, STAGE_BYTES = 4, 32 * MIB
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""The division of a component into blocks that are kept, cached and streamed, from their sizes alone."""
+"""The division of a component into blocks that are kept, cached and streamed, and sizes that its price rests on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from dataclasses import dataclass
 _WORTH_STREAMING = 0.25
 # Streamed blocks share this many slots on the device: one runs while the next is copied.
 SLOTS = 2
+# Page-locked chunks are powers of two, as torch's host allocator rounds up to these, and at most this large: while a
+# component is moved into them, one chunk more than its weights is needed.
+CHUNK_BYTES = 1 << 30
+# Copies from pageable memory and files pass through this many page-locked buffers of this size: large enough for the
+# full rate of a link, small enough to be forgotten. Assumed.
+STAGES, STAGE_BYTES = 4, 32 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

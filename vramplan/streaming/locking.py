@@ -8,12 +8,10 @@ from typing import Any
 
 from vramplan.pipeline.geometry import power_of_two
 from vramplan.streaming.backend import Backend
+from vramplan.streaming.division import CHUNK_BYTES as _CHUNK_BYTES
 from vramplan.streaming.tensors import SMALL_BYTES, Block, aligned
 from vramplan.units import format_bytes
 
-# Page-locked chunks are powers of two, as torch's host allocator rounds up to these, and at most this large: while a
-# component is moved into them, one chunk more than its weights is needed.
-_CHUNK_BYTES = 1 << 30
 _LEAST_CHUNK_BYTES = 1 << 20
 # Blocks are placed together up to this many chunks, each filled as well as their tensors allow: one by one, those of
 # FLUX.1 and Qwen-Image leave 4 to 5 % of the chunks free. Where the system refuses a chunk, blocks of one such window
