@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from vramplan.simulator.allocator import CachingAllocator, Chunk, DeviceFullError
 from vramplan.simulator.types import SimulatedPhaseName
 from vramplan.units import format_bytes
@@ -115,6 +113,14 @@ class Recorder:
         """Record kernels counted for a module."""
         self.costs.setdefault(self._inner(module), Cost()).add(cost)
 
+    def on_transfer(self, source: str, target: str, size: int) -> None:
+        """Record bytes moved."""
+        self.events.append((source, target, size))
+
+    def on_empty_cache(self) -> None:
+        """Give up: a forward that releases cached segments cannot be replayed."""
+        self.broken = True
+
     def on_product(self) -> None:
         """Record a matrix product; only the first is an event."""
         if not self.multiplied:
@@ -129,14 +135,20 @@ class Recorder:
 class Ledger:
     """The memory accounting of one simulation. The caller keeps phase, component and modules up to date.
 
-    `observe` is called with each block allocated or freed, and the change of the device's memory in bytes.
+    `observe` is called with each block allocated or freed, and the change of the device's memory in bytes. A full
+    device raises `out_of_memory`.
     """
 
     def __init__(
-        self, allocator: CachingAllocator, observe: Callable[[Ledger, Block, int], None] | None = None
+        self,
+        allocator: CachingAllocator,
+        observe: Callable[[Ledger, Block, int], None] | None = None,
+        *,
+        out_of_memory: type[Exception] = MemoryError,
     ) -> None:
         self.allocator = allocator
         self.observe = observe
+        self.out_of_memory = out_of_memory
         self.on_device: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.host_bytes = 0
         self.pinned_bytes = 0
@@ -171,13 +183,18 @@ class Ledger:
         """The name of the module that runs now; empty outside of all modules."""
         return self.modules[-1] if self.modules else ""
 
+    @property
+    def doing(self) -> str:
+        """The operation that runs now; empty while weights are loaded, which is not a call's."""
+        return "" if self.phase == "load" else self.operation
+
     def start_loading(self) -> None:
         """Begin the load phase: weights move to the device, and no component runs."""
         self.phase, self.component, self.operation = "load", "", ""
         self.modules.clear()
 
     def allocate(self, block: Block) -> None:
-        """Allocate a block. Raises torch.OutOfMemoryError if the device is full."""
+        """Allocate a block. Raises `out_of_memory` if the device is full."""
         if block.place == "device" and block.size:  # torch allocates nothing for an empty tensor
             try:
                 block.chunk = self.allocator.allocate(block.size, self.stream)
@@ -197,12 +214,12 @@ class Ledger:
         if self.observe is not None:
             self.observe(self, block, block.chunk.size if block.chunk is not None else 0)
 
-    def _out_of_memory(self, error: DeviceFullError) -> torch.OutOfMemoryError:
+    def _out_of_memory(self, error: DeviceFullError) -> Exception:
         self.short_bytes = max(0, error.requested_bytes + error.allocated_bytes - error.capacity_bytes)
         self.over_bytes = max(1, error.requested_bytes + error.reserved_bytes - error.capacity_bytes)
         where = self.module or self.component or "the pipeline"
-        doing = self.operation or "moving weights"
-        return torch.OutOfMemoryError(
+        doing = self.doing or "moving weights"
+        return self.out_of_memory(
             f"simulated device out of memory in {doing} of {where} ({self.phase}): tried to allocate "
             f"{format_bytes(error.requested_bytes)} with {format_bytes(error.allocated_bytes)} allocated and "
             f"{format_bytes(error.reserved_bytes)} reserved of {format_bytes(error.capacity_bytes)}"
@@ -234,7 +251,13 @@ class Ledger:
         key = (source, target)
         self.moved_bytes[key] = self.moved_bytes.get(key, 0) + size
         for recorder in self.recorders:
-            recorder.events.append((source, target, size))
+            recorder.on_transfer(source, target, size)
+
+    def empty_cache(self) -> None:
+        """Release what the allocator holds and nobody uses."""
+        self.allocator.empty_cache()
+        for recorder in self.recorders:
+            recorder.on_empty_cache()
 
     def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0, kind: str = "") -> None:
         """Count a kernel for the component and the module that run; `kind` is of its operations, with the dtype."""
@@ -270,4 +293,4 @@ class Ledger:
             peak.by_kind = dict(self.on_device)
             peak.component = self.component
             peak.module = self.module
-            peak.operation = self.operation
+            peak.operation = self.doing

@@ -22,7 +22,7 @@ from vramplan.simulator.ledger import AllocateEvent, Block, Cost, MoveEvent, Rec
 from vramplan.simulator.shapes import label_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
 from vramplan.streaming.attach import APPLY, ATTACHED
-from vramplan.streaming.hooks import After, Before, Other
+from vramplan.streaming.hooks import After, Before, Marker, Other
 
 # Attempts to record a forward: the first may fail because of state that it sets up once.
 _MAX_TRIES = 2
@@ -245,7 +245,7 @@ def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
     """The classes and attributes of a module and its submodules, without tensors."""
     own = vars(module)
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(not (outermost and isinstance(hook, Before | After | Other)) for hook in hooks):
+    if any(not (outermost and isinstance(hook, Before | After | Marker | Other)) for hook in hooks):
         raise _NotComparableError
     if not outermost and ("_hf_hook" in own or "_diffusers_hook" in own):
         raise _NotComparableError

@@ -113,7 +113,7 @@ def patched_runtime(engine: Engine) -> Iterator[None]:
     streams = SimBackend(engine)
 
     def empty_cache(*args: Any, **kwargs: Any) -> None:
-        engine.ledger.allocator.empty_cache()
+        engine.ledger.empty_cache()
 
     with ExitStack() as stack:
         for module, name, stand_in in (

@@ -22,12 +22,14 @@ from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.call_tracker import named_modules, track_call
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
-from vramplan.simulator.ledger import Cost, Ledger
+from vramplan.simulator.ledger import Block, Cost, Ledger
 from vramplan.simulator.memo import Memo
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.parts import Parts
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.timeline import TimelineRecorder
+from vramplan.simulator.trace import CallTrace
+from vramplan.simulator.tracing import TraceRecorder
 from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
@@ -89,10 +91,35 @@ def run_simulation(
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
     recorder = TimelineRecorder() if timeline else None
-    ledger = Ledger(allocator, recorder.note if recorder else None)
+    ledger = _ledger(allocator, recorder.note if recorder else None)
     found = simulate_stages(parts, stages, ledger, kernels or Kernels(), memo or Memo())
     found = replace(found, evaluations=evaluations[0], call_evaluations=evaluations[1])
     return replace(found, timeline=recorder.timeline()) if recorder else found
+
+
+def record_call(
+    parts: Parts, workload: Workload, place: Callable[[Any], None], *, kernels: Kernels, memo: Memo
+) -> CallTrace:
+    """Simulate a call as `run_simulation` does, with `place` leaving everything resident, and record its memory.
+
+    Raises:
+        SimulationError: the call needs something that a pipeline without weights cannot give.
+    """
+    ledger = _ledger(CachingAllocator())
+    recorder = TraceRecorder(ledger)
+
+    def place_marked(pipe: Any) -> None:
+        place(pipe)
+        recorder.mark(pipe)
+
+    call = [(place_marked, lambda pipe: pipe(**call_inputs(pipe, workload)))]
+    simulate_stages(parts, call, ledger, kernels, memo)
+    return recorder.trace()
+
+
+def _ledger(allocator: CachingAllocator, observe: Callable[[Ledger, Block, int], None] | None = None) -> Ledger:
+    """A ledger whose full device raises torch's own error, which libraries may catch."""
+    return Ledger(allocator, observe, out_of_memory=torch.OutOfMemoryError)
 
 
 def evaluations_of(pipe: Any, steps: int) -> int:
@@ -131,7 +158,7 @@ def run_encode(parts: Parts, arguments: Callable[[Any], Mapping[str, Any]], name
         SimulationError: the pipeline needs something that one without weights cannot give.
         EncodeError: its prompt cannot be encoded apart from the rest of the call.
     """
-    ledger = Ledger(CachingAllocator())
+    ledger = _ledger(CachingAllocator())
     engine = Engine(ledger, Kernels())
     with simulated_devices(engine):
         try:
@@ -224,7 +251,7 @@ def simulate_call(
     Raises:
         SimulationError: the call needs something that a pipeline without weights cannot give.
     """
-    return simulate_stages(parts, [(place, call)], Ledger(allocator), kernels, memo or Memo())
+    return simulate_stages(parts, [(place, call)], _ledger(allocator), kernels, memo or Memo())
 
 
 def simulate_stages(

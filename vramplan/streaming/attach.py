@@ -20,7 +20,7 @@ from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
-from vramplan.streaming.cache import Cache, Member, refuse_training
+from vramplan.streaming.cache import Cache, Member
 from vramplan.streaming.calls import devices, methods
 from vramplan.streaming.division import Division, divide
 from vramplan.streaming.hooks import After, Before, Guard
@@ -167,10 +167,9 @@ class Stream:
     def attach(self, known: Mapping[int, tuple[Any, int]] = MappingProxyType({})) -> None:
         """Divide the module, move what is kept, page-lock what is to be, and set the hooks. Weights at `known`
         addresses are page-locked already."""
-        # a VAE is called by its methods, piece by piece in tiles: its weights come and go as a whole
-        units = [] if _role(self.name, self.module) == "vae" else units_of(self.module)
+        units = streamed_units(self.name, self.module)
         division = self._divide(units)
-        own, outside = _split(self.module, units)
+        own, outside = split_tensors(self.module, units)
         self.module.__dict__[ATTACHED] = self
         kept = [tensor for place in division.kept for tensor in own[place]] + (outside if self.numbers["keep"] else [])
         for tensor in kept:
@@ -193,7 +192,7 @@ class Stream:
             waiting = [*([rest] if rest is not None else []), *chosen]
             note = page_lock(self.cache.backend, waiting, self.name, known)
             self.cache.notes += [note] if note else []
-        self._hook({id(units[place]): block for place, block in blocks.items()}, units)
+        self._hook(blocks, units)
         give_class(self.module, {**devices(self.module, self.device, stream_of), **methods(self.module, _entered)})
         self._known = _identities(self.module)
 
@@ -205,14 +204,9 @@ class Stream:
         return self._division
 
     def _hook(self, blocks: Mapping[int, Block], units: Sequence[torch.nn.Module]) -> None:
-        self._on(self.module, Before(self, None, outermost=True))
-        for child in _entries(self.module, {id(unit) for unit in units}):
-            self._on(child, Before(self, blocks.get(id(child))))
-        for child in called_by_place(self.module):
-            for unit in units:
-                block = blocks.get(id(unit))
-                if block is not None and any(child is inner for inner in unit.modules()):
-                    self._on(child, Before(self, block))
+        for child, unit in hook_points(self.module, units):
+            block = None if unit is None else blocks.get(unit)
+            self._on(child, Before(self, block, outermost=child is self.module))
         for child in self.module.modules():
             if not isinstance(vars(child).get(APPLY), Guard):
                 child.__dict__[APPLY] = Guard(child, self.device)
@@ -247,7 +241,7 @@ class Stream:
         """Bring what is about to run to the device."""
         assert self.member is not None
         if hook.outermost:
-            refuse_training(self.module)
+            _refuse_training(self.module)
             self.refresh()
             self.cache.begin(self.member)
         self.cache.need(self.member, hook.block)
@@ -294,7 +288,28 @@ def _calls_back(function: Any, *args: Any, **kwargs: Any) -> bool:
     return any(callable(value) for name, value in {**given, **kwargs}.items() if name.startswith("callback"))
 
 
-def _split(
+def streamed_units(name: str, module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The pieces that a component is streamed in. A VAE has none: its methods call it piece by piece, in tiles, so that
+    its weights come and go as a whole."""
+    return [] if _role(name, module) == "vae" else units_of(module)
+
+
+def hook_points(
+    module: torch.nn.Module, units: Sequence[torch.nn.Module]
+) -> Iterator[tuple[torch.nn.Module, int | None]]:
+    """The modules before whose forwards weights are brought: the component itself, its units, and what is outside of
+    these. Each with the index of its unit, None outside of all."""
+    yield module, None
+    places = {id(unit): place for place, unit in enumerate(units)}
+    for child in _entries(module, set(places)):
+        yield child, places.get(id(child))
+    for child in called_by_place(module):
+        for place, unit in enumerate(units):
+            if any(child is inner for inner in unit.modules()):
+                yield child, place
+
+
+def split_tensors(
     module: torch.nn.Module, units: Iterable[torch.nn.Module]
 ) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
     """The tensors of each unit, and those outside of units. One that several share is outside."""
@@ -330,3 +345,11 @@ def _identities(module: torch.nn.Module) -> list[int]:
     return [
         id(tensor) for child in module.modules() for tensor in (*child._parameters.values(), *child._buffers.values())
     ]
+
+
+def _refuse_training(module: torch.nn.Module) -> None:
+    """Raise VramplanError if the module is about to be trained: gradients need every weight to stay."""
+    if module.training and torch.is_grad_enabled():
+        raise VramplanError(
+            f"{type(module).__name__} cannot be trained while its weights are streamed: undo the plan, or call eval()"
+        )

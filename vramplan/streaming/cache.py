@@ -9,15 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vramplan.errors import VramplanError
-from vramplan.streaming.backend import Backend
 from vramplan.streaming.division import SLOTS
 from vramplan.streaming.hooks import Other
-from vramplan.streaming.tensors import Block
+
+if TYPE_CHECKING:
+    import torch
+
+    from vramplan.streaming.backend import Backend
+    from vramplan.streaming.tensors import Block
 
 
 class Slot:
@@ -295,8 +296,7 @@ class Cache:
         """Let the block's tensors be their masters: it does not run any more."""
         block.active = 0
         block.hide()
-        if torch.is_grad_enabled():
-            block.refuse_later_backward()
+        block.refuse_later_backward()
 
     def _drop(self, *members: Member) -> None:
         with ExitStack() as stack:  # every block, whatever fails
@@ -305,11 +305,3 @@ class Cache:
                     if block.buffer is not None or block.ticket is not None or block.active:
                         stack.callback(self._evict, block)
                 member.slots, member.depth = [], 0
-
-
-def refuse_training(module: torch.nn.Module) -> None:
-    """Raise VramplanError if the module is about to be trained: gradients need every weight to stay."""
-    if module.training and torch.is_grad_enabled():
-        raise VramplanError(
-            f"{type(module).__name__} cannot be trained while its weights are streamed: undo the plan, or call eval()"
-        )

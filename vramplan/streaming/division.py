@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 # Blocks smaller than this share of the largest are never streamed: waiting for one costs more than its memory is worth.
 _WORTH_STREAMING = 0.25
+# Offsets within a buffer are multiples of this, as those of torch's own allocations: kernels choose by alignment, and
+# another kernel may round differently (torch 2.13, `kMinBlockSize` of CUDACachingAllocator).
+_ALIGNMENT = 512
 # Streamed blocks share this many slots on the device: one runs while the next is copied.
 SLOTS = 2
 # Page-locked chunks are powers of two, as torch's host allocator rounds up to these, and at most this large: while a
@@ -66,3 +69,8 @@ def worth_streaming(sizes: Sequence[int]) -> list[int]:
 def slot_bytes(sizes: Sequence[int], chosen: Sequence[int]) -> int:
     """Return the bytes of all slots: each holds the largest streamed block."""
     return min(SLOTS, len(chosen)) * max((sizes[place] for place in chosen), default=0)
+
+
+def aligned(size: int) -> int:
+    """The size in bytes, rounded up to a whole number of alignments."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import VramplanError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Hook:
@@ -49,6 +50,20 @@ class After(_Hook):
     def __call__(self, module: torch.nn.Module, given: Any, made: Any) -> None:
         """Note that the block does not run any more."""
         self.before.stream.after(self.before)
+
+
+class Marker(_Hook):
+    """A hook that calls a function with a value, before or after a forward."""
+
+    __slots__ = ("function", "value")
+
+    def __init__(self, function: Callable[[Any], None], value: Any) -> None:
+        self.function = function
+        self.value = value
+
+    def __call__(self, *_: Any) -> None:
+        """Call the function."""
+        self.function(self.value)
 
 
 class Other(_Hook):

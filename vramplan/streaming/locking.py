@@ -9,7 +9,8 @@ from typing import Any
 from vramplan.pipeline.geometry import power_of_two
 from vramplan.streaming.backend import Backend
 from vramplan.streaming.division import CHUNK_BYTES as _CHUNK_BYTES
-from vramplan.streaming.tensors import SMALL_BYTES, Block, aligned
+from vramplan.streaming.division import aligned
+from vramplan.streaming.tensors import SMALL_BYTES, Block
 from vramplan.units import format_bytes
 
 _LEAST_CHUNK_BYTES = 1 << 20

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-# Offsets within a buffer are multiples of this, as those of torch's own allocations: kernels choose by alignment, and
-# another kernel may round differently (torch 2.13, `kMinBlockSize` of CUDACachingAllocator).
-_ALIGNMENT = 512
+from vramplan.streaming.division import aligned
+
 # Tensors smaller than this lie side by side in a buffer and in page-locked memory, so that one copy brings them all.
 SMALL_BYTES = 1 << 20
 
@@ -244,6 +243,8 @@ class Block:
 
     def refuse_later_backward(self) -> None:
         """Let torch refuse a backward pass through weights that are no longer there (`increment_version`)."""
+        if not torch.is_grad_enabled():
+            return
         for leaf in self.leaves:
             if type(leaf) is Leaf:
                 with suppress(RuntimeError):  # made in inference mode
@@ -286,11 +287,6 @@ class Block:
 
 def _place(tensor: torch.Tensor) -> Any:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def aligned(size: int) -> int:
-    """The size in bytes, rounded up to a whole number of alignments."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
