@@ -39,7 +39,8 @@ from vramplan.pipeline.describe import describe
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.parts import parts_from_profile
-from vramplan.simulator.run import SimulationError, call_inputs
+from vramplan.simulator.run import call_inputs
+from vramplan.simulator.types import SimulationError
 from vramplan.strategies.base import apply_settings
 from vramplan.strategies.settings import grouped, parse_decode, parse_placement
 from vramplan.units import GIB, MIB

@@ -43,8 +43,7 @@ from vramplan.profiles.catalogue import device_accelerator, load_device_profile,
 from vramplan.simulator.cost_model import apply_simulation
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.model import SimulatedModel, simulated_footprint
-from vramplan.simulator.run import SimulationError
-from vramplan.simulator.types import Simulation
+from vramplan.simulator.types import Simulation, SimulationError
 from vramplan.strategies import Decode, Placement
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.group_offload import GroupOffload

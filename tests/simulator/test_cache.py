@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vramplan.simulator.cache import cached, simulating_files
 
 import vramplan
 from vramplan.simulator import cache
-from vramplan.simulator.cache import cached, simulating_files
 
 
 @dataclass(frozen=True)

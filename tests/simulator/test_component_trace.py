@@ -24,7 +24,8 @@ from vramplan.simulator.cost_model import apply_simulation
 from vramplan.simulator.footprint import SimulatedFootprint
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.model import SimulatedModel
-from vramplan.simulator.run import SimulationError, call_inputs
+from vramplan.simulator.run import call_inputs
+from vramplan.simulator.types import SimulationError
 from vramplan.strategies.resident import Resident
 from vramplan.units import GIB
 

@@ -15,7 +15,7 @@ from vramplan.pipeline.modules import modules_of
 from vramplan.runtime import snapshot
 from vramplan.simulator import model
 from vramplan.simulator.model import SimulatedModel
-from vramplan.simulator.run import SimulationError
+from vramplan.simulator.types import SimulationError
 from vramplan.strategies import DECODES, EXECUTIONS, REGISTRY
 from vramplan.strategies.base import ON_PIPE, AtLoad
 from vramplan.strategies.framewise_decoding import FramewiseDecoding

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vramplan.common.cache import cached, json_codec
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.latents import vae_scale
 from vramplan.pipeline.sources import Folder, Hub, Live, SingleFile, is_repo_id, refuse_options, source_of
@@ -140,13 +141,19 @@ def _describe_stored(repository: Repository, **options: Any) -> Model:
 
 
 def _describe_profile(name: str, dtype: str | None) -> Model:
-    from vramplan.pipeline.bundled import profile_class, spec_from_profile
     from vramplan.profiles.catalogue import load_pipeline_profile
 
     try:
         profile = load_pipeline_profile(name)
     except UsageError as error:
         raise UsageError(f"{name}: no such folder, and {error}") from None
+    key = {"described": repr(profile), "dtype": dtype}  # all that it is made of
+    return cached(key, lambda: _made_from_profile(profile, dtype), json_codec(Model), module=__name__)
+
+
+def _made_from_profile(profile: PipelineProfile, dtype: str | None) -> Model:
+    from vramplan.pipeline.bundled import profile_class, spec_from_profile
+
     spec = spec_from_profile(profile, dtype=dtype)
     return Model(spec=spec, defaults=_defaults(profile_class(profile), spec) | _workload(profile))
 

@@ -115,6 +115,8 @@ def _parse_hub(text: str) -> Hub:
 
 def is_repo_id(name: str) -> bool:
     """Whether a name has the form of a repository: `owner/name`."""
+    if "/" not in name:
+        return False
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -122,7 +124,7 @@ def is_repo_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name
+    return True
 
 
 def refuse_options(kind: str, source: Source, **given: str | None) -> Source:

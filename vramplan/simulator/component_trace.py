@@ -20,8 +20,8 @@ from vramplan.pipeline.types import Component, PipelineSpec
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.parts import Parts
-from vramplan.simulator.run import ComponentsOnly, SimulationError, allocate_cublas_workspace, decode_all, simulate_call
-from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation
+from vramplan.simulator.run import ComponentsOnly, allocate_cublas_workspace, decode_all, simulate_call
+from vramplan.simulator.types import DecodedLatents, SimulatedUse, Simulation, SimulationError
 from vramplan.workload import Workload
 
 # Text tokens of an encoder's forward, and of a denoiser's text input: the default of FLUX.1, SD3 and Wan.

@@ -48,7 +48,7 @@ class CostModel:
             return None
 
         def confirm(decision: Decision) -> Decision:
-            from vramplan.simulator.run import SimulationError
+            from vramplan.simulator.types import SimulationError
 
             try:
                 capacity = budgets.of(decision.weights).vram_bytes
@@ -72,7 +72,7 @@ def cost_model(
     lowers the peak of the denoisers.
     """
     from vramplan.simulator.model import simulated_footprint, traced_footprint
-    from vramplan.simulator.run import SimulationError
+    from vramplan.simulator.types import SimulationError
 
     model, spec, execution = alternatives.model, alternatives.model.spec, fixed.execution
 
@@ -148,7 +148,20 @@ def _confirming(
         if key in stopped:
             return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
-        found = model.run(work, grouped(*settings), decodes, accelerator=accelerator, capacity_bytes=capacity)
+        found = (
+            None
+            if decision.weights
+            else model.replayed(
+                work,
+                decision.placement,
+                grouped({}, {}, decision.execution),
+                decodes,
+                accelerator=accelerator,
+                capacity_bytes=capacity,
+            )
+        )
+        if found is None:
+            found = model.run(work, grouped(*settings), decodes, accelerator=accelerator, capacity_bytes=capacity)
         if _stopped_before_vaes(found, vaes):
             stopped[key] = found
         return found

@@ -80,6 +80,7 @@ class Engine:
             tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=memory_format)
         )
         if target == here and kind_of == tensor.dtype and not copy and format_same:
+            self.ledger.note_read(tensor)
             return tensor
         if here.type == "meta" != target.type and isinstance(tensor, SimTensor):
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vramplan.simulator.allocator import CachingAllocator, Chunk, DeviceFullError
 from vramplan.simulator.types import SimulatedPhaseName
@@ -116,6 +116,9 @@ class Recorder:
     def on_transfer(self, source: str, target: str, size: int) -> None:
         """Record bytes moved."""
         self.events.append((source, target, size))
+
+    def on_read(self, block: Block) -> None:
+        """Record nothing: the weight stays where it is."""
 
     def on_empty_cache(self) -> None:
         """Give up: a forward that releases cached segments cannot be replayed."""
@@ -258,6 +261,13 @@ class Ledger:
         self.allocator.empty_cache()
         for recorder in self.recorders:
             recorder.on_empty_cache()
+
+    def note_read(self, tensor: Any) -> None:
+        """Note that a tensor is read on the device it is on, which a weight outside of its component may not be."""
+        block = getattr(tensor, "block", None)
+        if block is not None and block.kind == "weights" and block.owner != self.component:
+            for recorder in self.recorders:
+                recorder.on_read(block)
 
     def count_kernel(self, flops: float = 0.0, traffic_bytes: int = 0, kind: str = "") -> None:
         """Count a kernel for the component and the module that run; `kind` is of its operations, with the dtype."""

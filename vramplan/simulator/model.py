@@ -8,16 +8,20 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from vramplan.common.cache import Codec, cached, json_codec, lookup, store
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.footprint import ASSUMED_SLACK
-from vramplan.simulator.cache import cached
 from vramplan.simulator.footprint import SimulatedFootprint
+from vramplan.simulator.replay import replay, replay_refusal
+from vramplan.simulator.trace import CallTrace
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, apply_settings, freed_first
+from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, Placement, apply_settings, freed_first
+from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import format_setting
 from vramplan.strategies.vae_tiling import VaeTiling
+from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.units import MIB
 from vramplan.workload import Workload
 
@@ -61,7 +65,7 @@ def _decodes(
     model: SimulatedModel, plain: Simulation, accelerator: Accelerator
 ) -> Callable[[tuple[Decode, ...]], Simulation | None]:
     """Return a function that simulates the decode with other settings, each once."""
-    from vramplan.simulator.run import SimulationError
+    from vramplan.simulator.types import SimulationError
 
     vaes = [component.name for component in model.spec.vaes]
 
@@ -104,21 +108,16 @@ class SimulatedModel:
 
         `timeline` adds the memory over the call.
         """
-        from vramplan.simulator.kernels import Kernels
-        from vramplan.simulator.run import First, run_simulation
-
         kernels = self.kernels(accelerator)
         placed = [
             (setting, names) for setting, names in placed if not isinstance(setting, Execution) or setting.simulated
         ]
         first, rest = freed_first(placed)
-        encoding = First(names=[name for _, names in first for name in names], place=settings_applier(first, ()))
         key = {
             "pipeline": _identity(self.spec),
             "workload": asdict(workload),
             "placed": [(format_setting(setting), list(names), _file_stamp(setting)) for setting, names in placed],
             "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
-            "capacity": capacity_bytes,
             "expandable": expandable_segments(),
             "kernels": kernels,
         }
@@ -126,6 +125,10 @@ class SimulatedModel:
             key["timeline"] = True
 
         def make() -> Simulation:
+            from vramplan.simulator.kernels import Kernels
+            from vramplan.simulator.run import First, run_simulation
+
+            encoding = First(names=[name for _, names in first for name in names], place=settings_applier(first, ()))
             found = run_simulation(
                 self.parts,
                 workload,
@@ -139,7 +142,7 @@ class SimulatedModel:
             )
             return replace(found, notes=(*found.notes, *self._unknown(kernels)))
 
-        return cached(key, make)
+        return _within(capacity_bytes, key, make)
 
     def _unknown(self, kernels: Mapping[str, Any]) -> Iterable[str]:
         """Notes on what is not known of these kernels, as far as the model needs it."""
@@ -168,20 +171,21 @@ class SimulatedModel:
 
     def trace(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
         """Trace one forward of each component separately, or read it from the cache."""
-        from vramplan.simulator.component_trace import trace_components
-        from vramplan.simulator.kernels import Kernels
-
         kernels = self.kernels(accelerator)
         key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
-        return cached(key, lambda: trace_components(self.parts, self.spec, workload, Kernels(**kernels)))
+
+        def make() -> Simulation:
+            from vramplan.simulator.component_trace import trace_components
+            from vramplan.simulator.kernels import Kernels
+
+            return trace_components(self.parts, self.spec, workload, Kernels(**kernels))
+
+        return _cached(key, make)
 
     def decode(
         self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None
     ) -> Simulation:
         """Simulate only the decode of a call under these settings, or read it from the cache."""
-        from vramplan.simulator.kernels import Kernels
-        from vramplan.simulator.run import run_decode
-
         kernels = self.kernels(accelerator)
         names = {item.component for item in latents}
         here = [(setting, [name for name in given if name in names]) for setting, given in decodes]
@@ -193,11 +197,91 @@ class SimulatedModel:
         }
 
         def make() -> Simulation:
+            from vramplan.simulator.kernels import Kernels
+            from vramplan.simulator.run import run_decode
+
             return run_decode(
                 self.parts, latents, settings_applier([], here), kernels=Kernels(**kernels), memo=self._memo(kernels)
             )
 
-        return cached(key, make)
+        return _cached(key, make)
+
+    def call_trace(
+        self, workload: Workload, executions: Placed, decodes: Decodes, *, accelerator: Accelerator | None
+    ) -> CallTrace:
+        """Record the device memory of a call with everything resident, or read it from the cache."""
+        kernels = self.kernels(accelerator)
+        plain = {name: value for name, value in kernels.items() if name != "cublas_bytes"}
+        key = {
+            "trace": _identity(self.spec),
+            "workload": asdict(workload),
+            "executions": [(format_setting(setting), list(names)) for setting, names in executions],
+            "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
+            "kernels": plain,
+        }
+
+        def make() -> CallTrace:
+            from vramplan.simulator.kernels import Kernels
+            from vramplan.simulator.run import record_call
+
+            place = settings_applier(executions, decodes)
+            return record_call(self.parts, workload, place, kernels=Kernels(**kernels), memo=self._memo(kernels))
+
+        return cached(key, make, _TRACES, module=__name__)
+
+    def replayed(
+        self,
+        workload: Workload,
+        placement: Mapping[str, Placement],
+        executions: Placed,
+        decodes: Decodes,
+        *,
+        accelerator: Accelerator | None,
+        capacity_bytes: int | None,
+    ) -> Simulation | None:
+        """The simulation of a call under this placement, by replaying its recorded trace; None if it must be run.
+
+        Work and transfers are not part of it.
+        """
+        if any(component.quantized or component.hooks for component in self.spec.components):
+            return None
+        if not all(isinstance(setting, Resident | WeightStreaming) for setting in placement.values()):
+            return None
+        executions = [(setting, names) for setting, names in executions if setting.simulated]
+        trace = self.call_trace(workload, executions, decodes, accelerator=accelerator)
+        if replay_refusal(trace, placement) is not None:
+            return None
+        return replay(
+            trace,
+            placement,
+            cublas_bytes=self.kernels(accelerator)["cublas_bytes"],
+            capacity_bytes=capacity_bytes,
+            expandable=expandable_segments(),
+        )
+
+
+# Traces as the simulator writes them.
+_TRACES: Codec[CallTrace] = Codec(write=CallTrace.to_bytes, read=CallTrace.from_bytes)
+
+
+def _cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
+    return cached(key, make, json_codec(Simulation), module=__name__)
+
+
+def _within(capacity_bytes: int | None, key: Mapping[str, Any], make: Callable[[], Simulation]) -> Simulation:
+    """The simulation within a capacity, or read from the cache.
+
+    One that never met its capacity is that of any capacity from its peak on: it is cached once for all of these.
+    """
+    known = lookup(key, json_codec(Simulation), module=__name__)
+    if known is not None and (capacity_bytes is None or known.peak_reserved_bytes <= capacity_bytes):
+        return replace(known, capacity_bytes=capacity_bytes, fits=None if capacity_bytes is None else True)
+    if capacity_bytes is None:
+        return _cached(key, make)
+    found = _cached({**key, "capacity": capacity_bytes}, make)
+    if not found.limited:
+        store(key, replace(found, capacity_bytes=None, fits=None), json_codec(Simulation), module=__name__)
+    return found
 
 
 def _parts(spec: PipelineSpec) -> Parts:

@@ -6,11 +6,13 @@ follow the engine's own cache (`streaming.cache`), which runs here on blocks tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.ledger import Block, Ledger
+from vramplan.simulator.result import simulation_of
 from vramplan.simulator.trace import (
     ALLOCATE,
     CONVERT,
@@ -24,6 +26,7 @@ from vramplan.simulator.trace import (
     Where,
     split_event,
 )
+from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Placement
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import grouped
@@ -45,6 +48,8 @@ def replay_refusal(trace: CallTrace, placement: Mapping[str, Placement]) -> str 
             return f"{name} was not recorded"
         if isinstance(setting, WeightStreaming) and name in trace.changed and trace.weights[name].units:
             return f"the call changes the weights of {name}"
+        if isinstance(setting, WeightStreaming) and name in trace.read:
+            return f"the pipeline itself reads weights of {name}"
     if missing := trace.weights.keys() - placement.keys():
         return f"{', '.join(sorted(missing))} has no placement"
     return None
@@ -57,18 +62,18 @@ def replay(
     cublas_bytes: int,
     capacity_bytes: int | None = None,
     expandable: bool = False,
-) -> tuple[Ledger, str | None]:
-    """Replay a call; return the ledger at its end, and why it stopped if memory ran out.
-
-    `replay_refusal` says which placements can be replayed.
-    """
+) -> Simulation:
+    """Replay a call under a placement that `replay_refusal` has nothing against. Work and transfers are left out."""
+    start = time.perf_counter()
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     ledger = Ledger(allocator, out_of_memory=CapacityError)
+    stopped = None
     try:
         _Replay(trace, ledger, placement, cublas_bytes).run()
     except CapacityError as error:
-        return ledger, str(error)
-    return ledger, None
+        stopped = str(error)
+    ledger.operations = trace.operations
+    return simulation_of(ledger, stopped, steps=trace.steps, seconds=time.perf_counter() - start)
 
 
 class _Replay:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,15 +22,16 @@ from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.call_tracker import named_modules, track_call
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import Kernels
-from vramplan.simulator.ledger import Block, Cost, Ledger
+from vramplan.simulator.ledger import Block, Ledger
 from vramplan.simulator.memo import Memo
 from vramplan.simulator.mode import SimulatedDevices
 from vramplan.simulator.parts import Parts
 from vramplan.simulator.patches import patched_runtime
+from vramplan.simulator.result import simulation_of
 from vramplan.simulator.timeline import TimelineRecorder
 from vramplan.simulator.trace import CallTrace
 from vramplan.simulator.tracing import TraceRecorder
-from vramplan.simulator.types import DecodedLatents, SimulatedModule, SimulatedPhase, SimulatedUse, Simulation
+from vramplan.simulator.types import DecodedLatents, Simulation, SimulationError
 from vramplan.workload import FRAME_ARGUMENTS, Workload
 
 Action = Callable[[Any], None]
@@ -47,10 +48,6 @@ class First:
 
     names: Sequence[str]
     place: Action
-
-
-class SimulationError(VramplanError):
-    """The pipeline could not be simulated. The message names the operation that failed."""
 
 
 @contextmanager
@@ -114,7 +111,7 @@ def record_call(
 
     call = [(place_marked, lambda pipe: pipe(**call_inputs(pipe, workload)))]
     simulate_stages(parts, call, ledger, kernels, memo)
-    return recorder.trace()
+    return recorder.trace(STEPS)
 
 
 def _ledger(allocator: CachingAllocator, observe: Callable[[Ledger, Block, int], None] | None = None) -> Ledger:
@@ -279,7 +276,9 @@ def simulate_stages(
             raise SimulationError(_stop_message(error, ledger)) from error
         finally:
             engine.kernels.release()
-        return _result(ledger, engine, stopped, decoded, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        found = simulation_of(ledger, stopped, steps=STEPS, seconds=seconds)
+        return replace(found, decoded=tuple(decoded), notes=tuple(engine.notes))
 
 
 def call_inputs(pipe: Any, workload: Workload) -> dict[str, Any]:
@@ -322,62 +321,6 @@ def _picture_inputs(takes: Mapping[str, inspect.Parameter], workload: Workload) 
     video = [picture] * max(1, workload.num_frames)
     given |= dict.fromkeys(("video", "control_video", "conditioning_frames", "pose_video", "face_video"), video)
     return {name: value for name, value in given.items() if name in takes}
-
-
-def _result(
-    ledger: Ledger, engine: Engine, stopped: str | None, decoded: Sequence[DecodedLatents], seconds: float
-) -> Simulation:
-    allocator = ledger.allocator
-    capacity = allocator.capacity_bytes
-    return Simulation(
-        peak_allocated_bytes=allocator.peak_allocated_bytes,
-        peak_reserved_bytes=allocator.peak_reserved_bytes,
-        host_peak_bytes=ledger.peak_host_bytes,
-        pinned_peak_bytes=ledger.peak_pinned_bytes,
-        phases=tuple(_phases(ledger)),
-        capacity_bytes=capacity,
-        fits=None if capacity is None else stopped is None,
-        stopped=stopped,
-        short_bytes=ledger.short_bytes if stopped else 0,
-        over_bytes=ledger.over_bytes if stopped else 0,
-        stopped_in=ledger.phase if stopped else None,
-        uses=tuple(
-            SimulatedUse(
-                phase=phase,
-                component=component,
-                need_bytes=need,
-                **asdict(ledger.costs.get((phase, component), Cost())),
-            )
-            for (phase, component), need in ledger.needs.items()
-        ),
-        steps=STEPS,
-        decoded=tuple(decoded),
-        to_device_bytes=ledger.moved_bytes.get(("cpu", "cuda"), 0),
-        to_host_bytes=ledger.moved_bytes.get(("cuda", "cpu"), 0),
-        operations=ledger.operations,
-        wall_seconds=seconds,
-        notes=tuple(engine.notes),
-        modules=tuple(
-            SimulatedModule(name=name, flops=cost.flops, traffic_bytes=cost.traffic_bytes, launches=cost.launches)
-            for name, cost in ledger.module_costs.items()
-        ),
-    )
-
-
-def _phases(ledger: Ledger) -> Sequence[SimulatedPhase]:
-    return [
-        SimulatedPhase(
-            name=name,
-            peak_allocated_bytes=peak.allocated_bytes,
-            weights_bytes=peak.by_kind.get("weights", 0),
-            activation_bytes=peak.by_kind.get("activation", 0),
-            workspace_bytes=peak.by_kind.get("workspace", 0),
-            component=peak.component,
-            module=peak.module,
-            operation=peak.operation,
-        )
-        for name, peak in ledger.peaks.items()
-    ]
 
 
 def _stop_message(error: Exception, ledger: Ledger) -> str:

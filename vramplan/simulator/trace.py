@@ -65,7 +65,8 @@ class CallTrace:
     FREE with how many allocations ago the block was made, ENTER and LEAVE with the index of a mark, and for ENTER the
     index of a `where`; PRODUCT is the first matrix product, whose workspace stays. CONVERT replaces a weight, as when a
     pipeline casts its VAE: the index of a `where`, then that of the weight among those moved of all components, and its
-    new bytes. DISCARD frees one. Both are of components in `changed`.
+    new bytes. DISCARD frees one. Both are of components in `changed`. The pipeline itself
+    reads weights of those in `read`, outside of their forwards.
     """
 
     events: array[int]
@@ -73,7 +74,9 @@ class CallTrace:
     marks: tuple[Mark, ...]
     weights: Mapping[str, ComponentWeights]
     changed: tuple[str, ...]
+    read: tuple[str, ...]
     operations: int
+    steps: int
 
     def to_bytes(self) -> bytes:
         """The trace as compressed bytes."""
@@ -82,7 +85,9 @@ class CallTrace:
             "marks": [list(_values(item)) for item in self.marks],
             "weights": {name: asdict(item) for name, item in self.weights.items()},
             "changed": self.changed,
+            "read": self.read,
             "operations": self.operations,
+            "steps": self.steps,
         }
         text = json.dumps(head, separators=(",", ":")).encode()
         return zlib.compress(len(text).to_bytes(8, "little") + text + self.events.tobytes(), 9)
@@ -102,7 +107,9 @@ class CallTrace:
                 marks=tuple(Mark(*item) for item in head["marks"]),
                 weights={name: _weights(item) for name, item in head["weights"].items()},
                 changed=tuple(head["changed"]),
+                read=tuple(head["read"]),
                 operations=head["operations"],
+                steps=head["steps"],
             )
         except (zlib.error, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a damaged trace: {error}") from error

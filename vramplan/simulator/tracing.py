@@ -52,6 +52,7 @@ class TraceRecorder:
         self._owners: list[str] = []
         self._made: weakref.ref[Block] | None = None  # the last event, if it made a weight
         self._changed: dict[str, None] = {}
+        self._read: dict[str, None] = {}
         self._sizes: dict[str, ComponentWeights] = {}
         ledger.recorders.append(self)
 
@@ -104,6 +105,11 @@ class TraceRecorder:
 
     def on_transfer(self, source: str, target: str, size: int) -> None:
         """Record nothing: transfers depend on the placement."""
+
+    def on_read(self, block: Block) -> None:
+        """Note that the pipeline itself reads a weight of a component, which is a copy where that is not there."""
+        if not self._loading and id(block) in self._weights:
+            self._read[block.owner] = None
 
     def on_product(self) -> None:
         """Record the first matrix product."""
@@ -159,15 +165,17 @@ class TraceRecorder:
         made = Where(ledger.phase, ledger.component, ledger.module, ledger.operation, kind)
         return self._wheres.setdefault(made, len(self._wheres))
 
-    def trace(self) -> CallTrace:
-        """What was recorded."""
+    def trace(self, steps: int) -> CallTrace:
+        """What was recorded, of a call with so many steps."""
         return CallTrace(
             events=self.events,
             wheres=tuple(self._wheres),
             marks=tuple(self._marks),
             weights={name: self._sizes[name] for name in (*self._moved, *(self._sizes.keys() - self._moved.keys()))},
             changed=tuple(self._changed),
+            read=tuple(self._read),
             operations=self.ledger.operations,
+            steps=steps,
         )
 
 

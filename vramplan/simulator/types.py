@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vramplan.common.shown import Shown
+from vramplan.errors import VramplanError
 
 # Moving weights to the device before the call, then the phases of the call itself.
 SimulatedPhaseName = Literal["load", "encode", "denoise", "decode"]
+
+
+class SimulationError(VramplanError):
+    """The pipeline could not be simulated. The message names the operation that failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +114,8 @@ class Simulation(Shown):
     `steps` denoising steps were run, with `evaluations` of the denoiser; a call of the workload has `call_evaluations`
     (both 0 if unknown). `fits` is None without a capacity. If the call ran out of memory, `stopped` says where,
     `stopped_in` in which phase, and `short_bytes` how much was missing at least: 0 if as much was free, but fragmented;
-    `over_bytes` is how far the request, added to all that was reserved, exceeded the capacity. `to_device_bytes` and
+    `over_bytes` is how far the request, added to all that was reserved, exceeded the capacity. It was `limited` if the
+    allocator met the capacity, whether or not what it then released was enough. `to_device_bytes` and
     `to_host_bytes` were transferred. `notes` lists assumptions. `modules` are in the order they first ran. `timeline`
     is None unless requested.
 
@@ -146,6 +152,7 @@ class Simulation(Shown):
     disk_bytes: int | None = None
     evaluations: int = 0
     call_evaluations: int = 0
+    limited: bool = False
 
     def use(self, phase: str, component: str) -> SimulatedUse | None:
         """The use of a component in a phase, None if it did not run in it."""
