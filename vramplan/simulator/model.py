@@ -8,20 +8,19 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.cache import Codec, cached, json_codec, lookup, store
+from vramplan.common.cache import Codec, T, cached, json_codec, key_digest, lookup, store
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.footprint import ASSUMED_SLACK
 from vramplan.simulator.footprint import SimulatedFootprint
-from vramplan.simulator.replay import replay, replay_refusal
-from vramplan.simulator.trace import CallTrace
+from vramplan.simulator.replay import needs_overlay, replay, replay_refusal
+from vramplan.simulator.trace import CallTrace, Overlay, other_events
 from vramplan.simulator.types import DecodedLatents, Simulation
 from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, Placement, apply_settings, freed_first
 from vramplan.strategies.resident import Resident
-from vramplan.strategies.settings import format_setting
+from vramplan.strategies.settings import format_setting, grouped
 from vramplan.strategies.vae_tiling import VaeTiling
-from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.units import MIB
 from vramplan.workload import Workload
 
@@ -86,6 +85,7 @@ class SimulatedModel:
         self.spec = spec
         self._parts: Parts | None = None
         self._memos: dict[tuple[Any, ...], Memo] = {}
+        self.recorded: dict[str, Any] = {}  # traces and overlays, by the digest of their key
 
     @property
     def parts(self) -> Parts:
@@ -206,29 +206,6 @@ class SimulatedModel:
 
         return _cached(key, make)
 
-    def call_trace(
-        self, workload: Workload, executions: Placed, decodes: Decodes, *, accelerator: Accelerator | None
-    ) -> CallTrace:
-        """Record the device memory of a call with everything resident, or read it from the cache."""
-        kernels = self.kernels(accelerator)
-        plain = {name: value for name, value in kernels.items() if name != "cublas_bytes"}
-        key = {
-            "trace": _identity(self.spec),
-            "workload": asdict(workload),
-            "executions": [(format_setting(setting), list(names)) for setting, names in executions],
-            "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
-            "kernels": plain,
-        }
-
-        def make() -> CallTrace:
-            from vramplan.simulator.kernels import Kernels
-            from vramplan.simulator.run import record_call
-
-            place = settings_applier(executions, decodes)
-            return record_call(self.parts, workload, place, kernels=Kernels(**kernels), memo=self._memo(kernels))
-
-        return cached(key, make, _TRACES, module=__name__)
-
     def replayed(
         self,
         workload: Workload,
@@ -245,23 +222,94 @@ class SimulatedModel:
         """
         if any(component.quantized or component.hooks for component in self.spec.components):
             return None
-        if not all(isinstance(setting, Resident | WeightStreaming) for setting in placement.values()):
-            return None
+        kernels = self.kernels(accelerator)
         executions = [(setting, names) for setting, names in executions if setting.simulated]
-        trace = self.call_trace(workload, executions, decodes, accelerator=accelerator)
+        call = _RecordedCall(self, workload, executions, decodes, kernels)
+        trace = call.trace()
         if replay_refusal(trace, placement) is not None:
+            return None
+        laid_over = [(setting, names) for setting, names in grouped(placement, {}, {}) if needs_overlay(setting)]
+        overlays = [call.overlay(setting, part) for setting, names in laid_over for part in _applied(setting, names)]
+        if not all(overlay.names for overlay in overlays):
             return None
         return replay(
             trace,
             placement,
-            cublas_bytes=self.kernels(accelerator)["cublas_bytes"],
+            overlays,
+            cublas_bytes=kernels["cublas_bytes"],
             capacity_bytes=capacity_bytes,
             expandable=expandable_segments(),
         )
 
 
-# Traces as the simulator writes them.
+class _RecordedCall:
+    """The traces of one call, each recorded once, or read from the cache."""
+
+    def __init__(
+        self,
+        model: SimulatedModel,
+        workload: Workload,
+        executions: Placed,
+        decodes: Decodes,
+        kernels: Mapping[str, Any],
+    ) -> None:
+        self.model = model
+        self.workload = workload
+        self.executions = executions
+        self.decodes = decodes
+        self.kernels = kernels
+        self.key = {
+            "trace": _identity(model.spec),
+            "workload": asdict(workload),
+            "executions": [(format_setting(setting), list(names)) for setting, names in executions],
+            "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
+            "kernels": {name: value for name, value in kernels.items() if name != "cublas_bytes"},
+        }
+
+    def trace(self) -> CallTrace:
+        """The trace with everything resident."""
+        return self._known(self.key, lambda: self._record({}, ())[0], _TRACES)
+
+    def overlay(self, setting: Placement, names: Sequence[str]) -> Overlay:
+        """What these components do to it under a placement; an overlay of no names if more than their weights change.
+
+        Raises:
+            SimulationError: the call does not run under the placement.
+        """
+
+        def make() -> Overlay:
+            trace, overlay = self._record(dict.fromkeys(names, setting), names)
+            recorded, plain = (list(other_events(item, names)) for item in (trace, self.trace()))
+            return overlay if recorded == plain else replace(overlay, names=())
+
+        return self._known({**self.key, "setting": format_setting(setting), "names": list(names)}, make, _OVERLAYS)
+
+    def _known(self, key: Mapping[str, Any], make: Callable[[], T], codec: Codec[T]) -> T:
+        digest = key_digest(key)
+        if digest not in self.model.recorded:
+            self.model.recorded[digest] = cached(key, make, codec, module=__name__)
+        return self.model.recorded[digest]
+
+    def _record(self, placement: Mapping[str, Placement], names: Sequence[str]) -> tuple[CallTrace, Overlay]:
+        from vramplan.simulator.kernels import Kernels
+        from vramplan.simulator.run import record_call
+
+        model = self.model
+        resident = {component.name: Resident() for component in model.spec.components}
+        placed = grouped({**resident, **placement}, {}, {}) if placement else []
+        place = settings_applier([*self.executions, *placed], self.decodes)
+        kernels, memo = Kernels(**self.kernels), model._memo(self.kernels)
+        return record_call(model.parts, self.workload, place, kernels=kernels, memo=memo, laid_over=names)
+
+
+def _applied(setting: Placement, names: Sequence[str]) -> list[list[str]]:
+    """The names, in the groups that a setting is applied to in one call."""
+    return [list(names)] if setting.whole_pipeline else [[name] for name in names]
+
+
+# Traces and overlays as the simulator writes them.
 _TRACES: Codec[CallTrace] = Codec(write=CallTrace.to_bytes, read=CallTrace.from_bytes)
+_OVERLAYS: Codec[Overlay] = Codec(write=Overlay.to_bytes, read=Overlay.from_bytes)
 
 
 def _cached(key: Any, make: Callable[[], Simulation]) -> Simulation:

@@ -7,7 +7,7 @@ follow the engine's own cache (`streaming.cache`), which runs here on blocks tha
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vramplan.simulator.allocator import CachingAllocator
@@ -21,10 +21,14 @@ from vramplan.simulator.trace import (
     ENTER,
     FREE,
     LEAVE,
+    PRODUCT,
     CallTrace,
+    Event,
     Mark,
+    Overlay,
     Where,
     split_event,
+    split_events,
 )
 from vramplan.simulator.types import Simulation
 from vramplan.strategies.base import Placement
@@ -34,16 +38,26 @@ from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.streaming.cache import Cache, Member
 from vramplan.streaming.division import aligned, divide
 
+# Streams of different overlays are different ones: each has at most so many.
+_STREAMS = 1000
+# An event that stands for none.
+_NOTHING: Event = (-1, 0, 0, 0)
+
 
 class CapacityError(Exception):
     """The device of a replay is full."""
 
 
+def needs_overlay(setting: Placement) -> bool:
+    """Whether a placement has hooks of its own, whose effect is recorded."""
+    return not isinstance(setting, Resident | WeightStreaming)
+
+
 def replay_refusal(trace: CallTrace, placement: Mapping[str, Placement]) -> str | None:
     """Why the call must be simulated under this placement, None if its replay is the same."""
     for name, setting in placement.items():
-        if not isinstance(setting, Resident | WeightStreaming):
-            return f"{setting.name} has hooks of its own"
+        if setting.freed:
+            return f"{name} is dropped in the middle of the call"
         if name not in trace.weights:
             return f"{name} was not recorded"
         if isinstance(setting, WeightStreaming) and name in trace.changed and trace.weights[name].units:
@@ -58,18 +72,22 @@ def replay_refusal(trace: CallTrace, placement: Mapping[str, Placement]) -> str 
 def replay(
     trace: CallTrace,
     placement: Mapping[str, Placement],
+    overlays: Sequence[Overlay] = (),
     *,
     cublas_bytes: int,
     capacity_bytes: int | None = None,
     expandable: bool = False,
 ) -> Simulation:
-    """Replay a call under a placement that `replay_refusal` has nothing against. Work and transfers are left out."""
+    """Replay a call under a placement that `replay_refusal` has nothing against. Work and transfers are left out.
+
+    There is an overlay for every component whose placement needs one.
+    """
     start = time.perf_counter()
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     ledger = Ledger(allocator, out_of_memory=CapacityError)
     stopped = None
     try:
-        _Replay(trace, ledger, placement, cublas_bytes).run()
+        _Replay(trace, ledger, placement, overlays, cublas_bytes).run()
     except CapacityError as error:
         stopped = str(error)
     ledger.operations = trace.operations
@@ -77,11 +95,24 @@ def replay(
 
 
 class _Replay:
-    def __init__(self, trace: CallTrace, ledger: Ledger, placement: Mapping[str, Placement], cublas_bytes: int) -> None:
+    def __init__(
+        self,
+        trace: CallTrace,
+        ledger: Ledger,
+        placement: Mapping[str, Placement],
+        overlays: Sequence[Overlay],
+        cublas_bytes: int,
+    ) -> None:
         self.trace = trace
         self.ledger = ledger
         self.placement = placement
         self.cublas_bytes = cublas_bytes
+        self.laid_over = {
+            name: layer
+            for number, overlay in enumerate(overlays)
+            for layer in [_Layer(overlay, ledger, number * _STREAMS)]
+            for name in overlay.names
+        }
         self.cache = Cache(_Memory(ledger))
         self.members: dict[str, tuple[Member, Mapping[int, WeightsBlock]]] = {}
         self.held: list[Block] = []
@@ -102,6 +133,9 @@ class _Replay:
             first += len(weights.moved)
         for setting, names in grouped(self.placement, {}, {}):
             for name in names:
+                if name in self.laid_over:
+                    self.laid_over[name].load()
+                    continue
                 moved = dict(zip(numbers[name], self.trace.weights[name].moved, strict=True))
                 if isinstance(setting, WeightStreaming):
                     self._stream(name, setting)
@@ -134,32 +168,61 @@ class _Replay:
         self.members[name] = member, blocks
 
     def _play(self) -> None:
-        ledger, trace = self.ledger, self.trace
+        ledger, wheres = self.ledger, self.trace.wheres
         alive: list[Block | None] = []
-        events = iter(trace.events)
-        for number in events:
-            kind, operand = split_event(number)
+        for kind, operand, first, second in self._events():
             if kind == ALLOCATE:
-                where = trace.wheres[operand]
-                self._go_to(where)
-                alive.append(Block(ledger, next(events), "device", where.kind))
+                where = wheres[operand]
+                go_to(ledger, where)
+                alive.append(Block(ledger, first, "device", where.kind, where.owner))
             elif kind == FREE:
                 alive[-operand] = None
             elif kind == ENTER:
-                self._go_to(trace.wheres[next(events)])
-                self._enter(trace.marks[operand])
+                go_to(ledger, wheres[first])
+                self._enter(self.trace.marks[operand])
             elif kind == LEAVE:
-                self._leave(trace.marks[operand])
-            elif kind == EMPTY_CACHE:
-                ledger.empty_cache()
+                self._leave(self.trace.marks[operand])
+            elif kind == PRODUCT:
+                go_to(ledger, wheres[operand])
+                self.held.append(Block(ledger, self.cublas_bytes, "device", "workspace"))
             elif kind == CONVERT:
-                self._go_to(trace.wheres[operand])
-                self._convert(next(events), next(events))
+                go_to(ledger, wheres[operand])
+                self._convert(first, second)
             elif kind == DISCARD:
                 self.weights[operand] = None
+            elif kind == EMPTY_CACHE:
+                ledger.empty_cache()
             else:
-                self._go_to(trace.wheres[operand])
-                self.held.append(Block(ledger, self.cublas_bytes, "device", "workspace"))
+                alive.append(None)
+
+    def _events(self) -> Iterator[Event]:
+        """The events of the trace, those of overlays between them. An allocation in whose place an overlay's own ones
+        come is of no kind."""
+        events = split_events(self.trace.events)
+        if not self.laid_over:
+            yield from events
+            return
+        layers, owners = list(dict.fromkeys(self.laid_over.values())), self.trace.owners
+        allocated: list[_Layer | None] = []
+        for number in events:
+            kind, operand, first, _ = number
+            own = None
+            if kind == ALLOCATE:
+                own = self.laid_over.get(self.trace.wheres[operand].owner)
+                allocated.append(own)
+            elif kind == FREE:
+                own = allocated[-operand]
+            elif kind in (CONVERT, DISCARD):
+                own = self.laid_over.get(owners[first if kind == CONVERT else operand])
+            for layer in layers:
+                if layer is not own:
+                    layer.advance()
+            if own is None:
+                yield number
+            elif kind == ALLOCATE:
+                yield _NOTHING
+        for layer in layers:
+            layer.finish()
 
     def _convert(self, weight: int, size: int) -> None:
         if weight in self.streamed:  # in host memory: its block is laid out anew the next time
@@ -169,11 +232,6 @@ class _Replay:
         else:
             before_it = self.weights.get(weight)
             self.weights[weight] = Block(self.ledger, size, "device", "weights", before_it.owner if before_it else "")
-
-    def _go_to(self, where: Where) -> None:
-        ledger = self.ledger
-        ledger.phase, ledger.component, ledger.operation = where.phase, where.component, where.operation
-        ledger.modules = [where.module]
 
     def _enter(self, mark: Mark) -> None:
         found = self.members.get(mark.component)
@@ -191,6 +249,59 @@ class _Replay:
         if found is not None:
             member, blocks = found
             self.cache.done(member, None if mark.unit is None else blocks.get(mark.unit))
+
+
+def go_to(ledger: Ledger, where: Where) -> None:
+    """Let the ledger be where the call was."""
+    ledger.phase, ledger.component, ledger.operation = where.phase, where.component, where.operation
+    ledger.modules = [where.module]
+
+
+class _Layer:
+    """An overlay as it is played, `position` events of the trace into the call."""
+
+    def __init__(self, overlay: Overlay, ledger: Ledger, first_stream: int) -> None:
+        self._wheres = overlay.wheres
+        self._ledger = ledger
+        self._first_stream = first_stream
+        self._events = iter(overlay.events)
+        self._next = next(self._events, None)
+        self._position = 0
+        self._alive: list[Block | None] = []
+
+    def load(self) -> None:
+        """Play what happens while weights are loaded."""
+        self._until(-1)
+
+    def advance(self) -> None:
+        """Play what comes before the next event of the trace."""
+        if self._next is not None and self._next <= self._position:
+            self._until(self._position)
+        self._position += 1
+
+    def finish(self) -> None:
+        """Play what comes after the last one."""
+        self._until(self._position)
+
+    def _until(self, position: int) -> None:
+        while self._next is not None and self._next <= position:
+            kind, operand = split_event(next(self._events))
+            if kind == ALLOCATE:
+                self._allocate(self._wheres[operand], next(self._events), next(self._events))
+            elif kind == FREE:
+                self._alive[-operand] = None
+            else:
+                self._ledger.empty_cache()
+            self._next = next(self._events, None)
+
+    def _allocate(self, where: Where, size: int, stream: int) -> None:
+        ledger = self._ledger
+        go_to(ledger, where)
+        ledger.stream = self._first_stream + stream if stream else 0
+        try:
+            self._alive.append(Block(ledger, size, "device", "weights", where.owner))
+        finally:
+            ledger.stream = 0
 
 
 class _Memory:

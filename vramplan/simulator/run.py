@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from vramplan.simulator.parts import Parts
 from vramplan.simulator.patches import patched_runtime
 from vramplan.simulator.result import simulation_of
 from vramplan.simulator.timeline import TimelineRecorder
-from vramplan.simulator.trace import CallTrace
+from vramplan.simulator.trace import CallTrace, Overlay
 from vramplan.simulator.tracing import TraceRecorder
 from vramplan.simulator.types import DecodedLatents, Simulation, SimulationError
 from vramplan.workload import FRAME_ARGUMENTS, Workload
@@ -95,23 +95,34 @@ def run_simulation(
 
 
 def record_call(
-    parts: Parts, workload: Workload, place: Callable[[Any], None], *, kernels: Kernels, memo: Memo
-) -> CallTrace:
-    """Simulate a call as `run_simulation` does, with `place` leaving everything resident, and record its memory.
+    parts: Parts,
+    workload: Workload,
+    place: Callable[[Any], None],
+    *,
+    kernels: Kernels,
+    memo: Memo,
+    laid_over: Collection[str] = (),
+) -> tuple[CallTrace, Overlay]:
+    """Simulate a call as `run_simulation` does, and record its memory: all that is not weights of components
+    `laid_over`, which `place` may give hooks, and apart these weights. All other components are resident.
 
     Raises:
         SimulationError: the call needs something that a pipeline without weights cannot give.
     """
     ledger = _ledger(CachingAllocator())
-    recorder = TraceRecorder(ledger)
+    recorder = TraceRecorder(ledger, laid_over)
+    ledger.recorders.append(recorder)
 
     def place_marked(pipe: Any) -> None:
         place(pipe)
         recorder.mark(pipe)
 
-    call = [(place_marked, lambda pipe: pipe(**call_inputs(pipe, workload)))]
-    simulate_stages(parts, call, ledger, kernels, memo)
-    return recorder.trace(STEPS)
+    def call(pipe: Any) -> None:
+        pipe(**call_inputs(pipe, workload))
+        ledger.recorders.remove(recorder)  # what comes next is the end of the pipeline, and not of its call
+
+    simulate_stages(parts, [(place_marked, call)], ledger, kernels, memo)
+    return recorder.trace(STEPS), recorder.overlay()
 
 
 def _ledger(allocator: CachingAllocator, observe: Callable[[Ledger, Block, int], None] | None = None) -> Ledger:

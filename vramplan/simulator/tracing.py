@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -25,6 +25,7 @@ from vramplan.simulator.trace import (
     CallTrace,
     ComponentWeights,
     Mark,
+    Overlay,
     Where,
     event,
     split_event,
@@ -35,10 +36,19 @@ from vramplan.streaming.hooks import Marker
 
 
 class TraceRecorder:
-    """Listens to a ledger: the load of resident weights first, then the call."""
+    """Listens to a ledger: the load of weights first, then the call.
 
-    def __init__(self, ledger: Ledger) -> None:
+    The weights of components `laid_over` are recorded apart from the rest.
+    """
+
+    def __init__(self, ledger: Ledger, laid_over: Collection[str] = ()) -> None:
         self.ledger = ledger
+        self._names = tuple(laid_over)
+        self._overlay = array("q")
+        self._overlay_wheres: dict[Where, int] = {}
+        self._overlay_alive: dict[int, int] = {}
+        self._overlay_count = 0
+        self._position = 0
         self.broken = False  # set by whoever tells the recorders of a forward that it cannot be replayed
         self.events = array("q")
         self._wheres: dict[Where, int] = {}
@@ -54,13 +64,18 @@ class TraceRecorder:
         self._changed: dict[str, None] = {}
         self._read: dict[str, None] = {}
         self._sizes: dict[str, ComponentWeights] = {}
-        ledger.recorders.append(self)
 
     # ---- the ledger's events
 
     def on_allocate(self, block: Block, module: str, operation: str) -> None:
         """Record a block on the device."""
         if block.place != "device":
+            return
+        if block.kind == "weights" and block.owner in self._names:
+            self._overlay_alive[id(block)] = self._overlay_count
+            self._overlay_count += 1
+            where = self._where(block, self._overlay_wheres)
+            self._lay_over(event(ALLOCATE, where), block.size, self.ledger.stream)
             return
         if self._loading:
             self._moved.setdefault(block.owner, []).append(block.size)
@@ -70,12 +85,15 @@ class TraceRecorder:
         self._made = weakref.ref(block) if block.kind == "weights" else None
         self._alive[id(block)] = self._count
         self._count += 1
-        self.events.append(event(ALLOCATE, self._where(block.kind)))
-        self.events.append(block.size)
+        self._add(event(ALLOCATE, self._where(block)), block.size)
 
     def on_free(self, block: Block) -> None:
         """Record a freed block."""
         if block.place != "device":
+            return
+        over = self._overlay_alive.pop(id(block), None)
+        if over is not None:
+            self._lay_over(event(FREE, self._overlay_count - over))
             return
         weight = self._weights.pop(id(block), None)
         if weight is not None:
@@ -83,7 +101,7 @@ class TraceRecorder:
         else:
             number = self._alive.pop(id(block), None)
             if number is not None:  # and not a workspace, which is recorded as that
-                self.events.append(event(FREE, self._count - number))
+                self._add(event(FREE, self._count - number))
         self._made = None
 
     def _change(self, weight: int) -> None:
@@ -92,7 +110,7 @@ class TraceRecorder:
         self._changed[owner] = None
         made = self._made() if self._made is not None else None
         if made is None or made.owner != owner:
-            self.events.append(event(DISCARD, weight))
+            self._add(event(DISCARD, weight))
             return
         size, where = self.events.pop(), split_event(self.events.pop())[1]
         self._count -= 1
@@ -116,22 +134,24 @@ class TraceRecorder:
         self._made = None
         if not self._multiplied:
             self._multiplied = True
-            self.events.append(event(PRODUCT, self._where("workspace")))
+            self._add(event(PRODUCT, self._where(None)))
 
     def on_empty_cache(self) -> None:
-        """Record that cached segments are released."""
-        self.events.append(event(EMPTY_CACHE))
+        """Record that cached segments are released, which a placement's hooks do."""
+        if self._names:
+            self._lay_over(event(EMPTY_CACHE))
+        else:
+            self._add(event(EMPTY_CACHE))
 
     # ---- marks
 
     def enter(self, mark: Mark) -> None:
         """Record that a marked module begins."""
-        self.events.append(event(ENTER, self._marks.setdefault(mark, len(self._marks))))
-        self.events.append(self._where("weights"))
+        self._add(event(ENTER, self._marks.setdefault(mark, len(self._marks))), self._where(None))
 
     def leave(self, mark: Mark) -> None:
         """Record that a marked module ends."""
-        self.events.append(event(LEAVE, self._marks[mark]))
+        self._add(event(LEAVE, self._marks[mark]))
 
     def mark(self, pipe: Any) -> None:
         """Set marks on the modules of a pipeline whose weights are on the device; its call follows."""
@@ -160,10 +180,24 @@ class TraceRecorder:
         finally:
             self.leave(mark)
 
-    def _where(self, kind: str) -> int:
-        ledger = self.ledger
-        made = Where(ledger.phase, ledger.component, ledger.module, ledger.operation, kind)
-        return self._wheres.setdefault(made, len(self._wheres))
+    def _add(self, *numbers: int) -> None:
+        self.events.extend(numbers)
+        self._position += 1
+
+    def _lay_over(self, *numbers: int) -> None:
+        self._overlay.extend((-1 if self._loading else self._position, *numbers))
+
+    def _where(self, block: Block | None, wheres: dict[Where, int] | None = None) -> int:
+        """The index of where the call is, and of what it allocates, by default in the trace."""
+        ledger, known = self.ledger, self._wheres if wheres is None else wheres
+        kind = "" if block is None else block.kind
+        owner = block.owner if block is not None and kind == "weights" else ""
+        made = Where(ledger.phase, ledger.component, ledger.module, ledger.operation, kind, owner)
+        return known.setdefault(made, len(known))
+
+    def overlay(self) -> Overlay:
+        """What was recorded apart."""
+        return Overlay(names=self._names, events=self._overlay, wheres=tuple(self._overlay_wheres))
 
     def trace(self, steps: int) -> CallTrace:
         """What was recorded, of a call with so many steps."""
