@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from vramplan.common.files import cache_folder, write_bytes
@@ -20,6 +23,19 @@ _IMPORT = re.compile(r"^ *from (vramplan[\w.]*) import (?:\(([^)]*)\)|(.*))$", r
 _DIGEST_BYTES = 16
 
 T = TypeVar("T")
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
+_collecting: list[dict[str, bytes]] = []
+
+
+@contextmanager
+def collecting() -> Iterator[dict[str, bytes]]:
+    """Context manager: collect every value that is looked up or stored, by the digest of its key."""
+    found: dict[str, bytes] = {}
+    _collecting.append(found)
+    try:
+        yield found
+    finally:
+        _collecting.remove(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +62,38 @@ def json_codec(kind: Any) -> Codec[Any]:
     )
 
 
-def cached(key: Any, make: Callable[[], T], codec: Codec[T], *, module: str) -> T:
+def cached(
+    key: Any, make: Callable[[], T], codec: Codec[T], *, module: str, shipped: Mapping[str, bytes] = NOTHING
+) -> T:
     """Return the value cached under this key, or make it and cache it.
 
     `key` is any JSON value. The code that makes the value counts as well: that of `module` and all it imports, and the
-    versions of the libraries. `VRAMPLAN_CACHE` names another folder; `0` turns the cache off.
+    versions of the libraries. `VRAMPLAN_CACHE` names another folder; `0` turns the cache off. `shipped` are values that
+    came with the package, by the digest of their key.
     """
-    found = lookup(key, codec, module=module)
+    found = lookup(key, codec, module=module, shipped=shipped)
     if found is None:
         found = make()
         store(key, found, codec, module=module)
     return found
 
 
-def lookup(key: Any, codec: Codec[T], *, module: str) -> T | None:
-    """The value cached under this key, None without one."""
+def lookup(key: Any, codec: Codec[T], *, module: str, shipped: Mapping[str, bytes] = NOTHING) -> T | None:
+    """The value shipped or cached under this key, None without one."""
+    digest = key_digest(key)
+    if digest in shipped:
+        content = shipped[digest]
+        for collected in _collecting:
+            collected[digest] = content
+        return codec.read(content)
+    found = _lookup(key, codec, module)
+    if found is not None:
+        for collected in _collecting:
+            collected[digest] = codec.write(found)
+    return found
+
+
+def _lookup(key: Any, codec: Codec[T], module: str) -> T | None:
     folder = cache_folder()
     if folder is None:
         return None
@@ -70,6 +103,8 @@ def lookup(key: Any, codec: Codec[T], *, module: str) -> T | None:
 
 def store(key: Any, value: T, codec: Codec[T], *, module: str) -> None:
     """Cache a value under this key."""
+    for collected in _collecting:
+        collected[key_digest(key)] = codec.write(value)
     folder = cache_folder()
     if folder is not None:
         digest = _entry(key, module)
@@ -117,13 +152,14 @@ def _read(path: Path, digest: str, codec: Codec[T]) -> T | None:
     try:
         content = path.read_bytes()
         mark, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        return codec.read(content) if mark == _checksum(digest, content) else None
-    except (OSError, ValueError):
+        return codec.read(zlib.decompress(content)) if mark == _checksum(digest, content) else None
+    except (OSError, ValueError, zlib.error):
         return None
 
 
 def _write(path: Path, digest: str, content: bytes) -> None:
     try:
+        content = zlib.compress(content)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, _checksum(digest, content) + content)
     except (OSError, VramplanError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.cache import cached, json_codec
+from vramplan.common.cache import Codec, cached, json_codec
 from vramplan.errors import UsageError, VramplanError
 from vramplan.pipeline.latents import vae_scale
 from vramplan.pipeline.sources import Folder, Hub, Live, SingleFile, is_repo_id, refuse_options, source_of
@@ -142,13 +142,16 @@ def _describe_stored(repository: Repository, **options: Any) -> Model:
 
 def _describe_profile(name: str, dtype: str | None) -> Model:
     from vramplan.profiles.catalogue import load_pipeline_profile
+    from vramplan.profiles.recorded import recorded
 
     try:
         profile = load_pipeline_profile(name)
     except UsageError as error:
         raise UsageError(f"{name}: no such folder, and {error}") from None
     key = {"described": repr(profile), "dtype": dtype}  # all that it is made of
-    return cached(key, lambda: _made_from_profile(profile, dtype), json_codec(Model), module=__name__)
+    shipped = recorded(profile.name)
+    codec: Codec[Model] = json_codec(Model)
+    return cached(key, lambda: _made_from_profile(profile, dtype), codec, module=__name__, shipped=shipped)
 
 
 def _made_from_profile(profile: PipelineProfile, dtype: str | None) -> Model:

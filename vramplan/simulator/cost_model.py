@@ -148,18 +148,16 @@ def _confirming(
         if key in stopped:
             return stopped[key]
         decodes = [(setting, vaes) for setting in decision.decode]
-        found = (
-            None
-            if decision.weights
-            else model.replayed(
+        found = None
+        if not decision.weights:
+            found = model.replayed(
                 work,
                 decision.placement,
-                grouped({}, {}, decision.execution),
+                decision.execution,
                 decodes,
                 accelerator=accelerator,
                 capacity_bytes=capacity,
             )
-        )
         if found is None:
             found = model.run(work, grouped(*settings), decodes, accelerator=accelerator, capacity_bytes=capacity)
         if _stopped_before_vaes(found, vaes):

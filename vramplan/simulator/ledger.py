@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from vramplan.simulator.allocator import CachingAllocator, Chunk, DeviceFullError
 from vramplan.simulator.types import SimulatedPhaseName
@@ -135,6 +135,33 @@ class Recorder:
         return module[len(self.name) :]
 
 
+class Listener(Protocol):
+    """Whoever is told of a ledger's events: see `Recorder`."""
+
+    broken: bool
+
+    def on_allocate(self, block: Block, module: str, operation: str) -> None:
+        """A block was allocated."""
+
+    def on_free(self, block: Block) -> None:
+        """A block was freed."""
+
+    def on_count(self, module: str, cost: Cost) -> None:
+        """Kernels were counted for a module."""
+
+    def on_transfer(self, source: str, target: str, size: int) -> None:
+        """Bytes were moved."""
+
+    def on_read(self, block: Block) -> None:
+        """A weight was read outside of its component."""
+
+    def on_empty_cache(self) -> None:
+        """Cached segments were released."""
+
+    def on_product(self) -> None:
+        """A matrix product ran."""
+
+
 class Ledger:
     """The memory accounting of one simulation. The caller keeps phase, component and modules up to date.
 
@@ -170,7 +197,7 @@ class Ledger:
         self.peaks: dict[SimulatedPhaseName, PhasePeak] = {}
         self.needs: dict[tuple[str, str], int] = {}  # peak in addition to weights, by phase and component
         self.moved_bytes: dict[tuple[str, str], int] = {}
-        self.recorders: list[Recorder] = []
+        self.recorders: list[Listener] = []
 
     @contextmanager
     def pause_recording(self) -> Iterator[None]:

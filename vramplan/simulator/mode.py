@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vramplan.simulator.engine import Engine
 from vramplan.simulator.kernels import attention_flops, attention_kind, attention_scratch_bytes, scores_bytes
-from vramplan.simulator.shapes import CPU, META, label_of, normalize_device, value_of
+from vramplan.simulator.shapes import CPU, META, label_of, normalize_device, shape_of, value_of
 from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, map_tensors, tensors_in
 
 
@@ -39,7 +39,10 @@ def _create_on_device(engine: Engine, func: Any, args: Any, kwargs: dict[str, An
     """Run a function that makes a tensor on a device: `torch.zeros(..., device="cuda")`."""
     target = normalize_device(kwargs["device"])
     rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
-    if any(isinstance(tensor, SimTensor) for tensor in tensors_in((args, rest))):
+    given = [tensor for tensor in tensors_in((args, rest)) if isinstance(tensor, SimTensor)]
+    if given and label_of(given[0]) != target and _is_like(func):
+        return _create_like(engine, func, args, rest, target)
+    if given:
         made = func(*args, **rest)
         return engine.convert(made, target) if isinstance(made, torch.Tensor) else made
     if target in (CPU, META) or not _makes_tensors(func):
@@ -49,6 +52,26 @@ def _create_on_device(engine: Engine, func: Any, args: Any, kwargs: dict[str, An
         return engine.new(shape, target)
     rest.pop("generator", None)
     return engine.new(shape, target, "activation", func(*args, **rest, device="cpu"))
+
+
+def _is_like(func: Any) -> bool:
+    """Whether the function makes a tensor in the shape or dtype of another one, whose values do not matter."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_like") or name.startswith("new_")
+
+
+def _create_like(engine: Engine, func: Any, args: Any, rest: dict[str, Any], target: torch.device) -> torch.Tensor:
+    """Run a function like `torch.empty_like` for another device than that of its argument: nothing is made on that."""
+
+    def standing_in(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)
+
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = func(*map_tensors(args, shape_of), **map_tensors(rest, shape_of), device="meta")
+        if shape.numel() > VALUE_LIMIT:
+            return engine.new(shape, target)
+        value = func(*map_tensors(args, standing_in), **map_tensors(rest, standing_in), device="cpu")
+    return engine.new(shape, target, value=value.clone())
 
 
 def _makes_tensors(func: Any) -> bool:

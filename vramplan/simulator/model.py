@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vramplan.common.cache import Codec, T, cached, json_codec, key_digest, lookup, store
+from vramplan.common.cache import NOTHING, Codec, T, cached, json_codec, lookup, store
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.sources import Folder, Hub, Live, Profile, Source
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.footprint import ASSUMED_SLACK
+from vramplan.profiles.recorded import recorded
 from vramplan.simulator.footprint import SimulatedFootprint
-from vramplan.simulator.replay import needs_overlay, replay, replay_refusal
-from vramplan.simulator.trace import CallTrace, Overlay, other_events
+from vramplan.simulator.placing import expandable_segments, settings_applier
+from vramplan.simulator.recorded_call import RecordedCall
 from vramplan.simulator.types import DecodedLatents, Simulation
-from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, Placement, apply_settings, freed_first
-from vramplan.strategies.resident import Resident
+from vramplan.strategies.base import AtLoad, Decode, Decodes, Execution, Placed, Placement, freed_first
 from vramplan.strategies.settings import format_setting, grouped
 from vramplan.strategies.vae_tiling import VaeTiling
 from vramplan.units import MIB
@@ -27,9 +26,6 @@ from vramplan.workload import Workload
 if TYPE_CHECKING:
     from vramplan.simulator.memo import Memo
     from vramplan.simulator.parts import Parts
-
-# The name of every simulated device: capacity and kernels make the difference.
-DEVICE = "cuda:0"
 
 
 def simulated_footprint(
@@ -83,6 +79,7 @@ class SimulatedModel:
 
     def __init__(self, spec: PipelineSpec) -> None:
         self.spec = spec
+        self._shipped = recorded(spec.source.name) if isinstance(spec.source, Profile) else NOTHING
         self._parts: Parts | None = None
         self._memos: dict[tuple[Any, ...], Memo] = {}
         self.recorded: dict[str, Any] = {}  # traces and overlays, by the digest of their key
@@ -114,7 +111,7 @@ class SimulatedModel:
         ]
         first, rest = freed_first(placed)
         key = {
-            "pipeline": _identity(self.spec),
+            "pipeline": self.identity,
             "workload": asdict(workload),
             "placed": [(format_setting(setting), list(names), _file_stamp(setting)) for setting, names in placed],
             "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
@@ -128,6 +125,10 @@ class SimulatedModel:
             from vramplan.simulator.kernels import Kernels
             from vramplan.simulator.run import First, run_simulation
 
+            plain = all(isinstance(setting, Execution) for setting, _ in placed) and self._recordable
+            if plain and capacity_bytes is None and not timeline:
+                found = RecordedCall(self, workload, placed, decodes, kernels).simulate()
+                return replace(found, notes=(*found.notes, *self._unknown(kernels)))
             encoding = First(names=[name for _, names in first for name in names], place=settings_applier(first, ()))
             found = run_simulation(
                 self.parts,
@@ -137,12 +138,49 @@ class SimulatedModel:
                 capacity_bytes=capacity_bytes,
                 expandable=expandable_segments(),
                 kernels=Kernels(**kernels),
-                memo=self._memo(kernels),
+                memo=self.memo(kernels),
                 timeline=timeline,
             )
             return replace(found, notes=(*found.notes, *self._unknown(kernels)))
 
-        return _within(capacity_bytes, key, make)
+        return self._within(capacity_bytes, key, make)
+
+    @property
+    def identity(self) -> Any:
+        """The facts of the pipeline that affect memory and the evaluations of its denoiser."""
+        spec = self.spec
+        return [
+            spec.class_name,
+            _scheduler(spec.source),
+            [
+                [c.name, c.class_name, dict(c.config), dict(c.dtype_bytes), c.parameter_count, c.quantized]
+                for c in sorted(spec.components, key=lambda component: component.name)
+            ],
+        ]
+
+    @property
+    def _recordable(self) -> bool:
+        """Whether traces tell all: weights are plain tensors that nothing else moves."""
+        return not any(component.quantized or component.hooks for component in self.spec.components)
+
+    def cached(self, key: Any, make: Callable[[], T], codec: Codec[T]) -> T:
+        """The value that came with the pipeline's profile, or was cached, or is made now."""
+        return cached(key, make, codec, module=__name__, shipped=self._shipped)
+
+    def _within(self, capacity_bytes: int | None, key: Mapping[str, Any], make: Callable[[], Simulation]) -> Simulation:
+        """The simulation within a capacity, known or made now.
+
+        One that never met its capacity is that of any capacity from its peak on: it is cached once for all of these.
+        """
+        known = lookup(key, _SIMULATIONS, module=__name__, shipped=self._shipped)
+        if known is not None and (capacity_bytes is None or known.peak_reserved_bytes <= capacity_bytes):
+            return replace(known, capacity_bytes=capacity_bytes, fits=None if capacity_bytes is None else True)
+        if capacity_bytes is None:
+            return self.cached(key, make, _SIMULATIONS)
+        found = self.cached({**key, "capacity": capacity_bytes}, make, _SIMULATIONS)
+        if not found.limited:
+            store(key, replace(found, capacity_bytes=None, fits=None), _SIMULATIONS, module=__name__)
+        return found
 
     def _unknown(self, kernels: Mapping[str, Any]) -> Iterable[str]:
         """Notes on what is not known of these kernels, as far as the model needs it."""
@@ -162,7 +200,7 @@ class SimulatedModel:
         held = {dtype for part in parts for dtype in part.dtype_bytes}
         return found | {"math_dtypes": tuple(dtype for dtype in found["math_dtypes"] if dtype in held)}
 
-    def _memo(self, kernels: Mapping[str, Any]) -> Memo:
+    def memo(self, kernels: Mapping[str, Any]) -> Memo:
         """Return the records of simulations with these kernels; the workspace of cuBLAS is allocated in each."""
         from vramplan.simulator.memo import Memo
 
@@ -172,7 +210,7 @@ class SimulatedModel:
     def trace(self, workload: Workload, *, accelerator: Accelerator | None) -> Simulation:
         """Trace one forward of each component separately, or read it from the cache."""
         kernels = self.kernels(accelerator)
-        key = {"alone": _identity(self.spec), "workload": asdict(workload), "kernels": kernels}
+        key = {"alone": self.identity, "workload": asdict(workload), "kernels": kernels}
 
         def make() -> Simulation:
             from vramplan.simulator.component_trace import trace_components
@@ -180,7 +218,7 @@ class SimulatedModel:
 
             return trace_components(self.parts, self.spec, workload, Kernels(**kernels))
 
-        return _cached(key, make)
+        return self.cached(key, make, _SIMULATIONS)
 
     def decode(
         self, latents: Sequence[DecodedLatents], decodes: Decodes, *, accelerator: Accelerator | None
@@ -190,7 +228,7 @@ class SimulatedModel:
         names = {item.component for item in latents}
         here = [(setting, [name for name in given if name in names]) for setting, given in decodes]
         key = {
-            "pipeline": _identity(self.spec),
+            "pipeline": self.identity,
             "latents": [asdict(item) for item in latents],
             "decodes": [(format_setting(setting), given) for setting, given in here],
             "kernels": kernels,
@@ -201,16 +239,16 @@ class SimulatedModel:
             from vramplan.simulator.run import run_decode
 
             return run_decode(
-                self.parts, latents, settings_applier([], here), kernels=Kernels(**kernels), memo=self._memo(kernels)
+                self.parts, latents, settings_applier([], here), kernels=Kernels(**kernels), memo=self.memo(kernels)
             )
 
-        return _cached(key, make)
+        return self.cached(key, make, _SIMULATIONS)
 
     def replayed(
         self,
         workload: Workload,
         placement: Mapping[str, Placement],
-        executions: Placed,
+        execution: Mapping[str, Sequence[Execution]],
         decodes: Decodes,
         *,
         accelerator: Accelerator | None,
@@ -220,116 +258,17 @@ class SimulatedModel:
 
         Work and transfers are not part of it.
         """
-        if any(component.quantized or component.hooks for component in self.spec.components):
+        if not self._recordable:
             return None
-        kernels = self.kernels(accelerator)
-        executions = [(setting, names) for setting, names in executions if setting.simulated]
-        call = _RecordedCall(self, workload, executions, decodes, kernels)
-        trace = call.trace()
-        if replay_refusal(trace, placement) is not None:
-            return None
-        laid_over = [(setting, names) for setting, names in grouped(placement, {}, {}) if needs_overlay(setting)]
-        overlays = [call.overlay(setting, part) for setting, names in laid_over for part in _applied(setting, names)]
-        if not all(overlay.names for overlay in overlays):
-            return None
-        return replay(
-            trace,
-            placement,
-            overlays,
-            cublas_bytes=kernels["cublas_bytes"],
-            capacity_bytes=capacity_bytes,
-            expandable=expandable_segments(),
+        executions = [
+            item for item in grouped({}, {}, execution) if isinstance(item[0], Execution) and item[0].simulated
+        ]
+        return RecordedCall(self, workload, executions, decodes, self.kernels(accelerator)).replay(
+            placement, capacity_bytes
         )
 
 
-class _RecordedCall:
-    """The traces of one call, each recorded once, or read from the cache."""
-
-    def __init__(
-        self,
-        model: SimulatedModel,
-        workload: Workload,
-        executions: Placed,
-        decodes: Decodes,
-        kernels: Mapping[str, Any],
-    ) -> None:
-        self.model = model
-        self.workload = workload
-        self.executions = executions
-        self.decodes = decodes
-        self.kernels = kernels
-        self.key = {
-            "trace": _identity(model.spec),
-            "workload": asdict(workload),
-            "executions": [(format_setting(setting), list(names)) for setting, names in executions],
-            "decodes": [(format_setting(setting), list(names)) for setting, names in decodes],
-            "kernels": {name: value for name, value in kernels.items() if name != "cublas_bytes"},
-        }
-
-    def trace(self) -> CallTrace:
-        """The trace with everything resident."""
-        return self._known(self.key, lambda: self._record({}, ())[0], _TRACES)
-
-    def overlay(self, setting: Placement, names: Sequence[str]) -> Overlay:
-        """What these components do to it under a placement; an overlay of no names if more than their weights change.
-
-        Raises:
-            SimulationError: the call does not run under the placement.
-        """
-
-        def make() -> Overlay:
-            trace, overlay = self._record(dict.fromkeys(names, setting), names)
-            recorded, plain = (list(other_events(item, names)) for item in (trace, self.trace()))
-            return overlay if recorded == plain else replace(overlay, names=())
-
-        return self._known({**self.key, "setting": format_setting(setting), "names": list(names)}, make, _OVERLAYS)
-
-    def _known(self, key: Mapping[str, Any], make: Callable[[], T], codec: Codec[T]) -> T:
-        digest = key_digest(key)
-        if digest not in self.model.recorded:
-            self.model.recorded[digest] = cached(key, make, codec, module=__name__)
-        return self.model.recorded[digest]
-
-    def _record(self, placement: Mapping[str, Placement], names: Sequence[str]) -> tuple[CallTrace, Overlay]:
-        from vramplan.simulator.kernels import Kernels
-        from vramplan.simulator.run import record_call
-
-        model = self.model
-        resident = {component.name: Resident() for component in model.spec.components}
-        placed = grouped({**resident, **placement}, {}, {}) if placement else []
-        place = settings_applier([*self.executions, *placed], self.decodes)
-        kernels, memo = Kernels(**self.kernels), model._memo(self.kernels)
-        return record_call(model.parts, self.workload, place, kernels=kernels, memo=memo, laid_over=names)
-
-
-def _applied(setting: Placement, names: Sequence[str]) -> list[list[str]]:
-    """The names, in the groups that a setting is applied to in one call."""
-    return [list(names)] if setting.whole_pipeline else [[name] for name in names]
-
-
-# Traces and overlays as the simulator writes them.
-_TRACES: Codec[CallTrace] = Codec(write=CallTrace.to_bytes, read=CallTrace.from_bytes)
-_OVERLAYS: Codec[Overlay] = Codec(write=Overlay.to_bytes, read=Overlay.from_bytes)
-
-
-def _cached(key: Any, make: Callable[[], Simulation]) -> Simulation:
-    return cached(key, make, json_codec(Simulation), module=__name__)
-
-
-def _within(capacity_bytes: int | None, key: Mapping[str, Any], make: Callable[[], Simulation]) -> Simulation:
-    """The simulation within a capacity, or read from the cache.
-
-    One that never met its capacity is that of any capacity from its peak on: it is cached once for all of these.
-    """
-    known = lookup(key, json_codec(Simulation), module=__name__)
-    if known is not None and (capacity_bytes is None or known.peak_reserved_bytes <= capacity_bytes):
-        return replace(known, capacity_bytes=capacity_bytes, fits=None if capacity_bytes is None else True)
-    if capacity_bytes is None:
-        return _cached(key, make)
-    found = _cached({**key, "capacity": capacity_bytes}, make)
-    if not found.limited:
-        store(key, replace(found, capacity_bytes=None, fits=None), json_codec(Simulation), module=__name__)
-    return found
+_SIMULATIONS: Codec[Simulation] = json_codec(Simulation)
 
 
 def _parts(spec: PipelineSpec) -> Parts:
@@ -346,44 +285,12 @@ def _parts(spec: PipelineSpec) -> Parts:
     return parts_from_repository(open_repository(source), dtypes)
 
 
-def settings_applier(placed: Placed, decodes: Decodes) -> Callable[[Any], None]:
-    """Return a function that applies the settings to a hollow pipeline."""
-
-    def place(pipe: Any) -> None:
-        apply_settings(pipe, placed, decodes, DEVICE, hollow=True)
-        if not any(setting.axis == "placement" for setting, _ in placed):
-            pipe.to(DEVICE)
-
-    return place
-
-
-def expandable_segments() -> bool:
-    """Whether the environment enables expandable segments of torch's allocator, for the process that runs the plan too.
-
-    Both names are read: PYTORCH_ALLOC_CONF since torch 2.10, PYTORCH_CUDA_ALLOC_CONF before.
-    """
-    options = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    return "expandable_segments:true" in options.replace(" ", "").lower()
-
-
 def _file_stamp(setting: Any) -> tuple[int, int] | None:
     """Return size and modification time of a setting's file, to detect another file with the same name."""
     if not isinstance(setting, AtLoad) or setting.source is None:
         return None
     stat = setting.source.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-def _identity(spec: PipelineSpec) -> Any:
-    """Return the facts of a pipeline that affect memory and the evaluations of its denoiser."""
-    return [
-        spec.class_name,
-        _scheduler(spec.source),
-        [
-            [c.name, c.class_name, dict(c.config), dict(c.dtype_bytes), c.parameter_count, c.quantized]
-            for c in sorted(spec.components, key=lambda component: component.name)
-        ],
-    ]
 
 
 def _scheduler(source: Source) -> Any:

@@ -113,8 +113,9 @@ class _Replay:
             for layer in [_Layer(overlay, ledger, number * _STREAMS)]
             for name in overlay.names
         }
-        self.cache = Cache(_Memory(ledger))
-        self.members: dict[str, tuple[Member, Mapping[int, WeightsBlock]]] = {}
+        memory: Any = _Memory(ledger)
+        self.cache = Cache(memory)
+        self.members: dict[str, tuple[Member, Mapping[int, Any]]] = {}
         self.held: list[Block] = []
         self.weights: dict[int, Block | None] = {}  # the resident ones, by their number among those of all components
         self.streamed: dict[int, tuple[WeightsBlock, int]] = {}  # the block of a streamed one, and its bytes
@@ -139,7 +140,7 @@ class _Replay:
                 moved = dict(zip(numbers[name], self.trace.weights[name].moved, strict=True))
                 if isinstance(setting, WeightStreaming):
                     self._stream(name, setting)
-                    block = self.members[name][0].rest
+                    block: Any = self.members[name][0].rest
                     if block is not None:
                         self.streamed |= {number: (block, size) for number, size in moved.items()}
                 else:
@@ -156,10 +157,13 @@ class _Replay:
             self._hold(name, weights.units[place])
         if setting.keep:
             self._hold(name, weights.outside)
-        blocks = {place: WeightsBlock(_laid_out(weights.units[place])) for place in sorted(division.by_need)}
+        blocks: dict[int, Any] = {
+            place: WeightsBlock(_laid_out(weights.units[place])) for place in sorted(division.by_need)
+        }
+        rest: Any = None if setting.keep else WeightsBlock(_laid_out(weights.outside))
         member = Member(
             name,
-            None if setting.keep else WeightsBlock(_laid_out(weights.outside)),
+            rest,
             list(blocks.values()),
             [blocks[place] for place in division.streamed],
             in_loop=weights.in_loop,

@@ -78,13 +78,8 @@ def run_simulation(
     Raises:
         SimulationError: the call needs something that a pipeline without weights cannot give.
     """
-
     evaluations = [0, 0]
-
-    def call(pipe: Any) -> None:
-        pipe(**call_inputs(pipe, workload))
-        evaluations[:] = (evaluations_of(pipe, steps) for steps in (STEPS, workload.num_inference_steps))
-
+    call = _call_of(workload, evaluations)
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     stages = [(place, call)] if first is None else _encode_first(first, workload, place)
     recorder = TimelineRecorder() if timeline else None
@@ -94,22 +89,35 @@ def run_simulation(
     return replace(found, timeline=recorder.timeline()) if recorder else found
 
 
+def _call_of(workload: Workload, evaluations: list[int]) -> Action:
+    """The call of the workload, which notes how many evaluations of the denoiser it makes, and a whole one would."""
+
+    def call(pipe: Any) -> None:
+        pipe(**call_inputs(pipe, workload))
+        evaluations[:] = (evaluations_of(pipe, steps) for steps in (STEPS, workload.num_inference_steps))
+
+    return call
+
+
 def record_call(
     parts: Parts,
     workload: Workload,
     place: Callable[[Any], None],
     *,
+    expandable: bool,
     kernels: Kernels,
     memo: Memo,
     laid_over: Collection[str] = (),
-) -> tuple[CallTrace, Overlay]:
-    """Simulate a call as `run_simulation` does, and record its memory: all that is not weights of components
-    `laid_over`, which `place` may give hooks, and apart these weights. All other components are resident.
+) -> tuple[Simulation, CallTrace, Overlay]:
+    """Simulate a call as `run_simulation` does without a capacity, and record its memory.
+
+    Weights of components `laid_over`, which `place` may give hooks, are recorded apart from all the rest. The other
+    components are resident.
 
     Raises:
         SimulationError: the call needs something that a pipeline without weights cannot give.
     """
-    ledger = _ledger(CachingAllocator())
+    ledger = _ledger(CachingAllocator(expandable=expandable))
     recorder = TraceRecorder(ledger, laid_over)
     ledger.recorders.append(recorder)
 
@@ -117,12 +125,16 @@ def record_call(
         place(pipe)
         recorder.mark(pipe)
 
+    evaluations = [0, 0]
+    plain = _call_of(workload, evaluations)
+
     def call(pipe: Any) -> None:
-        pipe(**call_inputs(pipe, workload))
+        plain(pipe)
         ledger.recorders.remove(recorder)  # what comes next is the end of the pipeline, and not of its call
 
-    simulate_stages(parts, [(place_marked, call)], ledger, kernels, memo)
-    return recorder.trace(STEPS), recorder.overlay()
+    found = simulate_stages(parts, [(place_marked, call)], ledger, kernels, memo)
+    found = replace(found, evaluations=evaluations[0], call_evaluations=evaluations[1])
+    return found, recorder.trace(STEPS), recorder.overlay()
 
 
 def _ledger(allocator: CachingAllocator, observe: Callable[[Ledger, Block, int], None] | None = None) -> Ledger:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import zlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from vramplan.simulator.ledger import Kind
+from vramplan.simulator.types import SimulatedPhaseName
 
 # The kind of an event, in the lowest bits of its first number; its operand is in the others.
 ALLOCATE, FREE, ENTER, LEAVE, PRODUCT, EMPTY_CACHE, CONVERT, DISCARD = range(8)
@@ -46,11 +48,11 @@ class Where:
     `owner` is the component of weights, copies that are made of them included; empty for other kinds.
     """
 
-    phase: str
+    phase: SimulatedPhaseName
     component: str
     module: str
     operation: str
-    kind: str
+    kind: Kind
     owner: str = ""
 
 
@@ -104,7 +106,7 @@ class CallTrace:
         return [name for name, weights in self.weights.items() for _ in weights.moved]
 
     def to_bytes(self) -> bytes:
-        """The trace as compressed bytes."""
+        """The trace as bytes."""
         head = {
             "wheres": [list(_values(item)) for item in self.wheres],
             "marks": [list(_values(item)) for item in self.marks],
@@ -131,7 +133,7 @@ class CallTrace:
                 operations=head["operations"],
                 steps=head["steps"],
             )
-        except (zlib.error, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a damaged trace: {error}") from error
 
 
@@ -149,7 +151,7 @@ class Overlay:
     wheres: tuple[Where, ...]
 
     def to_bytes(self) -> bytes:
-        """The overlay as compressed bytes."""
+        """The overlay as bytes."""
         return _pack({"names": self.names, "wheres": [list(_values(item)) for item in self.wheres]}, self.events)
 
     @classmethod
@@ -159,21 +161,20 @@ class Overlay:
             head, events = _unpack(content)
             wheres = tuple(Where(*item) for item in head["wheres"])
             return cls(names=tuple(head["names"]), events=events, wheres=wheres)
-        except (zlib.error, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a damaged overlay: {error}") from error
 
 
 def _pack(head: Mapping[str, object], events: array[int]) -> bytes:
     text = json.dumps(head, separators=(",", ":")).encode()
-    return zlib.compress(len(text).to_bytes(8, "little") + text + events.tobytes(), 9)
+    return len(text).to_bytes(8, "little") + text + events.tobytes()
 
 
 def _unpack(content: bytes) -> tuple[dict[str, Any], array[int]]:
-    plain = zlib.decompress(content)
-    end = 8 + int.from_bytes(plain[:8], "little")
+    end = 8 + int.from_bytes(content[:8], "little")
     events = array("q")
-    events.frombytes(plain[end:])
-    return json.loads(plain[8:end]), events
+    events.frombytes(content[end:])
+    return json.loads(content[8:end]), events
 
 
 def other_events(trace: CallTrace, names: Collection[str]) -> Iterator[tuple[Any, ...]]:

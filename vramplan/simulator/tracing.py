@@ -6,13 +6,14 @@ import weakref
 from array import array
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 
 from vramplan.pipeline.modules import modules_of
-from vramplan.simulator.ledger import Block, Cost, Ledger
+from vramplan.simulator.ledger import Block, Cost, Kind, Ledger
 from vramplan.simulator.trace import (
     ALLOCATE,
     CONVERT,
@@ -169,11 +170,11 @@ class TraceRecorder:
                 mark = Mark(name, unit, child is module)
                 child.register_forward_pre_hook(Marker(self.enter, mark))
                 child.register_forward_hook(Marker(self.leave, mark), always_call=True)
-            for method, made in methods(module, lambda _, name=name: self._entered(Mark(name, None, False))).items():
+            for method, made in methods(module, partial(self._entered, Mark(name, None, False))).items():
                 module.__dict__[method] = MethodType(made, module)
 
     @contextmanager
-    def _entered(self, mark: Mark) -> Iterator[None]:
+    def _entered(self, mark: Mark, module: Any) -> Iterator[None]:
         self.enter(mark)
         try:
             yield
@@ -190,7 +191,7 @@ class TraceRecorder:
     def _where(self, block: Block | None, wheres: dict[Where, int] | None = None) -> int:
         """The index of where the call is, and of what it allocates, by default in the trace."""
         ledger, known = self.ledger, self._wheres if wheres is None else wheres
-        kind = "" if block is None else block.kind
+        kind: Kind = "activation" if block is None else block.kind
         owner = block.owner if block is not None and kind == "weights" else ""
         made = Where(ledger.phase, ledger.component, ledger.module, ledger.operation, kind, owner)
         return known.setdefault(made, len(known))
