@@ -2,9 +2,9 @@
 
     python benchmarks/record_profiles.py [--check] [--jobs N] [NAME ...]
 
-Every profile is planned for cards from 4 to 80 GiB and two sizes of RAM, of an architecture before Hopper and of a
+Every profile is planned for cards from 4 to 24 GiB and two sizes of RAM, of an architecture before Hopper and of a
 later one. What was described, simulated and recorded meanwhile is what a plan for any other card of these needs. The
-library files that the recordings ran through are noted: what is recorded holds for installations that have the same.
+library files that this ran through are noted: what is recorded holds for installations that have the same.
 
 `--check` says which files are not of the code as it is; exit code 1 if any.
 """
@@ -15,27 +15,33 @@ import argparse
 import os
 import sys
 import sysconfig
+import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[1] / "profiles" / "recorded"
-# One card of each architecture stands for all sizes: only its budget is varied.
-DEVICES = ("rtx-4090", "rtx-5090")
-VRAM = (4, 6, 8, 10, 12, 16, 20, 24, 32)
-RAM = ("16GiB", "64GiB")
+from vramplan.common.cache import collecting
+from vramplan.errors import NothingFitsError, VramplanError
+from vramplan.profiles import recorded
+from vramplan.profiles.files import profile_files
+
+FOLDER = Path(__file__).parents[1] / "profiles" / recorded.FOLDER
+# Budgets of one card of each architecture, which stands for all of its kind.
+CASES = [("rtx-4090", vram, ram) for ram in ("16GiB", "64GiB") for vram in (4, 6, 8, 10, 12, 16, 20, 24)]
+CASES += [("rtx-5090", 8, "64GiB"), ("rtx-5090", 24, "64GiB")]
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
+# What placements run through, whichever of them a plan tries.
+ALWAYS = ("accelerate/hooks.py", "accelerate/big_modeling.py", "diffusers/hooks/group_offloading.py")
 
 
 @contextmanager
-def traced_files() -> Iterator[set[str]]:
-    """Context manager: collect the Python files of the libraries in which functions are called."""
+def called_files(found: set[str]) -> Iterator[None]:
+    """Context manager: add the Python files of the libraries in which functions are called."""
     root = f"{sysconfig.get_paths()['purelib']}{os.sep}"
     seen: set[str] = set()
-    found: set[str] = set()
 
     def profile(frame: Any, event: str, _: Any) -> None:
         name = frame.f_code.co_filename
@@ -47,38 +53,54 @@ def traced_files() -> Iterator[set[str]]:
 
     sys.setprofile(profile)
     try:
-        yield found
+        yield
     finally:
         sys.setprofile(None)
 
 
-def record(name: str) -> tuple[str, int, float]:
-    """Record one profile; return its name, the bytes written, and the seconds taken."""
-    os.environ["VRAMPLAN_CACHE"] = "0"
-    from vramplan.api.machine import choose_machine
-    from vramplan.api.plan import Subject
-    from vramplan.api.request import make_request
-    from vramplan.common.cache import collecting
-    from vramplan.errors import NothingFitsError
-    from vramplan.profiles import recorded
-
+def record(name: str) -> tuple[str, int, int, float]:
+    """Record one profile; return its name, the number of values, the bytes written, and the seconds taken."""
     start = time.perf_counter()
-    recorded.recorded = lambda name: {}
-    sources: set[str] = set()
-    with collecting() as entries:
-        for device in DEVICES:
-            for vram in VRAM:
-                for ram in RAM:
-                    request = make_request({"device": device, "vram": f"{vram}GiB", "ram": ram})
-                    with traced_files() as files:
-                        subject = known.setdefault(name, Subject(name, request))
-                        try:
-                            machine = choose_machine(request.device, vram=request.vram)
-                            subject.plan_with_stock(subject.workload(), *machine, request)
-                        except NothingFitsError:
-                            pass
-                    sources |= files
-    content = recorded.pack(entries, sources)
+    sources = set(ALWAYS)
+    with tempfile.TemporaryDirectory() as folder, collecting() as entries:
+        os.environ |= {"VRAMPLAN_CACHE": folder, "VRAMPLAN_RECORDED": "0"}
+        for number, case in enumerate(CASES):
+            with called_files(sources) if number == 0 else nullcontext(), suppress(NothingFitsError):
+                _plan(name, *case)
+    kept = {digest: content for digest, (key, content) in entries.items() if "capacity" not in key}
+    content = recorded.pack(kept, sources)
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{name}.xz").write_bytes(content)
-    return name, len(content), time.perf_counter() - start
+    (FOLDER / f"{name}{recorded.SUFFIX}").write_bytes(content)
+    return name, len(kept), len(content), time.perf_counter() - start
+
+
+def _plan(name: str, device: str, vram: int, ram: str) -> None:
+    from vramplan.api.plan import plan
+
+    plan(name, device=device, vram=f"{vram}GiB", ram=ram)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    names = given.names or sorted(profile_files("pipelines"))
+    if given.check:
+        stale = [name for name in names if not recorded.is_current(name)]
+        print(f"not of this code: {', '.join(stale)}" if stale else f"{len(names)} files are of this code")
+        return bool(stale)
+    with ProcessPoolExecutor(given.jobs, max_tasks_per_child=1) as pool:
+        for number, future in enumerate([pool.submit(record, name) for name in names], 1):
+            try:
+                name, values, size, seconds = future.result()
+            except VramplanError as error:
+                print(f"{number}/{len(names)} {error}", flush=True)
+                continue
+            print(f"{number}/{len(names)} {name}: {values} values, {size / 1024:.0f} KiB, {seconds:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,13 +24,13 @@ _DIGEST_BYTES = 16
 
 T = TypeVar("T")
 NOTHING: Mapping[str, bytes] = MappingProxyType({})
-_collecting: list[dict[str, bytes]] = []
+_collecting: list[dict[str, tuple[Any, bytes]]] = []
 
 
 @contextmanager
-def collecting() -> Iterator[dict[str, bytes]]:
-    """Context manager: collect every value that is looked up or stored, by the digest of its key."""
-    found: dict[str, bytes] = {}
+def collecting() -> Iterator[dict[str, tuple[Any, bytes]]]:
+    """Context manager: collect every value that is looked up or stored, and its key, by the digest of that."""
+    found: dict[str, tuple[Any, bytes]] = {}
     _collecting.append(found)
     try:
         yield found
@@ -84,12 +84,12 @@ def lookup(key: Any, codec: Codec[T], *, module: str, shipped: Mapping[str, byte
     if digest in shipped:
         content = shipped[digest]
         for collected in _collecting:
-            collected[digest] = content
+            collected[digest] = key, content
         return codec.read(content)
     found = _lookup(key, codec, module)
     if found is not None:
         for collected in _collecting:
-            collected[digest] = codec.write(found)
+            collected[digest] = key, codec.write(found)
     return found
 
 
@@ -104,7 +104,7 @@ def _lookup(key: Any, codec: Codec[T], module: str) -> T | None:
 def store(key: Any, value: T, codec: Codec[T], *, module: str) -> None:
     """Cache a value under this key."""
     for collected in _collecting:
-        collected[key_digest(key)] = codec.write(value)
+        collected[key_digest(key)] = key, codec.write(value)
     folder = cache_folder()
     if folder is not None:
         digest = _entry(key, module)
