@@ -246,7 +246,7 @@ def _plan(pipe: Any, form: str | Callable[[Any], str]) -> Any:
 
     from vramplan import plan
     from vramplan.errors import VramplanError
-    from vramplan.hardware import Hardware, Host
+    from vramplan.hardware.types import Hardware, Host
     from vramplan.pipeline.live import spec_from_pipeline
     from vramplan.strategies.settings import parse_placement
 

@@ -32,7 +32,7 @@ from gpu_streaming_machine import Card, Copies, Device, Full, Masters, Pretend, 
 
 import vramplan
 from vramplan.common.files import write_text
-from vramplan.hardware import Accelerator
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.geometry import module_bytes, units_of
 from vramplan.simulator.run import call_inputs
 from vramplan.strategies.base import Placed, apply_settings

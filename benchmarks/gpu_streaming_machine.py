@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 from gpu_accuracy import Models, link
 
-from vramplan.hardware import Accelerator, Hardware, Host, detect
+from vramplan.hardware.detect import detect
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
 from vramplan.simulator.model import SimulatedModel
 from vramplan.streaming import backend

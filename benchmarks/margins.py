@@ -16,7 +16,7 @@ import click
 from regret import CARD, Case, fastest_stock, subject_of
 
 from vramplan.calibration.published_errors import bundled_error
-from vramplan.hardware import Hardware, Host
+from vramplan.hardware.types import Hardware, Host
 from vramplan.planner.budget import make_budget
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile
 from vramplan.units import GIB, MIB

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.support.mutations import mutant
 from vramplan import plan
 from vramplan.errors import VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.planfile.file import dump_plan, load_plan, parse_plan
 from vramplan.planfile.match import parse_settings
 from vramplan.planfile.types import Plan

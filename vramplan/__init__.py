@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vramplan.api.simulate import simulate
     from vramplan.errors import MismatchError, NothingFitsError, UsageError, VramplanError
     from vramplan.fitting.types import Fits
-    from vramplan.hardware import Hardware, detect
+    from vramplan.hardware.detect import detect
+    from vramplan.hardware.types import Hardware
     from vramplan.planfile.file import dump_plan, load_plan
     from vramplan.planfile.types import Plan
     from vramplan.runtime.applied import Applied, applied_to

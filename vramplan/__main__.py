@@ -1,6 +1,6 @@
 """`python -m vramplan`."""
 
-from vramplan.cli.main import main
+from vramplan.cli.main import run
 
 if __name__ == "__main__":
-    main(prog_name="vramplan")
+    run()

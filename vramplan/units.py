@@ -62,6 +62,15 @@ def parse_amount(text: str, *, free_bytes: int | None, total_bytes: int | None, 
     return count
 
 
+def check_amount(text: str, *, name: str) -> None:
+    """Raise UsageError if the text is no amount of any memory: `12GiB`, `-1GiB`, `85%`."""
+    stripped = text.strip()
+    if stripped.endswith("%"):
+        _percentage(stripped)
+    else:
+        parse_bytes(stripped.removeprefix("-"), name=name)
+
+
 def _percentage(text: str) -> float:
     try:
         share = float(text[:-1])

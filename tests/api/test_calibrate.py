@@ -17,7 +17,8 @@ from vramplan.calibration.measured_rates import with_measured_rates
 from vramplan.calibration.records import CallRecord, ProbeRecord
 from vramplan.calibration.store import read_store
 from vramplan.cli.main import main
-from vramplan.hardware import Accelerator, Hardware, Host, Reading, benchmark
+from vramplan.hardware import benchmark
+from vramplan.hardware.types import Accelerator, Hardware, Host, Reading
 from vramplan.units import GIB, MIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=None, driver="570")

@@ -15,7 +15,7 @@ from vramplan.api.check import current_plan, drift_of, replanned
 from vramplan.cli.main import main
 from vramplan.common.versions import versions
 from vramplan.errors import MismatchError, NothingFitsError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.planfile.file import dump_plan, parse_plan
 from vramplan.planfile.types import Plan
 from vramplan.units import GIB, MIB

@@ -14,7 +14,7 @@ import vramplan
 from tests.support.calls import call_kwargs, output_tensor
 from vramplan.api.recover import recovering_call
 from vramplan.errors import NothingFitsError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.runtime.applied import applied_to
 from vramplan.simulator.tensor import SimTensor
 from vramplan.units import GIB

@@ -12,7 +12,7 @@ from vramplan.calibration.learned import learned
 from vramplan.calibration.published_errors import bundled_error
 from vramplan.calibration.store import append
 from vramplan.common.versions import versions
-from vramplan.hardware import Hardware, Host
+from vramplan.hardware.types import Hardware, Host
 from vramplan.planner.residuals import needed
 from vramplan.units import GIB, MIB
 

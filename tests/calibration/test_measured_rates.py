@@ -11,9 +11,9 @@ import vramplan
 from tests.support.records import CARD, probe
 from vramplan.calibration.measured_rates import probe_fields, with_measured_rates, with_measurements
 from vramplan.calibration.store import append
-from vramplan.hardware import Hardware, Host, measurements
+from vramplan.hardware import measurements
 from vramplan.hardware.rates import Rates
-from vramplan.hardware.types import Accelerator, Measurement
+from vramplan.hardware.types import Accelerator, Hardware, Host, Measurement
 from vramplan.planfile.file import dump_plan, parse_plan
 from vramplan.planner.clock import DEFAULT_RATES
 from vramplan.units import GIB

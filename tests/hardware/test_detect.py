@@ -9,7 +9,8 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from vramplan.hardware import Accelerator, Hardware, Host, detect
+from vramplan.hardware.detect import detect
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.units import GIB
 
 detect_module = importlib.import_module("vramplan.hardware.detect")
@@ -40,7 +41,7 @@ def test_the_devices_of_one_kind_are_all_different() -> None:
 def test_detecting_imports_no_torch_and_costs_little() -> None:
     code = """
 import sys, time
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 detect()
 assert "torch" not in sys.modules
 print(time.process_time())

@@ -17,9 +17,8 @@ from tests.support.machines import make_budget
 from vramplan.api.machine import choose_machine, measure_here
 from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
 from vramplan.hardware.file import is_hardware_file, load_hardware
-from vramplan.hardware.types import Measurement, Pcie, Peer, Process, ProcessUsage, Reading
+from vramplan.hardware.types import Accelerator, Hardware, Host, Measurement, Pcie, Peer, Process, ProcessUsage, Reading
 from vramplan.planfile.file import dump_plan, parse_plan
 from vramplan.units import GIB
 from vramplan.view.machine import hardware_dict, hardware_markdown

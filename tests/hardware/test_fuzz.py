@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from tests.support import machines
 from tests.support.machines import make_budget
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 from vramplan.hardware.types import Hardware
 from vramplan.view.machine import hardware_dict, hardware_markdown
 

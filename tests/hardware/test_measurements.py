@@ -11,10 +11,10 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from vramplan.hardware import Accelerator, Hardware, Host, benchmark
+from vramplan.hardware import benchmark
 from vramplan.hardware.measurements import measure_machine
 from vramplan.hardware.rates import WIDE_HEAD
-from vramplan.hardware.types import Measurement
+from vramplan.hardware.types import Accelerator, Hardware, Host, Measurement
 from vramplan.simulator.allocator import CachingAllocator
 from vramplan.simulator.kernels import Kernels
 from vramplan.simulator.parts import Parts

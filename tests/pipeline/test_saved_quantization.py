@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import vramplan
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.folder import spec_from_folder, stored_weights

@@ -9,8 +9,7 @@ from tests.support.machines import make_budget
 from vramplan.api.machine import known_budget
 from vramplan.calibration.published_errors import bundled_error
 from vramplan.errors import NothingFitsError, UsageError
-from vramplan.hardware import Accelerator, Budget, Hardware, Host
-from vramplan.hardware.types import ProcessUsage
+from vramplan.hardware.types import Accelerator, Budget, Hardware, Host, ProcessUsage
 from vramplan.planner.residuals import ProjectionError
 from vramplan.units import GIB, MIB
 

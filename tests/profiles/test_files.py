@@ -17,10 +17,10 @@ from vramplan.profiles.catalogue import (
     device_names,
     load_device_profile,
     load_pipeline_profile,
-    profile_path,
     rates_for,
 )
 from vramplan.profiles.files import user_directory
+from vramplan.profiles.names import profile_path
 
 Write = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from tests.support.store import own_store  # noqa: F401 - a fixture
 from vramplan.calibration.records import CallRecord
 from vramplan.calibration.store import read_store
 from vramplan.errors import VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.units import GIB
 
 CARD = Accelerator(kind="cuda", index=0, name="a card", total_bytes=8 * GIB, free_bytes=8 * GIB)

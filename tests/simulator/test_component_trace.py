@@ -13,7 +13,7 @@ import vramplan
 from tests.support.calls import workload_of
 from tests.support.simulated import small_model
 from vramplan.errors import VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import Use
 from vramplan.planner.decision import Decision

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.calls import workload_of
-from vramplan.hardware import Accelerator
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.types import PipelineSpec
 from vramplan.planner.demand import Pricer

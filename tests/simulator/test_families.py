@@ -21,7 +21,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.modules import module as nn_module
 
 from tests.support.families import FAMILIES, make_family
-from vramplan.hardware import Accelerator
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.modules import modules_of
 from vramplan.simulator.memo import Memo

@@ -15,7 +15,7 @@ import vramplan
 from tests.support.calls import workload_of
 from tests.support.simulated import small_model
 from vramplan.api.plan import describe
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.sources import Live
 from vramplan.planner.decision import Decision
 from vramplan.planner.fixed import parse_fixed

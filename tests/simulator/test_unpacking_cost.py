@@ -14,7 +14,7 @@ from make_pipeline import build
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.simulated import small_model
-from vramplan.hardware import Accelerator
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.geometry import tensors_of
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.pipeline.packed_linear import (

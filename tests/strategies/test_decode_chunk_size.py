@@ -11,7 +11,7 @@ import torch
 import vramplan
 from tests.support.families import FAMILIES, make_family
 from tests.support.specs import GIB, card, component
-from vramplan.hardware import Hardware, Host
+from vramplan.hardware.types import Hardware, Host
 from vramplan.simulator.run import call_inputs
 from vramplan.strategies.decode_chunk_size import DecodeChunkSize
 from vramplan.workload import Workload

@@ -15,8 +15,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Reg
 import vramplan
 from tests.support.families import FAMILIES
 from tests.support.specs import GIB, card, component
-from vramplan.hardware import Hardware, Host
-from vramplan.hardware.types import Accelerator
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.component import describe_component
 from vramplan.planner.candidates import execution_settings
 from vramplan.planner.fixed import Fixed

@@ -17,7 +17,7 @@ import vramplan
 from tests.support.calls import call_kwargs, output_tensor
 from vramplan.api.code import plan_code
 from vramplan.errors import UsageError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.folder import spec_from_folder

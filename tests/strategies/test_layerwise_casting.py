@@ -11,7 +11,7 @@ from make_pipeline import build
 import vramplan
 from tests.support.calls import call_kwargs, output_tensor
 from vramplan.errors import NothingFitsError, UsageError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes
 from vramplan.pipeline.modules import modules_of

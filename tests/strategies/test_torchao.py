@@ -14,7 +14,7 @@ from make_pipeline import build
 import vramplan
 from tests.support.calls import call_kwargs, output_tensor
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.build import weightless_copy
 from vramplan.pipeline.component import describe_component
 from vramplan.pipeline.geometry import module_bytes

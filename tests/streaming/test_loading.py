@@ -13,8 +13,7 @@ import vramplan.runtime.applied
 import vramplan.runtime.staged
 from tests.support.calls import call_kwargs, output_tensor
 from vramplan.api.code import plan_code
-from vramplan.hardware import Hardware
-from vramplan.hardware.types import Accelerator, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.modules import modules_of
 from vramplan.runtime.staged import load_applied
 from vramplan.streaming.attach import stream_of

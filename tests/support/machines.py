@@ -45,7 +45,8 @@ import pytest
 import yaml
 
 from vramplan.calibration.published_errors import bundled_error
-from vramplan.hardware import amd, apple, detect, intel, nvidia, nvidia_order, sampling, sysroot
+from vramplan.hardware import amd, apple, intel, nvidia, nvidia_order, sampling, sysroot
+from vramplan.hardware.detect import detect
 from vramplan.hardware.types import Budget, Hardware
 from vramplan.planner import budget
 from vramplan.units import parse_bytes

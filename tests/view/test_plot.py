@@ -23,7 +23,7 @@ from vramplan.calibration.records import CallRecord, Usage
 from vramplan.calibration.store import append
 from vramplan.cli.main import main
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import Accelerator, Hardware, Host
+from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.planfile.types import Plan
 from vramplan.runtime.recording import last_measured, record_of
 from vramplan.simulator.allocator import CachingAllocator

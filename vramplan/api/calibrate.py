@@ -12,7 +12,7 @@ from vramplan.calibration.records import ProbeRecord
 from vramplan.calibration.store import append, store_folder
 from vramplan.common.progress import Say
 from vramplan.errors import UsageError, VramplanError
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 from vramplan.hardware.measurements import measure_device, measure_disk
 from vramplan.hardware.types import Accelerator, Hardware
 from vramplan.planfile.types import Plan

@@ -14,7 +14,7 @@ from vramplan.api.request import request_of
 from vramplan.common.progress import Say
 from vramplan.common.versions import versions
 from vramplan.errors import MismatchError, NothingFitsError, UsageError
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 from vramplan.hardware.types import Accelerator, Budget, Hardware
 from vramplan.pipeline.describe import Model, describe
 from vramplan.pipeline.live_memory import held_bytes

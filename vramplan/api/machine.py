@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vramplan.errors import UsageError
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 from vramplan.hardware.file import is_hardware_file, load_hardware
 from vramplan.hardware.types import Accelerator, Budget, Hardware, Measurement
 from vramplan.planner.budget import make_budget

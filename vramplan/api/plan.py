@@ -57,8 +57,9 @@ def plan(model: Any, request: PlanRequest | None = None, **options: Unpack[PlanO
         VramplanError: the model cannot be read.
     """
     request = make_request(options, request)
+    machine = choose_machine(request.device, vram=request.vram)
     subject = Subject(model, request)
-    return subject.plan_with_stock(subject.workload(), *choose_machine(request.device, vram=request.vram))
+    return subject.plan_with_stock(subject.workload(), *machine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

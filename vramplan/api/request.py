@@ -9,6 +9,7 @@ from typing import Any, TypedDict, get_args
 from vramplan.errors import UsageError
 from vramplan.hardware.types import Hardware
 from vramplan.planfile.types import Plan, Preferences, load_options
+from vramplan.planner.fixed import check_settings
 from vramplan.planner.order import Prefer
 from vramplan.strategies.base import QUALITIES, Quality
 from vramplan.strategies.settings import is_stock
@@ -95,6 +96,7 @@ def make_request(options: Mapping[str, Any], request: PlanRequest | None = None)
     if not isinstance(given, Mapping) or not all(isinstance(value, str | Sequence) for value in given.values()):
         raise UsageError('`settings`: give them by axis and component, as {"placement.vae": "resident"}')
     own["settings"] = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in given.items()}
+    check_settings(own["settings"])
     return PlanRequest(**own, workload={name: value for name, value in options.items() if name not in _OWN})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 from vramplan.hardware.types import Accelerator
 
 if TYPE_CHECKING:

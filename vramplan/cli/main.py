@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -99,3 +101,19 @@ def main() -> None:
 
 for _command in (detect, plan, fit, explain, apply, simulate, check, calibrate, code, ui, profiles):
     main.add_command(_command)
+
+
+def run() -> None:
+    """The command of this name: `main`, then what is registered for the exit, and an end without tearing down torch."""
+    code: Any = 0
+    try:
+        main(prog_name="vramplan")
+    except SystemExit as exit_:
+        code = exit_.code
+    if not isinstance(code, int):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

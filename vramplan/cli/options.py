@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from vramplan.cli.arguments import check_device, check_size
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("auto", "human", "json", "yaml")
 
@@ -39,10 +41,14 @@ format_options = combine_options(
     json_option,
 )
 machine_options = combine_options(
-    click.option("--device", help="cpu, a device here (cuda:1), a device profile (rtx-4070), or a hardware.yaml."),
-    click.option("--vram", help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
-    click.option("--ram", help="RAM that may be used, likewise."),
-    click.option("--margin", help="VRAM kept free on purpose."),
+    click.option(
+        "--device",
+        callback=check_device,
+        help="cpu, a device here (cuda:1), a device profile (rtx-4070), or a hardware.yaml.",
+    ),
+    click.option("--vram", callback=check_size, help="VRAM that may be used: 12GiB, -1GiB (free less one), 85%."),
+    click.option("--ram", callback=check_size, help="RAM that may be used, likewise."),
+    click.option("--margin", callback=check_size, help="VRAM kept free on purpose."),
 )
 workload_options = combine_options(
     click.option("--height", type=int, help="Pixels."),

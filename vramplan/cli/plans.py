@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from vramplan.cli.arguments import check_folder, check_model
 from vramplan.cli.options import (
     choice_options,
     format_options,
@@ -23,13 +24,15 @@ _EXPLAINED = ("schema_version", "settings", "reason", "notes", "refused", "stock
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", callback=check_model)
 @machine_options
 @workload_options
 @loading_options
 @choice_options
 @set_option
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this file.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False), callback=check_folder, help="Write the plan to this file."
+)
 @format_options
 def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any) -> None:
     """Choose the settings for MODEL: a pipeline folder, a repository of the hub (owner/name), or a bundled profile.
@@ -51,7 +54,7 @@ def plan(*, model: str, fixed: tuple[str, ...], output: str | None, **given: Any
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL [MODEL ...]")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL [MODEL ...]", callback=check_model)
 @click.option(
     "--largest",
     type=click.Choice(("size", "frames", "batch")),

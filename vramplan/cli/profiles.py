@@ -29,8 +29,9 @@ def list_profiles() -> None:
 @click.argument("name")
 def show_profile(name: str) -> None:
     """Print a profile, sources included."""
-    from vramplan.profiles.catalogue import device_names, profile_path
+    from vramplan.profiles.catalogue import device_names
     from vramplan.profiles.files import ProfileKind
+    from vramplan.profiles.names import profile_path
 
     kind: ProfileKind = "devices" if name.casefold() in map(str.casefold, device_names()) else "pipelines"
     click.echo(profile_path(kind, name).read_text(encoding="utf-8").rstrip())

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from vramplan.cli.arguments import check_model
 from vramplan.cli.options import (
     format_options,
     loading_options,
@@ -57,7 +58,7 @@ def apply(plan_file: str, output: str | None, *, replan: bool, **given: Any) -> 
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", callback=check_model)
 @machine_options
 @workload_options
 @loading_options

@@ -71,6 +71,15 @@ def parse_fixed(
     return Fixed(everywhere=everywhere, executions=executions, stock=stock, **given)
 
 
+def check_settings(settings: Mapping[str, Sequence[str]]) -> None:
+    """Raise UsageError for what is a mistake for any pipeline: an unknown axis, strategy, option or value."""
+    for key, texts in settings.items():
+        row, _ = _axis_and_component(key, texts)
+        for text in texts:
+            if text != row.nothing:
+                parse_setting(row.name, text)
+
+
 def not_stock(setting: str) -> str:
     """Return the sentence that refuses a setting that is not stock."""
     return f"{setting.partition(':')[0]} is vramplan's own, and `stock` leaves only diffusers' and accelerate's"

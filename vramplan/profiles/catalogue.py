@@ -5,7 +5,6 @@ A user's profile replaces the bundled one of the same name (`profile_files`).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,11 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Gt
 
-from vramplan.errors import UsageError, VramplanError
+from vramplan.errors import VramplanError
 from vramplan.hardware.pcie import LANE_BYTES_PER_S
 from vramplan.hardware.rates import UNKNOWN_REACHED, Rates, architecture
 from vramplan.hardware.types import Accelerator, AcceleratorKind, Host
 from vramplan.profiles.files import ProfileKind, contains_text, is_user_file, mistakes, profile_files, read_profile
+from vramplan.profiles.names import find_profile, profile_path, unknown_name
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PcieGeneration = Literal[1, 2, 3, 4, 5]
@@ -174,18 +174,6 @@ def device_names() -> tuple[str, ...]:
     return tuple(sorted(profile_files("devices")))
 
 
-def profile_path(kind: ProfileKind, name: str) -> Path:
-    """Return the file of a profile; the name is case-insensitive.
-
-    Raises:
-        UsageError: no profile has that name; the message suggests the nearest ones.
-    """
-    path = _find(kind, name)
-    if path is None:
-        raise _unknown_name(kind, name, sorted(profile_files(kind)))
-    return path
-
-
 def load_pipeline_profile(name_or_repo_id: str) -> PipelineProfile:
     """Load a pipeline profile by its name (`cogvideox-5b`) or hub id (`THUDM/CogVideoX-5b`).
 
@@ -193,14 +181,14 @@ def load_pipeline_profile(name_or_repo_id: str) -> PipelineProfile:
         UsageError: no profile has that name or hub id; the message suggests the nearest ones.
         VramplanError: the file does not hold a profile; the message names the file and the place in it.
     """
-    path = _find("pipelines", name_or_repo_id)
+    path = find_profile("pipelines", name_or_repo_id)
     if path is not None:
         return read_profile(path, PipelineProfile)
     matching = _matching("pipelines", PipelineProfile, name_or_repo_id, lambda profile: profile.repos)
     _, found = next(matching, (None, None))
     if found is None:
         repos = (repo for _, profile in _readable("pipelines", PipelineProfile) for repo in profile.repos)
-        raise _unknown_name("pipelines", name_or_repo_id, (*pipeline_names(), *repos))
+        raise unknown_name("pipelines", name_or_repo_id, (*pipeline_names(), *repos))
     return found
 
 
@@ -340,11 +328,6 @@ def _model_name(name: str) -> str:
     return name.strip().casefold().removeprefix("nvidia ")
 
 
-def _find(kind: ProfileKind, name: str) -> Path | None:
-    wanted = name.strip().casefold()
-    return next((path for stem, path in profile_files(kind).items() if stem.casefold() == wanted), None)
-
-
 def _readable(
     kind: ProfileKind, profile_type: type[AnyProfile], holding: str = ""
 ) -> Iterator[tuple[Path, AnyProfile]]:
@@ -369,17 +352,6 @@ def _matching(
     for path, profile in _readable(kind, profile_type, wanted):
         if wanted in {key.casefold() for key in keys(profile)}:
             yield path, profile
-
-
-def _unknown_name(kind: ProfileKind, name: str, known: Iterable[str]) -> UsageError:
-    wanted = name.strip().casefold()
-    spelled = {candidate.casefold(): candidate for candidate in known}
-    # Names that contain the text come first: by similarity alone, a100 is nearer to a10 than to a100-40gb.
-    longer = (key for key in spelled if wanted and wanted in key)
-    near = tuple(dict.fromkeys((*longer, *difflib.get_close_matches(wanted, spelled, cutoff=0.5))))[:3]
-    listed = [spelled[key] for key in near or spelled]
-    advice = f"did you mean {' or '.join(listed)}?" if near else f"there are {', '.join(listed)}"
-    return UsageError(f"no {kind.removesuffix('s')} profile {name!r}: {advice}")
 
 
 _TYPES: Mapping[ProfileKind, type[Any]] = {"pipelines": PipelineProfile, "devices": DeviceProfile}

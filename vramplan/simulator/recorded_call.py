@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vramplan.common.cache import Codec, T, key_digest
+from vramplan.pipeline.types import PipelineSpec
 from vramplan.simulator.placing import expandable_segments, settings_applier
 from vramplan.simulator.replay import needs_overlay, replay, replay_refusal
 from vramplan.simulator.trace import CallTrace, Overlay, other_events
@@ -17,7 +18,29 @@ from vramplan.strategies.settings import format_setting, grouped
 from vramplan.workload import Workload
 
 if TYPE_CHECKING:
-    from vramplan.simulator.model import SimulatedModel
+    from vramplan.simulator.memo import Memo
+    from vramplan.simulator.parts import Parts
+
+
+class Recordable(Protocol):
+    """A model whose calls are recorded: its parts, its identity, and what is known of it."""
+
+    spec: PipelineSpec
+    recorded: dict[str, Any]
+
+    @property
+    def parts(self) -> Parts:
+        """The weightless or live parts of the model."""
+
+    @property
+    def identity(self) -> Any:
+        """The facts of the pipeline that affect memory."""
+
+    def memo(self, kernels: Mapping[str, Any]) -> Memo:
+        """The recordings of forwards with these kernels."""
+
+    def cached(self, key: Any, make: Callable[[], T], codec: Codec[T]) -> T:
+        """The value that is known under a key, or made now."""
 
 
 class RecordedCall:
@@ -25,7 +48,7 @@ class RecordedCall:
 
     def __init__(
         self,
-        model: SimulatedModel,
+        model: Recordable,
         workload: Workload,
         executions: Placed,
         decodes: Decodes,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vramplan.errors import UsageError
-from vramplan.hardware import detect
+from vramplan.hardware.detect import detect
 from vramplan.profiles.catalogue import device_profiles, pipeline_names
 from vramplan.strategies.base import Quality
 from vramplan.units import GIB, format_bytes
