@@ -297,11 +297,11 @@ class TestFailures:
 
     def test_an_unexpected_error_is_one_line_with_its_name(self, monkeypatch):
         self.fails_with(monkeypatch, ValueError("two\nlines"))
-        assert failed(1, "plan", "x") == "vramplan: ValueError: two lines\n"
+        assert failed(1, "plan", "a/x") == "vramplan: ValueError: two lines\n"
 
     def test_an_interrupt_is_no_traceback(self, monkeypatch):
         self.fails_with(monkeypatch, KeyboardInterrupt())
-        result = call("plan", "x")
+        result = call("plan", "a/x")
         assert result.exit_code == 130
         assert result.stderr.strip() == "vramplan: interrupted"
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.hardware import Accelerator, Host, Reading, amd, sampling, sysroot
+from vramplan.hardware import amd, sampling, sysroot
+from vramplan.hardware.types import Accelerator, Host, Reading
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=64 * GIB, available_bytes=48 * GIB)

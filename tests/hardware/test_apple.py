@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.machines import make_budget
-from vramplan.hardware import Accelerator, Hardware, Host, Reading, apple
-from vramplan.hardware.types import ProcessUsage
+from vramplan.hardware import apple
+from vramplan.hardware.types import Accelerator, Hardware, Host, ProcessUsage, Reading
 from vramplan.units import GIB
 
 HOST = Host(total_bytes=32 * GIB, available_bytes=20 * GIB)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.support.machines import FakeNvml
-from vramplan.hardware import Accelerator, Host, nvidia, nvidia_order, sampling, sysroot
+from vramplan.hardware import nvidia, nvidia_order, sampling, sysroot
 from vramplan.hardware.nvidia_nvml import import_nvml
+from vramplan.hardware.types import Accelerator, Host
 from vramplan.units import GIB
 
 with warnings.catch_warnings():

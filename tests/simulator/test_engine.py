@@ -146,7 +146,7 @@ def test_operations_are_counted(engine: Engine) -> None:
 
 
 def test_a_full_device_raises_what_torch_raises() -> None:
-    engine = Engine(Ledger(CachingAllocator(capacity_bytes=1 << 20)), Kernels())
+    engine = Engine(Ledger(CachingAllocator(capacity_bytes=1 << 20), out_of_memory=torch.OutOfMemoryError), Kernels())
     with simulated_devices(engine), pytest.raises(torch.OutOfMemoryError, match="tried to allocate 4 MiB"):
         torch.zeros(1024, 1024, device="cuda")
 

@@ -112,7 +112,9 @@ class World:
 
 @contextmanager
 def world_of(kind: type[Block], memo: Memo | None, capacity_bytes: int | None = None) -> Iterator[World]:
-    engine = Engine(Ledger(CachingAllocator(capacity_bytes=capacity_bytes)), Kernels())
+    engine = Engine(
+        Ledger(CachingAllocator(capacity_bytes=capacity_bytes), out_of_memory=torch.OutOfMemoryError), Kernels()
+    )
     with simulated_devices(engine):
         yield World(kind, engine, memo)
 
