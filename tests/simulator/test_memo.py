@@ -177,8 +177,46 @@ def test_joining_what_is_known_is_run() -> None:
     assert Joins.joined == 3
 
 
-def test_a_list_that_a_module_may_change_is_a_reason_to_run() -> None:
-    runs, (played, run) = both(Block, 3, [1])
+class Caches(Block):
+    """Replaces tensors of a list in the middle of its forward, and counts in another, as Wan's VAE does."""
+
+    def forward(self, given: Any, *more: Any) -> Any:
+        cache, index = more
+        made = super().forward(given)
+        for place in range(2):
+            index[0] += 1
+            before = cache[place]
+            cache[place] = made[-2 - place :].clone()
+            made = made + 1 if before is None else made + before[:1]
+            del before
+        cache[2] = "seen"
+        return made.square()
+
+
+def test_lists_are_changed_as_the_module_changes_them() -> None:
+    found: list[Any] = []
+    for memo in (Memo(), None):
+        Caches.runs = 0
+        books: list[Any] = []
+        with world_of(Caches, memo) as world:
+            for _ in range(2):  # pictures, of five frames each
+                cache: list[Any] = [None, None, None]
+                for frame in range(5):
+                    index = [0]
+                    made = world.call(("one", "two")[frame % 2], torch.zeros(512, SIZE, device="cuda"), cache, index)
+                    assert index == [2]
+                    books.append((world.books(), described(made), described(tuple(cache[:2])), cache[2]))
+                    del made
+                    books.append(world.books())
+                cache.clear()
+                books.append(world.books())
+        found.append((Caches.runs, books))
+    assert [runs for runs, _ in found] == [2, 10]  # the first frame and one of all that follow
+    assert found[0][1] == found[1][1]
+
+
+def test_what_cannot_be_compared_in_a_list_is_a_reason_to_run() -> None:
+    runs, (played, run) = both(Block, 3, [object()])
     assert runs == 3
     assert played == run
 

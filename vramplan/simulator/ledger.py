@@ -84,14 +84,16 @@ class Recorder:
     """The ledger events of one module's forward, in order, so that they can be replayed.
 
     A number is a block that is freed; None is the first matrix product, whose workspace stays. `alive` holds the
-    numbers of blocks allocated and not yet freed, by their id. The recorder is `broken` if the forward freed a block
-    that existed before, or an event belongs to a module outside of it.
+    numbers of blocks allocated and not yet freed, by their id. `releasable` has the indices of arguments in lists, by
+    the id of their block: the forward may replace these, and free them, which is -1 less the index. The recorder is
+    `broken` if the forward freed another block that existed before, or an event belongs to a module outside of it.
     """
 
     name: str
     events: list[int | AllocateEvent | MoveEvent | None] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
+    releasable: dict[int, int] = field(default_factory=dict)
     operations: int = 0
     count: int = 0
     multiplied: bool = False
@@ -106,6 +108,8 @@ class Recorder:
     def on_free(self, block: Block) -> None:
         """Record a freed block."""
         number = self.alive.pop(id(block), None)
+        if number is None and (index := self.releasable.pop(id(block), None)) is not None:
+            number = -1 - index
         self.broken |= number is None
         self.events.append(number)
 

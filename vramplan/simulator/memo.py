@@ -8,7 +8,7 @@ memory allocated before it.
 
 from __future__ import annotations
 
-import hashlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -18,48 +18,22 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vramplan.simulator.engine import Engine
+from vramplan.simulator.forward_key import (
+    BLENDS,
+    PLAIN,
+    NotComparableError,
+    argument_key,
+    forward_key,
+    lists_in,
+    signature,
+    without_lists,
+)
 from vramplan.simulator.ledger import AllocateEvent, Block, Cost, MoveEvent, Recorder
-from vramplan.simulator.shapes import label_of, value_of
-from vramplan.simulator.tensor import VALUE_LIMIT, SimTensor, make_tensor, storage_key, tensors_in
-from vramplan.streaming.attach import APPLY, ATTACHED
-from vramplan.streaming.hooks import After, Before, Marker, Other
+from vramplan.simulator.shapes import value_of
+from vramplan.simulator.tensor import SimTensor, make_tensor, storage_key, tensors_in
 
 # Attempts to record a forward: the first may fail because of state that it sets up once.
 _MAX_TRIES = 2
-# Methods that join tiles in VAEs of diffusers 0.42, in place and line by line: most operations of a tiled decode.
-_BLENDS = ("blend_v", "blend_h", "blend_t")
-# Attributes that are not part of a module's structure: those of `torch.nn.Module`, of hooks, and those wrapped here.
-_NOT_STRUCTURE = frozenset(vars(torch.nn.Module())) | {
-    "forward",
-    "_old_forward",
-    "_hf_hook",
-    "_diffusers_hook",
-    APPLY,
-    ATTACHED,
-    *_BLENDS,
-}
-_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
-# Objects with at most this many attributes, attention processors say, are compared by these; larger ones by identity.
-_MAX_ATTRIBUTES = 8
-
-
-class _NotComparableError(Exception):
-    """A value that cannot be compared with others, so that the forward cannot be replayed."""
-
-
-class _ByIdentity:
-    """An object compared by identity. The reference keeps it alive, so that its id stays unique."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +67,10 @@ class Recording:
     outputs: Sequence[Any]
     nesting: Any
 
-    def play(self, engine: Engine, given: Sequence[torch.Tensor]) -> Any:
-        """Replay the forward on arguments with these tensors. Raises torch.OutOfMemoryError as the forward would."""
+    def play(self, engine: Engine, args: Any, kwargs: Any) -> Any:
+        """Replay the forward on these arguments. Raises torch.OutOfMemoryError as the forward would."""
+        given: list[torch.Tensor | None] = list(tensors_in((args, kwargs)))
+        lists = lists_in(args, kwargs)
         ledger = engine.ledger
         base = ledger.module
         blocks: dict[int, Block] = {}
@@ -102,7 +78,10 @@ class Recording:
         try:
             for event in self.events:
                 if isinstance(event, int):
-                    del blocks[event]
+                    if event >= 0:
+                        del blocks[event]
+                    else:
+                        _release(-1 - event, given, lists)
                 elif event is None:
                     engine.kernels.hold_cublas(ledger)
                 elif len(event) == 3:
@@ -118,13 +97,16 @@ class Recording:
         ledger.operations += self.operations
         storages: dict[int, torch.Tensor] = {}
         made = [self._rebuild(item, engine, given, blocks, storages) for item in self.outputs]
-        return pytree.tree_unflatten(made, self.nesting)
+        result, contents = pytree.tree_unflatten(made, self.nesting)
+        for several, content in zip(lists, contents, strict=True):
+            several[:] = content
+        return result
 
     @staticmethod
     def _rebuild(
         item: Any,
         engine: Engine,
-        given: Sequence[torch.Tensor],
+        given: Sequence[torch.Tensor | None],
         blocks: Mapping[int, Block],
         storages: dict[int, torch.Tensor],
     ) -> Any:
@@ -147,6 +129,50 @@ class Recording:
         return make_tensor(engine, shape, item.label, block, None if item.value is None else item.value.clone())
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The tensors of arguments before a forward, without keeping those in lists alive, which it may replace.
+
+    By their ids: the index and a weak reference of each, and the index of its block. `offsets` are where they begin.
+    """
+
+    tensors: Mapping[int, tuple[int, Any]]
+    blocks: Mapping[int, int]
+    in_lists: Mapping[int, int]
+    offsets: Sequence[int]
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any) -> _Given:
+        """The tensors of these arguments."""
+        listed = {id(tensor) for several in lists_in(args, kwargs) for tensor in tensors_in(several)}
+        tensors: dict[int, tuple[int, Any]] = {}
+        blocks: dict[int, int] = {}
+        in_lists: dict[int, int] = {}
+        offsets: list[int] = []
+        for index, tensor in enumerate(tensors_in((args, kwargs))):
+            tensors.setdefault(id(tensor), (index, weakref.ref(tensor)))
+            offsets.append(int(tensor.meta.storage_offset()) if isinstance(tensor, SimTensor) else 0)
+            if isinstance(tensor, SimTensor):
+                blocks.setdefault(id(tensor.block), index)
+                if id(tensor) in listed:
+                    in_lists.setdefault(id(tensor.block), index)
+        return cls(tensors, blocks, in_lists, offsets)
+
+
+def _release(index: int, given: list[torch.Tensor | None], lists: Sequence[list[Any]]) -> None:
+    """Take an argument out of the lists, and all that share its memory: the forward has freed it."""
+    freed = given[index]
+    assert isinstance(freed, SimTensor)
+    block = freed.block
+    del freed
+
+    def goes(tensor: Any) -> bool:
+        return isinstance(tensor, SimTensor) and tensor.block is block
+
+    for several in (given, *lists):
+        several[:] = [None if goes(item) else item for item in several]
+
+
 @dataclass(slots=True)
 class Memo:
     """The recordings shared by all simulations with the same kernels."""
@@ -163,7 +189,7 @@ class Memo:
             if next(module.children(), None) is None:
                 continue
             module.__dict__["forward"] = self._wrap_forward(name, module, engine)
-            for method in _BLENDS:
+            for method in BLENDS:
                 if hasattr(module, method):
                     module.__dict__[method] = self._wrap_blend(name, module, method, engine)
 
@@ -175,7 +201,7 @@ class Memo:
             if not found:  # at the first call, as offloading adds its hooks after this wrapper
                 found.append((self._structure(module), list(module.modules())))
             structure, parts = found[0]
-            return _key(self._structure(module) if done else structure, parts, args, kwargs)
+            return forward_key(self._structure(module) if done else structure, parts, args, kwargs)
 
         return self._wrap(name, module.forward, key, engine)
 
@@ -185,7 +211,7 @@ class Memo:
         def key(args: Any, kwargs: Any, done: bool) -> Any:
             if any(value_of(tensor) is not None for tensor in tensors_in((args, kwargs))):
                 return None
-            return (type(module), method), _argument_key((args, kwargs), {})
+            return (type(module), method), argument_key((args, kwargs), {})
 
         return self._wrap(name, getattr(module, method), key, engine)
 
@@ -205,22 +231,25 @@ class Memo:
                 key = key_of(args, kwargs, False)
                 recording = self.recordings.get(key)
                 if recording is not None:
-                    return recording.play(engine, list(tensors_in((args, kwargs))))
+                    return recording.play(engine, args, kwargs)
             if key is None:
                 return original(*args, **kwargs)
             tried = self.tries[key] = self.tries.get(key, 0) + 1
             if tried > _MAX_TRIES:
                 return original(*args, **kwargs)
-            recorder = Recorder(name=name)
+            with torch._C.DisableTorchFunction():
+                before = _Given.of(args, kwargs)
+            recorder = Recorder(name=name, releasable=dict(before.in_lists))
             made = _record(recorder, engine, original, args, kwargs)
             with torch._C.DisableTorchFunction():
-                if not recorder.broken and key == key_of(args, kwargs, True):
-                    self._keep(key, recorder, made, list(tensors_in((args, kwargs))))
+                after = None if recorder.broken else key_of(args, kwargs, True)
+                if after is not None and without_lists(key) == without_lists(after):
+                    self._keep(key, recorder, (made, lists_in(args, kwargs)), before)
             return made
 
         return call
 
-    def _keep(self, key: Any, recorder: Recorder, made: Any, given: Sequence[torch.Tensor]) -> None:
+    def _keep(self, key: Any, recorder: Recorder, made: Any, given: _Given) -> None:
         leaves, nesting = pytree.tree_flatten(made)
         outputs = _outputs(leaves, given, recorder)
         if outputs is not None:
@@ -235,38 +264,10 @@ class Memo:
     def _structure(self, module: torch.nn.Module) -> int | None:
         """A number shared by all modules of equal structure; None if part of the module cannot be replayed."""
         try:
-            made = _signature(module, outermost=True)
-        except _NotComparableError:
+            made = signature(module, outermost=True)
+        except NotComparableError:
             return None
         return self.structures.setdefault(made, len(self.structures))
-
-
-def _signature(module: torch.nn.Module, *, outermost: bool = False) -> Any:
-    """The classes and attributes of a module and its submodules, without tensors."""
-    own = vars(module)
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(not (outermost and isinstance(hook, Before | After | Marker | Other)) for hook in hooks):
-        raise _NotComparableError
-    if not outermost and ("_hf_hook" in own or "_diffusers_hook" in own):
-        raise _NotComparableError
-    plain = tuple((name, _attribute(value)) for name, value in own.items() if name not in _NOT_STRUCTURE)
-    children = tuple((name, _signature(child)) for name, child in module.named_children())
-    return type(module), plain, children
-
-
-def _attribute(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, torch.Tensor):
-        raise _NotComparableError
-    if isinstance(value, tuple | list):
-        return tuple(map(_attribute, value))
-    made: Any = type(value).__new__
-    if made is object.__new__ and hasattr(value, "__dict__"):  # its attributes are its whole state
-        attributes = vars(value)
-        if len(attributes) <= _MAX_ATTRIBUTES and all(isinstance(item, _PLAIN) for item in attributes.values()):
-            return type(value), tuple(attributes.items())
-    return _ByIdentity(value)
 
 
 def _record(recorder: Recorder, engine: Engine, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -282,89 +283,28 @@ def _record(recorder: Recorder, engine: Engine, original: Callable[..., Any], ar
     return made
 
 
-def _key(structure: int | None, parts: Sequence[torch.nn.Module], args: Any, kwargs: Any) -> Any:
-    """The key of a forward: its structure, weights and arguments; None if they cannot be compared."""
-    if structure is None:
-        return None
-    try:
-        return structure, _weight_layouts(parts), _argument_key((args, kwargs), {})
-    except _NotComparableError:
-        return None
-
-
-def _weight_layouts(parts: Sequence[torch.nn.Module]) -> Any:
-    """The device, place and layout of every weight of a module."""
-    found = []
-    for part in parts:
-        for tensors in (part._parameters, part._buffers):
-            for tensor in tensors.values():
-                if tensor is None:
-                    continue
-                if not isinstance(tensor, SimTensor):
-                    raise _NotComparableError
-                meta = tensor.meta
-                known = None if tensor.stored is None else _ByIdentity(tensor.stored)
-                found.append((tensor.label, tensor.block.place, meta.dtype, meta.shape, meta.stride(), known))
-    return tuple(found)
-
-
-def _argument_key(given: Any, seen: dict[int, tuple[int, int]]) -> Any:
-    """The key of arguments: layouts, devices, known values, and which arguments share memory.
-
-    The offset of an argument in its memory counts only relative to another argument in the same memory: the tiles of
-    one latent have equal keys.
-
-    Raises:
-        _NotComparableError: an object, or a list that the module may change.
-    """
-    if isinstance(given, torch.Tensor):
-        value = value_of(given)
-        if value is not None and value.numel() > VALUE_LIMIT:
-            raise _NotComparableError
-        known = None if value is None else _digest(value)
-        meta = given.meta if isinstance(given, SimTensor) else given
-        offset, shared = int(meta.storage_offset()), None
-        if isinstance(given, SimTensor):
-            shared, first = seen.setdefault(id(given.block), (len(seen), offset))
-            offset -= first
-        return meta.shape, meta.stride(), offset, meta.dtype, label_of(given), shared, known
-    if isinstance(given, _PLAIN):
-        return type(given), given
-    if type(given) is tuple:
-        return tuple(_argument_key(item, seen) for item in given)
-    if type(given) is dict:
-        return tuple((name, _argument_key(item, seen)) for name, item in given.items())
-    raise _NotComparableError
-
-
-def _digest(value: torch.Tensor) -> bytes:
-    plain = value.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-    return hashlib.blake2b(plain.numpy().data, digest_size=16).digest()
-
-
-def _outputs(leaves: Sequence[Any], given: Sequence[torch.Tensor], recorder: Recorder) -> list[Any] | None:
+def _outputs(leaves: Sequence[Any], given: _Given, recorder: Recorder) -> list[Any] | None:
     """The outputs of a forward, to be rebuilt; None if that is impossible, or if the forward keeps other memory."""
-    blocks = {id(tensor.block): place for place, tensor in enumerate(given) if isinstance(tensor, SimTensor)}
-    same = {id(tensor): place for place, tensor in enumerate(given)}
     found: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, SimTensor):
-            if not isinstance(leaf, _PLAIN):
+            if not isinstance(leaf, PLAIN):
                 return None
             found.append(leaf)
             continue
         block = recorder.alive.get(id(leaf.block))
-        argument = same.get(id(leaf), blocks.get(id(leaf.block)))
+        place, reference = given.tensors.get(id(leaf), (None, None))
+        same = reference is not None and reference() is leaf
+        argument = place if same else None if block is not None else given.blocks.get(id(leaf.block))
         if block is None and argument is None:
             return None
         value = leaf.value
-        within = None if argument is None else given[argument]
-        start = int(within.meta.storage_offset()) if isinstance(within, SimTensor) else 0
+        start = 0 if argument is None else given.offsets[argument]
         found.append(
             _Output(
                 block=block,
                 argument=argument,
-                same=id(leaf) in same,
+                same=same,
                 storage=storage_key(leaf.meta),
                 storage_bytes=leaf.meta.untyped_storage().nbytes(),
                 shape=tuple(leaf.meta.shape),
