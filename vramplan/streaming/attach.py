@@ -20,11 +20,12 @@ from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
-from vramplan.streaming.cache import Cache, Member, refuse_training
+from vramplan.streaming.cache import Cache, refuse_training
 from vramplan.streaming.calls import devices, methods
 from vramplan.streaming.division import Division, divide
 from vramplan.streaming.hooks import After, Before, Guard
 from vramplan.streaming.locking import page_lock
+from vramplan.streaming.member import Member
 from vramplan.streaming.tensors import Block, move
 
 # The attributes that streaming leaves on modules.
