@@ -111,8 +111,8 @@ def join(pipe: Any) -> None:
     for name, module in modules_of(pipe).items():
         if stream_of(module) is not None:
             first.unwatch(module)
-        elif not runs_in_loop(name, module):
-            first.watch(module, [module, *_entries(module, set())])
+        else:
+            first.watch(module, [module, *_entries(module, set())], in_loop=runs_in_loop(name, module))
     for part in pipes_of(pipe):
         _own_call(part, streams[0].device)
 

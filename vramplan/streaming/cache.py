@@ -83,10 +83,11 @@ class Cache:
                 self._watched[module] = hook, handles
             other._watched = {}
 
-    def watch(self, module: torch.nn.Module, entries: Iterable[torch.nn.Module]) -> None:
-        """Take all blocks off the device when a component outside of the cache runs, by one of these modules of it."""
+    def watch(self, module: torch.nn.Module, entries: Iterable[torch.nn.Module], *, in_loop: bool) -> None:
+        """Take blocks off the device when a component outside of the cache runs, by one of these modules of it: all
+        blocks, or if it runs `in_loop` those of members that do not."""
         if module not in self._watched:
-            hook = Other(self)
+            hook = Other(self, in_loop=in_loop)
             self._watched[module] = hook, [entry.register_forward_pre_hook(hook) for entry in entries]
 
     def unwatch(self, module: torch.nn.Module) -> None:
@@ -94,9 +95,9 @@ class Cache:
         for handle in self._watched.pop(module, (None, ()))[1]:
             handle.remove()
 
-    def others_run(self) -> None:
+    def others_run(self, *, in_loop: bool) -> None:
         """Let a component outside of the cache run."""
-        if self._running is not None:
+        if self._running is not None and not (in_loop and self._running.in_loop):
             self._enter(None)
             self._ahead = Ahead()
             self._drop(*self.members)

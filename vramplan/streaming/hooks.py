@@ -54,14 +54,15 @@ class After(_Hook):
 class Other(_Hook):
     """A hook before the forward of a component outside of the cache."""
 
-    __slots__ = ("cache",)
+    __slots__ = ("cache", "in_loop")
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, *, in_loop: bool) -> None:
         self.cache = cache
+        self.in_loop = in_loop
 
     def __call__(self, module: torch.nn.Module, given: Any) -> None:
-        """Take all blocks off the device."""
-        self.cache.others_run()
+        """Take the blocks off the device that are not needed beside it."""
+        self.cache.others_run(in_loop=self.in_loop)
 
 
 def no_hook(*_: Any) -> None:
