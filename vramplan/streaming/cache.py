@@ -37,6 +37,11 @@ class Cache:
         self._course = Course()
         self._ahead = Ahead()
 
+    @property
+    def exposed(self) -> bool:
+        """Whether others may change weights before the next forward: outside of a call, or in one with a callback."""
+        return self._exposed
+
     # ---- calls
 
     @contextmanager
@@ -147,6 +152,8 @@ class Cache:
     def _prefetch(self, member: Member, block: Block | None) -> None:
         if block is None:  # weights outside of blocks, in the middle of a forward
             block = next(reversed(member.seen), None)
+        if not member.streamed and all(item.buffer is not None for item in member.order):
+            return
         upcoming = list(member.ahead(block, again=member.in_loop and self._ahead.member is None))
         for item in upcoming:
             if item.buffer is None:
@@ -263,7 +270,7 @@ class Cache:
         except BaseException:  # some of the copies may be on their way, and nothing else would wait for them
             self.backend.finish()
             raise
-        block.on_device(buffer, self.backend.view)
+        block.on_device(buffer, self.backend.view, block.slot.views if block.slot is not None else {})
 
     def _slot(self, member: Member, size: int, upcoming: Collection[Block] | None) -> Slot | None:
         """A slot for a streamed block, emptied once the kernels launched so far are done with it.

@@ -10,14 +10,15 @@ from vramplan.streaming.tensors import Block
 
 
 class Slot:
-    """A buffer on the device that streamed blocks share in turn."""
+    """A buffer on the device that streamed blocks share in turn. `views` of it are kept for those that come again."""
 
-    __slots__ = ("block", "buffer", "size")
+    __slots__ = ("block", "buffer", "size", "views")
 
     def __init__(self, buffer: Any, size: int) -> None:
         self.buffer = buffer
         self.size = size
         self.block: Block | None = None
+        self.views: dict[Block, Any] = {}
 
 
 class Member:
