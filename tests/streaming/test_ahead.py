@@ -132,6 +132,7 @@ WRONG: dict[str, Callable[[Pipe], Any]] = {
     "no step": lambda pipe: pipe(0),
     "encoded twice": other_encoder_run,
     "another order of blocks": lambda pipe: [setattr(pipe.transformer, "orders", [[3, 1, 0, 2, 0]]), pipe()][1],
+    "an encoder in another order": lambda pipe: [setattr(pipe.text_encoder, "orders", [[3, 2, 1, 0]]), pipe()][1],
     "a block that runs twice": lambda pipe: [setattr(pipe.text_encoder, "orders", [[0, 1, 2, 3, 0]]), pipe()][1],
 }
 

@@ -150,7 +150,7 @@ def ahead_not_waited_for(patch: pytest.MonkeyPatch) -> None:
     plain = Cache._begin_run
 
     def begin_run(self: Any, member: Member) -> None:
-        for block in member.blocks if self._ahead.member is member and self._ahead.started else ():
+        for block in member.blocks if self._ahead.member is member and self._ahead.begun else ():
             block.ticket = None
         plain(self, member)
 

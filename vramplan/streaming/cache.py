@@ -203,6 +203,7 @@ class Cache:
         if block.active or any(item.buffer is None and item not in member.seen for item in waiting):
             return
         if block.buffer is not None and ahead.wanted:
+            ahead.begun = True
             ahead.spare += self._give_up(member, block)
         try:
             self._start_next(ahead)
@@ -229,13 +230,12 @@ class Cache:
             if size > ahead.spare:
                 return
             ahead.spare -= size
-            ahead.started = True
             self._start(ahead.member, ahead.wanted.pop(0), ())
 
     def _retract(self) -> None:
         """Take back what was copied ahead: the guess was wrong."""
         ahead, self._ahead = self._ahead, Ahead()
-        if ahead.member is not None and ahead.started:
+        if ahead.member is not None and ahead.begun:
             self._drop(ahead.member)
 
     def _bring(self, member: Member, block: Block) -> None:
@@ -251,7 +251,7 @@ class Cache:
 
     def _start(self, member: Member, block: Block, upcoming: Collection[Block] | None = None) -> None:
         """Start to copy a block to the device. One that is only `upcoming` takes no slot from others that are."""
-        if self._ahead.started and member is not self._ahead.member:
+        if self._ahead.begun and member is not self._ahead.member:
             self._retract()
         if block.moved:
             block.adopt()

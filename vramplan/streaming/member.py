@@ -93,14 +93,14 @@ class Member:
 class Ahead:
     """The component that runs after the last run of another one, as far as that can be told, and the memory for it.
 
-    `wanted` are the blocks that it needs first and that are not on their way yet; copies of any were asked for if it
-    has `started`. `spare` bytes are left of those that the last blocks of the other component gave up.
+    `wanted` are the blocks that it needs first and that are not on their way yet. It has `begun` once the other
+    component gave up blocks for it, of whose bytes `spare` are left.
     """
 
-    __slots__ = ("member", "spare", "started", "wanted")
+    __slots__ = ("begun", "member", "spare", "wanted")
 
     def __init__(self, member: Member | None = None) -> None:
         self.member = member
         self.wanted = [item for item in member.first() if item.buffer is None] if member is not None else []
-        self.started = False
+        self.begun = False
         self.spare = 0

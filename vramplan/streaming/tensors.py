@@ -12,7 +12,8 @@ import torch
 # another kernel may round differently (torch 2.13, `kMinBlockSize` of CUDACachingAllocator).
 _ALIGNMENT = 512
 # Tensors smaller than this lie side by side in a buffer and in page-locked memory, so that one copy brings them all.
-SMALL_BYTES = 1 << 20
+# Fitted on the transformers of FLUX.1, Qwen-Image, Wan and SDXL: above it chunks have gaps of more than 2 %.
+_SMALL_BYTES = 8 << 20
 
 
 class Leaf:
@@ -156,7 +157,7 @@ class Block:
         sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors]
         self.offsets = [0] * len(sizes)
         self.size = 0
-        for number in sorted(range(len(sizes)), key=lambda number: sizes[number] < SMALL_BYTES):
+        for number in sorted(range(len(sizes)), key=lambda number: is_small(self.tensors[number])):
             self.offsets[number] = self.size
             self.size += aligned(sizes[number])
 
@@ -327,6 +328,11 @@ def _place(tensor: torch.Tensor) -> Any:
 def aligned(size: int) -> int:
     """The size in bytes, rounded up to a whole number of alignments."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    """Whether the tensor lies beside other small ones of its block."""
+    return tensor.numel() * tensor.element_size() < _SMALL_BYTES
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
