@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from vramplan.strategies.settings import parse_decode, parse_placement
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "gpu_accuracy.py"
+FILES = (FILE, FILE.with_name("gpu_accuracy_cases.py"))
 # What only happens on a card: too little memory, a kernel that is missing, a case that fails and is recorded.
 NOT_REACHED = (
     'return row | {"left_out": "too large for this card"}',
@@ -69,14 +70,14 @@ def test_every_case_has_settings_that_there_are(script: ModuleType) -> None:
 
 
 def test_every_line_runs_on_the_cpu(script: ModuleType, tmp_path: Path) -> None:
-    output, run = tmp_path / "out.json", set[int]()
+    output, run = tmp_path / "out.json", set[tuple[str, int]]()
 
     def line(frame: FrameType, event: str, arg: Any) -> Any:
-        run.add(frame.f_lineno)
+        run.add((frame.f_code.co_filename, frame.f_lineno))
         return line
 
     def call(frame: FrameType, event: str, arg: Any) -> Any:
-        return line(frame, event, arg) if frame.f_code.co_filename == str(FILE) else None
+        return line(frame, event, arg) if frame.f_code.co_filename in map(str, FILES) else None
 
     options = ["-o", str(output), "--pretend", "--only", "cogvideox-5b"]
     before = sys.gettrace()
@@ -95,13 +96,15 @@ def test_every_line_runs_on_the_cpu(script: ModuleType, tmp_path: Path) -> None:
     assert len(found["cases"]) == 2
     assert all(row["measured"]["seconds"] > 0 and row["projected"]["flops"] > 0 for row in found["cases"].values())
     assert found["probes"].keys() == script.PROBES.keys()
-    text = FILE.read_text(encoding="utf-8")
-    lines = {
-        number
-        for code in functions(compile(text, str(FILE), "exec"))
-        if code.co_flags & inspect.CO_OPTIMIZED  # bodies of functions, not of classes
-        for *_, number in code.co_lines()
-        if number not in (None, code.co_firstlineno)
-    }
-    left = {text.splitlines()[number - 1].strip() for number in lines - run}
-    assert left <= set(NOT_REACHED)
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        lines = {
+            number
+            for code in functions(compile(text, str(file), "exec"))
+            if code.co_flags & inspect.CO_OPTIMIZED  # bodies of functions, not of classes
+            for *_, number in code.co_lines()
+            if number not in (None, code.co_firstlineno)
+        }
+        reached = {number for name, number in run if name == str(file)}
+        left = {text.splitlines()[number - 1].strip() for number in lines - reached}
+        assert left <= set(NOT_REACHED)

@@ -491,6 +491,15 @@ class TestSimulate:
         assert result.stderr.count("\n") == 1
         assert "out of memory" in result.stderr
 
+    def test_it_names_the_blocks_that_stay_as_a_plan_does(self, sd15):
+        settings = ("--set", "placement.unet=weight_streaming:streamed=3,keep=1")
+        told = ok("simulate", sd15, *CARD, *SMALL, *settings).stdout
+        planned = ok("plan", sd15, *CARD, *SMALL, *settings).stdout
+        stay = next(line for line in told.splitlines() if line.startswith("stay"))
+        assert "unet: 1 in encode" in stay
+        assert stay.split() in [line.split() for line in planned.splitlines()]
+        assert "stay " not in ok("simulate", sd15, *CARD, *SMALL).stdout
+
     def test_a_plan_file_is_simulated_as_it_stands(self, card_plan):
         assert json.loads(ok("simulate", card_plan, "--json").stdout)["fits"] is True
         assert "a plan file says that already" in failed(2, "simulate", card_plan, "--height", "64")

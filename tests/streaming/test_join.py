@@ -13,12 +13,13 @@ from make_pipeline import build
 import vramplan
 import vramplan.runtime.applied
 from tests.support.calls import call_kwargs
-from tests.support.families import make_family
+from tests.support.families import FAMILIES, make_family
 from vramplan.api.recover import make_recovering
 from vramplan.errors import VramplanError
 from vramplan.hardware.types import Accelerator, Hardware, Host
 from vramplan.pipeline.modules import modules_of, pipes_of
-from vramplan.pipeline.own_class import plain_class
+from vramplan.pipeline.own_class import plain_class, take_class
+from vramplan.simulator.run import call_inputs
 from vramplan.strategies.weight_streaming import WeightStreaming
 from vramplan.streaming.attach import attach, detach, running, stream_of, stream_weights
 from vramplan.streaming.cache import Other
@@ -86,6 +87,39 @@ def test_a_component_attached_again_is_still_told_of_others() -> None:
         assert all(block.buffer is None for block in member.blocks)
     detach(pipe.transformer)
     assert not list(hooks(pipe))
+
+
+def test_an_encoder_leaves_when_a_denoiser_outside_of_the_cache_runs() -> None:
+    pipe = flux()
+    stream_weights(pipe, "cpu", text_encoder_2={}, vae={})
+    encoder, seen = stream_of(pipe.text_encoder_2).member, []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda *_: seen.append([block.name for block in encoder.blocks if block.buffer is not None])
+    )
+    pipe(**call_kwargs("flux-small"))
+    handle.remove()
+    assert seen
+    assert not any(seen)
+    for module in modules_of(pipe).values():
+        detach(module)
+    assert not list(hooks(pipe))
+
+
+def test_a_loop_component_in_the_cache_stays_while_another_one_runs() -> None:
+    pipe = make_family("sdxl-controlnet")
+    stream_weights(pipe, "cpu", controlnet={}, vae={})
+    controlnet, seen = stream_of(pipe.controlnet).member, []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda *_: seen.append(all(block.buffer is not None for block in controlnet.blocks))
+    )
+    workload = FAMILIES["sdxl-controlnet"].workload
+    pipe(**call_inputs(pipe, workload))
+    handle.remove()
+    assert seen
+    assert all(seen)
+    for module in modules_of(pipe).values():
+        detach(module)
+    take_class(pipe)
 
 
 def test_undoing_gives_the_parts_of_a_combined_pipeline_their_classes_back() -> None:

@@ -57,7 +57,7 @@ def test_page_locked_chunks_waste_at_most_two_percent(name: str, share: float) -
     blocks = blocks[: max(1, int(len(blocks) * share))]
     backend = Counting()
     assert page_lock(backend, blocks, name) is None  # type: ignore[arg-type]
-    assert max(len(block.segments) for block in blocks) <= 80
+    assert max(len(block.segments) for block in blocks) <= 8
     assert sum(backend.chunks) <= 1.02 * sum(block.size for block in blocks)
     assert all(size & (size - 1) == 0 for size in backend.chunks)
 

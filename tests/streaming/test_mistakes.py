@@ -13,11 +13,13 @@ from tests.support.race_device import RaceError, race_device
 from tests.support.random_nets import NetSpec, Pipe, copy_of, put_on
 from vramplan.streaming import backend
 from vramplan.streaming.backend import TorchBackend
-from vramplan.streaming.cache import Cache, Member
+from vramplan.streaming.cache import Cache
+from vramplan.streaming.member import Member
 from vramplan.streaming.tensors import Block
 
 nothing = lambda *_, **__: None  # noqa: E731
 SIZES = [[16], [40, 5], [16, 16], [40], [5, 40]]
+TEXT = [[40, 5], [40, 40], [40, 40]]
 ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [0, 1, 2, 3, 4]]
 ALL_STREAMED = {"transformer": {"streamed": 5}, "text_encoder": {}, "vae": {}}
 HALF_LOCKED = {"transformer": {"streamed": 3, "locked": 3}, "text_encoder": {"locked": 1}, "vae": {"locked": 1}}
@@ -131,6 +133,35 @@ def never_exposed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Cache, "call", lambda self, exposed=False: plain(self))
 
 
+def ahead_unordered(patch: pytest.MonkeyPatch) -> None:
+    """Memory that the last blocks of a component gave up is filled without waiting for the kernels that read it."""
+    plain = Cache._start_next
+
+    def start_next(self: Any, ahead: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(TorchBackend, "copy_after_compute", nothing)
+            plain(self, ahead)
+
+    patch.setattr(Cache, "_start_next", start_next)
+
+
+def ahead_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """A component finds the blocks that were copied ahead, and does not wait for the copies."""
+    plain = Cache._begin_run
+
+    def begin_run(self: Any, member: Member) -> None:
+        for block in member.blocks if self._ahead.member is member and self._ahead.begun else ():
+            block.ticket = None
+        plain(self, member)
+
+    patch.setattr(Cache, "_begin_run", begin_run)
+
+
+def never_retracted(patch: pytest.MonkeyPatch) -> None:
+    """What was copied ahead for nothing stays beside the component that runs on."""
+    patch.setattr(Cache, "_retract", nothing)
+
+
 def rest_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Weights outside of blocks stay in host memory."""
     plain = Cache._bring
@@ -152,7 +183,8 @@ MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         function.__name__: function
         for function in (
             allocate_unordered, evict_unordered, emptied_slot_unordered, prefetch_into_running, stage_reused_at_once,
-            gather_too_early, ticket_forgotten, never_outdated, never_exposed, rest_forgotten, never_dropped,
+            gather_too_early, ticket_forgotten, never_outdated, never_exposed, ahead_unordered, ahead_not_waited_for,
+            never_retracted, rest_forgotten, never_dropped,
         )
     },
 }  # fmt: skip
@@ -168,6 +200,11 @@ def change_blocks(pipe: Pipe, step: int) -> None:
     change(pipe.transformer.blocks, step)
 
 
+def change_next(pipe: Pipe, step: int) -> None:
+    """A callback that changes what is copied ahead for the VAE."""
+    change(pipe.vae, step - 2)
+
+
 def change(module: torch.nn.Module, step: int) -> None:
     if step == 0:
         with torch.no_grad():
@@ -178,20 +215,25 @@ def change(module: torch.nn.Module, step: int) -> None:
 def outcome(division: dict[str, dict[str, int]]) -> str:
     """Call a pipeline on the device, in the ways that need every wait, and say what went wrong."""
     torch.manual_seed(0)
-    nets = [NetSpec(sizes=SIZES[:2], tied=True, orders=[[0, 1]]), None, NetSpec(sizes=SIZES, tied=False, orders=ORDERS)]
+    nets = [NetSpec(sizes=TEXT, tied=True, orders=[[0, 1, 2]]), None, NetSpec(sizes=SIZES, tied=False, orders=ORDERS)]
     pipe = Pipe(*nets)  # type: ignore[arg-type]
     plain = copy_of(pipe)
     try:
         with race_device(stage_bytes=512) as device, torch.no_grad():
             device.adopt_all(pipe)
             put_on(pipe, division)
-            for callback in (None, change_all, change_blocks, None):
+            for callback in (None, change_all, change_blocks, change_next, None):
                 if not torch.equal(plain(3, callback), pipe(3, callback)):
                     return "other bits"
                 gc.collect()
                 device.reuse()
                 if device.memory.used:
                     return "memory kept"
+            peak = device.memory.peak
+            if not torch.equal(plain(4), pipe(4)):
+                return "other bits"
+            if device.memory.peak > peak:
+                return "more memory"
     except (RaceError, RuntimeError) as error:
         return str(error)
     return ""

@@ -73,13 +73,15 @@ def act(pipe: Pipe, action: str, number: int, device: RaceDevice | None) -> Any:
         with pytest.raises(FailureError):
             pipe()
         return None
+    if action == "other steps":
+        return pipe(number % 4)
     if action == "edit in a step":
         return pipe(callback=lambda pipe, step: edit(pipe, number) if step == 0 else None)
     return pipe()
 
 
 ACTIONS = st.lists(
-    st.tuples(st.sampled_from(("call", "edit", "direct", "fail", "edit in a step")), st.integers(0, 50)),
+    st.tuples(st.sampled_from(("call", "edit", "direct", "fail", "other steps", "edit in a step")), st.integers(0, 50)),
     min_size=1,
     max_size=4,
 )

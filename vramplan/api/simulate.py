@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from vramplan.planfile.file import load_plan
 from vramplan.planfile.match import check_match, parse_settings
 from vramplan.planfile.types import Plan, load_options
 from vramplan.planner.demand import host_demand_of
+from vramplan.planner.residency import ReplayedUse, replay
 from vramplan.simulator.alternatives import Alternatives
 from vramplan.simulator.model import SimulatedModel
-from vramplan.simulator.types import Simulation
+from vramplan.simulator.types import SimulatedPhase, Simulation
 from vramplan.strategies.base import Decodes, Placed, Placement, Weights
 from vramplan.strategies.resident import Resident
 from vramplan.workload import Workload, make_workload
@@ -68,12 +70,22 @@ def _simulated(model: SimulatedModel, plan: Plan | None, work: Workload, **optio
 
 
 def _with_host(found: Simulation, model: SimulatedModel, placed: Placed) -> Simulation:
-    """The simulation with what its settings take of the host, as the planner counts it."""
+    """The simulation with what its settings take of the host, as the planner counts it, and the blocks that stay."""
     placement: dict[str, Placement] = {component.name: Resident() for component in model.spec.components}
     placement |= {name: item for item, names in placed if isinstance(item, Placement) for name in names}
     weights = {name: item for item, names in placed if isinstance(item, Weights) for name in names}
-    host = host_demand_of(Alternatives(model).spec(weights), placement)
-    return replace(found, **asdict(host))
+    spec = Alternatives(model).spec(weights)
+    found = replace(found, **asdict(host_demand_of(spec, placement)))
+    uses = replay(spec, {name: setting.hold(spec.component(name), spec) for name, setting in placement.items()})
+    return replace(found, phases=tuple(_with_blocks(phase, uses) for phase in found.phases))
+
+
+def _with_blocks(phase: SimulatedPhase, uses: Sequence[ReplayedUse]) -> SimulatedPhase:
+    """The phase with the blocks that stay while the component of its peak runs, or else the first one in it."""
+    here = [replayed for replayed in uses if replayed.use.phase == phase.name]
+    at_peak = [replayed for replayed in here if replayed.use.component == phase.component]
+    blocks = next((replayed.blocks for replayed in (*at_peak, *here)), {})
+    return replace(phase, blocks=blocks)
 
 
 def simulate_plan(path: str | Path, *, timeline: bool = False) -> Simulation:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vramplan.pipeline.compiled import streaming_refusal
 from vramplan.pipeline.direct_access import called_directly, read_directly, reading_methods
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
@@ -76,6 +77,7 @@ def describe_component(
         disk_offload_refusal=_disk_refusal(module) or _direct_read_refusal(pipeline, name, module),
         sequential_offload_refusal=_leaf_refusal(module) or _sequential_refusal(module),
         move_refusal=_move_refusal(module),
+        streaming_refusal=streaming_refusal(module),
         attention_slicing_refusal=attention_slicing_refusal(role, module),
         attention_backend_refusal=attention_backend_refusal(role, module),
         compile_refusal=compile_refusal(role, module),

@@ -99,6 +99,7 @@ class Component:
     sequential_offload_refusal: str | None = None
     disk_offload_refusal: str | None = None
     move_refusal: str | None = None
+    streaming_refusal: str | None = None
     quantized: str = ""
     attention_slicing_refusal: str | None = None
     attention_backend_refusal: str | None = None

@@ -35,8 +35,9 @@ from vramplan.strategies.base import Placement
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.settings import grouped
 from vramplan.strategies.weight_streaming import WeightStreaming
-from vramplan.streaming.cache import Cache, Member
+from vramplan.streaming.cache import Cache
 from vramplan.streaming.division import aligned, divide
+from vramplan.streaming.member import Member
 
 # Streams of different overlays are different ones: each has at most so many.
 _STREAMS = 1000
@@ -240,8 +241,7 @@ class _Replay:
     def _enter(self, mark: Mark) -> None:
         found = self.members.get(mark.component)
         if found is None:
-            if not self.trace.weights[mark.component].in_loop:
-                self.cache.others_run()
+            self.cache.others_run(in_loop=self.trace.weights[mark.component].in_loop)
             return
         member, blocks = found
         if mark.outermost:
@@ -311,6 +311,8 @@ class _Layer:
 class _Memory:
     """The backend of a cache whose copies take no time: a buffer is a block of the ledger."""
 
+    out_of_memory: type[Exception] = CapacityError
+
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
 
@@ -352,7 +354,7 @@ class WeightsBlock:
         self.size += more
         self.outdated = True
 
-    def on_device(self, buffer: Block, view: Any) -> None:
+    def on_device(self, buffer: Block, view: Any, views: Any) -> None:
         """Note its buffer."""
         self.buffer, self.outdated = buffer, False
 

@@ -18,6 +18,8 @@ from vramplan.streaming.division import STAGE_BYTES, STAGES
 class SimulatedBackend:
     """Implements `streaming.backend.Backend`: one stream is enough where nothing takes time."""
 
+    out_of_memory: type[Exception] = torch.OutOfMemoryError
+
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self.engine = engine
         self.device = normalize_device(device)

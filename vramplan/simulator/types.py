@@ -19,7 +19,11 @@ class SimulationError(VramplanError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedPhase:
-    """The peak of a phase, in bytes, and the component, module and operation that reached it."""
+    """The peak of a phase, in bytes, and the component, module and operation that reached it.
+
+    `blocks` counts, of each component that is streamed, the blocks that stay in this phase, and all; empty where that
+    was not worked out.
+    """
 
     name: SimulatedPhaseName
     peak_allocated_bytes: int
@@ -29,6 +33,7 @@ class SimulatedPhase:
     component: str
     module: str
     operation: str
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

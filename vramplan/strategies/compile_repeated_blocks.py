@@ -10,7 +10,6 @@ from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.types import Component
 from vramplan.strategies.base import Axis, Placement, Quality
 from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
-from vramplan.strategies.weight_streaming import WeightStreaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,18 +44,25 @@ class CompileRepeatedBlocks:
         return component.compile_refusal
 
     def conflict_with(self, placement: Placement) -> str | None:
-        """Refuse hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13); and streamed weights,
-        whose hooks the compiler would trace."""
+        """Refuse hooks on every leaf: a small FLUX then has 28 graphs in place of 3 (torch 2.13)."""
         if isinstance(placement, SequentialCpuOffload):
             return f"{placement.name} cuts blocks at every leaf, so that nothing is left to compile together"
-        if isinstance(placement, WeightStreaming):
-            return f"{placement.name} changes the memory of blocks between their runs, which is untested when compiled"
         return None
 
     def apply(self, pipe: Any, names: Sequence[str], device: str) -> None:
-        """Compile in place, after everything else; state_dict and hooks do not change."""
+        """Compile in place, after everything else; state_dict and hooks do not change. Streaming moves its own hooks
+        out of what is compiled.
+
+        Raises:
+            VramplanError: they cannot be moved out.
+        """
+        from vramplan.streaming.attach import stream_of
+
         for name in names:
             pipe.components[name].compile_repeated_blocks()
+            stream = stream_of(pipe.components[name])
+            if stream is not None:
+                stream.refresh()
 
     def code(self, names: Sequence[str], device: str) -> list[str]:
         """One line for each component."""

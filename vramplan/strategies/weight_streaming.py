@@ -61,10 +61,11 @@ class WeightStreaming:
         return self
 
     def refusal(self, component: Component, spec: PipelineSpec, accelerator: Accelerator | None) -> str | None:
-        """Refuse components that cannot be moved, and numbers of blocks out of range."""
+        """Refuse components that cannot be moved or are compiled as a whole, and numbers of blocks out of range."""
         if accelerator is None:
             return "weight streaming needs an accelerator, and none was found"
-        return _number_refusal(self, component) or offload_refusal(component, spec, accelerator)
+        impossible = component.streaming_refusal or offload_refusal(component, spec, accelerator)
+        return _number_refusal(self, component) or impossible
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
         """Kept blocks always; while the component runs all but the streamed ones, and two slots for those."""

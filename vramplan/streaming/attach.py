@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vramplan.errors import VramplanError
+from vramplan.pipeline.compiled import COMPILED, compiled_call, streaming_refusal
 from vramplan.pipeline.component import STREAMED, role_of
 from vramplan.pipeline.direct_access import called_by_place
 from vramplan.pipeline.geometry import module_bytes, tensors_of, units_of
@@ -20,11 +21,13 @@ from vramplan.pipeline.modules import modules_of, pipes_of
 from vramplan.pipeline.own_class import give_class, plain_class, take_class
 from vramplan.pipeline.types import Role
 from vramplan.streaming import backend
-from vramplan.streaming.cache import Cache, Member
+from vramplan.streaming.cache import Cache
 from vramplan.streaming.calls import devices, methods
 from vramplan.streaming.division import Division, divide
-from vramplan.streaming.hooks import After, Before, Guard
+from vramplan.streaming.hooks import After, Around, Before, Guard
 from vramplan.streaming.locking import page_lock
+from vramplan.streaming.member import Member
+from vramplan.streaming.structure import Structure
 from vramplan.streaming.tensors import Block, move
 
 # The attributes that streaming leaves on modules.
@@ -42,7 +45,8 @@ def stream_weights(pipe: Any, device: str, **components: Mapping[str, int]) -> N
     """
     assembled = hasattr(type(pipe), "components")
     for name, options in components.items():
-        module = getattr(pipe, "components", {}).get(name) or getattr(pipe, name)
+        module = getattr(pipe, "components", {}).get(name)
+        module = getattr(pipe, name) if module is None else module
         attach(module, name, device, **options)
     if assembled:
         join(pipe)
@@ -110,8 +114,8 @@ def join(pipe: Any) -> None:
     for name, module in modules_of(pipe).items():
         if stream_of(module) is not None:
             first.unwatch(module)
-        elif not runs_in_loop(name, module):
-            first.watch(module, [module, *_entries(module, set())])
+        else:
+            first.watch(module, [module, *_entries(module, set())], in_loop=runs_in_loop(name, module))
     for part in pipes_of(pipe):
         _own_call(part, streams[0].device)
 
@@ -161,12 +165,16 @@ class Stream:
         self.member: Member | None = None
         self._handles: list[Any] = []
         self._guarded: list[torch.nn.Module] = []
-        self._known: list[int] = []
+        self._around: list[tuple[torch.nn.Module, Around]] = []
+        self._known: Structure | None = None
         self._division: Division | None = None
 
     def attach(self, known: Mapping[int, tuple[Any, int]] = MappingProxyType({})) -> None:
         """Divide the module, move what is kept, page-lock what is to be, and set the hooks. Weights at `known`
         addresses are page-locked already."""
+        refusal = streaming_refusal(self.module)
+        if refusal is not None:
+            raise VramplanError(refusal)
         units = streamed_units(self.name, self.module)
         division = self._divide(units)
         own, outside = split_tensors(self.module, units)
@@ -194,7 +202,7 @@ class Stream:
             self.cache.notes += [note] if note else []
         self._hook(blocks, units)
         give_class(self.module, {**devices(self.module, self.device, stream_of), **methods(self.module, _entered)})
-        self._known = _identities(self.module)
+        self._known = Structure(self.module)
 
     def _divide(self, units: Sequence[torch.nn.Module]) -> Division:
         """The plan's division, also when adapters have changed sizes since."""
@@ -213,6 +221,12 @@ class Stream:
                 self._guarded.append(child)
 
     def _on(self, module: torch.nn.Module, before: Before) -> None:
+        compiled = compiled_call(module)
+        if compiled is not None:  # it would compile hooks with the module
+            around = Around(before, compiled)
+            vars(module)[COMPILED] = around
+            self._around.append((module, around))
+            return
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(After(before), always_call=True))
 
@@ -222,15 +236,18 @@ class Stream:
             handle.remove()
         for child in self._guarded:
             child.__dict__.pop(APPLY, None)
-        self._handles, self._guarded = [], []
+        for child, around in reversed(self._around):
+            if compiled_call(child) is around:
+                vars(child)[COMPILED] = around.compiled
+        self._handles, self._guarded, self._around = [], [], []
         if self.member is not None:
             self.cache.release(self.member, unlock=unlock)
         self.module.__dict__.pop(ATTACHED, None)
         take_class(self.module)
 
     def refresh(self) -> None:
-        """Attach again if tensors came, went or were replaced since, as an adapter does."""
-        if _identities(self.module) == self._known:
+        """Attach again if tensors came, went or were replaced since, as an adapter does, or blocks were compiled."""
+        if self._known is not None and not self._known.changed:
             return
         assert self.member is not None
         known = {address: place for block in self.member.blocks for address, place in block.locked_places().items()}
@@ -242,7 +259,8 @@ class Stream:
         assert self.member is not None
         if hook.outermost:
             _refuse_training(self.module)
-            self.refresh()
+            if self.cache.exposed:
+                self.refresh()
             self.cache.begin(self.member)
         self.cache.need(self.member, hook.block)
 
@@ -339,12 +357,6 @@ def _entries(module: torch.nn.Module, units: set[int]) -> Iterator[torch.nn.Modu
             yield child
         else:
             yield from _entries(child, units)
-
-
-def _identities(module: torch.nn.Module) -> list[int]:
-    return [
-        id(tensor) for child in module.modules() for tensor in (*child._parameters.values(), *child._buffers.values())
-    ]
 
 
 def _refuse_training(module: torch.nn.Module) -> None:

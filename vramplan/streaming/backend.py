@@ -19,8 +19,12 @@ class Backend(Protocol):
     """Copies weights to a device on a stream of its own, ordered against the compute stream by events.
 
     A ticket stands for copies that were asked for: `compute_after(ticket)` makes the compute stream wait for them, and
-    may wait itself until they are enqueued, never until they are done.
+    may wait itself until they are enqueued, never until they are done. A full device raises `out_of_memory`.
     """
+
+    @property
+    def out_of_memory(self) -> type[Exception]:
+        """The error of a full device."""
 
     def allocate(self, size: int, owner: str) -> Any:
         """A buffer of so many bytes on the device, which copies may fill once earlier kernels are done with its memory.
@@ -58,6 +62,8 @@ class Backend(Protocol):
 
 class TorchBackend:
     """A device with streams: CUDA, ROCm or XPU, by torch's own streams and events for any accelerator."""
+
+    out_of_memory: type[Exception] = torch.OutOfMemoryError
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.Stream(device)
@@ -155,6 +161,8 @@ class TorchBackend:
 
 class DirectBackend:
     """A device without streams, such as the CPU: every copy is done when it is asked for."""
+
+    out_of_memory: type[Exception] = torch.OutOfMemoryError
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -7,81 +7,20 @@ its master in host memory again. Masters that are page-locked lie in a few large
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vramplan.streaming.course import Course
 from vramplan.streaming.division import SLOTS
 from vramplan.streaming.hooks import Other
+from vramplan.streaming.member import Ahead, Member, Slot
 
 if TYPE_CHECKING:
     import torch
 
     from vramplan.streaming.backend import Backend
     from vramplan.streaming.tensors import Block
-
-
-class Slot:
-    """A buffer on the device that streamed blocks share in turn."""
-
-    __slots__ = ("block", "buffer", "size")
-
-    def __init__(self, buffer: Any, size: int) -> None:
-        self.buffer = buffer
-        self.size = size
-        self.block: Block | None = None
-
-
-class Member:
-    """A component in the cache. `rest` are its weights outside of blocks, None if they are not part of the cache.
-
-    `order` is the order in which its blocks ran last, at first that of their definition, `seen` that of the forward
-    that runs now. Those that are not `streamed` stay while the component's phase lasts: until another component runs,
-    or one outside of the loop for members that run `in_loop`. `owner` is told which cache the member is in.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        rest: Block | None,
-        order: Sequence[Block],
-        streamed: Collection[Block],
-        *,
-        in_loop: bool,
-        owner: Any = None,
-    ) -> None:
-        self.name = name
-        self.rest = rest
-        self.streamed = frozenset(streamed)
-        self.in_loop = in_loop
-        self.owner = owner
-        self.slots: list[Slot] = []
-        self.depth = 0  # forwards that run now, one in another
-        self.order = list(order)
-        self.seen: dict[Block, None] = {}
-
-    @property
-    def blocks(self) -> Iterator[Block]:
-        """Every block of it, the rest first."""
-        yield from ([self.rest] if self.rest is not None else [])
-        yield from self.order
-
-    def learn_order(self) -> None:
-        """Learn the order of the last forward, before the next."""
-        if self.seen:
-            missing = [block for block in self.order if block not in self.seen]
-            self.order = [*self.seen, *missing]
-        self.seen = {}
-
-    def ahead(self, block: Block | None) -> Iterator[Block]:
-        """The blocks that run after this one, to the next streamed one; in a loop the first follow the last."""
-        order = self.order
-        start = order.index(block) + 1 if block is not None else 0
-        before = order[: start - 1] if self.in_loop and start else []
-        for item in (*order[start:], *before):
-            yield item
-            if item in self.streamed:
-                return
 
 
 class Cache:
@@ -96,6 +35,13 @@ class Cache:
         self._lock = threading.RLock()
         self._calls = 0
         self._exposed = True
+        self._course = Course()
+        self._ahead = Ahead()
+
+    @property
+    def exposed(self) -> bool:
+        """Whether others may change weights before the next forward: outside of a call, or in one with a callback."""
+        return self._exposed
 
     # ---- calls
 
@@ -107,9 +53,13 @@ class Cache:
         """
         with self._lock:
             before, self._exposed = self._exposed, exposed or (self._exposed and self._calls > 0)
+            if not self._calls:
+                self._course.begin(self._running)
             self._calls += 1
             try:
                 yield
+                if self._calls == 1:
+                    self._course.end()
             finally:
                 self._calls -= 1
                 self._exposed = before
@@ -118,7 +68,7 @@ class Cache:
 
     def drop_all(self) -> None:
         """Take every block off the device."""
-        self._running = None
+        self._running, self._ahead = None, Ahead()
         try:
             self.backend.finish()
         finally:
@@ -139,10 +89,11 @@ class Cache:
                 self._watched[module] = hook, handles
             other._watched = {}
 
-    def watch(self, module: torch.nn.Module, entries: Iterable[torch.nn.Module]) -> None:
-        """Take all blocks off the device when a component outside of the cache runs, by one of these modules of it."""
+    def watch(self, module: torch.nn.Module, entries: Iterable[torch.nn.Module], *, in_loop: bool) -> None:
+        """Take blocks off the device when a component outside of the cache runs, by one of these modules of it: all
+        blocks, or if it runs `in_loop` those of members that do not."""
         if module not in self._watched:
-            hook = Other(self)
+            hook = Other(self, in_loop=in_loop)
             self._watched[module] = hook, [entry.register_forward_pre_hook(hook) for entry in entries]
 
     def unwatch(self, module: torch.nn.Module) -> None:
@@ -150,10 +101,11 @@ class Cache:
         for handle in self._watched.pop(module, (None, ()))[1]:
             handle.remove()
 
-    def others_run(self) -> None:
+    def others_run(self, *, in_loop: bool) -> None:
         """Let a component outside of the cache run."""
-        if self._running is not None:
-            self._running = None
+        if self._running is not None and not (in_loop and self._running.in_loop):
+            self._enter(None)
+            self._ahead = Ahead()
             self._drop(*self.members)
 
     # ---- blocks
@@ -172,9 +124,11 @@ class Cache:
         Raises:
             torch.OutOfMemoryError: the device is full.
         """
-        member.depth += 1
         if self._running is not member:
             self._switch(member)
+        if not member.depth:
+            self._begin_run(member)
+        member.depth += 1
         if member.rest is not None:
             self._bring(member, member.rest)
         if block is not None:
@@ -191,13 +145,17 @@ class Cache:
                 if not item.active:
                     self._hide(item)
         member.depth = max(0, member.depth - 1)
+        if block is not None and self._ahead.member is not None:
+            self._look_ahead(member, block)
         if self._exposed and not member.depth:
             self.backend.finish()
 
     def _prefetch(self, member: Member, block: Block | None) -> None:
         if block is None:  # weights outside of blocks, in the middle of a forward
             block = next(reversed(member.seen), None)
-        upcoming = list(member.ahead(block))
+        if not member.streamed and all(item.buffer is not None for item in member.order):
+            return
+        upcoming = list(member.ahead(block, again=member.in_loop and self._ahead.member is None))
         for item in upcoming:
             if item.buffer is None:
                 self._start(member, item, {*upcoming, *([block] if block is not None else [])})
@@ -207,6 +165,7 @@ class Cache:
         memory."""
         with self._lock:
             self.backend.finish()
+            self._retract()
             self._drop(member)
             for block in member.blocks:
                 if block.segments and unlock:
@@ -223,7 +182,62 @@ class Cache:
     def _switch(self, member: Member) -> None:
         """Let another component run: drop the blocks of those that do not run in turn with it."""
         self._drop(*(other for other in self.members if other is not member and not (other.in_loop and member.in_loop)))
+        self._enter(member)
+
+    def _enter(self, member: Member | None) -> None:
         self._running = member
+        if self._calls:
+            self._course.enter(member)
+
+    def _begin_run(self, member: Member) -> None:
+        """Take back what was copied ahead for another component than this one, and see which may follow this run."""
+        if self._ahead.member is not member:
+            self._retract()
+        name = self._course.run() if self._calls else None
+        others = (other for other in self.members if other is not member)
+        self._ahead = Ahead(next((other for other in others if other.name == name), None))
+
+    def _look_ahead(self, member: Member, block: Block) -> None:
+        """Copy what the next component needs first, after a block in the last run of the one before it: into the
+        memory of its last blocks, once all that is to run is on the device, so that no more is used than before."""
+        ahead, waiting = self._ahead, member.order[: member.used]
+        if block.active or any(item.buffer is None and item not in member.seen for item in waiting):
+            return
+        if block.buffer is not None and ahead.wanted:
+            ahead.begun = True
+            ahead.spare += self._give_up(member, block)
+        try:
+            self._start_next(ahead)
+        except self.backend.out_of_memory:  # free memory in pieces: there was enough of it
+            self._retract()
+
+    def _give_up(self, member: Member, block: Block) -> int:
+        """Take a block and its slot off the device; return how many bytes that are."""
+        slot = block.slot
+        self._evict(block)
+        if slot is None:
+            return block.size
+        member.slots.remove(slot)
+        size: int = slot.size
+        return size
+
+    def _start_next(self, ahead: Ahead) -> None:
+        assert ahead.member is not None
+        while ahead.wanted:
+            item = ahead.wanted[0]
+            if item.moved:
+                item.adopt()
+            size = ahead.member.slot_bytes if item in ahead.member.streamed else item.size
+            if size > ahead.spare:
+                return
+            ahead.spare -= size
+            self._start(ahead.member, ahead.wanted.pop(0), ())
+
+    def _retract(self) -> None:
+        """Take back what was copied ahead: the guess was wrong."""
+        ahead, self._ahead = self._ahead, Ahead()
+        if ahead.member is not None and ahead.begun:
+            self._drop(ahead.member)
 
     def _bring(self, member: Member, block: Block) -> None:
         if block.buffer is not None and block.outdated:
@@ -238,6 +252,8 @@ class Cache:
 
     def _start(self, member: Member, block: Block, upcoming: Collection[Block] | None = None) -> None:
         """Start to copy a block to the device. One that is only `upcoming` takes no slot from others that are."""
+        if self._ahead.begun and member is not self._ahead.member:
+            self._retract()
         if block.moved:
             block.adopt()
         buffer = None
@@ -255,16 +271,17 @@ class Cache:
         except BaseException:  # some of the copies may be on their way, and nothing else would wait for them
             self.backend.finish()
             raise
-        block.on_device(buffer, self.backend.view)
+        block.on_device(buffer, self.backend.view, block.slot.views if block.slot is not None else {})
 
     def _slot(self, member: Member, size: int, upcoming: Collection[Block] | None) -> Slot | None:
         """A slot for a streamed block, emptied once the kernels launched so far are done with it.
 
         Blocks that run now do not give way, and `upcoming` ones only to one that is needed at once; None if none does.
         """
-        largest = max(block.size for block in member.streamed)
-        while len(member.slots) < SLOTS:
-            member.slots.append(Slot(self.backend.allocate(largest, member.name), largest))
+        if len(member.slots) < SLOTS:
+            size = member.slot_bytes
+            member.slots.append(Slot(self.backend.allocate(size, member.name), size))
+            return member.slots[-1]
         for slot in member.slots:
             held = slot.block
             if slot.size >= size and (held is None or not (held.active or held in (upcoming or ()))):

@@ -66,17 +66,36 @@ class Marker(_Hook):
         self.function(self.value)
 
 
+class Around(_Hook):
+    """In place of a module's compiled call: its block is brought before, by nothing that is compiled."""
+
+    __slots__ = ("before", "compiled")
+
+    def __init__(self, before: Before, compiled: Any) -> None:
+        self.before = before
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what is compiled."""
+        try:
+            self.before.stream.before(self.before)
+            return self.compiled(*args, **kwargs)
+        finally:
+            self.before.stream.after(self.before)
+
+
 class Other(_Hook):
     """A hook before the forward of a component outside of the cache."""
 
-    __slots__ = ("cache",)
+    __slots__ = ("cache", "in_loop")
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, *, in_loop: bool) -> None:
         self.cache = cache
+        self.in_loop = in_loop
 
     def __call__(self, module: torch.nn.Module, given: Any) -> None:
-        """Take all blocks off the device."""
-        self.cache.others_run()
+        """Take the blocks off the device that are not needed beside it."""
+        self.cache.others_run(in_loop=self.in_loop)
 
 
 def no_hook(*_: Any) -> None:

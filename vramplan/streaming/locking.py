@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.pipeline.geometry import power_of_two
 from vramplan.streaming.backend import Backend
 from vramplan.streaming.division import CHUNK_BYTES as _CHUNK_BYTES
 from vramplan.streaming.division import aligned
-from vramplan.streaming.tensors import SMALL_BYTES, Block
+from vramplan.streaming.tensors import Block, is_small
 from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _LEAST_CHUNK_BYTES = 1 << 20
 # Blocks are placed together up to this many chunks, each filled as well as their tensors allow: one by one, those of
@@ -20,6 +23,8 @@ _LEAST_CHUNK_BYTES = 1 << 20
 _WINDOW_CHUNKS = 4
 # Chunks are filled by sizes rounded up to this.
 _UNIT_BYTES = 1 << 16
+# What is smaller than this goes into the gaps that are left.
+_FILLING_BYTES = 1 << 20
 
 
 class Locker:
@@ -40,31 +45,34 @@ class Locker:
                 they are.
         """
         places: dict[Block, dict[int, tuple[Any, int]]] = {block: {} for block in blocks}
-        large, small = _by_size(blocks)
+        items = _items(blocks)
+        large = [item for item in items if item[2] >= _FILLING_BYTES]
         try:
             while large:
-                size = aligned(large[0][2])
-                capacity = next((free for *_, free in self._gaps if free >= size), _chunk_bytes(size, self.left))
-                chosen = _fill([aligned(item[2]) for item in large], capacity)
-                for block, number, _ in (large[place] for place in chosen):
-                    places[block][number] = self._lock_tensor(block, number)
+                capacity = next((free for *_, free in self._gaps if free >= large[0][2]), None)
+                chosen = _fill([size for *_, size in large], capacity or _chunk_bytes(large[0][2], self.left))
+                for block, numbers, _ in (large[place] for place in chosen):
+                    places[block] |= self._lock_together(block, numbers)
                 large = [item for place, item in enumerate(large) if place not in chosen]
-            for block, number, _ in small:
-                places[block][number] = self._lock_tensor(block, number)
+            for block, numbers, _ in (item for item in items if item[2] < _FILLING_BYTES):
+                places[block] |= self._lock_together(block, numbers)
         finally:
             for block in blocks:
                 if len(places[block]) == len(block.offsets):
                     block.set_locked([places[block][number] for number in range(len(block.offsets))])
 
-    def _lock_tensor(self, block: Block, number: int) -> tuple[Any, int]:
-        tensor = block.tensors[number]
-        there = self.known.get(tensor.data_ptr())
-        if there is None:
-            size = aligned(tensor.numel() * tensor.element_size())
-            there = self._place(size)
-            block.replace_master(number, self.backend.write(*there, tensor))
+    def _lock_together(self, block: Block, numbers: Sequence[int]) -> dict[int, tuple[Any, int]]:
+        """Move tensors side by side, in the order that they have in the block's buffer: one copy brings them."""
+        places = {number: self.known.get(block.tensors[number].data_ptr()) for number in numbers}
+        new = [number for number, there in places.items() if there is None]
+        sizes = [_bytes_of(block.tensors[number]) for number in new]
+        chunk, start = self._place(sum(sizes)) if new else (None, 0)
+        for number, size in zip(new, sizes, strict=True):
+            block.replace_master(number, self.backend.write(chunk, start, block.tensors[number]))
+            places[number] = chunk, start
+            start += size
             self.left -= size
-        return there
+        return {number: there for number, there in places.items() if there is not None}
 
     def _place(self, size: int) -> tuple[Any, int]:
         number = next((number for number, gap in enumerate(self._gaps) if gap[2] >= size), len(self._gaps))
@@ -86,7 +94,7 @@ def page_lock(
     offset. Where the system refuses, the rest stay as they are: return a note that says so."""
     waiting = [block for block in blocks if block.size]
     new = [tensor for block in waiting for tensor in block.tensors if tensor.data_ptr() not in known]
-    locker = Locker(backend, owner, known, sum(aligned(tensor.numel() * tensor.element_size()) for tensor in new))
+    locker = Locker(backend, owner, known, sum(_bytes_of(tensor) for tensor in new))
     try:
         for window in _windows(waiting):
             locker.lock(window)
@@ -107,16 +115,21 @@ def _windows(blocks: Sequence[Block]) -> Iterator[list[Block]]:
         yield window
 
 
-def _by_size(blocks: Sequence[Block]) -> tuple[list[tuple[Block, int, int]], list[tuple[Block, int, int]]]:
-    """The tensors of blocks with their number and bytes: large ones, largest first, and small ones in their order,
-    which are copied in one piece."""
-    found = [
-        (block, number, tensor.numel() * tensor.element_size())
-        for block in blocks
-        for number, tensor in enumerate(block.tensors)
-    ]
-    large = sorted((item for item in found if item[2] >= SMALL_BYTES), key=lambda item: -item[2])
-    return large, [item for item in found if item[2] < SMALL_BYTES]
+def _items(blocks: Sequence[Block]) -> list[tuple[Block, list[int], int]]:
+    """The numbers of the tensors of blocks and their bytes, largest first: each large one for itself, the small ones of
+    a block together."""
+    found: list[tuple[Block, list[int], int]] = []
+    for block in blocks:
+        sizes = [_bytes_of(tensor) for tensor in block.tensors]
+        small = [number for number, tensor in enumerate(block.tensors) if is_small(tensor)]
+        found += [(block, [number], sizes[number]) for number in range(len(sizes)) if number not in set(small)]
+        if small:
+            found.append((block, small, sum(sizes[number] for number in small)))
+    return sorted(found, key=lambda item: -item[2])
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return aligned(tensor.numel() * tensor.element_size())
 
 
 def _fill(sizes: Sequence[int], capacity: int) -> set[int]:

@@ -11,7 +11,8 @@ import torch
 from vramplan.streaming.division import aligned
 
 # Tensors smaller than this lie side by side in a buffer and in page-locked memory, so that one copy brings them all.
-SMALL_BYTES = 1 << 20
+# Fitted on the transformers of FLUX.1, Qwen-Image, Wan and SDXL: above it chunks have gaps of more than 2 %.
+_SMALL_BYTES = 8 << 20
 
 
 class Leaf:
@@ -132,13 +133,17 @@ class Block:
     def __init__(self, name: str, tensors: Iterable[torch.Tensor], roots: Sequence[torch.nn.Module] = ()) -> None:
         self.name = name
         self.leaves = [leaf_of(tensor) for tensor in tensors]
+        own = [leaf.tensor for leaf in self.leaves]
+        # SDXL has 1680 tensors, each looked at in every forward: plain ones without calls of Python for each
+        self._plain = own if all(type(leaf) is Leaf for leaf in self.leaves) else None
+        self._counted = own if self._plain is not None and not any(tensor.is_inference() for tensor in own) else None
         self._layers = [item for root in roots for item in root.modules() if "merged_adapters" in vars(item)]
         self.buffer: Any = None
         self.slot: Any = None
         self.ticket: Any = None
         self.active = 0
         self.segments: list[tuple[Any, int, int, int]] = []  # page-locked: chunk, offset there, offset here, bytes
-        self._views: list[list[torch.Tensor]] = []
+        self._views = Views([])
         self._shown = False
         self._copied: Any = None
         self.adopt()
@@ -146,11 +151,12 @@ class Block:
     def adopt(self) -> None:
         """Take the tensors as they are now for the masters, and lay them out anew."""
         self.masters = [leaf.plain() for leaf in self.leaves]
+        self._at_home = _places(self.masters)
         self.segments = []
         sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors]
         self.offsets = [0] * len(sizes)
         self.size = 0
-        for number in sorted(range(len(sizes)), key=lambda number: sizes[number] < SMALL_BYTES):
+        for number in sorted(range(len(sizes)), key=lambda number: is_small(self.tensors[number])):
             self.offsets[number] = self.size
             self.size += aligned(sizes[number])
 
@@ -165,6 +171,7 @@ class Block:
             if number < len(several):
                 several[number] = tensor
                 leaf.put(several)
+                self._at_home = _places(self.masters)
                 return
             number -= len(several)
 
@@ -194,7 +201,7 @@ class Block:
     @property
     def moved(self) -> bool:
         """Whether the user has put other data in place of a master, while the block does not run."""
-        return not self._shown and not self._consists_of(self.masters)
+        return not self._shown and self._places() != self._at_home
 
     @property
     def outdated(self) -> bool:
@@ -206,12 +213,22 @@ class Block:
         """Let these tensors be the masters, which hold the same values."""
         given = iter(tensors)
         self.masters = [[next(given) for _ in several] for several in self.masters]
+        self._at_home = _places(self.masters)
         self._put(self.masters)
 
-    def on_device(self, buffer: Any, view: Callable[[Any, int, torch.Tensor], torch.Tensor]) -> None:
-        """Note that the masters as they are now are on their way to a buffer: `view(buffer, offset, like)`."""
-        offsets = iter(self.offsets)
-        self._views = [[view(buffer, next(offsets), like) for like in several] for several in self.masters]
+    def on_device(
+        self, buffer: Any, view: Callable[[Any, int, torch.Tensor], torch.Tensor], earlier: dict[Block, Any]
+    ) -> None:
+        """Note that the masters as they are now are on their way to a buffer: `view(buffer, offset, like)`.
+
+        `earlier` keeps the views of this buffer by blocks that were there.
+        """
+        masters, views = earlier.get(self, (None, None))
+        if masters is not self.masters:
+            offsets = iter(self.offsets)
+            views = Views([[view(buffer, next(offsets), like) for like in several] for several in self.masters])
+            earlier[self] = self.masters, views
+        self._views = views
         self._copied = self._state()
         self.buffer = buffer
 
@@ -220,20 +237,20 @@ class Block:
         self.hide()
         if self.slot is not None:
             self.slot.block = self.slot = None
-        self.buffer, self._views = None, []
+        self.buffer, self._views = None, Views([])
 
     def show(self) -> None:
         """Let every leaf consist of its views of the buffer."""
         if not self._shown:
             self._shown = True
-            self._put(self._views)
+            self._put(self._views.tensors)
 
     def hide(self) -> None:
         """Let every leaf consist of its masters again, and keep what was changed while it did not."""
         if not self._shown:
             return
         state, replaced = self._state(), False
-        if self._copied != state or not self._consists_of(self._views):
+        if self._copied != state or self._places() != self._views.places:
             replaced = self._copy_back()
         self._put(self.masters)
         self._shown = False
@@ -253,20 +270,24 @@ class Block:
             self._copied = self._state()
 
     def _put(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
+        if self._plain is not None:
+            for tensor, (data,) in zip(self._plain, tensors, strict=True):
+                tensor.data = data
+            return
         for leaf, several in zip(self.leaves, tensors, strict=True):
             leaf.put(several)
 
-    def _consists_of(self, tensors: Sequence[Sequence[torch.Tensor]]) -> bool:
-        return all(
-            leaf.places() == list(map(_place, several)) for leaf, several in zip(self.leaves, tensors, strict=True)
-        )
+    def _places(self) -> list[Any]:
+        if self._plain is not None:
+            return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in self._plain]
+        return [place for leaf in self.leaves for place in leaf.places()]
 
     def _copy_back(self) -> bool:
         """Write what was changed on the device into the masters, which are memory of the process from then on: a
         mapped file is private. Other data in place of the views become masters themselves; return whether any did."""
         replaced = False
         with torch.no_grad(), torch.inference_mode(False):
-            for leaf, masters, views in zip(self.leaves, self.masters, self._views, strict=True):
+            for leaf, masters, views in zip(self.leaves, self.masters, self._views.tensors, strict=True):
                 places, of_views = leaf.places(), list(map(_place, views))
                 if places == list(map(_place, masters)):  # interrupted in `show` or `hide`
                     continue
@@ -282,11 +303,32 @@ class Block:
 
     def _state(self) -> Any:
         merged = [tuple(vars(layer)["merged_adapters"]) for layer in self._layers]
+        if self._counted is not None:
+            return [tensor._version for tensor in self._counted], merged
         return [leaf.version() for leaf in self.leaves], merged
+
+
+class Views:
+    """The tensors that a block's leaves consist of on the device, and where these lie."""
+
+    __slots__ = ("places", "tensors")
+
+    def __init__(self, tensors: list[list[torch.Tensor]]) -> None:
+        self.tensors = tensors
+        self.places = _places(tensors)
+
+
+def _places(tensors: Iterable[Iterable[torch.Tensor]]) -> list[Any]:
+    return [_place(tensor) for several in tensors for tensor in several]
 
 
 def _place(tensor: torch.Tensor) -> Any:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    """Whether the tensor lies beside other small ones of its block."""
+    return tensor.numel() * tensor.element_size() < _SMALL_BYTES
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

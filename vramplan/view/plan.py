@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vramplan.planfile.types import settings_text, stock_cost
 from vramplan.units import format_bytes, format_seconds_range
-from vramplan.view.shared import _NUMERIC, notes_view
+from vramplan.view.shared import _NUMERIC, blocks_row, notes_view
 from vramplan.workload import workload_text
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("on", f"{card} ({plan.machine.device})"),
         ("for", workload_text(plan.workload)),
         ("chosen", settings_text(plan.settings)),
-        *_blocks_row(plan),
+        *blocks_row(plan.projected.phases),
         ("fits", fits_sentence(plan.projected, plan.machine.budget)),
         *_loading_row(plan),
         ("speed", _speed(plan)),
@@ -80,17 +80,6 @@ def _stock_row(plan: Plan) -> list[tuple[str, str]]:
     if found.settings is None:
         return [("stock", f"none: {found.reason}")]
     return [("stock", f"{settings_text(found.settings)}: {stock_cost(plan)}")]
-
-
-def _blocks_row(plan: Plan) -> list[tuple[str, str]]:
-    """The blocks that stay on the device in each phase, of every component that is streamed; empty without any."""
-    phases = plan.projected.phases
-    names = dict.fromkeys(name for phase in phases for name, (staying, _) in phase.blocks.items() if staying)
-    texts = []
-    for name in names:
-        counts = [f"{phase.blocks[name][0]} in {phase.name}" for phase in phases if name in phase.blocks]
-        texts.append(f"{name}: {', '.join(counts)}, of {phases[0].blocks[name][1]} blocks")
-    return [("stay", "; ".join(texts))] if texts else []
 
 
 def _loading_row(plan: Plan) -> list[tuple[str, str]]:
@@ -143,7 +132,7 @@ def explain_view(plan: Plan) -> RenderableType:
 
     lines: list[RenderableType] = [
         f"{len(plan.candidates)} candidates for {plan.model.class_name}; the first is the plan",
-        *(hang(f"{name}: {text}", 2) for name, text in (*_blocks_row(plan), *_stock_row(plan))),
+        *(hang(f"{name}: {text}", 2) for name, text in (*blocks_row(plan.projected.phases), *_stock_row(plan))),
         "",
         Text(f"{'':8} {'VRAM':>10} {'RAM':>10} {'step':>15} {'call':>15}  limited by", "bold"),
     ]

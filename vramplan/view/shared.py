@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vramplan.planner.demand import PhaseDemand
+    from vramplan.simulator.types import SimulatedPhase
+
 
 _NUMERIC = (
     "peak",
@@ -48,6 +51,17 @@ def _profile_line(name: str, own: Mapping[str, Sequence[str]]) -> str:
     if name not in own:
         return f"  {name}"
     return f"  {name}  yours" + (f", cannot be used: {own[name][0]}" if own[name] else "")
+
+
+def blocks_row(phases: Sequence[PhaseDemand | SimulatedPhase]) -> list[tuple[str, str]]:
+    """The blocks that stay on the device in each phase, of every component that is streamed; empty without any."""
+    names = dict.fromkeys(name for phase in phases for name, (staying, _) in phase.blocks.items() if staying)
+    texts = []
+    for name in names:
+        counted = [(phase.name, *phase.blocks[name]) for phase in phases if name in phase.blocks]
+        counts = ", ".join(f"{staying} in {phase}" for phase, staying, _ in counted)
+        texts.append(f"{name}: {counts}, of {counted[0][2]} blocks")
+    return [("stay", "; ".join(texts))] if texts else []
 
 
 def notes_view(notes: Sequence[str]) -> Iterator[RenderableType]:

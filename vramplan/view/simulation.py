@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vramplan.units import format_bytes
-from vramplan.view.shared import _NUMERIC, notes_view
+from vramplan.view.shared import _NUMERIC, blocks_row, notes_view
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,6 +61,7 @@ def simulation_view(simulation: Simulation) -> RenderableType:
         f"VRAM      {format_bytes(simulation.peak_reserved_bytes)} reserved{limit}, "
         f"{format_bytes(simulation.peak_allocated_bytes)} allocated: {verdict}",
         *_host_lines(simulation),
+        *(f"{name:9} {text}" for name, text in blocks_row(simulation.phases)),
         f"moved     {format_bytes(simulation.to_device_bytes)} to the device, "
         f"{format_bytes(simulation.to_host_bytes)} back, in {simulation.steps} steps",
         f"simulated {simulation.operations} operations in {simulation.wall_seconds:.1f} s",
