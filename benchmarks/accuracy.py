@@ -1,9 +1,10 @@
 """Simulated peaks against peaks that others measured and published (`published_peaks.yaml`).
 
-    python benchmarks/accuracy.py [--libraries DIR] [-o FILE.md] [--residuals profiles/residuals.json]
+    python benchmarks/accuracy.py [--rows FILE] [--libraries DIR] [-o FILE.md] [--residuals profiles/residuals.json]
 
 A row that was measured on other versions of diffusers is simulated on the releases of its day, in a process of its own.
 They are installed under DIR with pip when they are not there yet; without DIR such rows are left out, and it says so.
+FILE is one of `vramplan calibrate --export`, instead of the published rows.
 
 `--residuals` writes what the margin of a budget is worked out from: projected and measured bytes of every row that
 nothing was fitted on. By basis: `simulated` as above; `derived` and `assumed` are the prices that the planner falls
@@ -61,6 +62,7 @@ def simulated_gib(row: Row) -> float:
     import torch
 
     from vramplan.pipeline.describe import describe
+    from vramplan.profiles.catalogue import compute_capability
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
     from vramplan.simulator.model import settings_applier
@@ -92,7 +94,8 @@ def simulated_gib(row: Row) -> float:
         for _ in range(row.get("calls", 1)):
             pipe(**inputs | {"output_type": row.get("output_type", "pt")})
 
-    hopper = row.get("gpu", "").startswith("H")
+    gpu = row.get("gpu", "")
+    hopper = gpu.startswith("H") or (compute_capability(gpu) or 0) >= 9  # sources name families, drivers cards
     kernels = Kernels(cublas_bytes=(32 if hopper else 8) * MIB)
     result = simulate_call(parts_as_loaded(row), place, call, CachingAllocator(), kernels)
     peak = result.peak_reserved_bytes if row["metric"] == "reserved" else result.peak_allocated_bytes
@@ -160,6 +163,12 @@ def paths_of(sets: Mapping[str, Sequence[str]], folder: Path) -> dict[str, Path]
     return found
 
 
+def is_installed(requirement: str) -> bool:
+    """Whether this version of a library is installed here."""
+    name, _, wanted = requirement.partition("==")
+    return bool(wanted) and version(name) == wanted
+
+
 def simulate(rows: Sequence[Row], path: Path | None) -> list[dict[str, Any]]:
     """What was found for each row, with the libraries at a path before those installed."""
     before = os.environ.get("PYTHONPATH")
@@ -181,6 +190,8 @@ def all_found(rows: Sequence[Row], sets: Mapping[str, Sequence[str]], folder: Pa
     """Findings by row. A row without one needs libraries that are not here."""
     wanted = sorted({row["with"] for row in rows if "with" in row})
     paths: dict[str | None, Path | None] = {None: None}
+    paths |= {name: None for name in wanted if all(map(is_installed, sets[name]))}
+    wanted = [name for name in wanted if name not in paths]
     if folder:
         paths.update(paths_of({name: sets[name] for name in wanted}, folder))
     found: dict[str, dict[str, Any]] = {}
@@ -354,17 +365,23 @@ def _why(item: Mapping[str, Any] | None) -> str:
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--libraries", type=click.Path(file_okay=False, path_type=Path), help="Where older libraries are kept.")
 @click.option("--residuals", "residuals_path", type=click.Path(dir_okay=False, path_type=Path), help="Write them here.")
+@click.option("--rows", "rows_path", type=click.Path(dir_okay=False, exists=True, path_type=Path), default=ROWS)
 @click.option("--only", multiple=True, help="Rows whose name has this in it.")
 @click.option("--work-off", "working", is_flag=True, hidden=True)
 def main(
-    output: Path | None, libraries: Path | None, residuals_path: Path | None, only: tuple[str, ...], working: bool
+    output: Path | None,
+    libraries: Path | None,
+    residuals_path: Path | None,
+    rows_path: Path,
+    only: tuple[str, ...],
+    working: bool,
 ) -> None:
     if working:
         work_off()
         return
-    told = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
+    told = yaml.safe_load(rows_path.read_text(encoding="utf-8"))
     for kind in ("rows", "unstated"):
-        told[kind] = [row for row in told[kind] if not only or any(part in row["id"] for part in only)]
+        told[kind] = [row for row in told.get(kind, ()) if not only or any(part in row["id"] for part in only)]
     found = all_found([*told["rows"], *told["unstated"]], told["libraries"], libraries)
     text = report(told, found)
     print(text)

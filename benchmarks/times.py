@@ -1,9 +1,10 @@
 """Predicted seconds against seconds that others measured and published (`published_times.yaml`).
 
-    python benchmarks/times.py [--fit] [-o benchmarks/results/times.json]
+    python benchmarks/times.py [--rows FILE] [--fit] [-o benchmarks/results/times.json]
 
 Each row's seconds are the planner's own price of exactly its settings. Judged are the rows with a stated card; of those
-whose sources leave a fact out only the order counts: of two rows of one group, more than 3 % apart.
+whose sources leave a fact out only the order counts: of two rows of one group, more than 3 % apart. FILE is one of
+`vramplan calibrate --export`, instead of the published rows: its probes are the rates of their cards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import click
 import yaml
 
+from vramplan.calibration.measured_rates import with_probe
+from vramplan.calibration.records import ProbeRecord
 from vramplan.hardware.rates import architecture
 from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.describe import describe
@@ -56,11 +59,24 @@ def told() -> Mapping[str, Any]:
     return content
 
 
+def exported(path: Path) -> list[Row]:
+    """The timings of a file of `vramplan calibrate --export`. Its probes are kept for `card`."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for item in content["probes"]:
+        values = {name: value for name, value in item.items() if name not in ("profile", "date")}
+        PROBES[item["profile"]] = ProbeRecord(time=item["date"], card=None, **values)
+    return [row for row in content["rows"] if "seconds" in row and row["card"]]
+
+
+PROBES: dict[str, ProbeRecord] = {}
+
+
 @cache
 def card(name: str) -> Accelerator:
     written = told()["cards"].get(name)
     if written is None:
-        return device_accelerator(load_device_profile(name))
+        found = device_accelerator(load_device_profile(name))
+        return with_probe(found, PROBES[name], "measured") if name in PROBES else found
     from pydantic import TypeAdapter
 
     return device_accelerator(TypeAdapter(DeviceProfile).validate_python(written))
@@ -355,8 +371,9 @@ def roofline(row: Row) -> Accelerator:
 @click.command()
 @click.option("--fit", "fitting", is_flag=True, help="Fit the constants, and leave out one card or model at a time.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
-def main(output: Path | None, fitting: bool) -> None:
-    rows = told()["rows"]
+@click.option("--rows", "rows_path", type=click.Path(dir_okay=False, exists=True, path_type=Path))
+def main(output: Path | None, rows_path: Path | None, fitting: bool) -> None:
+    rows = told()["rows"] if rows_path is None else exported(rows_path)
     found = {}
     for row in rows:
         click.echo(row["id"], err=True)
