@@ -346,7 +346,6 @@ def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> s
             f"nine of ten within {quantile(list(errors.values()), 0.9):.1%}, largest {errors[worst]:.1%} ({worst}).",
             "",
             *short_lines(shown, ran),
-            "",
             *kinds_table(shown, ran),
         ]
     remarks = [f"* {row['id']}: {row['remark']}" for row in shown if "remark" in row]
@@ -382,7 +381,7 @@ def short_lines(rows: Sequence[Row], ran: Mapping[str, Mapping[str, Any]]) -> li
     for row in rows:
         simulated, kind = ran[row["id"]]["gib"] * GIB, MARGIN_KINDS.get(kind_of(row))
         error = bundled_error("simulated", [kind] if kind else ())
-        if row["gib"] * GIB > simulated + max(error.least_bytes, error.share * simulated):
+        if row["gib"] * GIB > simulated + max(error.least_bytes, error.share * simulated) + 1:  # a byte of rounding
             short.append(row["id"])
     return [f"Too low by more than the margin of a plan of their kind: {', '.join(short) or 'none'}.", ""]
 
