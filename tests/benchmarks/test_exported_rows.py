@@ -119,6 +119,16 @@ def test_a_call_is_exported_once_by_its_last_measurement() -> None:
     assert yaml.safe_load(to_yaml(reserved))["workload"]["num_inference_steps"] == 20
 
 
+def test_other_models_under_the_same_settings_are_other_calls() -> None:
+    first = measured_call()
+    assert first.facts is not None
+    append(first)
+    append(replace(first, facts=replace(first.facts, fingerprint="0" * 16)))
+    content = export_measurements()
+    assert len(content["rows"]) == 2
+    assert content["left_out"] == {"no bundled profile is of this pipeline": 1}
+
+
 def test_facts_survive_the_store() -> None:
     record = measured_call()
     assert from_line(to_line(record)) == record

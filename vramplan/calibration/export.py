@@ -40,7 +40,8 @@ def exported(records: Iterable[Record], known: Known) -> dict[str, Any]:
         if isinstance(item, ProbeRecord):
             probes[item.device] = item
         else:
-            calls[item.device, item.plan or item.settings + item.shape, *_pins(item.versions)] = item
+            pipeline = item.facts.fingerprint if item.facts else item.pipeline
+            calls[item.device, pipeline, item.plan or item.settings + item.shape, *_pins(item.versions)] = item
     libraries: dict[str, list[str]] = {}
     rows: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
