@@ -1,9 +1,10 @@
 """Simulated peaks against peaks that others measured and published (`published_peaks.yaml`).
 
-    python benchmarks/accuracy.py [--libraries DIR] [-o FILE.md] [--residuals profiles/residuals.json]
+    python benchmarks/accuracy.py [--rows FILE] [--libraries DIR] [-o FILE.md] [--residuals profiles/residuals.json]
 
 A row that was measured on other versions of diffusers is simulated on the releases of its day, in a process of its own.
 They are installed under DIR with pip when they are not there yet; without DIR such rows are left out, and it says so.
+FILE is one of `vramplan calibrate --export`, instead of the published rows.
 
 `--residuals` writes what the margin of a budget is worked out from: projected and measured bytes of every row that
 nothing was fitted on. By basis: `simulated` as above; `derived` and `assumed` are the prices that the planner falls
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -30,7 +33,8 @@ import yaml
 ROWS = Path(__file__).with_name("published_peaks.yaml")
 SHOWN = ("diffusers", "transformers", "accelerate")
 GIB = 1 << 30
-EXPLAIN_FROM = 0.1
+EXPLAIN_FROM = 0.05
+KINDS_OF_ROWS = ("rows", "unstated", "bounds")
 
 Row = Mapping[str, Any]
 
@@ -45,9 +49,10 @@ def parts_as_loaded(row: Row) -> Any:
     from vramplan.simulator.parts import parts_from_profile
 
     profile = load_pipeline_profile(row["model"])
-    loads = row.get("loads") or profile.dtype
-    parts = parts_from_profile(row["model"], dict.fromkeys(profile.components, loads))
-    for module in parts.modules.values():
+    dtypes = {name: row.get("loads") or part.dtype or profile.dtype for name, part in profile.components.items()}
+    parts = parts_from_profile(row["model"], dtypes)
+    for name, module in parts.modules.items():
+        loads = dtypes[name]
         # transformers 4 kept its float32 modules only when it loaded float16
         transformers4 = type(module).__module__.startswith("transformers.") and int(version("transformers")[0]) < 5
         told = row.get("converts") or (loads if transformers4 and loads != "float16" else None)
@@ -61,6 +66,7 @@ def simulated_gib(row: Row) -> float:
     import torch
 
     from vramplan.pipeline.describe import describe
+    from vramplan.profiles.catalogue import compute_capability
     from vramplan.simulator.allocator import CachingAllocator
     from vramplan.simulator.kernels import Kernels
     from vramplan.simulator.model import settings_applier
@@ -81,6 +87,8 @@ def simulated_gib(row: Row) -> float:
             pack_weights(pipe.components[name], text)
             if text.startswith("bitsandbytes"):
                 pipe.components[name].to("cuda:0")  # where it is quantized, and stays until the plan is applied
+            if text == "bitsandbytes:type=int8" and told == "model_cpu_offload":
+                mark_8_bit(pipe.components[name])
         for name in row.get("layerwise_casting", ()):
             pipe.components[name].enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         put_on(pipe)
@@ -92,7 +100,8 @@ def simulated_gib(row: Row) -> float:
         for _ in range(row.get("calls", 1)):
             pipe(**inputs | {"output_type": row.get("output_type", "pt")})
 
-    hopper = row.get("gpu", "").startswith("H")
+    gpu = row.get("gpu", "")
+    hopper = gpu.startswith("H") or (compute_capability(gpu) or 0) >= 9  # sources name families, drivers cards
     kernels = Kernels(cublas_bytes=(32 if hopper else 8) * MIB)
     result = simulate_call(parts_as_loaded(row), place, call, CachingAllocator(), kernels)
     peak = result.peak_reserved_bytes if row["metric"] == "reserved" else result.peak_allocated_bytes
@@ -101,9 +110,13 @@ def simulated_gib(row: Row) -> float:
 
 def pack_weights(module: Any, text: str) -> None:
     """The module's linear layers as the library of this setting packs them, whatever the release of transformers."""
-    from vramplan.pipeline.packed_linear import BitsandbytesInt8, BitsandbytesNf4, pack
+    from vramplan.pipeline.packed_linear import BitsandbytesInt8, BitsandbytesNf4, GgufLinear, pack
     from vramplan.strategies.settings import parse_setting
 
+    if text.startswith("gguf "):  # what stands outside of blocks is not quantized in such files
+        cls = partial(GgufLinear, quant_type=text.removeprefix("gguf "))
+        pack(module, cls, lambda path, _: "transformer_blocks." in path)
+        return
     setting = parse_setting("weights", text)
     if setting.name != "bitsandbytes":
         setting.lighten(module)
@@ -115,6 +128,13 @@ def pack_weights(module: Any, text: str) -> None:
         for path, part in module.named_modules():  # transformers 4 kept these in float32 beside bitsandbytes
             if not kept.isdisjoint(path.split(".")):
                 part.float()
+
+
+def mark_8_bit(module: Any) -> None:
+    """Let the release of diffusers decide whether weights in 8 bits may leave the card, by the marks that it reads."""
+    from diffusers.quantizers.quantization_config import QuantizationMethod
+
+    module.is_loaded_in_8bit, module.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
 
 
 def take_older_group_offloading() -> None:
@@ -160,6 +180,12 @@ def paths_of(sets: Mapping[str, Sequence[str]], folder: Path) -> dict[str, Path]
     return found
 
 
+def is_installed(requirement: str) -> bool:
+    """Whether this version of a library is installed here."""
+    name, _, wanted = requirement.partition("==")
+    return bool(wanted) and version(name) == wanted
+
+
 def simulate(rows: Sequence[Row], path: Path | None) -> list[dict[str, Any]]:
     """What was found for each row, with the libraries at a path before those installed."""
     before = os.environ.get("PYTHONPATH")
@@ -181,6 +207,8 @@ def all_found(rows: Sequence[Row], sets: Mapping[str, Sequence[str]], folder: Pa
     """Findings by row. A row without one needs libraries that are not here."""
     wanted = sorted({row["with"] for row in rows if "with" in row})
     paths: dict[str | None, Path | None] = {None: None}
+    paths |= {name: None for name in wanted if all(map(is_installed, sets[name]))}
+    wanted = [name for name in wanted if name not in paths]
     if folder:
         paths.update(paths_of({name: sets[name] for name in wanted}, folder))
     found: dict[str, dict[str, Any]] = {}
@@ -227,15 +255,18 @@ def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[s
     return lines
 
 
+def placement_text(row: Row) -> str:
+    placed = row["placement"] if isinstance(row["placement"], str) else "by component"
+    placed += "".join(f" + {text}" for text in (*row.get("decode", ()), *row.get("before", ())))
+    placed += "".join(f" + {text} {name}" for name, text in row.get("weights", {}).items())
+    return placed + (" + layerwise casting" if "layerwise_casting" in row else "")
+
+
 def _lines(rows: Sequence[Row], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         item = found[row["id"]]
-        placed = row["placement"] if isinstance(row["placement"], str) else "by component"
-        placed += "".join(f" + {text}" for text in (*row.get("decode", ()), *row.get("before", ())))
-        placed += "".join(f" + {text} {name}" for name, text in row.get("weights", {}).items())
-        placed += " + layerwise casting" if "layerwise_casting" in row else ""
-        cells = [row["id"], placed, ", ".join(item["versions"].values()), row["metric"], f"{row['gib']:g}"]
+        cells = [row["id"], placement_text(row), ", ".join(item["versions"].values()), row["metric"], f"{row['gib']:g}"]
         cells += [f"{item['gib']:.2f}", f"{item['gib'] / row['gib'] - 1:+.1%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -298,7 +329,7 @@ def write_residuals(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> str:
-    rows, unstated = told["rows"], told["unstated"]
+    rows, unstated, bounds = (told[kind] for kind in KINDS_OF_ROWS)
     ran = {name: item for name, item in found.items() if "gib" in item}
     shown = [row for row in rows if row["id"] in ran]
     errors = {row["id"]: abs(ran[row["id"]]["gib"] / row["gib"] - 1) for row in shown if not row.get("fitted")}
@@ -312,8 +343,9 @@ def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> s
         worst = max(errors, key=errors.__getitem__)
         lines += [
             f"{len(errors)} rows that nothing was fitted on: median error {statistics.median(errors.values()):.1%}, "
-            f"largest {errors[worst]:.1%} ({worst}).",
+            f"nine of ten within {quantile(list(errors.values()), 0.9):.1%}, largest {errors[worst]:.1%} ({worst}).",
             "",
+            *short_lines(shown, ran),
             *kinds_table(shown, ran),
         ]
     remarks = [f"* {row['id']}: {row['remark']}" for row in shown if "remark" in row]
@@ -327,9 +359,46 @@ def report(told: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> s
     if apart:
         lines += ["Published without saying enough, so not judged:", "", *table(apart, ran), ""]
         lines += [*(f"* {row['id']}: {row['unknown']}" for row in apart), ""]
-    left = [row["id"] for row in (*rows, *unstated) if row["id"] not in ran]
+    lines += bounds_table([row for row in bounds if row["id"] in ran], ran)
+    left = [row["id"] for row in (*rows, *unstated, *bounds) if row["id"] not in ran]
     lines += [f"* left out: {name} ({_why(found.get(name))})" for name in left]
+    if told.get("not_taken"):
+        lines += ["", "Published, and no row here:", ""]
+        lines += [f"* {item['peaks']}: {item['why'].strip()}" for item in told["not_taken"]]
     return "\n".join(lines).rstrip()
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+
+def short_lines(rows: Sequence[Row], ran: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The rows whose published peak is above the simulated one by more than the margin of a plan of their kind."""
+    from vramplan.calibration.published_errors import bundled_error
+
+    short = []
+    for row in rows:
+        simulated, kind = ran[row["id"]]["gib"] * GIB, MARGIN_KINDS.get(kind_of(row))
+        error = bundled_error("simulated", [kind] if kind else ())
+        if row["gib"] * GIB > simulated + max(error.least_bytes, error.share * simulated) + 1:  # a byte of rounding
+            short.append(row["id"])
+    return [f"Too low by more than the margin of a plan of their kind: {', '.join(short) or 'none'}.", ""]
+
+
+def bounds_table(rows: Sequence[Row], ran: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Bounds that tests assert, in 10^9 bytes, and whether the simulation keeps them."""
+    if not rows:
+        return []
+    lines = ["Bounds that diffusers' own tests assert, in GB of 10^9 bytes:", ""]
+    lines += ["| row | placement | bound | simulated GB | kept |", "|---|---|---|--:|---|"]
+    for row in rows:
+        side, limit = row["bound"].split()
+        size = ran[row["id"]]["gib"] * GIB / 1e9
+        kept = size < float(limit) if side == "below" else size > float(limit)
+        cells = [row["id"], placement_text(row), row["bound"], f"{size:.2f}", "yes" if kept else "**no**"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def kinds_table(rows: Sequence[Row], ran: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -354,18 +423,24 @@ def _why(item: Mapping[str, Any] | None) -> str:
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--libraries", type=click.Path(file_okay=False, path_type=Path), help="Where older libraries are kept.")
 @click.option("--residuals", "residuals_path", type=click.Path(dir_okay=False, path_type=Path), help="Write them here.")
+@click.option("--rows", "rows_path", type=click.Path(dir_okay=False, exists=True, path_type=Path), default=ROWS)
 @click.option("--only", multiple=True, help="Rows whose name has this in it.")
 @click.option("--work-off", "working", is_flag=True, hidden=True)
 def main(
-    output: Path | None, libraries: Path | None, residuals_path: Path | None, only: tuple[str, ...], working: bool
+    output: Path | None,
+    libraries: Path | None,
+    residuals_path: Path | None,
+    rows_path: Path,
+    only: tuple[str, ...],
+    working: bool,
 ) -> None:
     if working:
         work_off()
         return
-    told = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
-    for kind in ("rows", "unstated"):
-        told[kind] = [row for row in told[kind] if not only or any(part in row["id"] for part in only)]
-    found = all_found([*told["rows"], *told["unstated"]], told["libraries"], libraries)
+    told = yaml.safe_load(rows_path.read_text(encoding="utf-8"))
+    for kind in KINDS_OF_ROWS:
+        told[kind] = [row for row in told.get(kind, ()) if not only or any(part in row["id"] for part in only)]
+    found = all_found([row for kind in KINDS_OF_ROWS for row in told[kind]], told["libraries"], libraries)
     text = report(told, found)
     print(text)
     if output:

@@ -90,6 +90,9 @@ def bits() -> str:
     )
 
 
+_MISS = ("row", "card", "strategy", "ratio", "extra", "judged", "why")
+
+
 def times() -> str:
     """Predicted seconds against published ones, before and after the cost model was rebuilt."""
     found, before = (
@@ -124,6 +127,12 @@ def times() -> str:
             "| | fitted | bare roofline |",
             "|---|--:|--:|",
             *left,
+            "",
+            "Off by more than 1.5x, of the whole time or of what offloading adds (predicted / published):",
+            "",
+            "| row | card | strategy | whole | added | judged | why |",
+            "|---|---|---|--:|--:|---|---|",
+            *(f"| {' | '.join(miss[key] for key in _MISS)} |" for miss in found["misses"]),
         ]
     )
 

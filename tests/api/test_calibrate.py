@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 from tests.support.store import own_store  # noqa: F401 - a fixture
@@ -100,6 +101,20 @@ def test_what_is_found_is_printed_and_kept() -> None:
     known = with_measured_rates(CARD).rates
     assert known is not None
     assert known.launch_seconds == read_store().records[-1].launch_seconds
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_what_was_measured_is_written_to_a_file(tmp_path) -> None:
+    file = tmp_path / "rows.yaml"
+    done = CliRunner().invoke(main, ["calibrate", "--no-pipeline", "--export", str(file)])
+    assert done.exit_code == 0, done.output
+    (written,) = yaml.safe_load(file.read_text(encoding="utf-8"))["probes"]
+    (record,) = read_store().records
+    assert isinstance(record, ProbeRecord)
+    assert (written["device"], written["launch_seconds"]) == ("a card", record.launch_seconds)
+    assert written["product_flops_per_s"] == record.product_flops_per_s
+    done = CliRunner().invoke(main, ["calibrate", "--no-pipeline", "--export", str(tmp_path / "no" / "rows.yaml")])
+    assert (done.exit_code, "--export" in done.stderr) == (2, True)
 
 
 @pytest.mark.usefixtures("on_the_cpu")

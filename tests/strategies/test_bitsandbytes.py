@@ -252,6 +252,22 @@ def test_group_offloading_leaves_its_scales_behind() -> None:
     assert layer.weight.quant_state.absmax is scales
 
 
+def test_8_bits_stay_on_the_device_when_their_module_is_moved() -> None:
+    """The reason why it is not moved: torch sets `data` (`Module._apply`), and the layer keeps its codes elsewhere too.
+
+    Only the layer's own `to` moves those; a module that contains it never calls that.
+    """
+    layer = quantized_layer(torch.nn.Linear(64, 32), "int8")
+    codes = layer.weight.CB
+    layer.weight.data = layer.weight.data.clone()
+    assert layer.weight.CB is codes  # before the first call
+    layer(torch.ones(2, 64))
+    layer.weight.data = layer.weight.data.clone()
+    assert layer.state.CB is codes  # and after it
+    assert "to" in vars(type(layer))
+    assert "_apply" not in vars(type(layer))
+
+
 def test_a_live_pipeline_is_refused_with_the_way_to_go() -> None:
     with pytest.raises(UsageError, match="plan for its folder and load it with `vramplan apply`"):
         vramplan.plan(build("flux-small"), device=MACHINE, settings={"weights.transformer": "bitsandbytes"}, **SIZE)

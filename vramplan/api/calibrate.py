@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vramplan.api.machine import choose_machine
 from vramplan.calibration.context import context_bytes
+from vramplan.calibration.export import Known, exported
 from vramplan.calibration.measured_rates import probe_fields
 from vramplan.calibration.peaks import Measured
-from vramplan.calibration.records import ProbeRecord
-from vramplan.calibration.store import append, store_folder
+from vramplan.calibration.records import CallRecord, ProbeRecord
+from vramplan.calibration.store import append, read_store, store_folder
 from vramplan.common.progress import Say
 from vramplan.errors import UsageError, VramplanError
 from vramplan.hardware.detect import detect
 from vramplan.hardware.measurements import measure_device, measure_disk
 from vramplan.hardware.types import Accelerator, Hardware
-from vramplan.planfile.types import Plan
+from vramplan.pipeline.bundled import spec_from_profile
+from vramplan.planfile.types import Plan, fingerprint
+from vramplan.profiles.catalogue import bundled_device, bundled_pipelines
 from vramplan.runtime.recording import measurement_context
 
 Report = Callable[[Plan, Measured], None]  # called with each plan of the small pipeline and its measured call
@@ -45,6 +49,23 @@ def calibrate(device: str | None = None, *, pipeline: bool = True, say: Say = pr
     if pipeline:
         _run_sample(accelerator, say, report)
     return record
+
+
+def export_measurements() -> dict[str, Any]:
+    """What was measured on this machine, as rows for the benchmarks of vramplan: no names of users and machines, no
+    paths, no hub ids. A pipeline is named by the bundled profile that it is equal to."""
+    return exported(read_store().records, Known(model=_bundled_model, device=bundled_device))
+
+
+def _bundled_model(call: CallRecord) -> tuple[str, str] | None:
+    """The bundled profile with the same components in the same dtypes, and its own dtype."""
+    facts = call.facts
+    if facts is None:
+        return None
+    for profile in bundled_pipelines(call.pipeline):
+        if fingerprint(spec_from_profile(profile, dtype=facts.dtype or None)) == facts.fingerprint:
+            return profile.name, profile.dtype
+    return None
 
 
 def run_probes(hardware: Hardware, accelerator: Accelerator, *, say: Say) -> ProbeRecord:

@@ -58,7 +58,7 @@ def with_measured_rates(accelerator: Accelerator) -> Accelerator:
     """The accelerator of this machine with the rates measured on it; unchanged if there are none."""
     found = [item for item in read_store().records if isinstance(item, ProbeRecord) and item.device == accelerator.name]
     if found:
-        return _with_probe(accelerator, found[-1], f"measured on {found[-1].time[:10]}")
+        return with_probe(accelerator, found[-1], f"measured on {found[-1].time[:10]}")
     return with_measurements(accelerator, kept_measurements(accelerator))
 
 
@@ -66,10 +66,11 @@ def with_measurements(accelerator: Accelerator, measured: Iterable[Measurement])
     """The accelerator with rates from these measurements."""
     fields = probe_fields(measured)
     record = ProbeRecord(time="", device=accelerator.name, card=None, driver=None, versions={}, **fields)
-    return _with_probe(accelerator, record, "measured") if fields else accelerator
+    return with_probe(accelerator, record, "measured") if fields else accelerator
 
 
-def _with_probe(accelerator: Accelerator, probe: ProbeRecord, when: str) -> Accelerator:
+def with_probe(accelerator: Accelerator, probe: ProbeRecord, when: str) -> Accelerator:
+    """The accelerator with the rates of this probe; `when` says in its source how they came about."""
     from vramplan.planner.clock import DEFAULT_RATES
 
     base = accelerator.rates or DEFAULT_RATES

@@ -13,8 +13,9 @@ from typing import Any
 
 from vramplan.calibration.peaks import Peak
 
-# 1 had no phases, 2 no plan, 3 no copies back to pageable memory, 4 no launches, attention, sizes of products and disk
-SCHEMA = 5
+# 1 had no phases, 2 no plan, 3 no copies back to pageable memory, 4 no launches, attention, sizes of products and disk,
+# 5 no facts of a call
+SCHEMA = 6
 _LARGEST, _LONGEST = 1 << 62, 4000
 
 
@@ -34,11 +35,23 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallFacts:
+    """A call as data, to simulate it elsewhere: settings by axis and component (`placement.transformer`; those of the
+    decode, separated by spaces, as `decode`), the workload, the dtype common to all components, if any, and the
+    plan's fingerprint of the pipeline."""
+
+    fingerprint: str
+    dtype: str
+    settings: Mapping[str, str]
+    workload: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecord:
     """A call under an applied plan: projected and measured usage.
 
     `device` is its name by the driver, `card` a hash of its serial number. `settings` and `shape` (the
-    workload) are for people to read; `plan` is a hash of both as data, empty in older records.
+    workload) are for people to read; `plan` is a hash of both as data, empty in older records, which have no `facts`.
     """
 
     time: str
@@ -53,6 +66,7 @@ class CallRecord:
     projected: Usage
     measured: Usage
     plan: str = ""
+    facts: CallFacts | None = None
 
     def is_of(self, plan: str, settings: str, shape: str) -> bool:
         """Whether the call ran under this plan: by its hash, by its words where the record has no other."""

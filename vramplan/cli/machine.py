@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _MEASURE = "Measure copies, disk, products, attention and launches too. Loads torch; takes seconds once."
 _SAMPLE = "Also run a pipeline of 2 GiB of random weights, projected against measured."
 
+_EXPORT = "Write this and what calls under plans have measured as YAML, to send to vramplan: no names, no paths."
+
 
 @click.command()
 @machine_options
@@ -60,16 +62,21 @@ def detect(
 @click.command()
 @click.option("--device", help="A device of this machine (cuda:1); the first one where left out.")
 @click.option("--pipeline/--no-pipeline", default=True, show_default=True, help=_SAMPLE)
+@click.option("--export", "exported", type=click.Path(dir_okay=False), help=_EXPORT)
 @format_options
-def calibrate(device: str | None, form: str, *, pipeline: bool, as_json: bool) -> None:
+def calibrate(device: str | None, form: str, exported: str | None, *, pipeline: bool, as_json: bool) -> None:
     """Measure this machine's accelerator, and keep what is found for the plans to come."""
     from vramplan.api.calibrate import calibrate as measure
+    from vramplan.api.calibrate import export_measurements
     from vramplan.planfile.types import settings_text
     from vramplan.view.machine import probe_dict, probe_text
     from vramplan.view.run import measured_text
+    from vramplan.view.shared import to_yaml
 
     def report(plan: Plan, measured: Measured) -> None:
         say(f"{settings_text(plan.settings)}\n{measured_text(plan, measured)}")
 
     record = measure(device, pipeline=pipeline, say=say, report=report)
+    if exported:
+        write_file(exported, to_yaml(export_measurements()) + "\n", "--export")
     show_result(probe_dict(record), lambda: probe_text(record), form, as_json=as_json)

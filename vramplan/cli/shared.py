@@ -90,7 +90,7 @@ def save_plot(path: str, shown: Any, plan: Plan | None) -> None:
     say(f"wrote {path}")
 
 
-def write_file(path: str, text: str) -> None:
+def write_file(path: str, text: str, option: str = "--output") -> None:
     """Write the file whole or not at all, and print its path.
 
     Raises:
@@ -99,6 +99,6 @@ def write_file(path: str, text: str) -> None:
     from vramplan.common.files import write_text
 
     if not Path(path).parent.is_dir():
-        raise UsageError(f"--output {path}: its folder does not exist")
+        raise UsageError(f"{option} {path}: its folder does not exist")
     write_text(path, text)
     say(f"wrote {path}")

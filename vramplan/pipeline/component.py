@@ -10,7 +10,7 @@ from vramplan.pipeline.compiled import streaming_refusal
 from vramplan.pipeline.direct_access import called_directly, read_directly, reading_methods
 from vramplan.pipeline.execution import attention_backend_refusal, attention_slicing_refusal, compile_refusal
 from vramplan.pipeline.geometry import block_modules_of, bytes_by_dtype, measure, tensor_bytes, tensors_of
-from vramplan.pipeline.quantization import element_count, mark_quantized, quantization_of
+from vramplan.pipeline.quantization import EIGHT_BIT_STAYS, element_count, mark_quantized, quantization_of
 from vramplan.pipeline.tiles import tiling_of
 from vramplan.pipeline.types import Component, Role
 
@@ -228,7 +228,7 @@ def _class_path(cls: type) -> str:
 
 def _move_refusal(module: torch.nn.Module) -> str | None:
     if getattr(module, "is_loaded_in_8bit", False):
-        return f"{type(module).__name__} is quantized to 8 bit by bitsandbytes, which keeps it on its device"
+        return f"{type(module).__name__} is {EIGHT_BIT_STAYS}"
     return None
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _TORCHAO = {"Int8Tensor": "int8", "Float8Tensor": "float8"}
 
 _SEPARATE_SCALES = "keeps scales outside of its weights, which {} does not move along (diffusers 0.42)"
+# `Linear8bitLt` keeps its codes in `state` too, which only its own `to` moves and no module around it calls (0.50);
+# diffusers does not move it at all with a bitsandbytes before 0.48.
+EIGHT_BIT_STAYS = "quantized to 8 bit by bitsandbytes, whose weights stay on their device when a component is moved"
 # The operations that fail for the tensors of a library, or of one of its formats, by the field of `Component` for the
 # reason. For any other library only moving whole components is known to work.
 _LIMITS: Mapping[str, Mapping[str, str]] = {
@@ -28,7 +31,7 @@ _LIMITS: Mapping[str, Mapping[str, str]] = {
     "gguf": {
         "sequential_offload_refusal": "the type of its blocks is lost where accelerate (1.15) moves tensors one by one"
     },
-    "bitsandbytes int8": {"move_refusal": "quantized to 8 bit by bitsandbytes, which keeps it on its device"},
+    "bitsandbytes int8": {"move_refusal": EIGHT_BIT_STAYS},
 }
 _UNKNOWN = {
     "group_offload_refusal": "weights quantized by {} can only be moved whole: group offloading is untested",

@@ -192,6 +192,18 @@ def load_pipeline_profile(name_or_repo_id: str) -> PipelineProfile:
     return found
 
 
+def bundled_pipelines(class_name: str) -> tuple[PipelineProfile, ...]:
+    """The bundled profiles of pipelines of this class, without those of the user."""
+    found = _readable("pipelines", PipelineProfile, class_name.casefold())
+    return tuple(profile for path, profile in found if profile.pipeline == class_name and not is_user_file(path))
+
+
+def bundled_device(driver_name: str) -> str | None:
+    """The name of the bundled profile of the device with this driver name; None if there is none."""
+    found = _by_driver_name(driver_name)
+    return None if found is None or is_user_file(profile_path("devices", found.name)) else found.name
+
+
 def load_device_profile(name: str) -> DeviceProfile:
     """Load a device profile by its name (`rtx-4090`).
 

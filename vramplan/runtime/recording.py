@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vramplan.calibration.peaks import Measured, current_rss_bytes, end_phase, measure_call
-from vramplan.calibration.records import CallRecord, Usage
+from vramplan.calibration.records import CallFacts, CallRecord, Usage
 from vramplan.calibration.store import append, read_store
 from vramplan.common.progress import Say
 from vramplan.common.versions import versions
@@ -91,6 +91,7 @@ def record_of(applied: Applied, measured: Measured) -> CallRecord:
         settings=settings_text(plan.settings),
         shape=_workload_shape(plan),
         plan=_key(plan),
+        facts=_facts(plan),
         basis=projected.basis,
         projected=Usage(
             vram_allocated_bytes=projected.vram_allocated_bytes if card else None,
@@ -128,6 +129,23 @@ def _key(plan: Plan) -> str:
     work = asdict(plan.workload)
     size = [work[name] for name in ("height", "width", "num_frames", "num_images_per_prompt")]
     return hashlib.sha256(json.dumps([settings, size], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _facts(plan: Plan) -> CallFacts:
+    settings: dict[str, str] = {}
+    for axis, value in asdict(plan.settings).items():
+        if isinstance(value, dict):
+            settings |= {f"{axis}.{name}": text for name, text in value.items()}
+        elif value:
+            settings[axis] = " ".join(value)
+    dtypes = {part.dtype for part in plan.model.components}
+    workload = {name: value for name, value in asdict(plan.workload).items() if value is not None}
+    return CallFacts(
+        fingerprint=plan.model.fingerprint,
+        dtype=dtypes.pop() if len(dtypes) == 1 else "",
+        settings=settings,
+        workload=workload,
+    )
 
 
 def _workload_shape(plan: Plan) -> str:
