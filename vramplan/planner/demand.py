@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from vramplan.hardware.rates import slower
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
 from vramplan.planner import times
 from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, UseCost
 from vramplan.planner.footprint import Footprint
+from vramplan.planner.hold_arrays import hold_arrays
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
 from vramplan.planner.residency import ReplayedUse, replay, schedule
 from vramplan.planner.residuals import Basis
@@ -120,7 +123,7 @@ class Pricer:
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
         self._decodes: dict[tuple[Decode, ...], dict[Use, UseCost]] = {}
-        self._prices: dict[tuple[str, Placement, tuple[Decode, ...]], ComponentPrice] = {}
+        self._prices: dict[tuple[str, tuple[UseCost, ...]], dict[Placement, ComponentPrice]] = {}
 
     def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
         """Return the demand of one candidate."""
@@ -169,46 +172,64 @@ class Pricer:
         """Bytes that matrix products hold on the device throughout; 0 if activations contain them."""
         return self.footprint.workspace_bytes if self.accelerator is not None else 0
 
-    def component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
-        """Return the share of one component in the price, under this setting and decode."""
-        key = name, setting, decode
-        found = self._prices.get(key)
-        if found is None:
-            found = self._prices[key] = self._component_price(name, setting, decode)
+    def component_prices(
+        self, name: str, settings: Sequence[Placement], decode: tuple[Decode, ...]
+    ) -> list[ComponentPrice]:
+        """Return the share of one component in the price, under each of these settings, with this decode."""
+        needs = self._needs(decode)
+        own = tuple(needs[use] for use in self.spec.uses if use.component == name)
+        known = self._prices.setdefault((name, own), {})  # most components cost the same under every decode
+        missing = [setting for setting in dict.fromkeys(settings) if setting not in known]
+        known.update(zip(missing, self._component_prices(name, missing, needs), strict=True))
+        return [known[setting] for setting in settings]
+
+    def _component_prices(
+        self, name: str, settings: Sequence[Placement], needs: Mapping[Use, UseCost]
+    ) -> list[ComponentPrice]:
+        uses = [use for use in self.spec.uses if use.component == name]
+        holds = [self._hold(name, setting) for setting in settings]
+        looping = any(use.in_loop for use in uses)
+        found = []
+        for setting, hold, seconds in zip(settings, holds, self._seconds(name, uses, holds, needs), strict=True):
+            beside = hold.bytes_beside(in_loop=False), hold.bytes_beside(in_loop=looping)
+            extra: dict[bool, int] = {}
+            for use in uses:
+                own = hold.running_bytes - beside[use.in_loop] + needs[use].activation.reserved_bytes
+                extra[use.in_loop] = max(own, extra.get(use.in_loop, own))
+            price = ComponentPrice(
+                hold=hold,
+                load=None if self.loaded else self._load_of(name, setting),
+                beside_bytes=beside,
+                extra_bytes=(extra.get(False), extra.get(True)),
+                seconds=seconds[0],
+                if_slower=seconds[1:],
+            )
+            found.append(price)
         return found
 
-    def _component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
-        needs, hold = self._needs(decode), self._hold(name, setting)
-        uses = [use for use in self.spec.uses if use.component == name]
+    def _seconds(
+        self, name: str, uses: Sequence[Use], holds: Sequence[Hold], needs: Mapping[Use, UseCost]
+    ) -> list[tuple[float, ...]]:
+        """Return the seconds per call that one component takes under each hold, and those with one term slower."""
         replayed_uses = [
             ReplayedUse(use=use, weights_bytes=0, on_device=(), repeat=repeat)
             for use, repeat in schedule(uses, skip_optional=False)
         ]
-        clock = Clock(needs, {name: hold}, self.rates)
-        looping = any(use.in_loop for use in uses)
-        beside = hold.bytes_beside(in_loop=False), hold.bytes_beside(in_loop=looping)
-        extra: dict[bool, int] = {}
-        for use in uses:
-            own = hold.running_bytes - beside[use.in_loop] + needs[use].activation.reserved_bytes
-            extra[use.in_loop] = max(own, extra.get(use.in_loop, own))
-        return ComponentPrice(
-            hold=hold,
-            load=None if self.loaded else self._load_of(name, setting),
-            beside_bytes=beside,
-            extra_bytes=(extra.get(False), extra.get(True)),
-            seconds=clock.time(replayed_uses, self.evaluations)[1],
-            if_slower=tuple(call for _, call in self._if_slower(clock, replayed_uses)),
-        )
+        found: list[tuple[float, ...]] = [()] * len(holds)
+        for places, several in hold_arrays(holds):
+            clock = Clock(needs, {name: several}, self.rates)
+            seconds = [clock.time(replayed_uses, self.evaluations)[1]]
+            seconds += [call for _, call in self._if_slower(clock, replayed_uses)]
+            lines = np.stack(np.broadcast_arrays(*seconds, np.zeros(len(places)))[:-1], axis=-1).tolist()
+            for place, line in zip(places, lines, strict=True):
+                found[place] = tuple(line)
+        return found
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:
         found = self._decodes.get(decode)
         if found is None:
             found = self._decodes[decode] = {
-                use: UseCost(
-                    activation=self.footprint.activation(use, decode),
-                    work=self.footprint.work(use, decode),
-                    rates=self.rates,
-                )
+                use: UseCost.of(self.footprint.activation(use, decode), self.footprint.work(use, decode), self.rates)
                 for use in self.spec.uses
             }
         return found

@@ -1,7 +1,7 @@
 """Price all candidates of a pool at once, as arrays over all of them.
 
 If no component lingers on the device, each adds its share to a candidate's price independently of the others
-(`Pricer.component_price`): sums and maxima over axes equal the prices of `Pricer`, thousands of times faster.
+(`Pricer.component_prices`): sums and maxima over axes equal the prices of `Pricer`, thousands of times faster.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Table:
             shape = tuple(len(axis) if other == place else 1 for other in range(len(self.pool.axes)))
             for name in axis[0]:
                 settings = [placed[name] for placed in axis]
-                prices = [self.pricer.component_price(name, setting, decode) for setting in settings]
+                prices = self.pricer.component_prices(name, settings, decode)
                 found.append(_Column(settings=settings, prices=prices, shape=shape))
         return found
 
