@@ -104,7 +104,8 @@ def _options(
 
     What runs once in a call passes through, or stays for its phase; keeping some of its blocks saves copying those.
     """
-    sizes, counts = streaming_sizes(component), _stream_counts(streaming_sizes(component))
+    sizes = streaming_sizes(component)
+    counts: Sequence[int] = _stream_counts(sizes)
     if component.role in ("denoiser", "control"):
         counts = counts if leading else _spread(counts, fineness)
         pairs = [(count, keep) for count in counts for keep in _spread(range(len(sizes) - count + 1), fineness)]
