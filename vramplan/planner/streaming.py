@@ -214,16 +214,25 @@ def with_more_kept(
     spec: PipelineSpec,
     fixed: Fixed,
     fits: Callable[[Mapping[str, Placement]], bool],
-) -> dict[str, Placement]:
-    """Keep as many more blocks of each component, the denoisers first, as `fits` allows: levels leave numbers out."""
-    found = dict(placement)
-    for component in sorted(spec.components, key=lambda component: component.role not in ("denoiser", "control")):
-        setting = found.get(component.name)
-        if isinstance(setting, WeightStreaming) and _is_open(component, fixed) and setting.streamed:
-            able = _keeping_more(setting, component)
-            most = bisect_left(able, True, key=partial(_too_many, found, component.name, fits))
-            found[component.name] = able[max(0, most - 1)]
-    return found
+    seconds: Callable[[Mapping[str, Placement]], float],
+) -> Mapping[str, Placement]:
+    """Keep as many more blocks of each component as `fits` allows: levels leave numbers out. The denoisers come first,
+    or last where that takes fewer `seconds`: what one component keeps, another may not."""
+    more = {
+        component.name: able
+        for component in sorted(spec.components, key=lambda component: component.role not in ("denoiser", "control"))
+        if isinstance(setting := placement[component.name], WeightStreaming)
+        and _is_open(component, fixed)
+        and len(able := _keeping_more(setting, component)) > 1
+    }
+    found = []
+    for names in dict.fromkeys((tuple(more), tuple(reversed(more)))):
+        filled = dict(placement)
+        for name in names:
+            most = bisect_left(more[name], True, key=partial(_too_many, filled, name, fits))
+            filled[name] = more[name][max(0, most - 1)]
+        found.append(filled)
+    return min(found, key=seconds) if len(found) > 1 else found[0]
 
 
 def _too_many(
@@ -236,15 +245,15 @@ def _too_many(
 
 
 def _keeping_more(setting: WeightStreaming, component: Component) -> list[WeightStreaming]:
-    """The setting with ever more kept blocks, which need no copy in host memory: of a denoiser cached ones, of a
-    component that passes through streamed ones."""
+    """The setting with ever more kept blocks, which need no copy in host memory: cached ones at first, then, of a
+    component that passes through, streamed ones."""
     count = len(streaming_sizes(component))
-    if component.role in ("denoiser", "control"):
-        pairs = [(setting.streamed, keep) for keep in range(setting.keep, count - setting.streamed + 1)]
-    else:
-        more = range(setting.streamed - LEAST_STREAMED + 1)
-        pairs = [(setting.streamed - number, setting.keep + number) for number in more]
+    pairs = [(setting.streamed, keep) for keep in range(setting.keep, count - setting.streamed + 1)]
+    if component.role not in ("denoiser", "control"):
+        streamed, keep = pairs[-1]
+        pairs += [(streamed - number, keep + number) for number in range(1, streamed - LEAST_STREAMED + 1)]
     return [
         WeightStreaming(streamed=streamed, keep=keep, locked=min(setting.locked, count - keep))
         for streamed, keep in pairs
+        if streamed or keep < count or not count  # else it is resident
     ]
