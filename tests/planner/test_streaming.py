@@ -63,10 +63,10 @@ def test_nothing_is_faster_than_what_is_chosen(vram, ram, blocks, layers, denois
 def test_kept_blocks_fill_the_room_that_levels_leave() -> None:
     spec = pipeline(component("transformer", 40 * GIB, blocks=40))
     chosen = {"transformer": WeightStreaming(streamed=20, keep=2, locked=38)}
-    more = with_more_kept(chosen, spec, Fixed(), lambda placed: placed["transformer"].keep <= 13)
+    more = with_more_kept(chosen, spec, Fixed(), lambda placed: placed["transformer"].keep <= 13, lambda _: 0.0)
     assert more == {"transformer": WeightStreaming(streamed=20, keep=13, locked=27)}
     fixed = Fixed(placement=chosen)
-    assert with_more_kept(chosen, spec, fixed, lambda _: True) == chosen
+    assert with_more_kept(chosen, spec, fixed, lambda _: True, lambda _: 0.0) == chosen
 
 
 def test_a_vae_goes_leaf_by_leaf_beside_a_streamed_denoiser_where_it_does_not_fit_as_a_whole() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from vramplan.hardware.rates import Rates
 from vramplan.pipeline.types import Use
 from vramplan.planner import times
 from vramplan.planner.footprint import Estimate, Work
+from vramplan.planner.hold_arrays import HoldArrays
 from vramplan.planner.residency import ReplayedUse
 from vramplan.strategies.base import Hold
 
@@ -36,27 +37,35 @@ CPU_RATES = Rates(
 Bottleneck = Literal["compute", "transfer", "launch"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UseCost:
     """The cost of a use under any placement: activations, seconds of compute and of kernel launches, forwards."""
 
-    __slots__ = ("activation", "forwards", "kernels", "launches")
+    activation: Estimate
+    kernels: float
+    launches: float
+    forwards: float
 
-    def __init__(self, activation: Estimate, work: Work, rates: Rates) -> None:
-        self.activation = activation
-        self.kernels = times.products(work, rates) + times.traffic(work, rates)
-        self.launches = times.launches(work, rates)
-        self.forwards = work.forwards
+    @classmethod
+    def of(cls, activation: Estimate, work: Work, rates: Rates) -> Self:
+        """The cost at these rates."""
+        return cls(
+            activation=activation,
+            kernels=times.products(work, rates) + times.traffic(work, rates),
+            launches=times.launches(work, rates),
+            forwards=work.forwards,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
     """Turns replayed uses into seconds: the longer of compute and kernel launches, and transfers.
 
-    `computing` is a factor on the former.
+    `computing` is a factor on the former. With `HoldArrays` in place of holds, seconds are arrays as well.
     """
 
     costs: Mapping[Use, UseCost]
-    holds: Mapping[str, Hold]
+    holds: Mapping[str, Hold | HoldArrays]
     rates: Rates
     computing: float = 1.0
 

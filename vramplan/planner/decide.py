@@ -142,7 +142,10 @@ class _Chooser:
             price = pricer(placement, item.decode)
             return price.vram_reserved_bytes <= most and price.ram_bytes <= item.demand.ram_bytes
 
-        placement = with_more_kept(item.placement, pricer.spec, self.fixed, fits)
+        def seconds(placement: Mapping[str, Placement]) -> float:
+            return pricer(placement, item.decode).seconds_per_call
+
+        placement = with_more_kept(item.placement, pricer.spec, self.fixed, fits, seconds)
         return replace(item, placement=placement, demand=pricer(placement, item.decode))
 
     def _pricer(self, item: CandidateRow | Decision) -> Pricer:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import fsum
+
+import numpy as np
 
 from vramplan.hardware.rates import slower
 from vramplan.hardware.types import Accelerator, Budget
 from vramplan.pipeline.types import PhaseName, PipelineSpec, Use
 from vramplan.planner import times
 from vramplan.planner.clock import CPU_RATES, DEFAULT_RATES, Bottleneck, Clock, UseCost
+from vramplan.planner.columns import Column, ComponentPrice, make_column
 from vramplan.planner.footprint import Footprint
+from vramplan.planner.hold_arrays import hold_arrays
 from vramplan.planner.loading import Load, LoadDemand, load_demand, load_of
 from vramplan.planner.residency import ReplayedUse, replay, schedule
 from vramplan.planner.residuals import Basis
@@ -83,24 +88,6 @@ class HostDemand:
     disk_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComponentPrice:
-    """The share of one component in the price of a candidate, if no component lingers on the device.
-
-    `load` is None for a component that is loaded already. `beside_bytes` are its weights on the device while others
-    run, and `extra_bytes` are reserved at its own peak in addition to those of all, None for one that is never used;
-    each outside of the denoising loop and within it. `seconds` are per call, `if_slower` those with one term slower
-    (`rates.slower`).
-    """
-
-    hold: Hold
-    load: Load | None
-    beside_bytes: tuple[int, int]
-    extra_bytes: tuple[int | None, int | None]
-    seconds: float
-    if_slower: tuple[float, ...] = ()
-
-
 class Pricer:
     """Prices candidates of one pipeline, workload and device; shared parts are computed once."""
 
@@ -120,7 +107,8 @@ class Pricer:
         self._holds: dict[tuple[str, Placement], Hold] = {}
         self._loads: dict[tuple[str, Placement], Load] = {}
         self._decodes: dict[tuple[Decode, ...], dict[Use, UseCost]] = {}
-        self._prices: dict[tuple[str, Placement, tuple[Decode, ...]], ComponentPrice] = {}
+        self._prices: dict[tuple[str, tuple[UseCost, ...]], dict[Placement, ComponentPrice]] = {}
+        self._columns: dict[tuple[str, tuple[UseCost, ...], tuple[Placement, ...]], Column] = {}
 
     def __call__(self, placement: Mapping[str, Placement], decode: tuple[Decode, ...]) -> Demand:
         """Return the demand of one candidate."""
@@ -131,8 +119,7 @@ class Pricer:
         demands = [self._demand(replayed, needs[replayed.use]) for replayed in (*replayed_uses, *skipped)]
         phases = _phase_peaks(demands)
         clock = Clock(needs, holds, self.rates)
-        step, call = clock.time(replayed_uses, self.evaluations)
-        longer = self._if_slower(clock, replayed_uses)
+        (step, call), *longer = self._times_of(placement, decode, clock, replayed_uses)
         allocated = max((demand.allocated_bytes for demand in demands), default=0)
         reserved = max((phase.reserved_bytes for phase in phases), default=0)
         here = self.accelerator is not None
@@ -159,56 +146,95 @@ class Pricer:
             seconds_if_slower={term: whole for term, (_, whole) in zip(self.slower, longer, strict=True)},
         )
 
-    def _if_slower(self, clock: Clock, replayed_uses: Sequence[ReplayedUse]) -> list[tuple[float, float]]:
-        """Return the seconds of one evaluation and of a call, with one term after the other slower."""
-        clocks = (replace(clock, computing=factor, rates=rates) for factor, rates in self.slower.values())
-        return [item.time(replayed_uses, self.evaluations) for item in clocks]
+    def _with_slower(self, clock: Clock, replayed_uses: Sequence[ReplayedUse]) -> list[tuple[float, float]]:
+        """Return the seconds of one evaluation and of a call, then those with one term after the other slower."""
+        clocks = (Clock(clock.costs, clock.holds, rates, factor) for factor, rates in self.slower.values())
+        return [item.time(replayed_uses, self.evaluations) for item in (clock, *clocks)]
+
+    def _times_of(
+        self,
+        placement: Mapping[str, Placement],
+        decode: tuple[Decode, ...],
+        clock: Clock,
+        replayed_uses: Sequence[ReplayedUse],
+    ) -> list[tuple[float, float]]:
+        """Return the same of a candidate: the sum over its components, unless one lingers and depends on others."""
+        if any(hold.lingers for hold in clock.holds.values()):
+            return self._with_slower(clock, replayed_uses)
+        each = [self._component_prices(name, [setting], decode)[0].times for name, setting in placement.items()]
+        return [(fsum(step for step, _ in pairs), fsum(call for _, call in pairs)) for pairs in zip(*each, strict=True)]
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes that matrix products hold on the device throughout; 0 if activations contain them."""
         return self.footprint.workspace_bytes if self.accelerator is not None else 0
 
-    def component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
-        """Return the share of one component in the price, under this setting and decode."""
-        key = name, setting, decode
-        found = self._prices.get(key)
+    def column(self, name: str, settings: tuple[Placement, ...], decode: tuple[Decode, ...]) -> Column:
+        """Return the share of one component in the price under each of these settings, with this decode, as arrays."""
+        key = name, self._own_needs(name, decode), settings
+        found = self._columns.get(key)
         if found is None:
-            found = self._prices[key] = self._component_price(name, setting, decode)
+            found = self._columns[key] = make_column(settings, self._component_prices(name, settings, decode))
         return found
 
-    def _component_price(self, name: str, setting: Placement, decode: tuple[Decode, ...]) -> ComponentPrice:
-        needs, hold = self._needs(decode), self._hold(name, setting)
+    def _own_needs(self, name: str, decode: tuple[Decode, ...]) -> tuple[UseCost, ...]:
+        """The costs of one component's uses: of most components the same under every decode."""
+        needs = self._needs(decode)
+        return tuple(needs[use] for use in self.spec.uses if use.component == name)
+
+    def _component_prices(
+        self, name: str, settings: Sequence[Placement], decode: tuple[Decode, ...]
+    ) -> list[ComponentPrice]:
+        known = self._prices.setdefault((name, self._own_needs(name, decode)), {})
+        missing = [setting for setting in dict.fromkeys(settings) if setting not in known]
+        if missing:
+            known.update(zip(missing, self._new_prices(name, missing, self._needs(decode)), strict=True))
+        return [known[setting] for setting in settings]
+
+    def _new_prices(
+        self, name: str, settings: Sequence[Placement], needs: Mapping[Use, UseCost]
+    ) -> list[ComponentPrice]:
         uses = [use for use in self.spec.uses if use.component == name]
+        holds = [self._hold(name, setting) for setting in settings]
+        looping = any(use.in_loop for use in uses)
+        found = []
+        for setting, hold, each in zip(settings, holds, self._times(name, uses, holds, needs), strict=True):
+            beside = hold.bytes_beside(in_loop=False), hold.bytes_beside(in_loop=looping)
+            extra: dict[bool, int] = {}
+            for use in uses:
+                own = hold.running_bytes - beside[use.in_loop] + needs[use].activation.reserved_bytes
+                extra[use.in_loop] = max(own, extra.get(use.in_loop, own))
+            price = ComponentPrice(
+                hold=hold,
+                load=None if self.loaded else self._load_of(name, setting),
+                beside_bytes=beside,
+                extra_bytes=(extra.get(False), extra.get(True)),
+                times=each,
+            )
+            found.append(price)
+        return found
+
+    def _times(
+        self, name: str, uses: Sequence[Use], holds: Sequence[Hold], needs: Mapping[Use, UseCost]
+    ) -> list[tuple[tuple[float, float], ...]]:
+        """Return the times that one component takes under each hold (`ComponentPrice.times`)."""
         replayed_uses = [
             ReplayedUse(use=use, weights_bytes=0, on_device=(), repeat=repeat)
             for use, repeat in schedule(uses, skip_optional=False)
         ]
-        clock = Clock(needs, {name: hold}, self.rates)
-        looping = any(use.in_loop for use in uses)
-        beside = hold.bytes_beside(in_loop=False), hold.bytes_beside(in_loop=looping)
-        extra: dict[bool, int] = {}
-        for use in uses:
-            own = hold.running_bytes - beside[use.in_loop] + needs[use].activation.reserved_bytes
-            extra[use.in_loop] = max(own, extra.get(use.in_loop, own))
-        return ComponentPrice(
-            hold=hold,
-            load=None if self.loaded else self._load_of(name, setting),
-            beside_bytes=beside,
-            extra_bytes=(extra.get(False), extra.get(True)),
-            seconds=clock.time(replayed_uses, self.evaluations)[1],
-            if_slower=tuple(call for _, call in self._if_slower(clock, replayed_uses)),
-        )
+        found: list[tuple[tuple[float, float], ...]] = [()] * len(holds)
+        for places, several in hold_arrays(holds):
+            times = self._with_slower(Clock(needs, {name: several}, self.rates), replayed_uses)
+            flat = [np.broadcast_to(value, len(places)).tolist() for pair in times for value in pair]
+            for place, line in zip(places, zip(*flat, strict=True), strict=True):
+                found[place] = tuple(zip(line[::2], line[1::2], strict=True))
+        return found
 
     def _needs(self, decode: tuple[Decode, ...]) -> dict[Use, UseCost]:
         found = self._decodes.get(decode)
         if found is None:
             found = self._decodes[decode] = {
-                use: UseCost(
-                    activation=self.footprint.activation(use, decode),
-                    work=self.footprint.work(use, decode),
-                    rates=self.rates,
-                )
+                use: UseCost.of(self.footprint.activation(use, decode), self.footprint.work(use, decode), self.rates)
                 for use in self.spec.uses
             }
         return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from itertools import accumulate, combinations
+from functools import lru_cache, partial
+from itertools import combinations
 from math import prod
 
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -19,7 +19,7 @@ from vramplan.strategies.base import Placement
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.weight_streaming import LEAST_STREAMED, WeightStreaming, streaming_sizes
-from vramplan.streaming.division import divide, slot_bytes, spread_evenly, worth_streaming
+from vramplan.streaming.division import totals, worth_streaming
 from vramplan.units import GIB, MIB
 
 # The most candidates of the table: some 20 arrays of that length take 30 MB and a tenth of a second.
@@ -56,7 +56,8 @@ def streaming_pool(
             first = group[0]
             found = list(settled[first.name])
             if first.name in streamable:
-                found += _options(first, fineness, levels, leading=first.name == denoisers[0].name)
+                leading = first.name == denoisers[0].name
+                found += _options(first, fineness, levels, leading=leading, between=fineness)
             axes.append(tuple({member.name: setting for member in group} for setting in dict.fromkeys(found)))
         if prod(map(len, axes)) <= _MOST:
             break
@@ -97,13 +98,14 @@ def _groups(spec: PipelineSpec, denoisers: Sequence[Component]) -> list[list[Com
 
 
 def _options(
-    component: Component, fineness: int, levels: Sequence[int | None], *, leading: bool
+    component: Component, fineness: int, levels: Sequence[int | None], *, leading: bool, between: int
 ) -> Iterable[WeightStreaming]:
     """The settings of one component; those of the leading denoiser with every useful number of streamed blocks.
 
     What runs once in a call passes through, or stays for its phase; keeping some of its blocks saves copying those.
     """
-    sizes, counts = streaming_sizes(component), _stream_counts(streaming_sizes(component))
+    sizes = streaming_sizes(component)
+    counts: Sequence[int] = _stream_counts(sizes)
     if component.role in ("denoiser", "control"):
         counts = counts if leading else _spread(counts, fineness)
         pairs = [(count, keep) for count in counts for keep in _spread(range(len(sizes) - count + 1), fineness)]
@@ -113,46 +115,40 @@ def _options(
         pairs += [(counts[-1] - keep, keep) for keep in reversed(keeps) if counts[-1]]
     for count, keep in pairs:
         if count or keep < len(sizes) or not sizes:  # else it is resident
-            for locked in _locked(component, sizes, count, keep, levels, fineness):
+            for locked in _locked(component, sizes, count, keep, levels, between):
                 yield WeightStreaming(streamed=count, keep=keep, locked=locked)
 
 
-def _stream_counts(sizes: Sequence[int]) -> list[int]:
+@lru_cache(maxsize=64)
+def _stream_counts(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The numbers of streamed blocks worth trying, from none on: each saves more memory than those before.
 
     If blocks differ in size, streaming more of them may save less, or move more for the same: those are left out.
     """
     found = [(0, 0, 0)]
     for count in range(LEAST_STREAMED, len(worth_streaming(sizes)) + 1):
-        chosen = spread_evenly(sizes, count)
-        moved = sum(sizes[place] for place in chosen)
-        found.append((moved - slot_bytes(sizes, chosen), -moved, -count))
+        total = totals(sizes, count)
+        found.append((total.streamed[-1] - total.slots, -total.streamed[-1], -count))
     counts, least = [], None
     for saved, moved, count in sorted(found, reverse=True):
         if saved >= 0 and (least is None or moved > least):
             counts.append(-count)
             least = moved
-    return counts[::-1]
+    return tuple(counts[::-1])
 
 
 def _locked(
-    component: Component, sizes: Sequence[int], streamed: int, keep: int, levels: Sequence[int | None], fineness: int
+    component: Component, sizes: tuple[int, ...], streamed: int, keep: int, levels: Sequence[int | None], between: int
 ) -> list[int]:
     """The numbers of page-locked blocks worth trying: all; with little RAM as many as fit into each level of it too,
-    and some in between."""
+    and some in between. The weights outside of blocks come first."""
     if not sizes:
         return [1] if levels == [None] else [1, 0]
-    division = divide(sizes, streamed=streamed, keep=keep)
+    total = totals(sizes, streamed)
     rest = 0 if keep else component.weight_bytes - sum(sizes)
-    needs = [0, *accumulate((sizes[place] for place in division.by_need), initial=rest)]
-    most = max(1, len(division.by_need))
-    found = {most if level is None else _fitting(needs, level) for level in levels}
-    return sorted(found | set(_spread(range(most + 1), fineness) if levels != [None] else ()), reverse=True)
-
-
-def _fitting(needs: Sequence[int], level: int) -> int:
-    """How many blocks fit into so many bytes, by their running totals; the weights outside of them come first."""
-    return max((number for number, need in enumerate(needs[1:]) if need <= level), default=0)
+    most = max(1, len(sizes) - keep)
+    found = {most if level is None else max(0, total.lockable(level - rest, keep)) for level in levels}
+    return sorted(found | set(_spread(range(most + 1), between) if levels != [None] else ()), reverse=True)
 
 
 def _ram_levels(
@@ -207,7 +203,7 @@ def with_finer_numbers(
         if component.weight_bytes <= levels[-1]:
             continue  # all of it may be page-locked
         fineness = _FINER if component in denoisers else _FINENESS[0]
-        settings = [setting, *_options(component, fineness, levels, leading=True)]
+        settings = [setting, *_options(component, fineness, levels, leading=True, between=2)]
         axes = [({other: found[other]},) for other in holds]
         found = best(CandidatePool(axes=(tuple({component.name: each} for each in settings), *axes)))
     return found
@@ -218,16 +214,25 @@ def with_more_kept(
     spec: PipelineSpec,
     fixed: Fixed,
     fits: Callable[[Mapping[str, Placement]], bool],
-) -> dict[str, Placement]:
-    """Keep as many more blocks of each component, the denoisers first, as `fits` allows: levels leave numbers out."""
-    found = dict(placement)
-    for component in sorted(spec.components, key=lambda component: component.role not in ("denoiser", "control")):
-        setting = found.get(component.name)
-        if isinstance(setting, WeightStreaming) and _is_open(component, fixed) and setting.streamed:
-            able = _keeping_more(setting, component)
-            most = bisect_left(able, True, key=partial(_too_many, found, component.name, fits))
-            found[component.name] = able[max(0, most - 1)]
-    return found
+    seconds: Callable[[Mapping[str, Placement]], float],
+) -> Mapping[str, Placement]:
+    """Keep as many more blocks of each component as `fits` allows: levels leave numbers out. The denoisers come first,
+    or last where that takes fewer `seconds`: what one component keeps, another may not."""
+    more = {
+        component.name: able
+        for component in sorted(spec.components, key=lambda component: component.role not in ("denoiser", "control"))
+        if isinstance(setting := placement[component.name], WeightStreaming)
+        and _is_open(component, fixed)
+        and len(able := _keeping_more(setting, component)) > 1
+    }
+    found = []
+    for names in dict.fromkeys((tuple(more), tuple(reversed(more)))):
+        filled = dict(placement)
+        for name in names:
+            most = bisect_left(more[name], True, key=partial(_too_many, filled, name, fits))
+            filled[name] = more[name][max(0, most - 1)]
+        found.append(filled)
+    return min(found, key=seconds) if len(found) > 1 else found[0]
 
 
 def _too_many(
@@ -240,15 +245,15 @@ def _too_many(
 
 
 def _keeping_more(setting: WeightStreaming, component: Component) -> list[WeightStreaming]:
-    """The setting with ever more kept blocks, which need no copy in host memory: of a denoiser cached ones, of a
-    component that passes through streamed ones."""
+    """The setting with ever more kept blocks, which need no copy in host memory: cached ones at first, then, of a
+    component that passes through, streamed ones."""
     count = len(streaming_sizes(component))
-    if component.role in ("denoiser", "control"):
-        pairs = [(setting.streamed, keep) for keep in range(setting.keep, count - setting.streamed + 1)]
-    else:
-        more = range(setting.streamed - LEAST_STREAMED + 1)
-        pairs = [(setting.streamed - number, setting.keep + number) for number in more]
+    pairs = [(setting.streamed, keep) for keep in range(setting.keep, count - setting.streamed + 1)]
+    if component.role not in ("denoiser", "control"):
+        streamed, keep = pairs[-1]
+        pairs += [(streamed - number, keep + number) for number in range(1, streamed - LEAST_STREAMED + 1)]
     return [
         WeightStreaming(streamed=streamed, keep=keep, locked=min(setting.locked, count - keep))
         for streamed, keep in pairs
+        if streamed or keep < count or not count  # else it is resident
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import exp, hypot, log
 
+import numpy as np
+
 from vramplan.hardware.rates import Rates
 from vramplan.planner.footprint import Work
 from vramplan.strategies.base import Hold
@@ -74,6 +76,9 @@ def together(busy: float, moved: float, hold: Hold) -> float:
     """Computing and moving weights: one after the other, or the shorter behind the longer but for a share of it."""
     if not hold.overlapped:
         return busy + moved
+    if isinstance(moved, np.ndarray):  # of many settings
+        longer: float = np.maximum(busy, moved) + hold.unhidden * np.minimum(busy, moved)
+        return longer
     return max(busy, moved) + hold.unhidden * min(busy, moved)
 
 

@@ -16,7 +16,7 @@ from vramplan.streaming.division import (
     STAGES,
     Division,
     divide,
-    slot_bytes,
+    totals,
     worth_streaming,
 )
 
@@ -69,16 +69,15 @@ class WeightStreaming:
 
     def hold(self, component: Component, spec: PipelineSpec) -> Hold:
         """Kept blocks always; while the component runs all but the streamed ones, and two slots for those."""
-        sizes, division = streaming_sizes(component), self.division(component)
-        moved, cached, kept = (
-            sum(sizes[place] for place in places) for places in (division.streamed, division.cached, division.kept)
-        )
-        rest = component.weight_bytes - sum(sizes)
+        sizes = streaming_sizes(component)
+        total = totals(sizes, self.streamed)
+        moved, kept = total.streamed[-1], total.others[self.keep]
+        cached = total.others[-1] - kept
+        rest = component.weight_bytes - moved - total.others[-1]
         idle, cached = (kept + rest, cached) if self.keep else (kept, cached + rest)
-        running = component.weight_bytes - moved + slot_bytes(sizes, division.streamed)
-        locked = [sizes[place] for place in division.by_need[: self.locked]]
-        locked_moved = sum(locked[: len(division.streamed)])
-        locked_cached = sum(locked[len(division.streamed) :]) + (rest if self.locked and not self.keep else 0)
+        running = component.weight_bytes - moved + total.slots
+        locked_moved, locked_cached = total.locked(self.locked, self.keep)
+        locked_cached += rest if self.locked and not self.keep else 0
         pinned, loose = locked_moved + locked_cached, moved + cached - locked_moved - locked_cached
         mapped = component.device is None and not component.converted_at_load and not component.cast_from_bytes
         return Hold(
@@ -95,7 +94,7 @@ class WeightStreaming:
             from_file=mapped,
             overlapped=True,
             flat=True,
-            blocks=(len(division.kept), len(sizes) - len(division.streamed), len(sizes)),
+            blocks=(self.keep, len(sizes) - self.streamed, len(sizes)),
         )
 
     def division(self, component: Component) -> Division:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 # Blocks smaller than this share of the largest are never streamed: waiting for one costs more than its memory is worth.
 _WORTH_STREAMING = 0.25
@@ -42,10 +45,50 @@ def divide(sizes: Sequence[int], *, streamed: int, keep: int) -> Division:
         ValueError: there are fewer blocks worth streaming, or fewer to keep.
     """
     chosen = spread_evenly(sizes, streamed)
-    others = [place for place in range(len(sizes)) if place not in set(chosen)]
+    taken = set(chosen)
+    others = [place for place in range(len(sizes)) if place not in taken]
     if keep > len(others):
         raise ValueError(f"{keep} blocks to keep, but {len(others)} are not streamed")
     return Division(kept=tuple(others[:keep]), cached=tuple(others[keep:]), streamed=tuple(chosen))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Running totals in bytes of a component's streamed blocks and of the others, in the order they are copied and
+    kept in, each from 0 on; and the bytes of all slots. Every number of kept and page-locked blocks is priced by them
+    (`divide` lists the blocks themselves)."""
+
+    streamed: tuple[int, ...]
+    others: tuple[int, ...]
+    slots: int
+
+    def locked(self, count: int, keep: int) -> tuple[int, int]:
+        """The bytes of the first `count` blocks by need: of the streamed and of the cached ones."""
+        cached = max(0, count - len(self.streamed) + 1)
+        last = min(keep + cached, len(self.others) - 1)
+        return self.streamed[min(count, len(self.streamed) - 1)], self.others[last] - self.others[keep]
+
+    def lockable(self, level: int, keep: int) -> int:
+        """How many blocks by need fit into so many bytes."""
+        if level < self.streamed[-1]:
+            return max(0, bisect_right(self.streamed, level) - 1)
+        left = level - self.streamed[-1] + self.others[keep]
+        return len(self.streamed) - 1 + bisect_right(self.others, left) - 1 - keep
+
+
+@lru_cache(maxsize=4096)
+def totals(sizes: tuple[int, ...], streamed: int) -> Totals:
+    """The running totals with so many streamed blocks.
+
+    Raises:
+        ValueError: fewer blocks are worth streaming.
+    """
+    division = divide(sizes, streamed=streamed, keep=0)
+    return Totals(
+        streamed=tuple(accumulate((sizes[place] for place in division.streamed), initial=0)),
+        others=tuple(accumulate((sizes[place] for place in division.cached), initial=0)),
+        slots=slot_bytes(sizes, division.streamed),
+    )
 
 
 def spread_evenly(sizes: Sequence[int], count: int) -> list[int]:
