@@ -409,8 +409,9 @@ def _locked(case: Case, chosen: Candidate) -> dict[str, Any]:
     """Page-locked bytes under weight streaming, and those of weights that are copied from them."""
     holds = [each.hold(case.subject.spec.component(name), case.subject.spec) for name, each in streams(chosen)]
     used = sum(hold.moved_in_bytes + hold.entry_bytes for hold in holds)
+    shared = max((hold.shared_pinned_bytes for hold in holds), default=0)
     return {
-        "locked_gib": _rounded(sum(hold.pinned_bytes for hold in holds) / GIB),
+        "locked_gib": _rounded((sum(hold.pinned_bytes for hold in holds) + shared) / GIB),
         "locked_used_gib": _rounded(used / GIB),
     }
 
