@@ -211,8 +211,8 @@ def _idle_sentences(streamed: Cases) -> str:
     return (
         f"{begun}{of_loop if loop else ''} Of the others, whose denoiser is on the device as a whole while it "
         f"runs, {len(beyond)} leave more than that; in {len(beyond) - len(usable)} of these it cannot be used: what is "
-        "copied once a call saves time only where it stays for the whole call, and another phase is fuller than the least "
-        f"that could stay. {len(usable)} could use it."
+        "copied once a call saves time only where it stays for the whole call, and another phase is fuller than the "
+        f"least that could stay. {len(usable)} could use it."
     )
 
 
