@@ -43,7 +43,7 @@ class _HoldArrays:
 
 
 def hold_arrays(holds: Sequence[Hold]) -> Iterator[tuple[list[int], Hold]]:
-    """Yield the holds in groups that one pass prices, each with the indices of its holds: one, or arrays in its place."""
+    """Yield the holds in groups that one pass prices, each with the indices of its holds: a hold, or arrays of many."""
     groups: dict[Any, list[int]] = {}
     for place, hold in enumerate(holds):
         groups.setdefault(_SAME(hold), []).append(place)
