@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-from regret import CARD, Case, fastest_stock, subject_of
+from regret import CARD, Case, fastest_stock
+from regret_candidates import subject_of
 
 from vramplan.calibration.published_errors import bundled_error
 from vramplan.hardware.types import Hardware, Host

@@ -16,45 +16,31 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, prod
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
+from regret_candidates import APART, Candidate, Decodes, Lines, Subject, is_faster, subject_of, times_of
+from regret_memory import idle, locked, rounded
 from regret_peers import PEERS, TOLD, Asked, Choice
-from regret_summary import LEVELS, Cases, Grid, summary
+from regret_summary import Cases, Grid, summary
 
 from vramplan.errors import NothingFitsError, VramplanError
-from vramplan.hardware.types import Accelerator, Budget
-from vramplan.pipeline.describe import describe
-from vramplan.pipeline.types import Component, PipelineSpec
-from vramplan.planner.candidates import CandidateRow, rows
+from vramplan.hardware.types import Budget
 from vramplan.planner.decide import Confirm, decide
-from vramplan.planner.decision import Decision, worst_quality
-from vramplan.planner.demand import Demand, Pricer
+from vramplan.planner.decision import Decision
 from vramplan.planner.fixed import Fixed
-from vramplan.planner.pool import CandidatePool
-from vramplan.planner.table import Table
 from vramplan.profiles.catalogue import device_accelerator, load_device_profile, pipeline_names
 from vramplan.simulator.cost_model import apply_simulation
-from vramplan.simulator.footprint import SimulatedFootprint
-from vramplan.simulator.model import SimulatedModel, simulated_footprint
 from vramplan.simulator.types import Simulation, SimulationError
-from vramplan.strategies import Decode, Placement
+from vramplan.strategies import Placement
 from vramplan.strategies.base import QUALITIES, Quality
-from vramplan.strategies.group_offload import GroupOffload
-from vramplan.strategies.model_cpu_offload import ModelCpuOffload
-from vramplan.strategies.resident import Resident
-from vramplan.strategies.sequential_cpu_offload import SequentialCpuOffload
 from vramplan.strategies.settings import format_setting, grouped
-from vramplan.strategies.vae_tiling import VaeTiling
-from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
 from vramplan.units import GIB
-from vramplan.workload import Workload, make_workload
 
 PIPELINES = (
     "stable-diffusion-1.5",
@@ -76,189 +62,6 @@ CONFIRMED_VRAM_GIB = (6, 12, 24)
 GRID = Grid(card=CARD, vram_gib=VRAM_GIB, ram_gib=RAM_GIB, confirmed_ram_gib=CONFIRMED_RAM_GIB)
 # A tool that is told how much VRAM to use is told so much less until its choice fits.
 LOWERED_BYTES = GIB // 4
-# Times this much apart differ in the third digit.
-APART = 1.005
-Decodes = tuple[Decode, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One placement and decode, priced."""
-
-    placement: Mapping[str, Any]
-    decode: Decodes
-    demand: Demand
-
-    @property
-    def decision(self) -> Decision:
-        """As the planner has it, to be ranked as the planner does."""
-        told: dict[str, Any] = {"verdict": "fits", "reason": "", "deficit_bytes": 0}
-        return Decision(placement=self.placement, decode=self.decode, demand=self.demand, **told)
-
-    def short_bytes(self, budget: Budget) -> int:
-        """By how much it does not fit, VRAM and RAM together."""
-        vram = max(0, self.demand.vram_reserved_bytes - (budget.vram_bytes or 0))
-        return vram + max(0, self.demand.ram_bytes - budget.ram_bytes)
-
-
-Lines = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """A pipeline whose candidates are priced when they are first asked for: streamed ones for each amount of RAM."""
-
-    name: str
-    spec: PipelineSpec
-    work: Workload
-    accelerator: Accelerator
-    source: SimulatedModel
-    footprint: SimulatedFootprint
-    price: Pricer
-    plain: Decodes
-    tiled: Decodes
-    stock: Mapping[str, Candidate]
-    # A line a candidate: VRAM and RAM in bytes, quality, seconds, and seconds with one term after the other slower.
-    unstreamed: Lines
-    streamed: dict[int, Lines] = field(default_factory=dict)
-    # Candidates priced, and the seconds of it.
-    speed: list[float] = field(default_factory=lambda: [0, 0.0])
-
-    def able(self, budget: Budget, allow: Quality | None, *, streaming: bool = True) -> Lines:
-        """The candidates that fit, at the first level of quality that has any."""
-        if streaming and budget.ram_bytes not in self.streamed:
-            found, _ = rows(self.spec, self.work, Fixed(), self.accelerator, ram_bytes=budget.ram_bytes)
-            self.streamed[budget.ram_bytes] = priced(found, self.price, is_streaming, self.speed)
-        every = [self.unstreamed, *([self.streamed[budget.ram_bytes]] if streaming else [])]
-        fitting = [each[(each[:, 0] <= budget.vram_bytes) & (each[:, 1] <= budget.ram_bytes)] for each in every]
-        for level in (allow,) if allow else LEVELS:
-            found = np.concatenate([each[each[:, 2] <= QUALITIES.index(level)] for each in fitting])
-            if len(found):
-                return found
-        return found
-
-
-# ---- everything that can be chosen, priced
-
-
-def subject_of(name: str, accelerator: Accelerator) -> Subject:
-    described = describe(name)
-    spec, work = described.spec, make_workload(described.defaults, {})
-    source = SimulatedModel(spec)
-    footprint = simulated_footprint(source, work, accelerator)
-    price = Pricer(spec, work, footprint, accelerator)
-    found, _ = rows(spec, work, Fixed(), accelerator)
-    decodes = list(dict.fromkeys(row.decode for row in found))
-    first = next(iter(found[0].pools[0].placements))
-    for decode in decodes:  # simulates each, which is not what is timed below
-        price(first, decode)
-    tiled = max(decodes, key=_tile)
-    plain = () if () in decodes else tiled
-    speed = [0, 0.0]
-    return Subject(
-        name=name,
-        spec=spec,
-        work=work,
-        accelerator=accelerator,
-        source=source,
-        footprint=footprint,
-        price=price,
-        plain=plain,
-        tiled=tiled,
-        stock=stock_calls(spec, accelerator, price, plain, tiled),
-        unstreamed=priced(found, price, lambda pool: not is_streaming(pool), speed),
-        speed=speed,
-    )
-
-
-def is_streaming(pool: CandidatePool) -> bool:
-    return any(isinstance(setting, WeightStreaming) for axis in pool.axes for each in axis for setting in each.values())
-
-
-def priced(
-    found: Sequence[CandidateRow], price: Pricer, wanted: Callable[[CandidatePool], bool], speed: list[float]
-) -> Lines:
-    """The candidates of the wanted pools, a pool's by one table for all decodes."""
-    tables: dict[int, Table] = {}
-    lines = [np.empty((0, 4 + len(price.slower)))]
-    began = time.perf_counter()
-    for row in found:
-        for pool in filter(wanted, row.pools):
-            if prod(map(len, pool.axes)) == 1:  # its components may depend on each other
-                lines.append(np.array([_line_of(pool, row.decode, price)]))
-                continue
-            table = tables.setdefault(id(pool), Table(pool, price, row.decode))
-            vram, seconds = table.vram_and_seconds(row.decode)
-            quality = np.maximum(table.quality, QUALITIES.index(worst_quality(row.decode)))
-            lines.append(np.stack([vram, table.ram, quality, seconds, *table.if_slower(row.decode)], axis=1))
-    every = np.concatenate(lines)
-    speed[0] += len(every)
-    speed[1] += time.perf_counter() - began
-    return every
-
-
-def _line_of(pool: CandidatePool, decode: Decodes, price: Pricer) -> tuple[float, ...]:
-    placed = next(iter(pool.placements))
-    candidate = Candidate(placement=placed, decode=decode, demand=price(placed, decode))
-    demand, quality = candidate.demand, QUALITIES.index(candidate.decision.quality)
-    return demand.vram_reserved_bytes, demand.ram_bytes, quality, *times_of(candidate, price)
-
-
-def times_of(candidate: Candidate, price: Pricer) -> tuple[float, ...]:
-    """Its seconds, and those with one term after the other slower."""
-    told = candidate.demand.seconds_if_slower
-    return candidate.demand.seconds_per_call, *(told[term] for term in price.slower)
-
-
-def is_faster(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether times are shorter in the third digit, whichever term is slower."""
-    return one[0] * APART < other[0] and all(left < right for left, right in zip(one[1:], other[1:], strict=True))
-
-
-def _tile(decode: Decodes) -> int:
-    """The size of its tiles, -1 for a decode without: the largest is the VAE's own."""
-    return max((setting.tile for setting in decode if isinstance(setting, VaeTiling)), default=-1)
-
-
-def stock_calls(
-    spec: PipelineSpec, accelerator: Accelerator, price: Pricer, plain: Decodes, tiled: Decodes
-) -> dict[str, Candidate]:
-    """What a user would call by hand, as far as diffusers takes it, each decoded plainly and in tiles."""
-    found: dict[str, Candidate] = {}
-    for label, placed in _stock_placements(spec, accelerator):
-        for decode, how in ((plain, ""), (tiled, " + tiling")):
-            if decode != plain or not how:
-                demand = price(placed, decode)
-                found[label + how] = Candidate(placement=placed, decode=decode, demand=demand)
-    return found
-
-
-def _stock_placements(spec: PipelineSpec, accelerator: Accelerator) -> Iterator[tuple[str, Mapping[str, Placement]]]:
-    def taken(component: Component, setting: Placement) -> bool:
-        return setting.refusal(component, spec, accelerator) is None
-
-    for whole in (Resident(), ModelCpuOffload(), SequentialCpuOffload()):
-        if all(taken(component, whole) for component in spec.components):
-            yield whole.name, {component.name: whole for component in spec.components}
-    for setting in (
-        GroupOffload(type="block"),
-        GroupOffload(type="block", stream=True),
-        GroupOffload(type="leaf", stream=True),
-    ):
-        for everything in (False, True):
-            placed = {c.name: _grouped_or_resident(c, setting, everything, taken) for c in spec.components}
-            if any(isinstance(found, GroupOffload) for found in placed.values()):
-                yield f"{format_setting(setting)} of {'all' if everything else 'the denoiser'}", placed
-
-
-def _grouped_or_resident(
-    component: Component, setting: GroupOffload, everything: bool, taken: Callable[[Component, Placement], bool]
-) -> Placement:
-    """The setting, without a stream where that cannot be, else resident."""
-    if component.role not in ("denoiser", "control") and not everything:
-        return Resident()
-    wanted = (found.complete(component) for found in (setting, replace(setting, stream=False)))
-    return next((found for found in wanted if taken(component, found)), Resident())
 
 
 # ---- one case
@@ -312,17 +115,17 @@ def judged(case: Case) -> dict[str, Any]:
         "planning_seconds": round(took, 4),
         "chosen": told(chosen) if chosen else None,
         "nothing_fits": reason or None,
-        "best_seconds": _rounded(best) if best else None,
+        "best_seconds": rounded(best) if best else None,
         "failures": _failures(ours, every),
     }
     quality = chosen.decision.quality if chosen else case.allow or "near_lossless"
     stock = fastest_stock(case, quality)
-    found["stock"] = {"call": stock[0], "seconds": _rounded(stock[1])} if stock else None
+    found["stock"] = {"call": stock[0], "seconds": rounded(stock[1])} if stock else None
     found["stock_short"] = [call for call, item in case.subject.stock.items() if item.short_bytes(case.budget)]
     if stock and (ours is None or is_faster(times_of(case.subject.stock[stock[0]], case.subject.price), ours)):
         found["failures"].append("a stock call is faster")
     found["peers"] = {name: _peer(case, name, ours) for name in PEERS}
-    found |= {**_idle(case, chosen), **_locked(case, chosen)} if chosen else {}
+    found |= {**idle(case.subject, case.vram_gib, chosen), **locked(case.subject, chosen)} if chosen else {}
     return found
 
 
@@ -370,49 +173,14 @@ def _peer(case: Case, name: str, ours: Sequence[float] | None) -> dict[str, Any]
             item = Candidate(placement=choice.priced, decode=decode, demand=subject.price(choice.priced, decode))
             if not item.short_bytes(case.budget):
                 return {
-                    "seconds": _rounded(item.demand.seconds_per_call),
-                    "step": _rounded(item.demand.seconds_per_step),
-                    "vram_gib": _rounded(item.demand.vram_reserved_bytes / GIB),
+                    "seconds": rounded(item.demand.seconds_per_call),
+                    "step": rounded(item.demand.seconds_per_step),
+                    "vram_gib": rounded(item.demand.vram_reserved_bytes / GIB),
                     "tiled": decode != subject.plain,
                     "surely_faster": ours is not None and is_faster(times_of(item, subject.price), ours),
                 }
             short = min(short, item.short_bytes(case.budget))
-    return {"refuses": True} if short == inf else {"short_gib": _rounded(short / GIB)}
-
-
-def _idle(case: Case, chosen: Candidate) -> dict[str, Any]:
-    """VRAM left idle while denoising, the smallest block that is streamed, if any is, and the share of the call's time
-    that room for everything would save: more than any use of what is idle could."""
-    denoising = next(phase.reserved_bytes for phase in chosen.demand.phases if phase.name == "denoise")
-    blocks = {name: smallest_streamed(case.subject.spec.component(name), each) for name, each in streams(chosen)}
-    seconds = case.subject.price(dict.fromkeys(chosen.placement, Resident()), chosen.decode).seconds_per_call
-    return {
-        "idle_gib": _rounded(case.vram_gib - denoising / GIB),
-        "blocks_gib": {name: _rounded(size / GIB) for name, size in blocks.items() if size},
-        "in_loop": any(blocks.get(use.component) for use in case.subject.spec.uses if use.in_loop),
-        "idle_worth": _rounded(1 - seconds / chosen.demand.seconds_per_call),
-    }
-
-
-def streams(candidate: Candidate) -> Iterator[tuple[str, WeightStreaming]]:
-    """The components under weight streaming."""
-    placed = candidate.placement.items()
-    yield from ((name, setting) for name, setting in placed if isinstance(setting, WeightStreaming))
-
-
-def smallest_streamed(component: Component, setting: WeightStreaming) -> int:
-    sizes = streaming_sizes(component)
-    return min((sizes[place] for place in setting.division(component).streamed), default=0)
-
-
-def _locked(case: Case, chosen: Candidate) -> dict[str, Any]:
-    """Page-locked bytes under weight streaming, and those of weights that are copied from them."""
-    holds = [each.hold(case.subject.spec.component(name), case.subject.spec) for name, each in streams(chosen)]
-    used = sum(hold.moved_in_bytes + hold.entry_bytes for hold in holds)
-    return {
-        "locked_gib": _rounded(sum(hold.pinned_bytes for hold in holds) / GIB),
-        "locked_used_gib": _rounded(used / GIB),
-    }
+    return {"refuses": True} if short == inf else {"short_gib": rounded(short / GIB)}
 
 
 def told(candidate: Candidate) -> dict[str, Any]:
@@ -420,16 +188,12 @@ def told(candidate: Candidate) -> dict[str, Any]:
     return {
         "placement": {name: format_setting(setting) for name, setting in candidate.placement.items()},
         "decode": [format_setting(setting) for setting in candidate.decode],
-        "seconds": _rounded(demand.seconds_per_call),
-        "step": _rounded(demand.seconds_per_step),
-        "vram_gib": _rounded(demand.vram_reserved_bytes / GIB),
-        "ram_gib": _rounded(demand.ram_bytes / GIB),
+        "seconds": rounded(demand.seconds_per_call),
+        "step": rounded(demand.seconds_per_step),
+        "vram_gib": rounded(demand.vram_reserved_bytes / GIB),
+        "ram_gib": rounded(demand.ram_bytes / GIB),
         "quality": candidate.decision.quality,
     }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # ---- on the simulated device
@@ -461,7 +225,7 @@ def simulated(case: Case) -> dict[str, Any]:
     return {
         "chosen": told(chosen) if chosen else None,
         "tries": tries,
-        "planning_seconds": _rounded(took),
+        "planning_seconds": rounded(took),
         "stock_runs": not _stopped(case.subject, called.placement, called.decode, capacity) if called else None,
         "peers": {name: _peer_runs(case, name, capacity) for name in PEERS},
     }

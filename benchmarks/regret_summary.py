@@ -168,12 +168,25 @@ def is_idle(case: Mapping[str, Any], *, in_loop: bool) -> bool:
     return bool(case["idle_gib"] > forgiven)
 
 
+def is_usable(case: Mapping[str, Any]) -> bool:
+    """Whether what is idle could be used: by blocks that are streamed in each step, which need room in denoising alone,
+    or by one that stays for the whole call and fits into the fullest phase too."""
+    return bool(case["in_loop"] or case["tightest_gib"] >= case["keepable_gib"])
+
+
 def _idle_remark(case: Mapping[str, Any]) -> str:
     if not any(is_idle(case, in_loop=in_loop) for in_loop in (True, False)):
         return ""
     placed = case["chosen"]["placement"]
     away = ", ".join(f"{name} {setting}" for name, setting in placed.items() if setting != "resident")
-    return f"{case['pipeline']}: {case['idle_gib']:g} GiB idle, with {away}; worth at most {case['idle_worth']:.1%}"
+    full = (
+        "could be used"
+        if is_usable(case)
+        else f"{case['tightest_phase']} has {case['tightest_gib']:g} GiB left and the least that could stay takes "
+        f"{case['keepable_gib']:g} GiB"
+    )
+    worth = f"room for everything would save {case['idle_worth']:.1%}"
+    return f"{case['pipeline']}: {case['idle_gib']:g} GiB idle, with {away}; {full}; {worth}"
 
 
 def idle_and_locked(cases: Cases) -> list[str]:
@@ -181,29 +194,40 @@ def idle_and_locked(cases: Cases) -> list[str]:
     streamed = [case for case in cases if case.get("blocks_gib")]
     if not streamed:
         return ["Nothing is streamed."]
+    return [_idle_sentences(streamed), "", _locked_sentences(cases)]
+
+
+def _idle_sentences(streamed: Cases) -> str:
     loop = [case for case in streamed if case["in_loop"]]
+    begun = f"Blocks are streamed in {len(streamed)} cases, in {len(loop) or 'none'} of them in each step of denoising."
     idle = [case["idle_gib"] for case in loop]
-    locked = [case for case in cases if case.get("locked_used_gib")]
-    shares = [case["locked_gib"] / case["locked_used_gib"] for case in locked]
-    beyond = [case for case, share in zip(locked, shares, strict=True) if share > LOCKED_SHARE]
-    most = max((case["locked_gib"] - case["locked_used_gib"] for case in locked), default=0.0)
-    sentence = (
-        f"Blocks are streamed in {len(streamed)} cases, in {len(loop)} of them in each step of denoising. Idle in the "
-        f"denoising phase of those: {statistics.median(idle):.2f} GiB in the median, {max(idle):.2f} at most; "
-        f"{sum(is_idle(case, in_loop=True) for case in loop)} are beyond max({IDLE_GIB} GiB, {IDLE_SHARE:.0%}, the "
-        "smallest block that is streamed). Of the others, whose denoiser is on the device as a whole while it runs, "
-        f"{sum(is_idle(case, in_loop=False) for case in streamed)} leave more than that: each step is as fast as it "
-        "can be."
-        if loop
-        else f"Blocks are streamed in {len(streamed)} cases, in none of them in each step of denoising."
+    beyond = [case for case in streamed if is_idle(case, in_loop=False)]
+    usable = [case for case in beyond if is_usable(case)]
+    of_loop = (
+        f" Idle in the denoising phase of those: {statistics.median(idle):.2f} GiB in the median, {max(idle):.2f} at "
+        f"most; {sum(is_idle(case, in_loop=True) for case in loop)} are beyond max({IDLE_GIB} GiB, {IDLE_SHARE:.0%}, "
+        "the smallest block that is streamed)."
     )
-    return [
-        sentence,
-        "",
-        f"Page-locked memory is {statistics.median(shares):.3f} times the weights that are copied from it in the "
-        f"median of {len(locked)} cases, {max(shares):.3f} times at most, and never more than {most:.2f} GiB beyond "
-        f"them, buffers for all other copies included; {len(beyond)} cases are above {LOCKED_SHARE}.",
-    ]
+    return (
+        f"{begun}{of_loop if loop else ''} Of the others, whose denoiser is on the device as a whole while it "
+        f"runs, {len(beyond)} leave more than that; in {len(beyond) - len(usable)} of these it cannot be used: what is "
+        "copied once a call saves time only where it stays for the whole call, and another phase is fuller than the "
+        f"least that could stay. {len(usable)} could use it."
+    )
+
+
+def _locked_sentences(cases: Cases) -> str:
+    locked = [case for case in cases if case.get("locked_used_gib")]
+    shares = [case["locked_gib"] / case["copied_gib"] for case in locked]
+    used = [case["locked_gib"] / case["locked_used_gib"] for case in locked]
+    beyond = sum(share > LOCKED_SHARE for share in shares)
+    most = max((case["locked_gib"] - case["locked_used_gib"] for case in locked), default=0.0)
+    return (
+        f"Page-locked memory, buffers included, is {statistics.median(shares):.3f} times the weights that are copied "
+        f"from it and through it in the median of {len(locked)} cases, {max(shares):.3f} times at most; {beyond} cases "
+        f"are above {LOCKED_SHARE}. It is at most {max(used):.3f} times the weights that stay in it, and never more "
+        f"than {most:.3f} GiB beyond them."
+    )
 
 
 def faster_peers(cases: Cases) -> list[str]:

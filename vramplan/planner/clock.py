@@ -10,7 +10,6 @@ from vramplan.hardware.rates import Rates
 from vramplan.pipeline.types import Use
 from vramplan.planner import times
 from vramplan.planner.footprint import Estimate, Work
-from vramplan.planner.hold_arrays import HoldArrays
 from vramplan.planner.residency import ReplayedUse
 from vramplan.strategies.base import Hold
 
@@ -61,11 +60,11 @@ class UseCost:
 class Clock:
     """Turns replayed uses into seconds: the longer of compute and kernel launches, and transfers.
 
-    `computing` is a factor on the former. With `HoldArrays` in place of holds, seconds are arrays as well.
+    `computing` is a factor on the former. With holds of arrays (`hold_arrays`) seconds are arrays as well.
     """
 
     costs: Mapping[Use, UseCost]
-    holds: Mapping[str, Hold | HoldArrays]
+    holds: Mapping[str, Hold]
     rates: Rates
     computing: float = 1.0
 

@@ -70,6 +70,11 @@ class Column:
         return self._row(5)
 
     @property
+    def shared(self) -> Array:
+        """RAM of buffers for copies that all components together have once."""
+        return self._row(12)
+
+    @property
     def disk(self) -> Array:
         """Bytes in files of the plan's own."""
         return self._row(6)
@@ -131,4 +136,5 @@ def _counts(setting: Placement, price: ComponentPrice) -> tuple[int, ...]:
         QUALITIES.index(setting.quality),
         not setting.stock,
         setting != _RESIDENT,
+        hold.shared_pinned_bytes,
     )

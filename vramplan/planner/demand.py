@@ -292,15 +292,16 @@ def host_demand(holds: Mapping[str, Hold], load: LoadDemand | None) -> HostDeman
     """
     applying = load is None
     held, pinned = [0, 0], [0, 0]
-    transient = 0
+    transient = shared = 0
     for hold in holds.values():
+        shared = max(shared, hold.shared_pinned_bytes)
         pinned[hold.freed] += hold.pinned_bytes
         held[hold.freed] += hold.pinned_bytes + hold.host_bytes
         if applying or hold.disk_bytes:
             transient = max(transient, hold.host_transient_bytes)
-    ram = max(max(held) + transient, load.ram_bytes if load else 0)
+    ram = max(max(held) + shared + transient, load.ram_bytes if load else 0)
     return HostDemand(
-        ram_bytes=ram, pinned_bytes=max(pinned), disk_bytes=sum(hold.disk_bytes for hold in holds.values())
+        ram_bytes=ram, pinned_bytes=max(pinned) + shared, disk_bytes=sum(hold.disk_bytes for hold in holds.values())
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,7 +31,7 @@ _LEAST = 8
 
 
 @dataclass(frozen=True, slots=True)
-class HoldArrays:
+class _HoldArrays:
     """Holds that differ in amounts alone. Its attributes are those of a hold that the cost model reads."""
 
     first: Hold
@@ -42,8 +42,8 @@ class HoldArrays:
         return getattr(self.first, name) if found is None else found
 
 
-def hold_arrays(holds: Sequence[Hold]) -> Iterator[tuple[list[int], Hold | HoldArrays]]:
-    """Yield the holds in groups that one pass prices, each with the indices of its holds."""
+def hold_arrays(holds: Sequence[Hold]) -> Iterator[tuple[list[int], Hold]]:
+    """Yield the holds in groups that one pass prices, each with the indices of its holds: a hold, or arrays of many."""
     groups: dict[Any, list[int]] = {}
     for place, hold in enumerate(holds):
         groups.setdefault(_SAME(hold), []).append(place)
@@ -53,4 +53,5 @@ def hold_arrays(holds: Sequence[Hold]) -> Iterator[tuple[list[int], Hold | HoldA
         else:
             own = [holds[place] for place in places]
             values = {name: np.array([getattr(hold, name) for hold in own]) for name in _AMOUNTS}
-            yield places, HoldArrays(own[0], {name: array for name, array in values.items() if array.any()})
+            arrays = _HoldArrays(own[0], {name: array for name, array in values.items() if array.any()})
+            yield places, cast(Hold, arrays)

@@ -199,6 +199,7 @@ def with_finer_numbers(
             continue
         holds = {other.name: found[other.name].hold(other, spec) for other in spec.components if other is not component}
         left = ram_bytes - sum(hold.host_bytes + hold.pinned_bytes for hold in holds.values())
+        left -= max((hold.shared_pinned_bytes for hold in holds.values()), default=0)
         levels = [max(0, left - beside) for beside in (0, _BESIDE, _BESIDE + GIB)]
         if component.weight_bytes <= levels[-1]:
             continue  # all of it may be page-locked

@@ -112,7 +112,8 @@ def _vram_of(stage: Sequence[Column], *, in_loop: bool) -> Array:
 def _ram(stages: Sequence[Sequence[Column]], *, loaded: bool) -> Array:
     """Return the RAM at the highest of three times: encoding first, the rest of the call, and loading."""
     held = _largest(_sum(column.held for column in stage) for stage in stages)
-    running = held + _largest(column.transient for stage in stages for column in stage)
+    shared = _largest(column.shared for stage in stages for column in stage)
+    running = held + shared + _largest(column.transient for stage in stages for column in stage)
     return running if loaded else _largest([running, *map(_loading, stages)])
 
 

@@ -43,7 +43,8 @@ class Hold:
     `waited_bytes` cross it without overlap, half of them back to pageable memory; `disk_bytes` are kept in files and
     read on each forward. `pauses` counts the transfers that a forward waits for, `leaf_hooks` the hooks it passes;
     `rate` is the share of the link's page-locked rate that transfers reach, `pageable` that they are from pageable
-    memory and back. `read_bytes` are read from the model's files for each call: all other values then hold only while
+    memory and back. `shared_pinned_bytes` are page-locked buffers for copies that all components together have once.
+    `read_bytes` are read from the model's files for each call: all other values then hold only while
     the prompt is encoded, before components without `read_bytes` are loaded.
 
     Streamed weights only: `loop_bytes` are on the device while another component of the denoising loop runs;
@@ -58,6 +59,7 @@ class Hold:
     lingers: bool = False
     host_bytes: int = 0
     pinned_bytes: int = 0
+    shared_pinned_bytes: int = 0
     host_transient_bytes: int = 0
     moved_in_bytes: int = 0
     moved_out_bytes: int = 0
