@@ -2,7 +2,7 @@
 
     python benchmarks/record_profiles.py [--check] [--jobs N] [NAME ...]
 
-Every profile is planned for cards from 4 to 24 GiB and two sizes of RAM, of an architecture before Hopper and of a
+Every profile is planned for cards from 4 to 24 GiB and three sizes of RAM, of an architecture before Hopper and of a
 later one. What was described, simulated and recorded meanwhile is what a plan for any other card of these needs. The
 library files that this ran through are noted: what is recorded holds for installations that have the same.
 
@@ -12,6 +12,7 @@ library files that this ran through are noted: what is recorded holds for instal
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 import sysconfig
@@ -30,7 +31,7 @@ from vramplan.profiles.files import profile_files
 
 FOLDER = Path(__file__).parents[1] / "profiles" / recorded.FOLDER
 # Budgets of one card of each architecture, which stands for all of its kind.
-CASES = [("rtx-4090", vram, ram) for ram in ("16GiB", "64GiB") for vram in (4, 6, 8, 10, 12, 16, 20, 24)]
+CASES = [("rtx-4090", vram, ram) for ram in ("16GiB", "32GiB", "64GiB") for vram in (4, 6, 8, 10, 12, 16, 20, 24)]
 CASES += [("rtx-5090", 8, "64GiB"), ("rtx-5090", 24, "64GiB")]
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 # What placements run through, whichever of them a plan tries.
@@ -45,7 +46,7 @@ def called_files(found: set[str]) -> Iterator[None]:
 
     def profile(frame: Any, event: str, _: Any) -> None:
         name = frame.f_code.co_filename
-        if name not in seen:
+        if name not in seen and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, not a module or class
             seen.add(name)
             path = name.removeprefix(root)
             if path != name and path.partition(os.sep)[0] in LIBRARIES and Path(name).is_file():
@@ -64,6 +65,7 @@ def record(name: str) -> tuple[str, int, int, float]:
     sources = set(ALWAYS)
     with tempfile.TemporaryDirectory() as folder, collecting() as entries:
         os.environ |= {"VRAMPLAN_CACHE": folder, "VRAMPLAN_RECORDED": "0"}
+        import_all(name)
         for number, case in enumerate(CASES):
             with called_files(sources) if number == 0 else nullcontext(), suppress(NothingFitsError):
                 _plan(name, *case)
@@ -72,6 +74,18 @@ def record(name: str) -> tuple[str, int, int, float]:
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}{recorded.SUFFIX}").write_bytes(content)
     return name, len(kept), len(content), time.perf_counter() - start
+
+
+def import_all(name: str) -> None:
+    """Import what a profile's pipeline needs, whose decorators and the like are not part of any call."""
+    from vramplan.pipeline.build import component_class
+    from vramplan.pipeline.bundled import profile_class
+    from vramplan.profiles.catalogue import load_pipeline_profile
+
+    profile = load_pipeline_profile(name)
+    profile_class(profile)
+    for part in profile.components.values():
+        component_class(part.library, part.class_name)
 
 
 def _plan(name: str, device: str, vram: int, ram: str) -> None:
