@@ -1,6 +1,10 @@
 """What a simulation and a plan cost: seconds, operations, this process's peak memory, each in a process of its own.
 
-    python benchmarks/latency.py [--only simulation|plan|fit] [-o benchmarks/results/latency-DATE.md]
+    python benchmarks/latency.py [--only commands|simulation|plan|fit] [--before CHECKOUT] [-o FILE]
+
+`commands` are whole processes, each with a cache of its own: the first time, and again. With `--before` those of another
+checkout run in turn with them.
+
 
 Targets on two cores: FLUX.1-dev 1024 x 1024 under 5 s, CogVideoX-5b with 49 frames and tiling under 20 s, each
 under 2 GiB; a plan for a pipeline that is loaded under 15 s, under 2 s when it was simulated before; the cards of a
@@ -18,6 +22,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
@@ -113,14 +118,53 @@ def fits() -> Iterator[str]:
         yield f"{model:22} {largest or 'cards':>8} {clock:8.1f} {cpu:8.1f}  {'; '.join(texts)}"
 
 
-TABLES: dict[str, Callable[[], Iterator[str]]] = {"simulation": simulations, "plan": plans, "fit": fits}
+COMMANDS: list[tuple[str, list[str]]] = [
+    ("a wrong device", ["plan", "flux.1-dev", "--device", "rtx-4070x"]),
+    ("a wrong model", ["plan", "flux.1-dv", "--device", "rtx-4070"]),
+    ("plan flux.1-dev, RTX 4070", ["plan", "flux.1-dev", "--device", "rtx-4070", "--ram", "64GiB"]),
+    ("the same for an RTX 4060 Ti", ["plan", "flux.1-dev", "--device", "rtx-4060-ti-16gb", "--ram", "64GiB"]),
+    ("plan stable-diffusion-xl, RTX 3060", ["plan", "stable-diffusion-xl", "--device", "rtx-3060", "--ram", "32GiB"]),
+    ("plan wan2.2-ti2v-5b, RTX 3070 laptop", ["plan", "wan2.2-ti2v-5b", "--device", "rtx-3070-laptop", "--ram", "16GiB"]),
+    ("plan flux.1-dev at 768 x 768", ["plan", "flux.1-dev", "--device", "rtx-4070", "--ram", "64GiB", "--height", "768",
+                                      "--width", "768"]),
+]  # fmt: skip
+
+
+def commands() -> Iterator[str]:
+    yield f"{'':38} {'first':>8} {'again':>8}" + (f" {'before':>8} {'again':>8}" if BEFORE else "")
+    for name, arguments in COMMANDS:
+        took = []
+        for checkout in (Path(__file__).parents[1], *BEFORE):
+            with tempfile.TemporaryDirectory() as folder:
+                took += [whole_process(arguments, checkout, folder) for _ in range(2)]
+        yield f"{name:38} " + " ".join(f"{seconds:8.2f}" for seconds in took)
+
+
+BEFORE: list[Path] = []  # another checkout, if one was named
+
+
+def whole_process(arguments: list[str], checkout: Path, cache: str) -> float:
+    environment = {**os.environ, "VRAMPLAN_CACHE": cache, "PYTHONPATH": str(checkout)}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "vramplan", *arguments], capture_output=True, env=environment, check=False)
+    return time.perf_counter() - start
+
+
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "commands": commands,
+    "simulation": simulations,
+    "plan": plans,
+    "fit": fits,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TABLES, help="one table alone")
+    parser.add_argument("--before", type=Path, help="another checkout, whose commands are timed too")
     parser.add_argument("-o", "--output", type=Path, help="write the tables to this file too")
     chosen = parser.parse_args()
+    BEFORE.extend([chosen.before] if chosen.before else [])
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     load = os.getloadavg()[0]
     lines = [f"{date.today()}, {os.cpu_count()} cores of {platform.machine()} at a load of {load:.1f}, {libraries}"]

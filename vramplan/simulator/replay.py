@@ -65,14 +65,19 @@ def replay_refusal(trace: CallTrace, placement: Mapping[str, Placement]) -> str 
             return f"the call changes the weights of {name}"
         if isinstance(setting, WeightStreaming) and name in trace.read:
             return f"the pipeline itself reads weights of {name}"
+    if missing := trace.weights.keys() - placement.keys():
+        return f"{', '.join(sorted(missing))} has no placement"
+    return _stream_refusal(trace, placement)
+
+
+def _stream_refusal(trace: CallTrace, placement: Mapping[str, Placement]) -> str | None:
+    """Why streams of several components have an effect on each other; None if they do not."""
     order = dict.fromkeys(mark.component for mark in trace.marks)
     waiting = None  # a component whose memory is only given back when a stream is used again
     for name in (name for name in order if getattr(placement.get(name), "stream", False)):
         if waiting is not None:
             return f"the stream of {name} gives back memory of {waiting}"
         waiting = name if getattr(placement[name], "record_stream", False) else None
-    if missing := trace.weights.keys() - placement.keys():
-        return f"{', '.join(sorted(missing))} has no placement"
     return None
 
 
