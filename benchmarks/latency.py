@@ -1,6 +1,6 @@
 """What a simulation and a plan cost: seconds, operations, this process's peak memory, each in a process of its own.
 
-    python benchmarks/latency.py [--only commands|simulation|plan|fit] [--before CHECKOUT] [-o FILE]
+    python benchmarks/latency.py [--only TABLE] [--before CHECKOUT] [-o FILE]
 
 `commands` are whole processes, each with a cache of its own: the first time, and again. With `--before` those of another
 checkout run in turn with them.
@@ -124,7 +124,8 @@ COMMANDS: list[tuple[str, list[str]]] = [
     ("plan flux.1-dev, RTX 4070", ["plan", "flux.1-dev", "--device", "rtx-4070", "--ram", "64GiB"]),
     ("the same for an RTX 4060 Ti", ["plan", "flux.1-dev", "--device", "rtx-4060-ti-16gb", "--ram", "64GiB"]),
     ("plan stable-diffusion-xl, RTX 3060", ["plan", "stable-diffusion-xl", "--device", "rtx-3060", "--ram", "32GiB"]),
-    ("plan wan2.2-ti2v-5b, RTX 3070 laptop", ["plan", "wan2.2-ti2v-5b", "--device", "rtx-3070-laptop", "--ram", "16GiB"]),
+    ("plan wan2.2-ti2v-5b, RTX 3070 laptop",
+     ["plan", "wan2.2-ti2v-5b", "--device", "rtx-3070-laptop", "--ram", "16GiB"]),
     ("plan flux.1-dev at 768 x 768", ["plan", "flux.1-dev", "--device", "rtx-4070", "--ram", "64GiB", "--height", "768",
                                       "--width", "768"]),
 ]  # fmt: skip
