@@ -2,9 +2,8 @@
 
     python benchmarks/latency.py [--only TABLE] [--before CHECKOUT] [-o FILE]
 
-`commands` are whole processes, each with a cache of its own: the first time, and again. With `--before` those of another
-checkout run in turn with them.
-
+`commands` are whole processes, each with a cache of its own: the first time, and again. With `--before` those of
+another checkout run in turn with them.
 
 Targets on two cores: FLUX.1-dev 1024 x 1024 under 5 s, CogVideoX-5b with 49 frames and tiling under 20 s, each
 under 2 GiB; a plan for a pipeline that is loaded under 15 s, under 2 s when it was simulated before; the cards of a

@@ -3,8 +3,9 @@
     python benchmarks/record_profiles.py [--check] [--jobs N] [NAME ...]
 
 Every profile is planned for cards from 4 to 24 GiB and three sizes of RAM, of an architecture before Hopper and of a
-later one, as far as a minute of computing goes. What was described, simulated and recorded meanwhile is what a plan for any other card of these needs. The
-library files that this ran through are noted: what is recorded holds for installations that have the same.
+later one, as far as a minute of computing goes. What was described, simulated and recorded meanwhile is what a plan for
+any other card of these needs. The library files that this ran through are noted: what is recorded holds for
+installations that have the same.
 
 `--check` says which files are not of the code as it is; exit code 1 if any.
 """
