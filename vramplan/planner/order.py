@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -114,7 +115,7 @@ def _lowest(values: Array, kept: Array, digits: int) -> Array:
         same: Array = kept[found == found.min()]
         return same
     near: Array = kept[found <= found.min() * (1 + 10.0 ** (2 - digits))]  # more than one in the last digit
-    every, place = np.unique(values[near], return_inverse=True)
-    shorter = np.array([rounded(value, digits) for value in every.tolist()])[place]
-    lowest: Array = near[shorter == shorter.min()]
+    every = np.unique(values[near]).tolist()  # in order, as their rounded values are: the lowest come first
+    same_digits = bisect_right(every, rounded(every[0], digits), key=lambda value: rounded(value, digits))
+    lowest: Array = near[values[near] <= every[same_digits - 1]]
     return lowest

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import combinations
+from itertools import chain, combinations, islice
 from math import prod
 
 from vramplan.pipeline.types import Component, PipelineSpec
@@ -52,13 +52,15 @@ def streaming_pool(
     axes: list[tuple[ComponentPlacements, ...]] = []
     for fineness in _FINENESS:
         axes = []
-        for group in _groups(spec, denoisers):
+        for group in reversed(_groups(spec, denoisers)):  # the denoiser, which has most settings, last
             first = group[0]
-            found = list(settled[first.name])
+            found: Iterable[Placement] = settled[first.name]
             if first.name in streamable:
                 leading = first.name == denoisers[0].name
-                found += _options(first, fineness, levels, leading=leading, between=fineness)
-            axes.append(tuple({member.name: setting for member in group} for setting in dict.fromkeys(found)))
+                found = chain(found, _options(first, fineness, levels, leading=leading, between=fineness))
+            if fineness != _FINENESS[-1]:  # no more than show that there are too many
+                found = islice(found, _MOST // max(1, prod(map(len, axes))) + 1)
+            axes.insert(0, tuple({member.name: setting for member in group} for setting in dict.fromkeys(found)))
         if prod(map(len, axes)) <= _MOST:
             break
     axes = _cut(axes, spec)
