@@ -22,6 +22,7 @@ from vramplan.strategies.base import Placement
 from vramplan.strategies.group_offload import GroupOffload
 from vramplan.strategies.resident import Resident
 from vramplan.strategies.weight_streaming import WeightStreaming, streaming_sizes
+from vramplan.streaming.division import STAGE_BYTES, STAGES, divide, totals, worth_streaming
 from vramplan.workload import Workload
 
 WORK = Workload(height=512, width=512, num_inference_steps=8)
@@ -60,6 +61,21 @@ def test_nothing_is_faster_than_what_is_chosen(vram, ram, blocks, layers, denois
     assert chosen.seconds_per_call <= fastest.seconds_per_call * 1.002 or not able
 
 
+@settings(QUICK)
+@given(st.lists(st.integers(0, 90), max_size=12), st.data())
+def test_running_totals_are_the_sums_of_the_blocks(sizes, data) -> None:
+    streamed = data.draw(st.integers(0, len(worth_streaming(sizes))))
+    keep, level = data.draw(st.integers(0, len(sizes) - streamed)), data.draw(st.integers(0, 600))
+    division = divide(sizes, streamed=streamed, keep=keep)
+    by_need = [sizes[place] for place in division.by_need]
+    total = totals(tuple(sizes), streamed)
+    for count in range(len(sizes) + 2):
+        locked = by_need[:count]
+        assert total.locked(count, keep) == (sum(locked[:streamed]), sum(locked[streamed:]))
+    fitting = [count for count in range(len(by_need) + 1) if sum(by_need[:count]) <= level]
+    assert total.lockable(level, keep) == fitting[-1]
+
+
 def test_kept_blocks_fill_the_room_that_levels_leave() -> None:
     spec = pipeline(component("transformer", 40 * GIB, blocks=40))
     chosen = {"transformer": WeightStreaming(streamed=20, keep=2, locked=38)}
@@ -67,6 +83,72 @@ def test_kept_blocks_fill_the_room_that_levels_leave() -> None:
     assert more == {"transformer": WeightStreaming(streamed=20, keep=13, locked=27)}
     fixed = Fixed(placement=chosen)
     assert with_more_kept(chosen, spec, fixed, lambda _: True, lambda _: 0.0) == chosen
+
+
+def test_whichever_components_keep_more_takes_the_least_time() -> None:
+    spec = pipeline(
+        component("text_encoder", 9 * GIB, role="text_encoder", blocks=24),
+        component("transformer", 10 * GIB, blocks=20),
+    )
+    chosen = {
+        "text_encoder": WeightStreaming(streamed=24, locked=24),
+        "transformer": WeightStreaming(streamed=0, keep=2, locked=18),
+    }
+
+    def more(prefer: str) -> dict[str, int]:
+        found = with_more_kept(
+            chosen,
+            spec,
+            Fixed(),
+            lambda placed: sum(each.keep for each in placed.values()) <= 9,
+            lambda placed: -placed[prefer].keep,
+        )
+        return {name: each.keep for name, each in found.items()}
+
+    assert more("transformer") == {"text_encoder": 0, "transformer": 9}
+    assert more("text_encoder") == {"text_encoder": 7, "transformer": 2}
+
+
+@settings(QUICK, max_examples=30)
+@given(st.integers(4, 16), st.integers(3, 24), st.integers(3, 30), st.integers(1, 9), st.integers(1, 12))
+def test_no_phase_leaves_room_for_a_block_that_could_stay(vram, layers, blocks, encoder, denoiser) -> None:
+    spec = pipeline(
+        component("text_encoder", encoder * GIB, role="text_encoder", blocks=layers),
+        component("transformer", denoiser * GIB, blocks=blocks),
+        component("vae", GIB // 4, role="vae"),
+    )
+    try:
+        chosen = choose(spec, vram * GIB, ram=64 * GIB, work=WORK, fixed=Fixed(decode=())).chosen
+    except NothingFitsError:
+        return
+    for name, setting in chosen.placement.items():
+        part = spec.component(name)
+        sizes = streaming_sizes(part)
+        if not isinstance(setting, WeightStreaming) or not sizes:
+            continue
+        away = [sizes[place] for place in setting.division(part).by_need]
+        rest = 0 if setting.keep else part.weight_bytes - sum(sizes)
+        left = vram * GIB - chosen.demand.vram_reserved_bytes
+        assert left < rest + min(away, default=0), name
+
+
+def test_buffers_for_copies_count_once_for_all_components() -> None:
+    spec = pipeline(
+        component("text_encoder", GIB, role="text_encoder", blocks=12), component("transformer", 4 * GIB, blocks=20)
+    )
+    price = Pricer(spec, WORK, AssumedFootprint(spec=spec, workload=WORK), card(8 * GIB))
+    buffers = STAGES * STAGE_BYTES
+    pinned = [
+        price({"text_encoder": WeightStreaming(locked=first), "transformer": WeightStreaming(locked=second)}, ())
+        for first, second in ((12, 20), (0, 20), (0, 0))
+    ]
+    assert [demand.pinned_bytes for demand in pinned] == [5 * GIB, 4 * GIB + buffers, buffers]
+    axes = tuple(
+        tuple({part.name: setting} for setting in every(part) if getattr(setting, "streamed", 0) == 0)
+        for part in spec.components
+    )
+    pool = CandidatePool(axes=axes)
+    assert [price(placed, ()).ram_bytes for placed in pool.placements] == Table(pool, price, ()).ram.tolist()
 
 
 def test_a_vae_goes_leaf_by_leaf_beside_a_streamed_denoiser_where_it_does_not_fit_as_a_whole() -> None:

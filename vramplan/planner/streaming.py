@@ -255,6 +255,7 @@ def _keeping_more(setting: WeightStreaming, component: Component) -> list[Weight
     if component.role not in ("denoiser", "control"):
         streamed, keep = pairs[-1]
         pairs += [(streamed - number, keep + number) for number in range(1, streamed - LEAST_STREAMED + 1)]
+        pairs += [(0, number) for number in range(pairs[-1][1] + 1, count)]
     return [
         WeightStreaming(streamed=streamed, keep=keep, locked=min(setting.locked, count - keep))
         for streamed, keep in pairs
