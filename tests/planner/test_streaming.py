@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.planner.test_decide import QUICK, choose
+from tests.planner.test_decide import QUICK, Simulated, choose
 from tests.support.specs import GIB, budget, card, component, pipeline
 from vramplan.errors import NothingFitsError
 from vramplan.pipeline.types import Component
+from vramplan.planner.decision import Decision
 from vramplan.planner.demand import Pricer
 from vramplan.planner.fixed import Fixed
 from vramplan.planner.footprint import AssumedFootprint
@@ -130,6 +132,28 @@ def test_no_phase_leaves_room_for_a_block_that_could_stay(vram, layers, blocks, 
         rest = 0 if setting.keep else part.weight_bytes - sum(sizes)
         left = vram * GIB - chosen.demand.vram_reserved_bytes
         assert left < rest + min(away, default=0), name
+
+
+def test_blocks_fill_what_a_failed_confirmation_leaves() -> None:
+    spec = pipeline(
+        component("text_encoder", 9 * GIB, role="text_encoder", blocks=96),
+        component("transformer", 20 * GIB, blocks=97),
+        component("vae", GIB // 4, role="vae"),
+    )
+    limit = 9 * GIB
+    tried = []
+
+    def confirm(item: Decision) -> Decision:
+        tried.append(item)
+        over = item.demand.vram_reserved_bytes * 103 // 100 - limit
+        return replace(item, verdict="rejected", deficit_bytes=over, reason="no") if over > 0 else item
+
+    footprint = Simulated(spec=spec, workload=WORK)
+    chosen = choose(
+        spec, limit, ram=128 * GIB, work=WORK, footprint=footprint, fixed=Fixed(decode=()), confirm=confirm
+    ).chosen
+    assert len(tried) > 1
+    assert limit - chosen.demand.vram_reserved_bytes * 103 // 100 < 9 * GIB // 96
 
 
 def test_buffers_for_copies_count_once_for_all_components() -> None:

@@ -194,6 +194,7 @@ class _Search:
         self.waiting = list(entries)
         self.simulated: list[Entry] = []
         self.failed: dict[tuple[Decode, ...], Decision] = {}  # by decode, the failed decision priced lowest
+        self.lowered: dict[tuple[Decode, ...], int] = {}  # by decode, the limit that a failure left
         self.retried = False
 
     def run(self) -> Decision | None:
@@ -218,12 +219,10 @@ class _Search:
         return self.check(self._filled(priced))
 
     def _filled(self, priced: Decision) -> Decision:
-        """Fill what is left of the budget; once a decision with that decode has failed, only what is below its peak."""
-        most = (
-            priced.demand.vram_reserved_bytes
-            if priced.decode in self.failed
-            else self.chooser.budgets.of(priced.weights).vram_bytes
-        )
+        """Fill what is left of the budget; once a decision with that decode has failed, of what it was lowered to."""
+        most = self.chooser.budgets.of(priced.weights).vram_bytes
+        if priced.decode in self.failed:
+            most = max(_vram(priced), self.lowered.get(priced.decode, 0))
         return self.chooser.filled(priced, most)
 
     def _next(self) -> Entry | None:
@@ -249,6 +248,7 @@ class _Search:
         self.failed[row.decode] = priced
         step = max(found.deficit_bytes, int(_vram(priced) * _STEP_SHARE))
         limit = _vram(priced) + (_STEP_BYTES if self.retried else -step)
+        self.lowered[row.decode] = 0 if self.retried else limit
         self.waiting = [
             self._lowered(entry, limit, found) if entry[0].decode == row.decode else entry for entry in self.waiting
         ]
@@ -286,7 +286,7 @@ class _Search:
         higher = self.chooser.best(row, limit + spare)
         if not _worth_trying(higher, found) or (failed is not None and _vram(higher) >= _vram(failed)):
             return found
-        tried = self.confirm(higher)
+        tried = self.check(self.chooser.filled(higher, _vram(higher)))
         return found if tried.verdict == "rejected" else tried
 
     def _limit(self, row: CandidateRow) -> int | None:
@@ -306,7 +306,7 @@ class _Search:
                     low = half
                     continue
                 middle = top
-            tried = self.confirm(middle)
+            tried = self.check(self.chooser.filled(middle, _vram(middle)))
             if tried.verdict == "rejected":
                 high = _vram(middle)
             else:
