@@ -367,7 +367,7 @@ plan = vramplan.plan(pipe, device="cpu", **sizes)
 disk = {"text_encoder_2": "group_offload:disk=true", "transformer": "group_offload:blocks=1"}
 texts = dict.fromkeys(plan.settings.placement, "resident") | disk
 plan = replace(plan, settings=replace(plan.settings, placement=texts))
-card = vramplan.hardware.Accelerator(kind="cuda", index=0, name="x", total_bytes=1 << 33, free_bytes=1 << 33)
+card = vramplan.hardware.types.Accelerator(kind="cuda", index=0, name="x", total_bytes=1 << 33, free_bytes=1 << 33)
 vramplan.runtime.applied.planned_accelerator = lambda *_: card
 plain = output_tensor(pipe(**call_kwargs("flux-small")))
 

@@ -13,7 +13,7 @@ import torch
 from make_pipeline import build
 
 from tests.support.gguf_files import Kind, kind_for, write_gguf
-from vramplan.hardware import Accelerator
+from vramplan.hardware.types import Accelerator
 from vramplan.pipeline.live import spec_from_pipeline
 from vramplan.planner.footprint import Footprint
 from vramplan.simulator.alternatives import Alternatives, converted_copy

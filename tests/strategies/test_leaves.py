@@ -13,7 +13,7 @@ from tests.support.vaes import small_vae
 from vramplan.pipeline.describe import describe
 from vramplan.pipeline.modules import modules_of
 from vramplan.runtime import snapshot
-from vramplan.simulator import model
+from vramplan.simulator import placing
 from vramplan.simulator.model import SimulatedModel
 from vramplan.simulator.types import SimulationError
 from vramplan.strategies import DECODES, EXECUTIONS, REGISTRY
@@ -52,7 +52,7 @@ class EnoughError(Exception):
 @pytest.mark.parametrize("cls", SETTLED, ids=lambda cls: cls.name)
 def test_a_strategy_names_what_it_leaves(small_pipeline, monkeypatch: pytest.MonkeyPatch, cls: Any) -> None:
     spec = describe(small_pipeline("sd15-small")).spec
-    real, found = model.apply_settings, set()
+    real, found = placing.apply_settings, set()
 
     def watched(pipe: Any, *given: Any, **options: Any) -> None:
         if cls is FramewiseDecoding:
@@ -61,7 +61,7 @@ def test_a_strategy_names_what_it_leaves(small_pipeline, monkeypatch: pytest.Mon
         raise EnoughError(EnoughError.__name__)
 
     monkeypatch.setenv("VRAMPLAN_CACHE", "0")
-    monkeypatch.setattr(model, "apply_settings", watched)
+    monkeypatch.setattr(placing, "apply_settings", watched)
     names = [part.name for part in spec.components]
     roles = {"encode_first": "text_encoder"} | dict.fromkeys([decode.name for decode in DECODES], "vae")
     if not getattr(cls, "whole_pipeline", False):
