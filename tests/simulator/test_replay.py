@@ -45,10 +45,10 @@ def facts(found: Simulation) -> Any:
 def assert_equal(
     model: SimulatedModel, work: Any, placement: Mapping[str, Placement], decode: tuple[str, ...] = ()
 ) -> int:
-    """The replay and the simulation are equal without a capacity and in three; return how many of them stopped."""
+    """The replay and the simulation are equal without a capacity and in two; return how many of them stopped."""
     decodes = [(parse_decode(text), [vae.name for vae in model.spec.vaes]) for text in decode]
     stopped, whole = 0, None
-    for share in (None, 0.97, 0.8, 0.5):
+    for share in (None, 0.9, 0.6):
         capacity = None if share is None or whole is None else int(whole * share)
         run = model.run(work, grouped(placement), decodes, accelerator=CARD, capacity_bytes=capacity)
         again = model.replayed(work, placement, {}, decodes, accelerator=CARD, capacity_bytes=capacity)
@@ -73,7 +73,7 @@ def test_every_placement(kind: str, cls: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-@settings(deadline=None, max_examples=5, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(deadline=None, max_examples=3, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_any_division_of_streamed_weights_beside_other_placements(kind: str, data: st.DataObject) -> None:
     model = small_model(kind)
