@@ -62,10 +62,13 @@ def test_a_wrong_setting_is_told_before_the_model_is_described(given: str) -> No
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for a cache of its own; nothing that ships is used, nor was read before."""
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VRAMPLAN_RECORDED", "0")
-    return tmp_path
+    recorded.recorded.cache_clear()
+    yield tmp_path
+    recorded.recorded.cache_clear()
 
 
 def test_a_plan_made_before_needs_no_torch_nor_does_one_for_another_budget(folder: Path) -> None:

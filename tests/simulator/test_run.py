@@ -162,7 +162,7 @@ def test_an_answer_is_kept_and_a_damaged_one_made_again(tmp_path: Path, monkeypa
 
 def test_another_picture_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path))
-    source = small_model("sd15-small")
+    source = SimulatedModel(small_model("sd15-small").spec)  # to which nothing is known
     for side in (64, 128):
         source.run(Workload(height=side, width=side), [], [], accelerator=None)
     assert len(list(tmp_path.iterdir())) == 4  # a simulation and a trace each
