@@ -165,4 +165,7 @@ def test_what_ships_is_of_this_code() -> None:
 @pytest.mark.parametrize("model", ["flux.1-dev", "stable-diffusion-xl", "qwen-image"])
 def test_a_bundled_profile_is_planned_without_torch(tmp_path: Path, monkeypatch: Any, model: str) -> None:
     monkeypatch.setenv("VRAMPLAN_CACHE", str(tmp_path))
+    recorded.recorded.cache_clear()
+    if not recorded.recorded(model):
+        pytest.skip("the libraries here have other sources than those that were recorded")
     assert command("plan", model, "--device", "rtx-4070", "--ram", "64GiB", "--json")[1:] == (0, [])
